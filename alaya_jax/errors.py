@@ -1,0 +1,33 @@
+"""Every error a user of alaya_jax can meet. Each message names the thing at fault and the way out."""
+
+
+class AlayaError(Exception):
+    """Base of all errors raised on purpose by this library."""
+
+
+class ConfigError(AlayaError):
+    """A model or run configuration that is not understood or contradicts itself."""
+
+
+class CheckpointError(AlayaError):
+    """A checkpoint that is missing, damaged or does not match its configuration."""
+
+
+class TokenizerError(AlayaError):
+    """A tokenizer or chat template that is missing or cannot be used."""
+
+
+class RequestError(AlayaError, ValueError):
+    """A request that cannot be served as asked: too long, of a wrong shape, contradictory."""
+
+
+class CacheFullError(AlayaError):
+    """The KV cache has no room for the tokens of a request."""
+
+
+class ContextError(AlayaError):
+    """A stored context that is damaged, missing, or was made by another model."""
+
+
+class DatabaseError(AlayaError):
+    """A database path that cannot be opened: unwritable, locked, or not a database."""
