@@ -1,0 +1,1 @@
+"""Known architectures as HF-style JSON files beside this module."""

@@ -1,0 +1,1 @@
+"""Pallas kernels of alaya_jax, one folder for each operation."""
