@@ -1,0 +1,67 @@
+"""A vector database that owns a language model's KV cache and computes its attention.
+
+    import alaya_jax as aj
+
+    model = aj.load("smollm2-135m")
+    db = aj.DB("contexts.db", model)
+    db.import_context(document)
+    session, rest = db.create_session(document + question)
+    for token in aj.generate(session, rest, attention=aj.DIPR(beta=50.0)):
+        print(token.text, end="")
+
+Names are imported when first used, so `import alaya_jax` costs no jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from alaya_jax.db import DB as DB
+    from alaya_jax.db import Budget as Budget
+    from alaya_jax.errors import AlayaError as AlayaError
+    from alaya_jax.generation import generate as generate
+    from alaya_jax.model import Model as Model
+    from alaya_jax.model import load as load
+    from alaya_jax.query import DIPR as DIPR
+    from alaya_jax.query import Full as Full
+    from alaya_jax.query import TopK as TopK
+    from alaya_jax.query import Window as Window
+    from alaya_jax.sampling import Greedy as Greedy
+    from alaya_jax.sampling import Sampling as Sampling
+    from alaya_jax.session import Session as Session
+    from alaya_jax.sharding import ShardingRules as ShardingRules
+    from alaya_jax.sharding import make_mesh as make_mesh
+
+_HOME = {
+    "AlayaError": "errors",
+    "Budget": "db",
+    "DB": "db",
+    "DIPR": "query",
+    "Full": "query",
+    "Greedy": "sampling",
+    "Model": "model",
+    "Sampling": "sampling",
+    "Session": "session",
+    "ShardingRules": "sharding",
+    "TopK": "query",
+    "Window": "query",
+    "generate": "generation",
+    "load": "model",
+    "make_mesh": "sharding",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,279 @@
+"""What a Llama checkpoint is: its architecture, read from and written to HF's `config.json`.
+
+Run choices (mesh, dtype of the run, attention plan, memory) live elsewhere. Every field of an HF config
+is either understood, known not to change a logit, or refused by name: a setting that is silently lost
+(RoPE scaling above all) gives a model that looks right and is wrong.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from alaya_jax.errors import ConfigError
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+# Fields of each RoPE type beyond `rope_type` and `rope_theta`: name -> required.
+_ROPE_FIELDS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "linear": {"factor": True},
+    "dynamic": {"factor": True, "original_max_position_embeddings": False},
+    "llama3": {
+        "factor": True,
+        "low_freq_factor": True,
+        "high_freq_factor": True,
+        "original_max_position_embeddings": False,
+    },
+    "yarn": {
+        "factor": False,
+        "original_max_position_embeddings": False,
+        "attention_factor": False,
+        "beta_fast": False,
+        "beta_slow": False,
+        "mscale": False,
+        "mscale_all_dim": False,
+        "truncate": False,
+    },
+}
+
+# HF fields that do not change a logit of a causal Llama in inference.
+_IGNORED = frozenset(
+    "_name_or_path architectures attention_dropout auto_map attn_implementation _attn_implementation "
+    "bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
+    "id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id "
+    "length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix "
+    "pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
+    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature "
+    "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript "
+    "transformers.js_config transformers_version typical_p unsloth_version use_bfloat16 "
+    "use_cache".split()
+)
+# HF fields that are fine only at these values.
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "add_cross_attention": (False, None),
+    "use_qk_norm": (False, None),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding as the checkpoint was trained.
+
+    Attributes:
+      rope_type: which rule turns `theta` into inverse frequencies (see `rope.py`).
+      theta: base wavelength.
+      factor: by how much the context was stretched.
+      original_max_position_embeddings: length before stretching, tokens.
+      low_freq_factor, high_freq_factor: llama3 only.
+      attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate: yarn only.
+    """
+
+    rope_type: RopeType = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a Llama checkpoint. Field names are HF's.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: E.
+      intermediate_size: F.
+      num_hidden_layers: L.
+      num_attention_heads: H.
+      num_key_value_heads: K; `group_size` = H / K query heads share a kv head.
+      head_dim: D.
+      max_position_embeddings: longest sequence the checkpoint declares, tokens.
+      dtype: what the checkpoint stores ("float32", "bfloat16" or "float16").
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        sizes = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (int, "int")
+        }
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"config field {name!r} must be a positive integer, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"config field 'num_key_value_heads' = {self.num_key_value_heads} must divide "
+                f"'num_attention_heads' = {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"config field 'head_dim' must be even for RoPE, got {self.head_dim}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"config field 'dtype' must be one of {_DTYPES}, got {self.dtype!r}")
+
+    @property
+    def group_size(self) -> int:
+        """G: query heads that share one kv head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence this checkpoint can serve, tokens.
+
+        Dynamic RoPE stretches beyond `max_position_embeddings`, which is then the original length.
+        """
+        if self.rope.rope_type == "dynamic":
+            return int(self.max_position_embeddings * self.rope.factor)
+        return self.max_position_embeddings
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the contents of HF's `config.json`.
+
+        Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (Meta's published repositories) and
+        `rope_parameters` (transformers 5).
+
+        Raises:
+          ConfigError: a required field is missing, or a field is not understood; it is named.
+        """
+        rest = {k: v for k, v in config.items() if k not in _IGNORED}
+        model_type = config.get("model_type", "llama")
+        architectures = config.get("architectures") or ["LlamaForCausalLM"]
+        if model_type != "llama" or architectures != ["LlamaForCausalLM"]:
+            raise ConfigError(
+                f"config describes model_type={model_type!r}, architectures={architectures!r}; "
+                "only 'llama' / 'LlamaForCausalLM' can be loaded"
+            )
+        for name, allowed in _REQUIRED_VALUES.items():
+            value = rest.pop(name, allowed[0])
+            if value not in allowed:
+                raise ConfigError(
+                    f"config field {name!r} = {value!r} is not supported (understood: {allowed[0]!r})"
+                )
+
+        def take(name: str, default: Any = dataclasses.MISSING) -> Any:
+            value = rest.pop(name, None)
+            if value is not None:
+                return value
+            if default is dataclasses.MISSING:
+                raise ConfigError(f"config field {name!r} is missing")
+            return default
+
+        hidden, heads = take("hidden_size"), take("num_attention_heads")
+        rest.setdefault("dtype", rest.pop("torch_dtype", None))
+        eos = take("eos_token_id", ())
+        max_positions = take("max_position_embeddings")
+        fields = {
+            "vocab_size": take("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": take("intermediate_size"),
+            "num_hidden_layers": take("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": take("num_key_value_heads", heads),
+            "head_dim": take("head_dim", hidden // heads),
+            "max_position_embeddings": max_positions,
+            "rms_norm_eps": take("rms_norm_eps", 1e-6),
+            "tie_word_embeddings": take("tie_word_embeddings", False),
+            "attention_bias": take("attention_bias", False),
+            "mlp_bias": take("mlp_bias", False),
+            "bos_token_id": take("bos_token_id", None),
+            "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            "dtype": str(take("dtype", "float32")).removeprefix("torch."),
+            "rope": _read_rope(rest, max_positions),
+        }
+        if rest:
+            raise ConfigError(
+                f"config has fields that are not understood: {sorted(rest)}. A lost setting gives wrong "
+                "logits, so it is refused; remove the field if you know it has no effect on inference"
+            )
+        return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same architecture as HF's `config.json` (new spelling); `from_hf` reads it back equal."""
+        hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        for f in dataclasses.fields(self):
+            if f.name not in ("rope", "eos_token_ids"):
+                hf[f.name] = getattr(self, f.name)
+        hf["hidden_act"] = "silu"
+        eos = list(self.eos_token_ids)
+        hf["eos_token_id"] = eos[0] if len(eos) == 1 else (eos or None)
+        parameters: dict[str, Any] = {
+            "rope_type": self.rope.rope_type,
+            "rope_theta": self.rope.theta,
+        }
+        for name in _ROPE_FIELDS[self.rope.rope_type]:
+            if getattr(self.rope, name) is not None:
+                parameters[name] = getattr(self.rope, name)
+        hf["rope_parameters"] = parameters
+        return hf
+
+
+def _read_rope(rest: dict[str, Any], max_positions: int) -> RopeConfig:
+    """Pops both spellings of RoPE from `rest`."""
+    theta = rest.pop("rope_theta", None)
+    old, new = rest.pop("rope_scaling", None), rest.pop("rope_parameters", None)
+    where = "rope_parameters" if new else "rope_scaling"
+    if old and new and old != new:
+        raise ConfigError("config has both 'rope_scaling' and 'rope_parameters', and they differ")
+    given = dict(new or old or {})
+    if "type" in given:  # spelling of early checkpoints
+        legacy = given.pop("type")
+        given.setdefault("rope_type", legacy)
+    rope_type = given.pop("rope_type", "default")
+    if rope_type not in get_args(RopeType):
+        raise ConfigError(
+            f"config field '{where}.rope_type' = {rope_type!r} is not understood; "
+            f"understood: {', '.join(get_args(RopeType))}"
+        )
+    inner_theta = given.pop("rope_theta", None)
+    theta = inner_theta if inner_theta is not None else theta
+    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise ConfigError(f"config field '{where}.partial_rotary_factor' other than 1 is not supported")
+    known = _ROPE_FIELDS[rope_type]
+    unknown = sorted(set(given) - set(known))
+    # transformers writes `original_max_position_embeddings` for every type; only some read it.
+    unknown = [name for name in unknown if name != "original_max_position_embeddings"]
+    if unknown:
+        raise ConfigError(f"config field '{where}' of type {rope_type!r} has unknown keys {unknown}")
+    missing = [name for name, needed in known.items() if needed and given.get(name) is None]
+    if missing:
+        raise ConfigError(f"config field '{where}' of type {rope_type!r} lacks {missing}")
+    values = {name: value for name, value in given.items() if value is not None and name in known}
+    if "original_max_position_embeddings" in known:
+        values.setdefault("original_max_position_embeddings", max_positions)
+    if rope_type == "yarn" and "factor" not in values:
+        values["factor"] = max_positions / values["original_max_position_embeddings"]
+    return RopeConfig(
+        rope_type=rope_type, theta=float(theta if theta is not None else 10_000.0), **values
+    )
