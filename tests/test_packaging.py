@@ -1,0 +1,94 @@
+"""What is installed, what an import costs, and what must not be committed."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE_FOLDERS = {
+    "alaya_jax": "alaya_jax",
+    "models": "alaya_jax/models",
+    "pallas_kernels": "alaya_jax/pallas_kernels",
+    "configs": "alaya_jax/configs",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory) -> set[str]:
+    """The names inside a wheel built from a copy, so that no stale build folder leaks into it."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in PACKAGE_FOLDERS:
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = source.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_puts_one_package_into_site_packages(wheel_names):
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"alaya_jax"}
+
+
+def test_wheel_has_every_module_and_data_file(wheel_names):
+    wanted = {
+        f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, inside in PACKAGE_FOLDERS.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "alaya_jax/configs/llama-3.1-8b.json" in wanted
+    assert "alaya_jax/py.typed" in wanted
+    assert wanted - wheel_names == set()
+
+
+def test_wheel_carries_the_licence_and_the_command(wheel_names):
+    metadata = {name.split("/", 1)[1] for name in wheel_names if ".dist-info/" in name}
+    assert {"licenses/LICENSE", "entry_points.txt"} <= metadata
+
+
+@pytest.mark.smoke
+def test_import_does_not_load_jax():
+    """The command line must answer --help at once, and jax alone takes longer than that."""
+    code = (
+        "import sys, alaya_jax, alaya_jax.errors; "
+        "print([m for m in ('jax', 'numpy', 'flax', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.smoke
+def test_every_public_name_can_be_imported():
+    import alaya_jax
+
+    assert "DB" in alaya_jax.__all__
+    for name in alaya_jax.__all__:
+        assert getattr(alaya_jax, name) is not None
+    assert set(alaya_jax.__all__) <= set(dir(alaya_jax))
+
+
+def committed_text_files() -> list[Path]:
+    """The files git knows, or would take, that are text."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in done.stdout.decode().split("\0") if name]
+    return [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:8192]]
+
+
+def test_no_committed_file_names_a_package_index():
+    """Where packages come from is the machine's business: pip's configuration says it, not we."""
+    index = re.compile(r"--(extra-)?index-url|--find-links|py" r"pi\.(python\.)?org|/simple/?\b")
+    others = [path for path in committed_text_files() if path != Path(__file__)]
+    assert [str(p) for p in others if index.search(p.read_text(errors="replace"))] == []
