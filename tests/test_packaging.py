@@ -1,5 +1,6 @@
 """What is installed, what an import costs, and what must not be committed."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -92,3 +93,32 @@ def test_no_committed_file_names_a_package_index():
     index = re.compile(r"--(extra-)?index-url|--find-links|py" r"pi\.(python\.)?org|/simple/?\b")
     others = [path for path in committed_text_files() if path != Path(__file__)]
     assert [str(p) for p in others if index.search(p.read_text(errors="replace"))] == []
+
+
+@pytest.mark.parametrize("folder", ["models", "pallas_kernels", "configs"])
+def test_a_leaf_knows_nothing_of_the_database(folder):
+    allowed = (
+        "alaya_jax.errors",
+        "alaya_jax.models",
+        "alaya_jax.pallas_kernels",
+        "alaya_jax.configs",
+    )
+    imported = {
+        (path.name, name)
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported_modules(ast.parse(path.read_text()))
+    }
+    ours = {(file, name) for file, name in imported if name.split(".")[0] == "alaya_jax"}
+    assert {(file, name) for file, name in ours if not name.startswith(allowed)} == set()
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """The full names of what a module imports, at any depth of it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write the full name, so that a reader sees where it comes from"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
