@@ -1,10 +1,12 @@
 """What is installed, what an import costs, and what must not be committed."""
 
 import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -93,6 +95,21 @@ def test_no_committed_file_names_a_package_index():
     index = re.compile(r"--(extra-)?index-url|--find-links|py" r"pi\.(python\.)?org|/simple/?\b")
     others = [path for path in committed_text_files() if path != Path(__file__)]
     assert [str(p) for p in others if index.search(p.read_text(errors="replace"))] == []
+
+
+def test_declared_dependencies_are_those_imported():
+    """One that is missing breaks users; one too many makes them install what nobody calls."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
+    modules = {
+        name.split(".")[0]
+        for folder in PACKAGE_FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported_modules(ast.parse(path.read_text()))
+    }
+    homes = importlib.metadata.packages_distributions()
+    foreign = modules - sys.stdlib_module_names - {"alaya_jax"}
+    assert declared == {homes.get(name, [name])[0].lower().replace("_", "-") for name in foreign}
 
 
 @pytest.mark.parametrize("folder", ["models", "pallas_kernels", "configs"])
