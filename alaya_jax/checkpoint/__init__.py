@@ -1,0 +1,161 @@
+"""Checkpoints: read in any format we know, as one config, one parameter pytree, one tokenizer.
+
+checkpoint = read_checkpoint("path/to/Llama-3.1-8B", mesh=aj.make_mesh(tensor=8))
+checkpoint = read_checkpoint("model-Q4_1.gguf")
+checkpoint = read_checkpoint("smollm2-135m")           # after `alaya fetch smollm2-135m`
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from alaya_jax.checkpoint import bundled
+from alaya_jax.checkpoint.gguf import open_gguf
+from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.params import load_params, match
+from alaya_jax.checkpoint.source import Source, StoredTensor, fingerprint
+from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.sharding import ShardingRules
+
+__all__ = ["Checkpoint", "locate", "open_checkpoint", "read_checkpoint"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model as read from disk.
+
+    Attributes:
+      config: architecture.
+      params: parameter pytree, as `alaya_jax.models.llama` takes it.
+      tokenizer: None when the checkpoint has none.
+      fingerprint: sha256 (hex) of the config and of samples of every stored tensor.
+      source: the directory or file that was read.
+    """
+
+    config: LlamaConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+    fingerprint: str
+    source: Path
+
+    def __repr__(self) -> str:
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Checkpoint({self.source}, {count:,} parameters, {self.fingerprint[:12]})"
+
+
+def read_checkpoint(
+    path_or_name: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    dtype: Any = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Loads a model: an HF directory, a GGUF file, or a bundled model by name.
+
+    Everything is checked before a weight is read: all problems of a checkpoint are in one error.
+
+    Args:
+      path_or_name: a directory with config.json and safetensors; a .gguf file; or a bundled name.
+      mesh: devices to lay the parameters on; None: the default device.
+      rules: where each logical axis lies on the mesh; default `ShardingRules()`.
+      dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
+        by tensor, for HF; for GGUF it is the type of the matrices (their norms are always stored as
+        float32), and quantized types become float32 on CPU and bfloat16 on other devices.
+      progress: shows a progress bar on stderr when it is a terminal.
+
+    Raises:
+      CheckpointError: nothing is found under that name, or the files are damaged, incomplete or do
+        not match their config.
+      ConfigError: the config is not understood, or does not divide over the mesh.
+      TokenizerError: there is a tokenizer, and it is damaged.
+    """
+    cast = None if dtype is None else _check_dtype(dtype)
+    source = open_checkpoint(path_or_name)
+    pairs = match(source)
+    tokenizer = source.read_tokenizer()
+    if cast is None:
+        cast = source.dtype
+        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+        if source.quantized and platform != "cpu":
+            cast = np.dtype(ml_dtypes.bfloat16)
+
+    def dtype_of(tensor: StoredTensor) -> np.dtype:
+        assert tensor.dtype is not None  # refused by match
+        return tensor.dtype if cast is None else cast
+
+    params = load_params(
+        pairs,
+        source.format,
+        mesh=mesh,
+        rules=rules or ShardingRules(),
+        dtype_of=dtype_of,
+        progress=progress,
+    )
+    return Checkpoint(
+        config=source.config,
+        params=params,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(source.config, (tensor for _, tensor in pairs)),
+        source=source.path,
+    )
+
+
+def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:
+    """Opens a checkpoint without reading weights: config and the table of tensors.
+
+    Raises:
+      CheckpointError, ConfigError: as `read_checkpoint`.
+    """
+    path = locate(path_or_name)
+    if path.is_dir():
+        return open_hf(path)
+    return open_gguf(path)
+
+
+def locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """The directory or file that a path or a bundled name means.
+
+    Raises:
+      CheckpointError: nothing is there; it lists what was tried and what to do.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        raise CheckpointError(
+            f"{path} is one file of an HF checkpoint; name its directory, {path.resolve().parent}"
+        )
+    if path.exists():
+        return path
+    name = os.fspath(path_or_name)
+    if name in bundled.MODELS:
+        if (found := bundled.find(name)) is not None:
+            return found
+        places = "\n  - ".join(str(place) for place in bundled.places(name))
+        raise CheckpointError(
+            f"the bundled model {name!r} is not on this machine. Get it with: alaya fetch {name}\n"
+            f"Looked for:\n  - {places}"
+        )
+    raise CheckpointError(
+        f"no checkpoint {name!r}: there is no such directory or file (from {Path.cwd()}), and it "
+        f"is no bundled model. Bundled are: {', '.join(bundled.MODELS)} (get one: alaya fetch NAME)"
+    )
+
+
+def _check_dtype(dtype: Any) -> np.dtype:
+    try:
+        result = jax.numpy.dtype(dtype)
+    except TypeError:
+        result = None
+    if result is None or result.name not in _DTYPES:
+        raise ConfigError(f"dtype = {dtype!r} is not a type for parameters; use one of {_DTYPES}")
+    return result

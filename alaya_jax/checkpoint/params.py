@@ -1,0 +1,190 @@
+"""From an opened checkpoint to the parameter pytree: check everything, then place each tensor."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
+from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
+from alaya_jax.sharding import ShardingRules
+
+_STRIP = 8  # columns copied at once in a transposition: a cache line or two of the source
+_TIED_HEAD = "lm_head.weight"
+_HARMLESS = ".rotary_emb.inv_freq"  # a buffer that early transformers versions saved
+
+
+def match(source: Source) -> list[tuple[Entry, StoredTensor]]:
+    """Pairs every parameter of the config with its stored tensor.
+
+    Raises:
+      CheckpointError: one error that lists every missing, unexpected, misshaped or unreadable
+        tensor, together with what was already wrong with the files.
+    """
+    problems = list(source.problems)
+    known = len(source.tensors) + len(source.unreadable)
+    if source.config.num_hidden_layers > known:  # before a list of so many layers is made
+        layers = source.config.num_hidden_layers
+        refuse(
+            source.path, [*problems, f"the config has {layers} layers, the files {known} tensors"]
+        )
+    rest = dict(source.tensors)
+    pairs: list[tuple[Entry, StoredTensor]] = []
+    for entry in entries(source.config):
+        name = entry.name(source.format)
+        tensor = rest.pop(name, None)
+        if tensor is None:
+            if name not in source.unreadable:
+                problems.append(_missing(name, entry))
+        elif tensor.shape != entry.stored_shape:
+            fields = [AXIS_FIELDS[a] for a in "".join(entry.stored_axes)]
+            problems.append(
+                f"tensor {name!r} in {tensor.file.name} has shape {list(tensor.shape)}, the config "
+                f"({', '.join(dict.fromkeys(fields))}) needs {list(entry.stored_shape)}"
+            )
+        elif tensor.dtype is None:
+            problems.append(
+                f"tensor {name!r} in {tensor.file.name} is stored as {tensor.stored_dtype}, which "
+                "cannot be read; write the checkpoint in F32, F16 or BF16"
+            )
+        else:
+            pairs.append((entry, tensor))
+    problems += _unexpected(source, rest)
+    refuse(source.path, problems)
+    return pairs
+
+
+def _missing(name: str, entry: Entry) -> str:
+    line = f"tensor {name!r} {list(entry.stored_shape)} is missing"
+    if entry.path == ("lm_head", "kernel"):
+        line += "; if the model ties it to its embedding, set tie_word_embeddings in config.json"
+    return line
+
+
+def _unexpected(source: Source, rest: dict[str, StoredTensor]) -> Iterator[str]:
+    for name, tensor in rest.items():
+        if source.format == "hf" and name.endswith(_HARMLESS):
+            continue
+        if source.format == "hf" and name == _TIED_HEAD and source.config.tie_word_embeddings:
+            embedding = source.tensors.get("model.embed_tokens.weight")
+            if embedding is None or _same_bytes(embedding, tensor):
+                continue
+            yield (
+                f"tensor {name!r} in {tensor.file.name} differs from the embedding although the "
+                "config says tie_word_embeddings; set it to false to use the tensor"
+            )
+            continue
+        yield (
+            f"tensor {name!r} in {tensor.file.name} belongs to no parameter of this config, and "
+            "leaving it out would make another model; correct the config, or remove the tensor"
+        )
+
+
+def _same_bytes(a: StoredTensor, b: StoredTensor, chunk: int = 1 << 24) -> bool:
+    if (a.shape, a.stored_dtype, a.data.size) != (b.shape, b.stored_dtype, b.data.size):
+        return False
+    starts = range(0, a.data.size, chunk)
+    return all(np.array_equal(a.data[i : i + chunk], b.data[i : i + chunk]) for i in starts)
+
+
+def load_params(
+    pairs: list[tuple[Entry, StoredTensor]],
+    fmt: Format,
+    *,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    dtype_of: Callable[[StoredTensor], np.dtype],
+    progress: bool,
+) -> dict[str, Any]:
+    """Reads the tensors one after another straight to where they will live.
+
+    Each device gets only its slice of the memory-mapped file; a tensor is released before the next
+    is read, so the host holds about one tensor beside the result.
+
+    Args:
+      pairs: parameters and their tensors, from `match`.
+      fmt: format the tensors are stored in.
+      mesh: devices; None puts everything on the default device.
+      rules: where each logical axis lies on the mesh.
+      dtype_of: type a tensor is cast to.
+      progress: whether to show a progress bar on stderr.
+
+    Raises:
+      ConfigError: an axis does not divide over the mesh.
+    """
+    shardings: list[NamedSharding | None] = [
+        None if mesh is None else rules.sharding(mesh, entry.logical_axes, entry.shape)
+        for entry, _ in pairs
+    ]
+    params: dict[str, Any] = {}
+    with _progress_bar(sum(t.data.size for _, t in pairs), show=progress) as advance:
+        for (entry, tensor), sharding in zip(pairs, shardings, strict=True):
+            view = entry.to_params(tensor.read(), fmt)
+            value = _place(view, sharding, dtype_of(tensor))
+            node = params
+            for key in entry.path[:-1]:
+                node = node.setdefault(key, {})
+            # Waiting keeps no more than one tensor's host buffers alive.
+            node[entry.path[-1]] = value.block_until_ready()
+            advance(tensor.data.size)
+    return params
+
+
+def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(_copy(view, dtype))
+    slices: dict[str, np.ndarray] = {}  # replicas share one host copy
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        key = str(index)
+        if key not in slices:
+            slices[key] = _copy(view[index or ()], dtype)
+        return slices[key]
+
+    return jax.make_array_from_callback(view.shape, sharding, piece)
+
+
+def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy of a possibly transposed view, cast to `dtype`.
+
+    Copying a transposed matrix at once walks the source by whole rows and misses the cache on every
+    element; in strips it is several times faster.
+    """
+    out = np.empty(view.shape, dtype)
+    if view.flags.c_contiguous:
+        np.copyto(out, view, casting="unsafe")
+        return out
+    for start in range(0, view.shape[-1], _STRIP):
+        strip = np.s_[..., start : start + _STRIP]
+        out[strip] = view[strip]
+    return out
+
+
+@contextmanager
+def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function that adds to a bar of bytes, rate and time left; silent off a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    visible = show and jax.process_index() == 0 and (console.is_terminal or console.is_jupyter)
+    with Progress(*columns, console=console, disable=not visible, transient=True) as bar:
+        task = bar.add_task("loading weights", total=total)
+        yield lambda count: bar.advance(task, count)
