@@ -34,7 +34,7 @@ typecheck: $(VENV)/.installed ## check types only
 	$(BIN)/pyright
 
 bench: $(VENV)/.installed $(VENV)/.model ## measure against transformers + torch (keep the machine quiet)
-	$(BIN)/python benchmarks/against_transformers.py
+	$(BIN)/python benchmarks/peer.py
 
 clean: ## remove build outputs and caches, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
