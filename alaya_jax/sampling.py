@@ -2,7 +2,7 @@
 
 A `Sampling` says what one sequence wants. `init_sampler` turns a batch of them into
 
-- `Processors`: static and hashable, which steps any sequence of the batch needs; and
+- `Processors`: static and hashable, what any sequence of the batch needs; and
 - `SamplerState`: a pytree of arrays with every number, so that new numbers never recompile.
 
 `sample` runs under jit and inside `lax.while_loop`. Greedy decoding without penalties costs an
@@ -162,11 +162,11 @@ def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processors:
-    """The steps that at least one sequence of a batch needs; static under jit."""
+    """What at least one sequence of a batch needs; static under jit.
 
-    repetition: bool
-    counted: bool  # presence or frequency penalty
-    bias: bool
+    Penalties and bias are not named here: `SamplerState` holds their arrays, or None.
+    """
+
     random: bool
     top_k: bool
     top_p: bool
@@ -179,7 +179,7 @@ class Processors:
 class SamplerState:
     """The numbers of a batch of sequences, and what was generated so far.
 
-    The [B, V] arrays are None where `Processors` needs none of them.
+    The [B, V] arrays are None where no sequence needs them.
     """
 
     temperature: jax.Array  # f32 [B]
@@ -233,9 +233,6 @@ def init_sampler(
     top_k, top_p, min_p = column("top_k", np.int32), column("top_p"), column("min_p")
     warm = temperature > 0  # filters do not touch a greedy sequence: they keep its argmax
     processors = Processors(
-        repetition=bool((repetition != 1).any()),
-        counted=bool((presence != 0).any() or (frequency != 0).any()),
-        bias=any(s.logit_bias for s in each),
         random=bool(warm.any()),
         top_k=bool((warm & (top_k > 0) & (top_k < vocab_size)).any()),
         top_p=bool((warm & (top_p < 1)).any()),
@@ -243,7 +240,7 @@ def init_sampler(
         logprobs=max(s.logprobs for s in each),
     )
     prompt = bias = counts = None
-    if processors.repetition:
+    if (repetition != 1).any():
         prompt = np.zeros((batch, vocab_size), bool)
         for row, ids in zip(prompt, prompts, strict=True):
             ids = np.asarray(ids, np.int64).reshape(-1)
@@ -253,12 +250,12 @@ def init_sampler(
                     f"0 to {vocab_size - 1}; encode it with this model's tokenizer"
                 )
             row[ids] = True
-    if processors.bias:
+    if any(s.logit_bias for s in each):
         bias = np.zeros((batch, vocab_size), np.float32)
         for row, s in zip(bias, each, strict=True):
-            for i, b in s.logit_bias:
+            for i, b in dict(s.logit_bias).items():
                 row[i] = b
-    if processors.repetition or processors.counted:
+    if prompt is not None or (presence != 0).any() or (frequency != 0).any():
         counts = np.zeros((batch, vocab_size), np.int32)
     # The generator is named, so that jax's global default does not change a stored result.
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))
@@ -337,15 +334,15 @@ def process_logits(processors: Processors, state: SamplerState, logits: jax.Arra
     Excluded tokens are -inf. For a greedy sequence the argmax is what counts.
     """
     scores = logits.astype(jnp.float32)
-    if processors.repetition:
-        penalty = state.repetition[:, None]
-        seen = state.prompt | (state.counts > 0)
-        damped = jnp.where(scores > 0, scores / penalty, scores * penalty)
-        scores = jnp.where(seen, damped, scores)
-    if processors.counted:
+    if state.counts is not None:
+        generated = state.counts > 0
+        if state.prompt is not None:
+            penalty = state.repetition[:, None]
+            damped = jnp.where(scores > 0, scores / penalty, scores * penalty)
+            scores = jnp.where(state.prompt | generated, damped, scores)
         scores = scores - state.frequency[:, None] * state.counts
-        scores = scores - state.presence[:, None] * (state.counts > 0)
-    if processors.bias:
+        scores = scores - state.presence[:, None] * generated
+    if state.bias is not None:
         scores = scores + state.bias
     if processors.random:
         # The peak goes first: a small temperature then sends the rest to -inf, and none to +inf.

@@ -1,0 +1,155 @@
+"""What the database asks of a store, and the words both use. Nothing here knows of files."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from alaya_jax.errors import RequestError
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextHeader:
+    """What a context is, beside its tokens.
+
+    Attributes:
+        fingerprint: Of the model that made the keys and values; a caller compares it with its own.
+        dtype: Of the keys and values, "float32", "float16" or "bfloat16".
+        num_layers: L.
+        num_kv_heads: K.
+        head_dim: D.
+        page_size: Z, the tokens of a page in the cache it came from.
+        namespace: Keeps tenants apart: a context is found only in its own.
+        title: For people; no part of the identity.
+
+    Raises:
+        RequestError: A field is of a wrong type or out of range.
+    """
+
+    fingerprint: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    namespace: str = ""
+    title: str = ""
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise RequestError(f"context: dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (isinstance(value, int) and value > 0):
+                raise RequestError(f"context: {field.name}={value!r}; use a count from 1")
+            if field.type is str and not isinstance(value, str):
+                raise RequestError(f"context: {field.name}={value!r}; use a string")
+
+    def context_id(self, tokens: np.ndarray) -> str:
+        """The name of `tokens` [n] of this model, layout and namespace; equal contexts share it."""
+        named = (self.fingerprint, self.namespace, self.dtype, self.page_size)
+        digest = hashlib.blake2b(repr(named).encode(), digest_size=12)
+        digest.update(np.ascontiguousarray(tokens, "<i4"))
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextRecord:
+    """One line of a store's list.
+
+    Attributes:
+        id: Name of the context in its store.
+        header: None when damage makes it unreadable.
+        num_tokens: n; 0 when unreadable.
+        created: Seconds since 1970, UTC; 0 when unreadable.
+        problem: Why the context cannot be used, and the way out; None when all looks well. Only
+            `ContextStore.check` reads every byte.
+    """
+
+    id: str
+    header: ContextHeader | None
+    num_tokens: int
+    created: float
+    problem: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, 2 L K n D times the size of the dtype."""
+        h = self.header
+        if h is None:
+            return 0
+        size = DTYPES[h.dtype].itemsize
+        return 2 * h.num_layers * h.num_kv_heads * self.num_tokens * h.head_dim * size
+
+
+class ContextStore(Protocol):
+    """Where contexts live between processes."""
+
+    def list(self, namespace: str | None = None) -> Sequence[ContextRecord]:
+        """All contexts, oldest first, damaged ones too (see `ContextRecord.problem`).
+
+        With a namespace, only its own; a context too damaged to tell is in none.
+        """
+        ...
+
+    def tokens(self, id: str) -> np.ndarray:
+        """The context's token ids, i32 [n]. Raises ContextError when unknown or damaged."""
+        ...
+
+    def write(
+        self,
+        header: ContextHeader,
+        tokens: Any,
+        kv: Iterable[tuple[Any, Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """Store a context, all of it or nothing, and return its id.
+
+        A context already there is kept as it is, and `kv` is not read.
+
+        Args:
+            header: What the context is.
+            tokens: Ids [n], n > 0.
+            kv: Yields (k, v), each [K, n, D] of the header's dtype, layer by layer from 0; only one
+                layer needs to be in memory.
+            progress: Called as progress(layers written, L) after each layer.
+
+        Raises:
+            RequestError: Tokens or kv do not have the shape or dtype that the header says.
+            DatabaseError: The store is closed, read-only, full, or fails to write.
+        """
+        ...
+
+    def read_kv(
+        self, id: str, layer: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of tokens [start, stop) of one layer, each [K, stop - start, D].
+
+        The arrays are read-only, and may be views of a mapped file. What is returned was verified.
+
+        Raises:
+            ContextError: The context is unknown or damaged.
+            RequestError: No such layer or tokens.
+        """
+        ...
+
+    def check(self, id: str) -> Sequence[str]:
+        """Read all of a context; every problem found, in words. Empty when it is intact."""
+        ...
+
+    def remove(self, id: str) -> None:
+        """Delete a context, damaged or not. Raises ContextError when unknown."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the store; closing twice is allowed."""
+        ...
