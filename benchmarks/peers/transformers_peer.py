@@ -1,20 +1,23 @@
 """transformers + torch as a process of its own: JSON lines in on stdin, JSON lines out on stdout.
 
-Runs in the peer environment (see benchmarks/peer.py); while it waits for a line it computes nothing.
+Runs in the peer environment (see benchmarks/peer.py); computes nothing while it waits for a line.
 Requests, one object a line:
 
-    {"op": "load", "gguf": path, "threads": n}            -> {"versions": {...}, "threads": n, ...}
+    {"op": "load", "gguf": path, "threads": n}
+        -> {"versions": {...}, "threads": n, "attention": ..., "dtype": ..., "load_s": ...}
     {"op": "measure", "ids": [[...]], "new_tokens": n, "variant": "dynamic" | "static" | "compiled"}
-                                                          -> {"prefill_s", "decode_s", "tokens": [[...]]}
-    {"op": "greedy", "ids": [...], "max_new_tokens": n, "eos": id | null}   -> {"tokens": [...]}
+        -> {"prefill_s": ..., "decode_s": ..., "tokens": [[...]]}
+    {"op": "greedy", "ids": [...], "max_new_tokens": n, "eos": id | null}
+        -> {"tokens": [...]}
     {"op": "quit"}
 
 A failed request answers {"error": text}. Logs go to stderr.
 
-Settings, chosen to be good for the peer: float32 weights dequantized once, SDPA attention, `inference_mode`,
-only the last position's logits in a prefill, a hand-written greedy loop (no `generate` overhead), and per request
-either a `DynamicCache` (grows by concatenation), a `StaticCache` of exactly the length needed, or that static cache
-with the one-token step compiled by `torch.compile` (compilation is not timed).
+Settings, chosen to be good for the peer: float32 weights dequantized once, SDPA attention,
+`inference_mode`, only the last position's logits in a prefill, a hand-written greedy loop (no
+`generate` overhead), and per request either a `DynamicCache` (grows by concatenation), a
+`StaticCache` of exactly the length needed, or that static cache with the one-token step compiled by
+`torch.compile` (a first, untimed measurement of each shape compiles it).
 """
 
 from __future__ import annotations
@@ -73,6 +76,9 @@ class Peer:
         """Seconds from ids [B,T] to the first token, then of `new_tokens` further greedy steps."""
         torch = self.torch
         if variant == "compiled" and self.compiled is None:
+            # one compilation a shape; beyond a limit torch would go on uncompiled, unsaid
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             self.compiled = torch.compile(self.model, dynamic=False)
         with torch.inference_mode():
             prompt = torch.tensor(ids)
