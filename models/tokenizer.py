@@ -1,0 +1,281 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.models import bpe, tokenizer_files
+from alaya_jax.models.chat import ChatTemplate
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from jax.typing import ArrayLike
+    from tokenizers import Tokenizer as Backend
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """A byte-level or sentencepiece BPE tokenizer with its special tokens and chat template.
+
+    Decoding joins the bytes of the tokens and reads them as UTF-8; bytes that are not UTF-8 become
+    U+FFFD. The stream does the same piece by piece, so the two always agree.
+
+    Args:
+        backend: The tokenizer of the `tokenizers` library.
+        named_tokens: Texts of the special tokens by role, such as `{"bos_token": "<s>"}`.
+        eos_ids: Ids that end a generation; the eos token's own id is put first.
+        chat: The model's chat template, None where the checkpoint has none.
+
+    Raises:
+        TokenizerError: A named token is not in the vocabulary, or the backend's decoder is neither
+            byte-level nor sentencepiece.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        named_tokens: Mapping[str, str] | None = None,
+        eos_ids: Iterable[int] = (),
+        chat: ChatTemplate | None = None,
+    ):
+        # A tokenizer.json may ask to cut or pad texts: right for training, wrong for documents.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._byte_level, self._strips_space = _decoding(backend)
+        self.named_tokens = dict(named_tokens or {})
+        self.bos_id: int | None = self._id_of("bos_token")
+        eos = self._id_of("eos_token")
+        first = () if eos is None else (eos,)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*first, *map(int, eos_ids))))
+        self.chat = chat
+
+    def __repr__(self) -> str:
+        chat = "with" if self.chat else "no"
+        return (
+            f"Tokenizer(vocab_size={self.vocab_size}, bos_id={self.bos_id}, "
+            f"eos_ids={self.eos_ids}, {chat} chat template)"
+        )
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Reads the tokenizer of a Hugging Face or Meta checkpoint directory.
+
+        Reads tokenizer.json, or Meta's Llama 3 tokenizer.model where there is none; the roles of
+        tokens from tokenizer_config.json (older: special_tokens_map.json); more eos ids from
+        generation_config.json and config.json; the chat template from chat_template.jinja or
+        tokenizer_config.json. Without a chat template `chat` is None.
+
+        What is added around a text is what tokenizer.json says, as in transformers 5; where it
+        says nothing, add_bos_token and add_eos_token of tokenizer_config.json decide.
+
+        Raises:
+            TokenizerError: No tokenizer there, or a file that is damaged or not understood.
+        """
+        return cls(**tokenizer_files.read_directory(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, source: GGUFReader | str | Path) -> Tokenizer:
+        """Reads the tokenizer in a GGUF file's metadata: "gpt2" (byte-level) or "llama" models.
+
+        Raises:
+            TokenizerError: The file is damaged, has no tokenizer, or one of an unknown kind.
+        """
+        return cls(**tokenizer_files.read_gguf(source))
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id plus one: the embedding rows it takes to look up any id."""
+        return len(self._pieces)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the control tokens: what `skip_special_tokens` leaves out."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True
+    ) -> np.ndarray:
+        """Token ids of a text.
+
+        What a vocabulary has no bytes for becomes its unknown token or, in a byte-level one, is
+        left out, as the model was trained: SmolLM2 has none for six control characters.
+
+        Args:
+            text: Any length; it is never cut.
+            add_special_tokens: Whether to add what the model expects around a text (for most a BOS
+                before it). False for the output of a chat template, which holds it already.
+            allow_special: Whether the text of a control token in `text` becomes that token, as the
+                output of a chat template needs. Pass False for text from users and documents:
+                `<|im_start|>` in it is then plain characters, so it cannot end a turn, start one
+                or take another role. Added tokens that are not control tokens (`<think>`) are
+                plain characters too, except runs of white space.
+
+        Returns:
+            ids: `int32[T]`.
+
+        Raises:
+            RequestError: `text` is not a string of Unicode characters.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"text to encode must be a str, not {type(text).__name__}")
+        backend = self._backend if allow_special else self._literal
+        if (half := _SURROGATE.search(text)) is not None:
+            raise RequestError(
+                f"text has half a surrogate pair at character {half.start()}, which no encoding of "
+                "Unicode has; read the file with errors='replace'"
+            )
+        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        return np.asarray(encoding.ids, dtype=np.int32)
+
+    def decode(self, ids: ArrayLike | Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: `int[T]`, any array or a list.
+            skip_special_tokens: Whether to leave control tokens out.
+
+        Raises:
+            RequestError: `ids` is not one sequence of integers, or holds an id without a token.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise RequestError(
+                f"decode takes one sequence of integer ids, not {array.dtype}{list(array.shape)}"
+            )
+        stream = self.stream(skip_special_tokens=skip_special_tokens)
+        return stream.put_all(array.tolist()) + stream.flush()
+
+    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
+        """A decoder for tokens as they come; what it emits concatenates to `decode` of them all."""
+        skip = self.special_ids if skip_special_tokens else frozenset()
+        return TokenStream(self._pieces, skip, strips_space=self._strips_space)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that encodes the same way."""
+        return self._backend.to_str()
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of a tokenizer_config.json to stand beside `to_json`."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"clean_up_tokenization_spaces": False, **self.named_tokens}
+        if self.chat is not None:
+            named = [{"name": n, "template": text} for n, text in self.chat.sources.items()]
+            alone = named[0]["name"] == "default" and len(named) == 1
+            config["chat_template"] = named[0]["template"] if alone else named
+        return config
+
+    def _id_of(self, role: str) -> int | None:
+        text = self.named_tokens.get(role)
+        return None if text is None else tokenizer_files.require_known(self._backend, text)
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """The same tokenizer blind to its added tokens, for text that is not trusted."""
+        from tokenizers import Tokenizer as Backend
+
+        data = json.loads(self._backend.to_str())
+        for token in data["added_tokens"]:
+            # Some models' role markers are not flagged special, so all tokens but spaces are.
+            token["special"] = not token["content"].isspace()
+        backend = Backend.from_str(json.dumps(data))
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _pieces(self) -> list[bytes | None]:
+        """The bytes of each id; None where an id has no token."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        pieces: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        alphabet = bpe.byte_alphabet()
+        for text, index in vocabulary.items():
+            if index in added:  # their text is theirs, not in the alphabet of the model's pieces
+                pieces[index] = text.encode()
+            elif not self._byte_level:
+                byte = _BYTE_PIECE.fullmatch(text)
+                pieces[index] = bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
+            elif alphabet.keys() >= set(text):
+                pieces[index] = bytes(alphabet[letter] for letter in text)
+            else:
+                pieces[index] = text.encode()
+        return pieces
+
+
+class TokenStream:
+    """Decodes tokens one at a time and never emits part of a UTF-8 character.
+
+    A token costs the time of its own bytes, whatever came before. Made by `Tokenizer.stream`.
+    """
+
+    def __init__(self, pieces: Sequence[bytes | None], skip: frozenset[int], *, strips_space: bool):
+        self._pieces = pieces
+        self._skip = skip
+        self._strips_space = strips_space
+        self._at_start = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, token_id: int) -> str:
+        """Takes a token and returns the text that became certain, maybe none.
+
+        Raises:
+            RequestError: The tokenizer has no token of this id.
+        """
+        return self.put_all([int(token_id)])
+
+    def put_all(self, ids: Iterable[int]) -> str:
+        """Takes several tokens and returns the text that became certain."""
+        return self._emit(self._utf8.decode(b"".join(map(self._piece, ids))))
+
+    def flush(self) -> str:
+        """Ends the text: returns what was held back (bytes of an unfinished character: U+FFFD)."""
+        text = self._emit(self._utf8.decode(b"", final=True))
+        self._at_start = True
+        return text
+
+    def _piece(self, index: int) -> bytes:
+        piece = self._pieces[index] if 0 <= index < len(self._pieces) else None
+        if piece is None:
+            raise RequestError(
+                f"token id {index} has no token in this tokenizer of {len(self._pieces)} ids; "
+                "the ids are of another model, or the model's vocabulary is padded beyond it"
+            )
+        return b"" if index in self._skip else piece
+
+    def _emit(self, text: str) -> str:
+        if text and self._at_start:
+            self._at_start = False
+            if self._strips_space:  # the one sentencepiece put before the first word
+                return text.removeprefix(" ")
+        return text
+
+
+def _decoding(backend: Backend) -> tuple[bool, bool]:
+    """Whether the backend's pieces are byte-level, and whether decoding drops a leading space."""
+    state = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    steps = [] if state is None else state.get("decoders", [state])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return True, False
+    if kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return False, any(
+            step.get("start", 0) > 0 or step.get("prepend_scheme", "never") != "never"
+            for step in steps
+        )
+    raise TokenizerError(
+        f"the tokenizer decodes by {' + '.join(kinds) or 'nothing'}; only byte-level and "
+        "sentencepiece BPE tokenizers (Llama, Mistral, Qwen, SmolLM and their kin) can be used"
+    )
