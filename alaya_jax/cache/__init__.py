@@ -1,0 +1,21 @@
+"""The KV cache: pages as pytrees on the device, and who owns which page, on the host."""
+
+from alaya_jax.cache.allocator import PageAllocator
+from alaya_jax.cache.paged import (
+    PagedKV,
+    PageTable,
+    append,
+    copy_pages,
+    read_tokens,
+    write_pages,
+)
+
+__all__ = [
+    "PageAllocator",
+    "PageTable",
+    "PagedKV",
+    "append",
+    "copy_pages",
+    "read_tokens",
+    "write_pages",
+]

@@ -1,0 +1,151 @@
+"""Pages of keys and values, and tables that say which pages make a sequence. Pure functions.
+
+A page is Z consecutive tokens of one sequence, for one layer and all kv heads. Sequences share pages;
+whoever writes must own the page alone (see `allocator.py` for copy on write).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.sharding import ShardingRules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKV:
+    """Keys (after RoPE) and values of every layer.
+
+    One array a layer, not one array with a layer axis: a layer's update then touches that layer's
+    buffer only, in place when the cache is donated.
+
+    Attributes:
+      k, v: L arrays [K, P, Z, D].
+    """
+
+    k: tuple[Float[Array, "K P Z D"], ...]
+    v: tuple[Float[Array, "K P Z D"], ...]
+
+    @classmethod
+    def create(
+        cls,
+        config: LlamaConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: jax.typing.DTypeLike,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: ShardingRules | None = None,
+    ) -> "PagedKV":
+        """An empty cache of `num_pages` pages; kv heads sharded by `rules` when there is a mesh."""
+        shape = (config.num_key_value_heads, num_pages, page_size, config.head_dim)
+        sharding = None
+        if mesh is not None:
+            axes = ("kv_heads", None, None, "head_dim")
+            sharding = (rules or ShardingRules()).sharding(mesh, axes, shape)
+        zeros = tuple(
+            jnp.zeros(shape, dtype, device=sharding) for _ in range(2 * config.num_hidden_layers)
+        )
+        return cls(zeros[::2], zeros[1::2])
+
+    @property
+    def num_pages(self) -> int:
+        """P."""
+        return self.k[0].shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Z, tokens."""
+        return self.k[0].shape[2]
+
+    def replace_layer(self, layer: int, k: Array, v: Array) -> "PagedKV":
+        """The same cache with other pages in one layer."""
+        return PagedKV(_replaced(self.k, layer, k), _replaced(self.v, layer, v))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.k[0], jax.Array | jax.ShapeDtypeStruct):
+            return "PagedKV(...)"  # a tree of something else, while jax transforms it
+        heads, pages, size, dim = self.k[0].shape
+        return (
+            f"PagedKV({len(self.k)} layers, {pages} pages of {size} tokens, "
+            f"{heads} kv heads of {dim}, {self.k[0].dtype})"
+        )
+
+
+def _replaced(arrays: tuple[Array, ...], i: int, new: Array) -> tuple[Array, ...]:
+    return (*arrays[:i], new, *arrays[i + 1 :])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which pages hold a batch of sequences.
+
+    Attributes:
+      pages: int32 [B, N], page ids in order; entries past a sequence's last page are never read as keys.
+      length: int32 [B], tokens that each sequence holds.
+    """
+
+    pages: Int[Array, "B N"]
+    length: Int[Array, " B"]
+
+
+def append(
+    kv: PagedKV,
+    layer: int,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    table: PageTable,
+    count: Int[Array, " B"],
+) -> PagedKV:
+    """Writes `count[b]` new tokens of one layer behind the `length[b]` tokens of each sequence.
+
+    The pages that are written must be in the table and owned by that sequence alone; tokens past
+    `count` are not written.
+    """
+    new_k = _append(kv.k[layer], k, table, count)
+    return kv.replace_layer(layer, new_k, _append(kv.v[layer], v, table, count))
+
+
+def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
+    _, num_pages, size, _ = pool.shape
+    new = new.astype(pool.dtype)
+    t = new.shape[1]
+    if t == 1:
+        page = jnp.take_along_axis(table.pages, (table.length // size)[:, None], axis=1)[:, 0]
+        page = jnp.where(count > 0, page, num_pages)  # out of range: dropped
+        return pool.at[:, page, table.length % size].set(new[:, 0].swapaxes(0, 1), mode="drop")
+    # Whole pages at a time (an update a page, not an update a token): the touched pages are read,
+    # overlaid with the new tokens, and written back.
+    touched = -(-t // size) + 1
+    first = table.length // size
+    index = first[:, None] + jnp.arange(touched)  # [B, touched]
+    page = jnp.take_along_axis(table.pages, index, axis=1, mode="clip")
+    position = index[:, :, None] * size + jnp.arange(size)  # [B, touched, Z]
+    source = position - table.length[:, None, None]
+    fresh = (source >= 0) & (source < count[:, None, None])
+    source = jnp.clip(source, 0, t - 1).reshape(source.shape[0], -1, 1, 1)
+    values = jnp.take_along_axis(new, source, axis=1).reshape(*position.shape, *new.shape[2:])
+    values = jnp.where(fresh[None, ..., None], jnp.moveaxis(values, 3, 0), pool[:, page])
+    page = jnp.where(fresh.any(-1), page, num_pages)
+    return pool.at[:, page].set(values, mode="drop", unique_indices=False)
+
+
+def copy_pages(kv: PagedKV, source: Int[Array, " N"], target: Int[Array, " N"]) -> PagedKV:
+    """Copies pages `source[i]` to `target[i]` in every layer; a target out of range is skipped."""
+    return jax.tree.map(lambda pool: pool.at[:, target].set(pool[:, source], mode="drop"), kv)
+
+
+def write_pages(
+    pool: Float[Array, "K P Z D"], pages: Int[Array, " N"], new: Float[Array, "K N Z D"]
+) -> Float[Array, "K P Z D"]:
+    """Writes whole pages; a page id out of range is skipped."""
+    return pool.at[:, pages].set(new.astype(pool.dtype), mode="drop")
+
+
+def read_tokens(pool: Float[Array, "K P Z D"], pages: Int[Array, " N"]) -> Float[Array, "K N*Z D"]:
+    """The tokens of a list of pages, in order."""
+    heads, _, size, dim = pool.shape
+    return pool[:, pages].reshape(heads, pages.shape[0] * size, dim)

@@ -1,0 +1,418 @@
+"""The database: contexts at rest and in memory, and the sessions that read them.
+
+    db = aj.DB("contexts.db", model)
+    db.import_context(document)
+    session, rest = db.create_session(document + question)
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, overload
+
+import numpy as np
+
+from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.model import Model
+from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.progress import progress_bar
+from alaya_jax.session import Session
+from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for ending, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Memory the database may use.
+
+    Attributes:
+      device: for the KV pages of all contexts in use and all sessions, over all devices; bytes, or a
+        string such as "8GiB".
+    """
+
+    device: int | str = "2GiB"
+
+    @property
+    def device_bytes(self) -> int:
+        """`device` in bytes.
+
+        Raises:
+          RequestError: not a size.
+        """
+        if isinstance(self.device, int):
+            size = self.device
+        else:
+            match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B?)\s*", self.device)
+            if not match or match[2] not in _UNITS:
+                raise RequestError(f"Budget(device={self.device!r}): use bytes, or e.g. '8GiB'")
+            size = int(float(match[1]) * _UNITS[match[2]])
+        if size <= 0:
+            raise RequestError(f"Budget(device={self.device!r}): must be positive")
+        return size
+
+
+class Context:
+    """A prompt whose keys and values are stored. Handles compare by identity.
+
+    Attributes:
+      id: name in the database.
+      title: for people.
+      num_tokens: length.
+      problem: why it cannot be used, and the way out; None when it can.
+    """
+
+    def __init__(self, record: ContextRecord, store: DirectoryStore):
+        """Made by the database."""
+        self.id = record.id
+        self.title = record.header.title if record.header else ""
+        self.num_tokens = record.num_tokens
+        self.nbytes = record.nbytes
+        self.created = record.created
+        self.problem = record.problem
+        self.header = record.header
+        self._store = store
+        self._tokens: np.ndarray | None = None
+        self._resident: Sequence | None = None
+        self._used = 0
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, int32 [n].
+
+        Raises:
+          ContextError: the stored context is damaged.
+        """
+        if self._tokens is None:
+            self._tokens = self._store.tokens(self.id)
+        return self._tokens
+
+    def __repr__(self) -> str:
+        place = "in memory" if self._resident else "on disk"
+        name = f"{self.title!r}, " if self.title else ""
+        return f"Context({name}{self.num_tokens:,} tokens, {place}, {self.problem or self.id})"
+
+
+class DB:
+    """Contexts of one model, on disk and in a pool of pages on the device. Not thread-safe.
+
+    Args:
+      path: directory of the database; made if it is not there.
+      model: keys and values of other models are kept apart, and never reused.
+      budget: memory for pages.
+      namespace: contexts are found only in their own namespace.
+      page_size: Z, tokens a page.
+      read_only: contexts can be read but not stored; several processes may then open the path.
+
+    Raises:
+      DatabaseError: the path cannot be used, or another process has it open.
+      RequestError: the budget holds no page.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: Model,
+        budget: Budget | None = None,
+        namespace: str = "",
+        *,
+        page_size: int = 16,
+        read_only: bool = False,
+    ):
+        self.model = model
+        self.budget = budget or Budget()
+        self.namespace = namespace
+        page_bytes = self.token_bytes * page_size
+        num_pages = self.budget.device_bytes // page_bytes
+        if page_size < 1 or num_pages < 1:
+            raise RequestError(
+                f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} tokens of "
+                f"{model.name} takes {page_bytes:,} bytes; raise the budget"
+            )
+        self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
+        self.pool.evict = self._evict
+        self._store = DirectoryStore(path, read_only=read_only)
+        self._clock = 0
+        # A record of another model, layout or namespace is not ours to show; a damaged one may be.
+        self._contexts = {
+            record.id: Context(record, self._store)
+            for record in self._store.list()
+            if record.header is None or self._is_ours(record.header)
+        }
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, all layers."""
+        c = self.model.config
+        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        return width * self.model.dtype.itemsize
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return str(self._store.path)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """Contexts of this model and namespace, oldest first, damaged ones too."""
+        return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
+
+    def import_context(
+        self,
+        text_or_tokens: str | Iterable[int] | np.ndarray,
+        kv: Iterable[tuple[Any, Any]] | None = None,
+        *,
+        title: str = "",
+        progress: bool = True,
+    ) -> Context:
+        """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
+
+        What is stored already is not computed again: the longest stored prefix is reused, and a context
+        that is there is returned as it is. Interrupted, nothing is stored.
+
+        Args:
+          text_or_tokens: the prompt.
+          kv: per layer keys (after RoPE) and values, each [K, n, D]; None: they are computed.
+          title: for people.
+          progress: shows a bar on stderr when it is a terminal.
+
+        Raises:
+          RequestError: the prompt is empty, longer than the model allows, or kv has other shapes.
+          CacheFullError: it does not fit into the budget.
+          DatabaseError: it cannot be written.
+        """
+        tokens = self._tokens_of(text_or_tokens)
+        self._check_length(tokens)
+        header = self._header(title)
+        known = self._contexts.get(header.context_id(tokens))
+        if known is not None and known.problem is None:
+            return known
+        if kv is not None:
+            return self._write(header, tokens, kv)
+        session, rest = self.create_session(tokens)
+        with session:
+            with progress_bar("reading the document", len(rest), show=progress) as advance:
+                session.prefill(rest, on_chunk=advance)
+            return self.store(session, title=title)
+
+    @overload
+    def create_session(self, prompt: str | np.ndarray | list[int]) -> tuple[Session, np.ndarray]: ...
+
+    @overload
+    def create_session(
+        self, prompt: list[str] | list[np.ndarray] | list[list[int]]
+    ) -> tuple[Session, list[np.ndarray]]: ...
+
+    def create_session(self, prompt: Any) -> tuple[Session, Any]:
+        """Opens a session on the longest stored prefix of a prompt, at any token.
+
+        Args:
+          prompt: text or token ids; or a list of texts or of id lists, for a batch.
+
+        Returns:
+          the session, and the token ids that are left to prefill, int32 [n] (a list for a batch): at
+          least the last one, whose logits come next.
+
+        Raises:
+          RequestError: a prompt is empty, too long, or has ids outside the vocabulary.
+          ContextError: the stored context is damaged.
+          CacheFullError: the stored context does not fit into the budget.
+        """
+        batched = isinstance(prompt, list | tuple) and not (
+            len(prompt) and isinstance(prompt[0], int | np.integer)
+        )
+        prompts = [self._tokens_of(p) for p in (prompt if batched else [prompt])]
+        if not prompts:
+            raise RequestError("create_session: the list of prompts is empty; give at least one")
+        sequences, found = [], []
+        try:
+            for tokens in prompts:
+                self._check_length(tokens)
+                context, length = self._longest_prefix(tokens)
+                found.append(context)
+                sequences.append(self._attach(context, length) if context else Sequence())
+        except BaseException:
+            for sequence in sequences:
+                self.pool.release(sequence)
+            raise
+        tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
+        session = Session(self.model, self.pool, sequences, tokens, found, batched=batched)
+        rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
+        return session, rest if batched else rest[0]
+
+    def store(self, session: Session, *, title: str = "", tokens: Any = None) -> Context:
+        """Stores what a session holds as a context; the session goes on as before.
+
+        Args:
+          session: of one sequence.
+          title: for people.
+          tokens: ids of the session's tokens, needed when it was filled by `Session.update` alone.
+
+        Raises:
+          RequestError: the session is empty, a batch, or its token ids are not known.
+          DatabaseError: it cannot be written.
+        """
+        if session.batch_size != 1:
+            raise RequestError(
+                f"store: the session is a batch of {session.batch_size}; store the forks of single "
+                "sequences instead"
+            )
+        sequence, known = session.sequences[0], session.tokens[0]
+        ids = self.model.check_tokens(known if tokens is None else tokens)
+        if len(ids) != sequence.length or not len(ids):
+            raise RequestError(
+                f"store: the session holds {sequence.length} tokens and the ids of {len(ids)} are known; "
+                "prefill something first, or pass tokens="
+            )
+        layers = range(self.model.config.num_hidden_layers)
+        kv = (self.pool.read(sequence, layer) for layer in layers)
+        context = self._write(self._header(title), ids, kv)
+        if context._resident is None:
+            context._resident = self.pool.share(sequence, sequence.length)
+            self._touch(context)
+        return context
+
+    def remove(self, context: Context | str) -> None:
+        """Deletes a stored context; sessions that read it go on.
+
+        Raises:
+          ContextError: it is not there.
+        """
+        id = context if isinstance(context, str) else context.id
+        self._store.remove(id)
+        gone = self._contexts.pop(id, None)
+        if gone is not None:
+            self._drop(gone)
+
+    def check(self, context: Context | str) -> list[str]:
+        """Reads a whole stored context and returns every problem found, in words."""
+        return list(self._store.check(context if isinstance(context, str) else context.id))
+
+    def close(self) -> None:
+        """Lets go of the path and the pages; closing twice is allowed."""
+        for context in self._contexts.values():
+            self._drop(context)
+        self._store.close()
+
+    def __enter__(self) -> "DB":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"DB({self.path!r}, {self.model.name}, {len(self._contexts)} contexts, "
+            f"{self.pool.free_tokens:,} of {self.pool.num_pages * self.pool.page_size:,} tokens free)"
+        )
+
+    def _tokens_of(self, prompt: Any) -> np.ndarray:
+        if isinstance(prompt, str):
+            return self.model.encode(prompt)
+        return self.model.check_tokens(prompt)
+
+    def _check_length(self, tokens: np.ndarray) -> None:
+        if not len(tokens):
+            raise RequestError("the prompt has no tokens; give at least one")
+        limit = self.model.config.max_length
+        if len(tokens) > limit:
+            raise RequestError(
+                f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to {limit:,}; "
+                "shorten it, or use a model with a longer context"
+            )
+        room = self.pool.num_pages * self.pool.page_size
+        if len(tokens) > room:
+            needed = math.ceil(len(tokens) / self.pool.page_size) * self.pool.page_size
+            raise CacheFullError(
+                f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "
+                f"Budget(device={self.budget.device!r}) to at least {needed * self.token_bytes:,} bytes"
+            )
+
+    def _header(self, title: str) -> ContextHeader:
+        c = self.model.config
+        return ContextHeader(
+            fingerprint=self.model.fingerprint,
+            dtype=self.model.dtype.name,
+            num_layers=c.num_hidden_layers,
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            page_size=self.pool.page_size,
+            namespace=self.namespace,
+            title=title,
+        )
+
+    def _is_ours(self, header: ContextHeader) -> bool:
+        return header == dataclasses.replace(self._header(""), title=header.title)
+
+    def _write(self, header: ContextHeader, tokens: np.ndarray, kv: Iterable[Any]) -> Context:
+        def on_host() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for k, v in kv:
+                yield np.asarray(k), np.asarray(v)
+
+        id = self._store.write(header, tokens, on_host())
+        if id not in self._contexts or self._contexts[id].problem is not None:
+            record = next(r for r in self._store.list() if r.id == id)
+            self._contexts[id] = Context(record, self._store)
+        return self._contexts[id]
+
+    def _longest_prefix(self, tokens: np.ndarray) -> tuple[Context | None, int]:
+        """The context that shares most tokens; the last token of a prompt is always left over."""
+        best, length = None, 0
+        for context in self._contexts.values():
+            if context.problem is not None:
+                continue
+            n = min(context.num_tokens, len(tokens) - 1)
+            if n <= length:
+                continue
+            differ = context.tokens[:n] != tokens[:n]
+            shared = int(np.argmax(differ)) if differ.any() else n
+            if shared > length:
+                best, length = context, shared
+        return best, length
+
+    def _attach(self, context: Context, length: int) -> Sequence:
+        """A share of the first tokens of a context, read from disk if they are not in memory."""
+        self._touch(context)
+        resident = context._resident
+        if resident is None or resident.length < length:
+            loaded = Sequence()
+            try:
+                self.pool.reserve(loaded, length)
+                for layer in range(self.model.config.num_hidden_layers):
+                    k, v = self._store.read_kv(context.id, layer, 0, length)
+                    self.pool.write(loaded, layer, k, v)
+            except BaseException as error:
+                self.pool.release(loaded)
+                if isinstance(error, ContextError):
+                    context.problem = str(error)
+                raise
+            loaded.length = length
+            self._drop(context)
+            context._resident = loaded
+        assert context._resident is not None
+        return self.pool.share(context._resident, length)
+
+    def _touch(self, context: Context) -> None:
+        self._clock += 1
+        context._used = self._clock
+
+    def _drop(self, context: Context) -> None:
+        if context._resident is not None:
+            self.pool.release(context._resident)
+            context._resident = None
+
+    def _evict(self) -> bool:
+        """Gives back the pages of the context that was used longest ago; it stays on disk."""
+        resident = [c for c in self._contexts.values() if c._resident is not None]
+        if not resident:
+            return False
+        self._drop(min(resident, key=lambda c: c._used))
+        return True
+
+

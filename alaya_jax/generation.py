@@ -1,0 +1,308 @@
+"""Generating text from a session: prefill, then blocks of decode steps, streamed token by token."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alaya_jax import programs
+from alaya_jax.errors import AlayaError, RequestError, TokenizerError
+from alaya_jax.progress import progress_bar
+from alaya_jax.query import Full
+from alaya_jax.sampling import Greedy, Sampling, StopText, init_sampler, sample
+from alaya_jax.session import Session
+
+BLOCK = 16
+"""Most decode steps of one device call. The next call is under way while one's tokens are read."""
+
+_sample = jax.jit(sample, static_argnums=0, donate_argnums=1)
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    Attributes:
+      id: token id.
+      text: new text that it completes; may be empty (half a character, or held back as the start of a
+        stop string).
+      logprob: of the model's own distribution, natural logarithm.
+      sequence: which sequence of the batch.
+      alternatives: the likeliest (id, logprob), as many as `Sampling.logprobs` asks for.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    sequence: int = 0
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass
+class Timing:
+    """Wall times, seconds. The first call of a new shape includes its compilation.
+
+    Attributes:
+      prefill_tokens: tokens the model was run over before the first new one, longest sequence.
+      first_token_s: from the call to the first token.
+      decode_tokens: tokens after the first, over the batch.
+      decode_s: from the first token to the last.
+    """
+
+    prefill_tokens: int = 0
+    first_token_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, over the batch; 0 when nothing was decoded."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+def generate(
+    session: Session,
+    tokens: Any = (),
+    *,
+    max_new_tokens: int = 256,
+    attention: programs.Queries | None = None,
+    prefill: programs.Queries | None = None,
+    sampling: Sampling | list[Sampling] | None = None,
+    progress: bool = False,
+) -> "Generation":
+    """Continues a session, yielding tokens as they come.
+
+        session, rest = db.create_session(prompt)
+        for token in aj.generate(session, rest, attention=aj.DIPR(beta=50.0)):
+            print(token.text, end="", flush=True)
+
+    Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far; a later call goes
+    on from there. A request that cannot fit is refused here, before anything runs.
+
+    Args:
+      session: where to continue.
+      tokens: ids that come first: what `create_session` left over, or the next turn of a conversation
+        (a list of such for a batch).
+      max_new_tokens: at most so many for each sequence.
+      attention: what decoding asks of the keys; default `Full()`.
+      prefill: what prefill asks of the keys; default `Full()`.
+      sampling: default `Greedy()`; one for all sequences or one for each.
+      progress: shows a bar for the prefill on stderr when it is a terminal.
+
+    Raises:
+      RequestError: too long for the model, nothing to feed, or sampling out of range.
+      CacheFullError: no room in the cache.
+      TokenizerError: stop strings are asked for and the model has no tokenizer.
+    """
+    return Generation(
+        session,
+        tokens,
+        max_new_tokens,
+        Full() if attention is None else attention,
+        Full() if prefill is None else prefill,
+        sampling or Greedy(),
+        progress,
+    )
+
+
+class Generation(Iterator[Token]):
+    """A running generation: an iterator of tokens, and what is known so far.
+
+    Attributes:
+      ids: token ids so far, without those that end a sequence; a list for each sequence.
+      finish_reasons: "eos" (or another of the ids that end it), "stop" (a stop string), "length", or
+        None while it runs; for each sequence.
+      timing: see `Timing`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokens: Any,
+        max_new_tokens: int,
+        attention: programs.Queries,
+        prefill: programs.Queries,
+        sampling: Sampling | list[Sampling],
+        progress: bool,
+    ):
+        """See `generate`."""
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        model, batch = session.model, session.batch_size
+        rows = session.rows(tokens)
+        if not all(len(row) for row in rows):
+            raise RequestError(
+                "generate: every sequence needs at least one token to go on from; pass what "
+                "create_session left over"
+            )
+        each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+        if any(s.stop for s in each) and model.tokenizer is None:
+            raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
+        prompts = [
+            np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)
+        ]
+        self._processors, self._sampler = init_sampler(each, prompts, model.config.vocab_size)
+        # The last token sampled is never fed, so it needs no room.
+        session.make_room([len(row) + max_new_tokens - 1 for row in rows])
+
+        self.session = session
+        self.ids: list[list[int]] = [[] for _ in range(batch)]
+        self.finish_reasons: list[str | None] = [None] * batch
+        self.timing = Timing(prefill_tokens=max(len(row) for row in rows))
+        self._new = tokens
+        self._max = max_new_tokens
+        self._attention, self._prefill = attention, prefill
+        self._progress = progress
+        eos = model.config.eos_token_ids
+        if model.tokenizer is not None:
+            eos = (*eos, *model.tokenizer.eos_ids)
+        self._end_ids = [s.end_ids(eos) for s in each]
+        self._texts: list[list[str]] = [[] for _ in range(batch)]
+        self._streams = [model.tokenizer.stream() if model.tokenizer else None for _ in each]
+        self._stops = [StopText(s.stop) for s in each]
+        self._tokens = self._run()
+
+    @property
+    def text(self) -> str | list[str]:
+        """All text so far; a list for a batch."""
+        texts = ["".join(pieces) for pieces in self._texts]
+        return texts if self.session.batched else texts[0]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the (first) sequence ended."""
+        return self.finish_reasons[0]
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """Stops here, as leaving the loop does."""
+        self._tokens.close()
+
+    def __repr__(self) -> str:
+        return f"Generation({[len(i) for i in self.ids]} tokens, {self.finish_reasons})"
+
+    def _run(self) -> Iterator[Token]:
+        session, started = self.session, time.perf_counter()
+        total = self.timing.prefill_tokens
+        with progress_bar("reading the prompt", total, show=self._progress) as advance:
+            logits = session.prefill(self._new, self._prefill, on_chunk=advance)
+        token, logprob, alternatives, sampler = _sample(self._processors, self._sampler, logits)
+        first = np.asarray(token)
+        self.timing.first_token_s = time.perf_counter() - started
+        yield from self._accept(first, np.asarray(logprob), _rows(alternatives))
+        started = time.perf_counter()
+        try:
+            for row in self._decode(token, sampler):
+                for new in self._accept(*row):
+                    self.timing.decode_s = time.perf_counter() - started
+                    self.timing.decode_tokens += 1
+                    yield new
+        finally:
+            for sequence in session.sequences:
+                session.pool.trim(sequence)
+
+    def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
+        session = self.session
+        config = session.model.config
+        width = max(1, *(len(ids) for ids in self._end_ids))
+        end_ids = np.full((session.batch_size, width), -1, np.int32)
+        for row, ids in zip(end_ids, self._end_ids, strict=True):
+            row[: len(ids)] = ids
+        table = session.pool.table(session.sequences)
+        on_device = jnp.asarray(self._running)
+        under_way: tuple[programs.Decoded, list[int]] | None = None
+        left, block = self._max - 1, 2
+        while under_way is not None or (left > 0 and self._running.any()):
+            finished, under_way = under_way, None
+            if left > 0 and self._running.any():
+                steps = min(block, left)
+                decoded, table, token, sampler = session.pool.run(
+                    programs.decode,
+                    table,
+                    token,
+                    on_device & jnp.asarray(self._running),
+                    jnp.asarray(end_ids),
+                    sampler,
+                    jnp.int32(steps),
+                    self._attention,
+                    kv_result=1,
+                    config=config,
+                    processors=self._processors,
+                    capacity=BLOCK,
+                )
+                on_device = decoded.running
+                under_way, left = (decoded, []), left - steps
+                block = min(2 * block, BLOCK)  # short ones first: the reader waits for them
+            if finished is not None:
+                yield from self._read(finished[0])
+
+    def _read(self, decoded: programs.Decoded) -> Iterator[tuple[Any, Any, Any]]:
+        """The rows of one device call; blocks until it has run."""
+        steps = int(decoded.steps)
+        tokens, logprobs = np.asarray(decoded.tokens), np.asarray(decoded.logprobs)
+        alternatives = _rows(decoded.alternatives)
+        lengths = self.session.lengths
+        fed = np.zeros(self.session.batch_size, np.int64)
+        if steps:
+            # A sequence is fed in every step before which it ran: one more than it gave tokens, when
+            # its last token is not one.
+            fed = (tokens[:steps] >= 0).sum(0)
+            self.session.count_reads(
+                "decode", self._attention, np.asarray(decoded.attended), lengths, fed
+            )
+        for s in range(steps):
+            yield tokens[s], logprobs[s], alternatives and [a[s] for a in alternatives]
+
+    @property
+    def _running(self) -> np.ndarray:
+        return np.asarray([reason is None for reason in self.finish_reasons])
+
+    def _accept(self, ids: Any, logprobs: Any, alternatives: Any) -> Iterator[Token]:
+        """Takes one new token of each running sequence."""
+        session = self.session
+        for b in range(session.batch_size):
+            if self.finish_reasons[b] is not None:
+                continue
+            id = int(ids[b])
+            if id < 0:
+                raise AlayaError(
+                    f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; check "
+                    "the weights, or use dtype='float32'"
+                )
+            # The token before this one was fed to the model: it is in the cache now.
+            session.commit(b, session.pending[b])
+            session.pending[b] = [id]
+            if id in self._end_ids[b]:
+                self.finish_reasons[b] = "eos"
+                text = self._flush(b)
+                if text:
+                    self._texts[b].append(text)
+                continue
+            self.ids[b].append(id)
+            stream, stop = self._streams[b], self._stops[b]
+            text = stop.put(stream.put(id)) if stream else ""
+            if stop.stopped:
+                self.finish_reasons[b] = "stop"
+            elif len(self.ids[b]) == self._max:
+                self.finish_reasons[b] = "length"
+                text += self._flush(b)
+            self._texts[b].append(text)
+            likely = () if not alternatives else tuple(zip(*(a[b].tolist() for a in alternatives)))
+            yield Token(id, text, float(logprobs[b]), b, likely)
+
+    def _flush(self, b: int) -> str:
+        """Text held back, once nothing can follow it."""
+        stream, stop = self._streams[b], self._stops[b]
+        if stream is None:
+            return ""
+        return stop.put(stream.flush()) + stop.flush()
+
+
+def _rows(alternatives: Any) -> list[np.ndarray] | None:
+    return None if alternatives is None else [np.asarray(a) for a in alternatives]

@@ -1,0 +1,119 @@
+"""A loaded model: architecture, weights on their devices, tokenizer."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.llama import Params
+from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.sharding import ShardingRules
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A Llama and what belongs to it.
+
+    Attributes:
+      config: architecture.
+      params: parameter pytree; see `models.llama`.
+      tokenizer: None when the checkpoint has none; token ids work all the same.
+      fingerprint: of config and weights; contexts of another fingerprint are not reused.
+      name: for people.
+      mesh, rules: where the parameters lie; no mesh is the default device.
+    """
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+    fingerprint: str = ""
+    name: str = "model"
+    mesh: Mesh | None = None
+    rules: ShardingRules = ShardingRules()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type that the model computes in, and of its keys and values: that of the embeddings."""
+        return self.params["embed"]["embedding"].dtype
+
+    def encode(self, text: str, **options: Any) -> np.ndarray:
+        """Token ids of a text, int32 [n]; options as in `Tokenizer.encode`.
+
+        Raises:
+          TokenizerError: the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{self.name} has no tokenizer, so text cannot be encoded; pass token ids, or put "
+                "tokenizer.json beside the weights"
+            )
+        return self.tokenizer.encode(text, **options)
+
+    def check_tokens(self, tokens: Any) -> np.ndarray:
+        """Token ids as int32 [n].
+
+        Raises:
+          RequestError: not a list of whole numbers, or an id outside the vocabulary.
+        """
+        ids = np.asarray(tokens)
+        if ids.size == 0:
+            return np.zeros(0, np.int32)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError(f"token ids must be whole numbers [n], got {ids.dtype} {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise RequestError(
+                f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary of {self.name} from 0 "
+                f"to {self.config.vocab_size - 1}; encode the text with this model's tokenizer"
+            )
+        return ids.astype(np.int32)
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        place = f"mesh {dict(self.mesh.shape)}" if self.mesh else str(jax.devices()[0])
+        return (
+            f"Model({self.name}, {count / 1e6:,.1f}M parameters, {self.dtype.name}, "
+            f"up to {self.config.max_length:,} tokens, on {place})"
+        )
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    rules: ShardingRules | None = None,
+    progress: bool = True,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      path_or_name: an HF directory, a GGUF file, or a bundled name such as "smollm2-135m".
+      mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
+      dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
+      rules: which axis goes where; default `ShardingRules()`.
+      progress: shows a bar on stderr when it is a terminal.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not understood.
+    """
+    rules = rules or ShardingRules()
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        auto = (AxisType.Auto,) * len(mesh.axis_names)
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    read = read_checkpoint(path_or_name, mesh=mesh, rules=rules, dtype=dtype, progress=progress)
+    return Model(
+        config=read.config,
+        params=read.params,
+        tokenizer=read.tokenizer,
+        fingerprint=read.fingerprint,
+        name=Path(path_or_name).name,
+        mesh=mesh,
+        rules=rules,
+    )

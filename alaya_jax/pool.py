@@ -1,0 +1,212 @@
+"""The pool of pages that all sessions and contexts of a database share: device arrays and their owners.
+
+The one place where the cache pytree changes hands: every compiled program that donates it goes through
+`PagePool.run`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alaya_jax import cache
+from alaya_jax.cache import PageAllocator, PagedKV, PageTable
+from alaya_jax.errors import DatabaseError
+from alaya_jax.model import Model
+
+TABLE_BUCKET = 64
+"""Smallest width of a page table; wider ones are powers of two, so few programs are compiled."""
+
+
+@dataclasses.dataclass
+class Sequence:
+    """One sequence's place in the pool. Owned by a session or a context.
+
+    Attributes:
+      pages: ids of the pages it holds a reference to, in order; may reach past `length`.
+      length: tokens that are valid.
+    """
+
+    pages: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    length: int = 0
+
+
+class PagePool:
+    """Device pages and the host's accounts of them."""
+
+    def __init__(self, model: Model, num_pages: int, page_size: int, setting: str):
+        """Args: model; P; Z; the setting to name when the pool is exhausted."""
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self._model = model
+        self._setting = setting
+        self._allocator = PageAllocator(num_pages, page_size, setting)
+        self._kv: PagedKV | None = None
+        self.evict: Callable[[], bool] = lambda: False
+        """Called when pages run out: frees some and says whether it could."""
+
+    @property
+    def kv(self) -> PagedKV:
+        """The cache; allocated when first needed."""
+        if self._kv is None:
+            m = self._model
+            self._kv = PagedKV.create(
+                m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules
+            )
+        if self._kv.k[0].is_deleted():
+            raise DatabaseError(
+                "the KV cache was lost when a program was interrupted; open the database again (stored "
+                "contexts are safe)"
+            )
+        return self._kv
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that fit without evicting anything."""
+        return self._allocator.num_free * self.page_size
+
+    def run(self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any) -> Any:
+        """Runs `program(params, kv, *args)`, which donates the cache and gives it back.
+
+        Args:
+          program: compiled.
+          *args, **static: the rest of its arguments.
+          kv_result: where in the result the cache is; None when it is the whole result.
+
+        Returns:
+          the result without the cache.
+        """
+        with _uninterrupted():
+            result = program(self._model.params, self.kv, *args, **static)
+            if kv_result is None:
+                self._kv = result
+                return None
+            self._kv = result[kv_result]
+        return (*result[:kv_result], *result[kv_result + 1 :])
+
+    def reserve(self, sequence: Sequence, count: int) -> None:
+        """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
+
+        Raises:
+          CacheFullError: the pool is exhausted, whatever is evicted; nothing changes.
+        """
+        size = self.page_size
+        needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
+        # Only the page that the last token is in can be shared: later ones hold no token.
+        tail = sequence.length // size if count and sequence.length % size else None
+        if tail is not None and not self._allocator.is_shared(int(sequence.pages[tail])):
+            tail = None
+        after = int(sequence.pages[-1]) if len(sequence.pages) else None
+        fresh = self._allocate(needed + (tail is not None), after)
+        if tail is not None:
+            shared = sequence.pages[tail : tail + 1].copy()
+            self.run(_copy_pages, shared, fresh[-1:], kv_result=None)
+            sequence.pages[tail], fresh = fresh[-1], fresh[:-1]
+            self._allocator.release(shared)
+        sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
+
+    def _allocate(self, n: int, after: int | None) -> np.ndarray:
+        while self._allocator.num_free < n and self.evict():
+            pass
+        return self._allocator.allocate(n, after)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Gives back pages past the sequence's length."""
+        keep = -(-sequence.length // self.page_size)
+        self._allocator.release(sequence.pages[keep:])
+        sequence.pages = sequence.pages[:keep]
+
+    def share(self, sequence: Sequence, length: int) -> Sequence:
+        """A second holder of the first `length` tokens."""
+        pages = sequence.pages[: -(-length // self.page_size)]
+        self._allocator.share(pages)
+        return Sequence(pages.copy(), length)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back all pages of a sequence, which is empty then."""
+        self._allocator.release(sequence.pages)
+        sequence.pages, sequence.length = sequence.pages[:0], 0
+
+    def table(self, sequences: list[Sequence]) -> PageTable:
+        """The page table of a batch, as wide as the next bucket."""
+        longest = max(len(s.pages) for s in sequences)
+        width = max(TABLE_BUCKET, 1 << (longest - 1).bit_length() if longest > 1 else 1)
+        pages = np.zeros((len(sequences), width), np.int32)
+        for row, sequence in zip(pages, sequences, strict=True):
+            n = len(sequence.pages)
+            row[:n] = sequence.pages
+            # The rest of the last tile is never seen; as a run it keeps that tile one slice.
+            last = sequence.pages[-1] if n else -1
+            row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
+        return PageTable(jnp.asarray(pages), jnp.asarray([s.length for s in sequences], jnp.int32))
+
+    def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
+        heads, n, dim = k.shape
+        count = -(-n // self.page_size)
+        width = max(TABLE_BUCKET, 1 << (count - 1).bit_length())
+        pages = np.full(width, self.num_pages, np.int32)  # out of range: skipped
+        pages[:count] = sequence.pages[:count]
+
+        def paged(x: np.ndarray) -> np.ndarray:
+            out = np.zeros((heads, width * self.page_size, dim), x.dtype)
+            out[:, :n] = x
+            return out.reshape(heads, width, self.page_size, dim)
+
+        with _uninterrupted():
+            old = self.kv
+            new_k, new_v = _write_pages(old.k[layer], old.v[layer], pages, paged(k), paged(v))
+            self._kv = old.replace_layer(layer, new_k, new_v)
+
+    def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of one layer, each [K, n, D], on the host."""
+        count = -(-sequence.length // self.page_size)
+        width = max(TABLE_BUCKET, 1 << max(count - 1, 0).bit_length())
+        pages = np.zeros(width, np.int32)
+        pages[:count] = sequence.pages[:count]
+        k, v = _read_tokens(self.kv.k[layer], self.kv.v[layer], pages)
+        return np.asarray(k)[:, : sequence.length], np.asarray(v)[:, : sequence.length]
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def _copy_pages(params: Any, kv: PagedKV, source: jax.Array, target: jax.Array) -> PagedKV:
+    del params
+    return cache.copy_pages(kv, source, target)
+
+
+@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"))
+def _write_pages(
+    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+
+
+@jax.jit
+def _read_tokens(
+    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off until the block ends: between donating the cache and getting it back, an
+    interrupt would lose every sequence."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])

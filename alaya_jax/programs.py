@@ -1,0 +1,193 @@
+"""The two compiled programs of a running model: `extend` a sequence, `decode` many tokens.
+
+Both take the cache, give it back, and donate it: it is updated in place, never copied. Sizes that vary
+while a program runs (lengths, number of steps, thresholds) are data; what would compile anew is a new
+batch size, chunk size or page-table width, and those come in buckets.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alaya_jax import attention, cache
+from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.llama import Params, forward
+from alaya_jax.query import Query, of_layer
+from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
+
+Queries = Query | tuple[Query, ...]
+
+
+def step(
+    params: Params,
+    config: LlamaConfig,
+    kv: PagedKV,
+    table: PageTable,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    query: Queries,
+    rope_length: int | None = None,
+) -> tuple[Float[Array, "B V"], PagedKV, Int[Array, "L B H"]]:
+    """The model over `count[b]` new tokens of each sequence; pure, not compiled.
+
+    Args:
+      params, config: the model.
+      kv: cache; the pages of the new tokens are allocated and in `table`.
+      table: pages, and lengths before the new tokens.
+      tokens: padded to T.
+      count: how many of the T are real.
+      query: what attention asks of the keys; one, or one a layer.
+      rope_length: see `models.rope.inverse_frequencies`.
+
+    Returns:
+      logits of each sequence's last new token, float32; the cache with the new tokens; keys attended
+      to, summed over the new tokens.
+    """
+    positions = table.length[:, None] + jnp.arange(tokens.shape[1])
+
+    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        kv, attended = state
+        kv = cache.append(kv, layer, k, v, table, count)
+        out, keys = attention.attend(
+            of_layer(query, layer), q, kv.k[layer], kv.v[layer], table, count
+        )
+        return out, (kv, (*attended, jnp.sum(keys, axis=1)))
+
+    logits, (kv, attended) = forward(
+        params,
+        config,
+        tokens,
+        positions,
+        attend,
+        (kv, ()),
+        logits_at=jnp.maximum(count - 1, 0),
+        rope_length=rope_length,
+    )
+    return logits, kv, jnp.stack(attended)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "rope_length"), donate_argnames=("kv",)
+)
+def extend(
+    params: Params,
+    kv: PagedKV,
+    table: PageTable,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    query: Queries,
+    *,
+    config: LlamaConfig,
+    rope_length: int | None = None,
+) -> tuple[Float[Array, "B V"], PagedKV, Int[Array, "L B H"]]:
+    """`step`, compiled: one chunk of a prefill."""
+    return step(params, config, kv, table, tokens, count, query, rope_length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What one call of `decode` produced; the first `steps` rows are real.
+
+    Attributes:
+      tokens: int32 [N, B]; -1 for a sequence that had ended, or whose logits were not finite.
+      logprobs: float32 [N, B], of the model's own distribution.
+      alternatives: the likeliest tokens of each step, [N, B, n], or None.
+      steps: how many steps ran: fewer than asked for when every sequence ended.
+      running: bool [B], sequences that may go on.
+      attended: int32 [L, B, H], keys attended to, summed over steps.
+    """
+
+    tokens: Int[Array, "N B"]
+    logprobs: Float[Array, "N B"]
+    alternatives: Alternatives | None
+    steps: Int[Array, ""]
+    running: Bool[Array, " B"]
+    attended: Int[Array, "L B H"]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "processors", "capacity", "rope_length"),
+    donate_argnames=("kv", "sampler"),
+)
+def decode(
+    params: Params,
+    kv: PagedKV,
+    table: PageTable,
+    token: Int[Array, " B"],
+    running: Bool[Array, " B"],
+    end_ids: Int[Array, "B M"],
+    sampler: SamplerState,
+    steps: Int[Array, ""],
+    query: Queries,
+    *,
+    config: LlamaConfig,
+    processors: Processors,
+    capacity: int,
+    rope_length: int | None = None,
+) -> tuple[Decoded, PagedKV, PageTable, Int[Array, " B"], SamplerState]:
+    """Up to `steps` tokens of every running sequence, without a host round trip.
+
+    Each step feeds the last token, whose key and value join the cache, and samples the next. A sequence
+    ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
+
+    Args:
+      params, config, query, rope_length: as in `step`.
+      kv, table: cache with pages allocated for `steps` more tokens of each sequence.
+      token: last token of each sequence, sampled or given, not in the cache yet.
+      running: sequences that are to go on.
+      end_ids: ids that end each sequence.
+      sampler, processors: see `sampling.init_sampler`.
+      steps: at most `capacity`.
+      capacity: N, rows of the result; static.
+
+    Returns:
+      the tokens; cache, table, last tokens and sampler for the next call.
+    """
+    batch = token.shape[0]
+    wanted = processors.logprobs
+    out = Decoded(
+        tokens=jnp.full((capacity, batch), -1, jnp.int32),
+        logprobs=jnp.zeros((capacity, batch)),
+        alternatives=Alternatives(
+            jnp.zeros((capacity, batch, wanted), jnp.int32), jnp.zeros((capacity, batch, wanted))
+        )
+        if wanted
+        else None,
+        steps=jnp.int32(0),
+        running=running,
+        attended=jnp.zeros((config.num_hidden_layers, batch, config.num_attention_heads), jnp.int32),
+    )
+
+    def body(carry: Any) -> Any:
+        out, kv, table, token, sampler = carry
+        count = out.running.astype(jnp.int32)
+        logits, kv, attended = step(
+            params, config, kv, table, token[:, None], count, query, rope_length
+        )
+        table = PageTable(table.pages, table.length + count)
+        new, logprob, alternatives, sampler = sample(processors, sampler, logits)
+        new = jnp.where(out.running, new, -1)
+        ended = (new < 0) | jnp.any(new[:, None] == end_ids, axis=1)
+        put = functools.partial(jax.tree.map, lambda rows, row: rows.at[out.steps].set(row))
+        out = Decoded(
+            tokens=put(out.tokens, new),
+            logprobs=put(out.logprobs, logprob),
+            alternatives=put(out.alternatives, alternatives),
+            steps=out.steps + 1,
+            running=out.running & ~ended,
+            attended=out.attended + attended,
+        )
+        return out, kv, table, jnp.where(new >= 0, new, token), sampler
+
+    def more(carry: Any) -> Array:
+        return (carry[0].steps < jnp.minimum(steps, capacity)) & carry[0].running.any()
+
+    return lax.while_loop(more, body, (out, kv, table, token, sampler))

@@ -1,0 +1,355 @@
+"""A session: one running request (or a batch), its tokens, and its pages in the pool."""
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from alaya_jax import attention as engine
+from alaya_jax import cache, programs
+from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.errors import RequestError
+from alaya_jax.model import Model
+from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.query import Full, Query
+from alaya_jax.query.explain import Explanation, Reads
+
+if TYPE_CHECKING:
+    from alaya_jax.db import Context
+
+CHUNKS = (8, 64, 512)
+"""Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the next."""
+
+
+class Session:
+    """The connection between stored contexts and one running request (AlayaDB, section 5).
+
+    Made by `DB.create_session`. Two ways to use it:
+
+    - `aj.generate(session, rest)` runs the model of the database;
+    - a model of your own calls `update` and `attention` in each layer.
+
+    Pages are given back by `close`, at the end of a `with` block, or when the session is collected.
+
+    Attributes:
+      reused: tokens of each sequence that came from a stored context.
+      contexts: the context of each, or None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: PagePool,
+        sequences: list[Sequence],
+        tokens: list[np.ndarray],
+        contexts: "list[Context | None]",
+        *,
+        batched: bool,
+    ):
+        """Made by the database; takes over the pages of `sequences`."""
+        self.model = model
+        self.pool = pool
+        self.sequences = sequences
+        self.batched = batched
+        self.contexts = contexts
+        self.reused = [s.length for s in sequences]
+        self.pending: list[list[int]] = [[] for _ in sequences]
+        """Tokens that were generated but are not in the cache yet: the next call feeds them first."""
+        self.reads: dict[str, Reads] = {}
+        self._tokens: list[list[int]] = [t.tolist() for t in tokens]
+        self._release = weakref.finalize(self, _release, pool, sequences)
+        self._release.atexit = False
+        # Tokens that `update` wrote in some layers, not yet in all.
+        self._ahead = np.zeros(model.config.num_hidden_layers, np.int64)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, of each sequence."""
+        return [s.length for s in self.sequences]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache; of the longest sequence of a batch."""
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> list[np.ndarray]:
+        """Ids of the tokens in the cache, of each sequence; shorter where `update` gave none."""
+        return [np.asarray(t, np.int32) for t in self._tokens]
+
+    @property
+    def context(self) -> "Context | None":
+        """The context that the (first) sequence was opened on."""
+        return self.contexts[0]
+
+    def rows(self, tokens: Any) -> list[np.ndarray]:
+        """One array of new token ids for each sequence, what is pending in front.
+
+        Raises:
+          RequestError: not one list for each sequence, or ids outside the vocabulary.
+        """
+        rows = list(tokens) if self.batched else [tokens]
+        if len(rows) != self.batch_size:
+            raise RequestError(
+                f"the session has {self.batch_size} sequences and {len(rows)} lists of tokens were given"
+            )
+        checked = [self.model.check_tokens(row) for row in rows]
+        return [
+            np.concatenate([np.asarray(p, np.int32), row])
+            for p, row in zip(self.pending, checked, strict=True)
+        ]
+
+    def prefill(
+        self,
+        tokens: Any,
+        attention: programs.Queries | None = None,
+        *,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Float[Array, "B V"]:
+        """Runs the model over new tokens and keeps their keys and values.
+
+        Args:
+          tokens: ids of the new tokens (a list of such for a batch; lengths may differ, and be 0 for a
+            sequence that has nothing new, whose logits are then meaningless).
+          attention: what the new tokens attend to; default `Full()`.
+          on_chunk: called with the number of tokens done, after each chunk.
+
+        Returns:
+          logits of the last token of each sequence, float32.
+
+        Raises:
+          RequestError: longer than the model allows.
+          CacheFullError: no room; nothing was computed.
+        """
+        rows = self.rows(tokens)
+        if not max(len(row) for row in rows):
+            raise RequestError("prefill: there are no tokens to run the model over")
+        self.make_room([len(row) for row in rows])
+        query = Full() if attention is None else attention
+        logits: Array | None = None
+        done = 0
+        while done < max(len(row) for row in rows):
+            left = max(len(row) for row in rows) - done
+            width = next((c for c in CHUNKS if c >= left), CHUNKS[-1])
+            chunk = np.zeros((self.batch_size, width), np.int32)
+            counts = np.zeros(self.batch_size, np.int32)
+            for b, row in enumerate(rows):
+                part = row[done : done + width]
+                chunk[b, : len(part)], counts[b] = part, len(part)
+            table = self.pool.table(self.sequences)
+            part_logits, attended = self.pool.run(
+                programs.extend,
+                table,
+                jnp.asarray(chunk),
+                jnp.asarray(counts),
+                query,
+                kv_result=1,
+                config=self.model.config,
+            )
+            # Only after its last chunk are a sequence's logits those of its last token.
+            fresh = jnp.asarray(counts > 0)[:, None]
+            logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
+            self.count_reads("prefill", query, np.asarray(attended), self.lengths, counts)
+            for b, count in enumerate(counts):
+                self.commit(b, rows[b][done : done + count].tolist())
+            if on_chunk is not None:
+                on_chunk(int(counts.max()))
+            done += width
+        self.pending = [[] for _ in self.sequences]
+        assert logits is not None
+        return logits
+
+    def make_room(self, counts: list[int]) -> None:
+        """Reserves pages for new tokens of each sequence.
+
+        Raises:
+          RequestError: a sequence would be longer than the model allows.
+          CacheFullError: no room.
+        """
+        if any(self._ahead):
+            raise RequestError(
+                "update() wrote new tokens in some layers only; finish the other layers first"
+            )
+        limit = self.model.config.max_length
+        for length, count in zip(self.lengths, counts, strict=True):
+            if length + count > limit:
+                raise RequestError(
+                    f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} that "
+                    f"{self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
+                )
+        for sequence, count in zip(self.sequences, counts, strict=True):
+            self.pool.reserve(sequence, count)
+
+    def commit(self, b: int, tokens: list[int]) -> None:
+        """Records that these tokens of sequence `b` are in the cache now."""
+        self._tokens[b].extend(tokens)
+        self.sequences[b].length += len(tokens)
+
+    def count_reads(
+        self, phase: str, query: Any, attended: np.ndarray, lengths: list[int], counts: Any
+    ) -> None:
+        """Adds what a program read to the account that `explain` shows."""
+        reads = self.reads.get(phase)
+        if reads is None or reads.query != query:
+            reads = self.reads[phase] = Reads(query, self.model.config)
+        # Token i of n new ones sees the `length` before it, the i before it, and itself.
+        visible = sum(
+            int(n) * length + int(n) * (int(n) + 1) // 2
+            for length, n in zip(lengths, counts, strict=True)
+        )
+        reads.add(attended, visible, int(np.sum(counts)))
+
+    def update(
+        self,
+        q: Any,
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        layer: int,
+        *,
+        return_kv: bool = False,
+    ) -> tuple[Array | None, Array | None]:
+        """Appends keys and values of T new tokens of one layer (AlayaDB, Table 2).
+
+        Call it once in each layer, then `attention` for that layer. Token ids are not known this way:
+        pass them to `DB.store`.
+
+        Args:
+          q: queries of the new tokens, [B, T, H, D], or None. Indexes learn from them; the flat index,
+            the only one so far, does not.
+          k: keys, after RoPE.
+          v: values.
+          layer: from 0.
+          return_kv: give back all keys and values of the (single) sequence.
+
+        Returns:
+          k, v of the whole sequence [K, n, D] with `return_kv`, else (None, None).
+
+        Raises:
+          RequestError: wrong shapes or layer.
+          CacheFullError: no room.
+        """
+        del q
+        c = self.model.config
+        batch, t = k.shape[:2]
+        shape = (self.batch_size, t, c.num_key_value_heads, c.head_dim)
+        if k.shape != shape or v.shape != shape or not 0 <= layer < c.num_hidden_layers:
+            raise RequestError(
+                f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and layers "
+                f"0 to {c.num_hidden_layers - 1}"
+            )
+        start = self._ahead[layer]
+        for sequence in self.sequences:
+            self.pool.reserve(sequence, int(start) + t)
+        table = self._table(layer)
+        self.pool.run(
+            _append, table, jnp.full(batch, t, jnp.int32), k, v, kv_result=None, layer=layer
+        )
+        self._ahead[layer] += t
+        whole = int(self._ahead.min())
+        if whole:
+            self._ahead -= whole
+            for sequence in self.sequences:
+                sequence.length += whole
+        if not return_kv:
+            return None, None
+        if self.batch_size != 1:
+            raise RequestError("update: return_kv is for a session of one sequence")
+        n = self.lengths[0] + int(self._ahead[layer])
+        pages = jnp.asarray(self.sequences[0].pages)
+        kv = self.pool.kv
+        return tuple(cache.read_tokens(pool[layer], pages)[:, :n] for pool in (kv.k, kv.v))  # pyright: ignore[reportReturnType]
+
+    def attention(
+        self, q: Float[Array, "B T H D"], layer: int, query: Query | None = None
+    ) -> Float[Array, "B T H D"]:
+        """Attention of the last T tokens of one layer, after `update` (AlayaDB, Table 2).
+
+        Args:
+          q: rotated queries of the T tokens that were appended last, not scaled.
+          layer: from 0.
+          query: default `Full()`.
+        """
+        batch, t = q.shape[:2]
+        table = self._table(layer)
+        table = PageTable(table.pages, table.length - t)
+        kv = self.pool.kv
+        count = jnp.full(batch, t, jnp.int32)
+        query = query or Full()
+        out, attended = _attend(query, q, kv.k[layer], kv.v[layer], table, count)
+        by_head = np.zeros(
+            (self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64
+        )
+        by_head[layer] = np.asarray(attended.sum(1))
+        # The account is kept by token: the last layer closes it.
+        counted = [t] * batch if layer == self.model.config.num_hidden_layers - 1 else [0] * batch
+        self.count_reads("attention", query, by_head, np.asarray(table.length).tolist(), counted)
+        return out
+
+    def _table(self, layer: int) -> PageTable:
+        table = self.pool.table(self.sequences)
+        return PageTable(table.pages, table.length + int(self._ahead[layer]))
+
+    def fork(self) -> "Session":
+        """A second session with the same tokens. Pages are shared until one of the two writes."""
+        if any(self._ahead):
+            raise RequestError("fork: update() wrote new tokens in some layers only")
+        sequences = [self.pool.share(s, s.length) for s in self.sequences]
+        other = Session(
+            self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
+        )
+        other.reused = list(self.reused)
+        other.pending = [list(p) for p in self.pending]
+        return other
+
+    def explain(self) -> Explanation:
+        """What this session asked of its keys and what was really read, by phase and layer."""
+        return Explanation(
+            tokens=self.lengths,
+            reused=self.reused,
+            contexts=[c.id if c else None for c in self.contexts],
+            phases=dict(self.reads),
+        )
+
+    def close(self) -> None:
+        """Gives the pages back; closing twice is allowed."""
+        self._release()
+        self.sequences = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if not self.sequences:
+            return "Session(closed)"
+        return f"Session({self.model.name}, lengths {self.lengths}, reused {self.reused})"
+
+
+def _release(pool: PagePool, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        pool.release(sequence)
+
+
+_attend = jax.jit(engine.attend)
+
+
+def _append_layer(
+    params: Any, kv: PagedKV, table: PageTable, count: Array, k: Array, v: Array, *, layer: int
+) -> PagedKV:
+    del params
+    return cache.append(kv, layer, k, v, table, count)
+
+
+_append = jax.jit(_append_layer, static_argnames=("layer",), donate_argnames=("kv",))
+
