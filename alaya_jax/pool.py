@@ -21,8 +21,12 @@ from alaya_jax.cache import PageAllocator, PagedKV, PageTable
 from alaya_jax.errors import DatabaseError
 from alaya_jax.model import Model
 
-TABLE_BUCKET = 64
-"""Smallest width of a page table; wider ones are powers of two, so few programs are compiled."""
+TABLE_WIDTH = 512
+"""Pages of the narrowest page table, wider ones are this times a power of four: a program is compiled
+for each width, and what it costs follows the true length."""
+
+TRANSFER_WIDTH = 64
+"""Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
 
 
 @dataclasses.dataclass
@@ -137,7 +141,7 @@ class PagePool:
     def table(self, sequences: list[Sequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
         longest = max(len(s.pages) for s in sequences)
-        width = max(TABLE_BUCKET, 1 << (longest - 1).bit_length() if longest > 1 else 1)
+        width = _bucket(longest, TABLE_WIDTH, 4)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)
@@ -151,7 +155,7 @@ class PagePool:
         """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
         heads, n, dim = k.shape
         count = -(-n // self.page_size)
-        width = max(TABLE_BUCKET, 1 << (count - 1).bit_length())
+        width = _bucket(count, TRANSFER_WIDTH, 2)
         pages = np.full(width, self.num_pages, np.int32)  # out of range: skipped
         pages[:count] = sequence.pages[:count]
 
@@ -168,11 +172,19 @@ class PagePool:
     def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of one layer, each [K, n, D], on the host."""
         count = -(-sequence.length // self.page_size)
-        width = max(TABLE_BUCKET, 1 << max(count - 1, 0).bit_length())
+        width = _bucket(count, TRANSFER_WIDTH, 2)
         pages = np.zeros(width, np.int32)
         pages[:count] = sequence.pages[:count]
         k, v = _read_tokens(self.kv.k[layer], self.kv.v[layer], pages)
         return np.asarray(k)[:, : sequence.length], np.asarray(v)[:, : sequence.length]
+
+
+def _bucket(count: int, smallest: int, factor: int) -> int:
+    """The first of smallest, smallest * factor, ... that is at least `count`."""
+    width = smallest
+    while width < count:
+        width *= factor
+    return width
 
 
 @functools.partial(jax.jit, donate_argnames=("kv",))

@@ -284,7 +284,7 @@ class Session:
         kv = self.pool.kv
         count = jnp.full(batch, t, jnp.int32)
         query = query or Full()
-        out, attended = _attend(query, q, kv.k[layer], kv.v[layer], table, count)
+        out, attended = engine.attend(query, q, kv.k[layer], kv.v[layer], table, count)
         by_head = np.zeros(
             (self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64
         )
@@ -339,9 +339,6 @@ class Session:
 def _release(pool: PagePool, sequences: list[Sequence]) -> None:
     for sequence in sequences:
         pool.release(sequence)
-
-
-_attend = jax.jit(engine.attend)
 
 
 def _append_layer(

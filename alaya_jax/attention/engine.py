@@ -6,6 +6,7 @@
                   the two partial attentions are merged
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -27,6 +28,7 @@ QUERY_BLOCK = 128
 """Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile] or [.., context]."""
 
 
+@jax.jit  # traced once, not once a layer
 def attend(
     query: Query,
     q: Float[Array, "B T H D"],
@@ -84,16 +86,14 @@ def _attend_rows(
     window = query if isinstance(query, Window) else query.window
     sink_end = jnp.minimum(window.sink, end)
     recent_start = jnp.maximum(sink_end, end - window.recent)
-    sink, best_sink = attend_range(q, pages, KeyRange(zero, sink_end))
-    recent, best_recent = attend_range(q, pages, KeyRange(recent_start, end))
+    inside, best = attend_range(q, pages, KeyRange(zero, end, sink_end, recent_start))
     attended = jnp.broadcast_to(sink_end + end - recent_start, q.shape[:-1])
     if isinstance(query, Window):
-        return merge(sink, recent).out, attended
+        return inside.out, attended
 
     assert isinstance(query, DIPR | TopK)
-    middle = KeyRange(sink_end, recent_start)
-    scores = score_range(q, pages, middle)
-    kept = select(query, scores, jnp.maximum(best_sink, best_recent))
-    retrieved = attend_scores(jnp.where(kept, scores, -jnp.inf), pages, middle, q.shape[-1])
-    attended = attended + jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    return merge(sink, recent, retrieved).out, attended
+    outside = KeyRange(sink_end, recent_start)
+    scores = score_range(q, pages, outside)
+    kept = select(query, scores, best)
+    retrieved = attend_scores(jnp.where(kept, scores, -jnp.inf), pages, outside, q.shape[-1])
+    return merge(inside, retrieved).out, attended + jnp.sum(kept, axis=-1, dtype=jnp.int32)

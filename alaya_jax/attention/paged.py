@@ -26,18 +26,23 @@ _LOW = -1e30  # a running maximum below every score; finite, so that differences
 
 @dataclasses.dataclass(frozen=True)
 class KeyRange:
-    """Positions `low <= j < high` that each query row may see.
+    """Positions that each query row may see: `low <= j < high`, and not `gap_low <= j < gap_high`.
 
     Attributes:
-      low, high: int32 [T].
+      low, high, gap_low, gap_high: int32 [T].
     """
 
     low: Int[Array, " T"]
     high: Int[Array, " T"]
+    gap_low: Int[Array, " T"] | None = None
+    gap_high: Int[Array, " T"] | None = None
 
     def mask(self, positions: Int[Array, " S"]) -> Array:
         """bool [T, S]: whether the key at each position is in the row's range."""
-        return (positions >= self.low[:, None]) & (positions < self.high[:, None])
+        seen = (positions >= self.low[:, None]) & (positions < self.high[:, None])
+        if self.gap_low is None or self.gap_high is None:
+            return seen
+        return seen & ((positions < self.gap_low[:, None]) | (positions >= self.gap_high[:, None]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +192,27 @@ def attend_scores(
 
 def _over_tiles(pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any) -> Any:
     """Folds `visit` over the tiles that hold a key in some row's range."""
-    some = keys.high > keys.low
-    low = jnp.min(jnp.where(some, keys.low, jnp.iinfo(jnp.int32).max))
-    high = jnp.max(jnp.where(some, keys.high, 0))
-    first = jnp.minimum(low // pages.tile_tokens, pages.num_tiles)
-    last = jnp.minimum(-(-high // pages.tile_tokens), pages.num_tiles)
-    return lax.fori_loop(first, last, visit, start)
+    size, some = pages.tile_tokens, keys.high > keys.low
+    never = jnp.iinfo(jnp.int32).max
+
+    def tiles(low: Array, high: Array) -> tuple[Array, Array]:
+        first = jnp.min(jnp.where(some, low, never)) // size
+        last = -(-jnp.max(jnp.where(some, high, 0)) // size)
+        return jnp.minimum(first, pages.num_tiles), jnp.minimum(last, pages.num_tiles)
+
+    if keys.gap_low is None or keys.gap_high is None:
+        return lax.fori_loop(*tiles(keys.low, keys.high), visit, start)
+    # Tiles before the gap, then those behind it; a tile on both sides is visited once.
+    first, gap_first = tiles(keys.low, keys.gap_low)
+    gap_last, last = tiles(keys.gap_high, keys.high)
+    gap_last = jnp.maximum(gap_first, gap_last)
+    skipped = gap_last - gap_first
+    return lax.fori_loop(
+        first,
+        last - skipped,
+        lambda i, carry: visit(jnp.where(i < gap_first, i, i + skipped), carry),
+        start,
+    )
 
 
 def over_query_blocks(
