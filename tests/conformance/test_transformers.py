@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import alaya_jax as aj
 from alaya_jax.checkpoint import bundled, read_checkpoint
 from alaya_jax.models import llama, rope
 from alaya_jax.models.config import LlamaConfig, RopeType
@@ -191,6 +192,28 @@ def test_smollm2_greedy_tokens_equal(smollm2, golden: dict) -> None:
     assert best.tolist() == tokens
     if golden["stops_at_eos"] and len(tokens) < golden["max_new_tokens"]:
         assert tokens[-1] in smollm2.config.eos_token_ids
+
+
+@pytest.fixture(scope="module")
+def database(smollm2, tmp_path_factory):
+    model = aj.Model(smollm2.config, smollm2.params, smollm2.tokenizer, smollm2.fingerprint)
+    return aj.DB(tmp_path_factory.mktemp("db"), model, aj.Budget(device="128MiB"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("golden", read_json("smollm2", "greedy.json"), ids=lambda g: g["name"])
+def test_smollm2_generates_the_same_tokens(database, golden: dict) -> None:
+    """Through the database: prefill in chunks, paged cache, many decode steps a device call."""
+    assert min(golden["margins"]) > 2 * TOLERANCE, "a tie: the golden decides nothing"
+    sampling = aj.Greedy(ignore_eos=not golden["stops_at_eos"])
+    session, rest = database.create_session(golden["ids"])
+    with session:
+        count = golden["max_new_tokens"]
+        generation = aj.generate(session, rest, max_new_tokens=count, sampling=sampling)
+        ids = [token.id for token in generation]
+    at_eos = golden["stops_at_eos"] and len(golden["tokens"]) < count
+    assert ids == (golden["tokens"][:-1] if at_eos else golden["tokens"])
+    assert generation.finish_reason == ("eos" if at_eos else "length")
 
 
 @pytest.mark.slow

@@ -1,0 +1,56 @@
+"""Our side of a comparison, through the public API only."""
+
+import time
+from pathlib import Path
+
+import alaya_jax as aj
+from alaya_jax.checkpoint import locate
+
+
+class Ours:
+    """SmolLM2 (or another GGUF) in float32, and a database with room for the largest request.
+
+    Args:
+      model: bundled name or path.
+      scratch: an empty directory.
+      batch: largest number of sequences at once.
+      length: longest sequence, tokens.
+    """
+
+    def __init__(self, model: str, scratch: Path, batch: int, length: int):
+        started = time.perf_counter()
+        self.gguf = locate(model)
+        self.model = aj.load(self.gguf, dtype="float32", progress=False)
+        # A page of every sequence may be partly used.
+        page_size = 16
+        config = self.model.config
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        token_bytes = 2 * heads * config.head_dim * self.model.dtype.itemsize
+        budget = aj.Budget(device=batch * (length + 2 * page_size) * token_bytes)
+        self.db = aj.DB(scratch / "contexts.db", self.model, budget, page_size=page_size)
+        self.facts = {
+            "load_s": time.perf_counter() - started,
+            "model": repr(self.model),
+            "attention": repr(aj.Full()),
+            "page_size": page_size,
+        }
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.model.encode(text).tolist()
+
+    def measure(self, ids: list[list[int]], new_tokens: int) -> dict:
+        """Seconds from ids [B,T] to the first token, then of `new_tokens` further greedy steps."""
+        tokens: list[list[int]] = [[] for _ in ids]
+        sampling = aj.Greedy(ignore_eos=True)
+        started = time.perf_counter()
+        session, rest = self.db.create_session(ids)
+        with session:
+            assert [len(row) for row in rest] == [len(row) for row in ids], "something was reused"
+            first = 0.0
+            stream = aj.generate(session, rest, max_new_tokens=new_tokens + 1, sampling=sampling)
+            for token in stream:
+                first = first or time.perf_counter()
+                tokens[token.sequence].append(token.id)
+            finished = time.perf_counter()
+        assert all(len(row) == new_tokens + 1 for row in tokens)
+        return {"prefill_s": first - started, "decode_s": finished - first, "tokens": tokens}
