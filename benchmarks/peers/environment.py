@@ -50,7 +50,10 @@ def _find_python() -> str:
 
 
 def _must(command: list[str], failure: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise PeerUnavailable(f"{failure}: {error}") from error
     if done.returncode:
         said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-6:])
         raise PeerUnavailable(f"{failure} (exit code {done.returncode}):\n  {said}")
