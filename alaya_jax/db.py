@@ -1,8 +1,8 @@
 """The database: contexts at rest and in memory, and the sessions that read them.
 
-    db = aj.DB("contexts.db", model)
-    db.import_context(document)
-    session, rest = db.create_session(document + question)
+db = aj.DB("contexts.db", model)
+db.import_context(document)
+session, rest = db.create_session(document + question)
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Budget:
     """Memory the database may use.
 
     Attributes:
-      device: for the KV pages of all contexts in use and all sessions, over all devices; bytes, or a
-        string such as "8GiB".
+      device: for the KV pages of all contexts in use and all sessions, over all devices; bytes, or
+        a string such as "8GiB".
     """
 
     device: int | str = "2GiB"
@@ -132,8 +132,8 @@ class DB:
         num_pages = self.budget.device_bytes // page_bytes
         if page_size < 1 or num_pages < 1:
             raise RequestError(
-                f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} tokens of "
-                f"{model.name} takes {page_bytes:,} bytes; raise the budget"
+                f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} "
+                f"tokens of {model.name} takes {page_bytes:,} bytes; raise the budget"
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self.pool.evict = self._evict
@@ -173,8 +173,8 @@ class DB:
     ) -> Context:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
-        What is stored already is not computed again: the longest stored prefix is reused, and a context
-        that is there is returned as it is. Interrupted, nothing is stored.
+        What is stored already is not computed again: the longest stored prefix is reused, and a
+        context that is there is returned as it is. Interrupted, nothing is stored.
 
         Args:
           text_or_tokens: the prompt.
@@ -202,7 +202,9 @@ class DB:
             return self.store(session, title=title)
 
     @overload
-    def create_session(self, prompt: str | np.ndarray | list[int]) -> tuple[Session, np.ndarray]: ...
+    def create_session(
+        self, prompt: str | np.ndarray | list[int]
+    ) -> tuple[Session, np.ndarray]: ...
 
     @overload
     def create_session(
@@ -216,8 +218,8 @@ class DB:
           prompt: text or token ids; or a list of texts or of id lists, for a batch.
 
         Returns:
-          the session, and the token ids that are left to prefill, int32 [n] (a list for a batch): at
-          least the last one, whose logits come next.
+          the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
+          at least the last one, whose logits come next.
 
         Raises:
           RequestError: a prompt is empty, too long, or has ids outside the vocabulary.
@@ -267,8 +269,8 @@ class DB:
         ids = self.model.check_tokens(known if tokens is None else tokens)
         if len(ids) != sequence.length or not len(ids):
             raise RequestError(
-                f"store: the session holds {sequence.length} tokens and the ids of {len(ids)} are known; "
-                "prefill something first, or pass tokens="
+                f"store: the session holds {sequence.length} tokens and the ids of {len(ids)} are "
+                "known; prefill something first, or pass tokens="
             )
         layers = range(self.model.config.num_hidden_layers)
         kv = (self.pool.read(sequence, layer) for layer in layers)
@@ -309,7 +311,8 @@ class DB:
     def __repr__(self) -> str:
         return (
             f"DB({self.path!r}, {self.model.name}, {len(self._contexts)} contexts, "
-            f"{self.pool.free_tokens:,} of {self.pool.num_pages * self.pool.page_size:,} tokens free)"
+            f"{self.pool.free_tokens:,} of {self.pool.num_pages * self.pool.page_size:,} tokens "
+            "free)"
         )
 
     def _tokens_of(self, prompt: Any) -> np.ndarray:
@@ -323,15 +326,16 @@ class DB:
         limit = self.model.config.max_length
         if len(tokens) > limit:
             raise RequestError(
-                f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to {limit:,}; "
-                "shorten it, or use a model with a longer context"
+                f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to "
+                f"{limit:,}; shorten it, or use a model with a longer context"
             )
         room = self.pool.num_pages * self.pool.page_size
         if len(tokens) > room:
             needed = math.ceil(len(tokens) / self.pool.page_size) * self.pool.page_size
             raise CacheFullError(
                 f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "
-                f"Budget(device={self.budget.device!r}) to at least {needed * self.token_bytes:,} bytes"
+                f"Budget(device={self.budget.device!r}) to at least {needed * self.token_bytes:,} "
+                "bytes"
             )
 
     def _header(self, title: str) -> ContextHeader:
@@ -414,5 +418,3 @@ class DB:
             return False
         self._drop(min(resident, key=lambda c: c._used))
         return True
-
-

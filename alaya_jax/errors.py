@@ -1,4 +1,4 @@
-"""Every error a user of alaya_jax can meet. Each message names the thing at fault and the way out."""
+"""Every error a user can meet. Each message names the thing at fault and the way out."""
 
 
 class AlayaError(Exception):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +27,8 @@ class Token(NamedTuple):
 
     Attributes:
       id: token id.
-      text: new text that it completes; may be empty (half a character, or held back as the start of a
-        stop string).
+      text: new text that it completes; may be empty (half a character, or held back as the start
+        of a stop string).
       logprob: of the model's own distribution, natural logarithm.
       sequence: which sequence of the batch.
       alternatives: the likeliest (id, logprob), as many as `Sampling.logprobs` asks for.
@@ -79,13 +79,13 @@ def generate(
         for token in aj.generate(session, rest, attention=aj.DIPR(beta=50.0)):
             print(token.text, end="", flush=True)
 
-    Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far; a later call goes
-    on from there. A request that cannot fit is refused here, before anything runs.
+    Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far; a later call
+    goes on from there. A request that cannot fit is refused here, before anything runs.
 
     Args:
       session: where to continue.
-      tokens: ids that come first: what `create_session` left over, or the next turn of a conversation
-        (a list of such for a batch).
+      tokens: ids that come first: what `create_session` left over, or the next turn of a
+        conversation (a list of such for a batch).
       max_new_tokens: at most so many for each sequence.
       attention: what decoding asks of the keys; default `Full()`.
       prefill: what prefill asks of the keys; default `Full()`.
@@ -113,8 +113,8 @@ class Generation(Iterator[Token]):
 
     Attributes:
       ids: token ids so far, without those that end a sequence; a list for each sequence.
-      finish_reasons: "eos" (or another of the ids that end it), "stop" (a stop string), "length", or
-        None while it runs; for each sequence.
+      finish_reasons: "eos" (or another of the ids that end it), "stop" (a stop string), "length",
+        or None while it runs; for each sequence.
       timing: see `Timing`.
     """
 
@@ -141,9 +141,7 @@ class Generation(Iterator[Token]):
         each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
-        prompts = [
-            np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)
-        ]
+        prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
         self._processors, self._sampler = init_sampler(each, prompts, model.config.vocab_size)
         # The last token sampled is never fed, so it needs no room.
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
@@ -186,7 +184,7 @@ class Generation(Iterator[Token]):
     def __repr__(self) -> str:
         return f"Generation({[len(i) for i in self.ids]} tokens, {self.finish_reasons})"
 
-    def _run(self) -> Iterator[Token]:
+    def _run(self) -> Generator[Token]:
         session, started = self.session, time.perf_counter()
         total = self.timing.prefill_tokens
         with progress_bar("reading the prompt", total, show=self._progress) as advance:
@@ -250,8 +248,8 @@ class Generation(Iterator[Token]):
         lengths = self.session.lengths
         fed = np.zeros(self.session.batch_size, np.int64)
         if steps:
-            # A sequence is fed in every step before which it ran: one more than it gave tokens, when
-            # its last token is not one.
+            # A sequence is fed in every step before which it ran: one more than it gave tokens,
+            # when its last token is not one.
             fed = (tokens[:steps] >= 0).sum(0)
             self.session.count_reads(
                 "decode", self._attention, np.asarray(decoded.attended), lengths, fed
@@ -272,8 +270,8 @@ class Generation(Iterator[Token]):
             id = int(ids[b])
             if id < 0:
                 raise AlayaError(
-                    f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; check "
-                    "the weights, or use dtype='float32'"
+                    f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; "
+                    "check the weights, or use dtype='float32'"
                 )
             # The token before this one was fed to the model: it is in the cache now.
             session.commit(b, session.pending[b])
@@ -293,7 +291,11 @@ class Generation(Iterator[Token]):
                 self.finish_reasons[b] = "length"
                 text += self._flush(b)
             self._texts[b].append(text)
-            likely = () if not alternatives else tuple(zip(*(a[b].tolist() for a in alternatives)))
+            likely = (
+                ()
+                if not alternatives
+                else tuple(zip(*(a[b].tolist() for a in alternatives), strict=True))
+            )
             yield Token(id, text, float(logprobs[b]), b, likely)
 
     def _flush(self, b: int) -> str:

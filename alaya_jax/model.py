@@ -36,7 +36,7 @@ class Model:
     fingerprint: str = ""
     name: str = "model"
     mesh: Mesh | None = None
-    rules: ShardingRules = ShardingRules()
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
 
     @property
     def dtype(self) -> np.dtype:
@@ -69,8 +69,9 @@ class Model:
             raise RequestError(f"token ids must be whole numbers [n], got {ids.dtype} {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise RequestError(
-                f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary of {self.name} from 0 "
-                f"to {self.config.vocab_size - 1}; encode the text with this model's tokenizer"
+                f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary of {self.name} "
+                f"from 0 to {self.config.vocab_size - 1}; encode the text with this model's "
+                "tokenizer"
             )
         return ids.astype(np.int32)
 
@@ -101,7 +102,8 @@ def load(
       progress: shows a bar on stderr when it is a terminal.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not understood.
+      CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
+        understood.
     """
     rules = rules or ShardingRules()
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):

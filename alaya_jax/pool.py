@@ -1,7 +1,8 @@
-"""The pool of pages that all sessions and contexts of a database share: device arrays and their owners.
+"""The pool of pages that all sessions and contexts of a database share: device arrays and their
+owners.
 
-The one place where the cache pytree changes hands: every compiled program that donates it goes through
-`PagePool.run`.
+The one place where the cache pytree changes hands: every compiled program that donates it goes
+through `PagePool.run`.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from alaya_jax.errors import DatabaseError
 from alaya_jax.model import Model
 
 TABLE_WIDTH = 512
-"""Pages of the narrowest page table, wider ones are this times a power of four: a program is compiled
-for each width, and what it costs follows the true length."""
+"""Pages of the narrowest page table, wider ones are this times a power of four: a program is
+compiled for each width, and what it costs follows the true length."""
 
 TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
@@ -66,8 +67,8 @@ class PagePool:
             )
         if self._kv.k[0].is_deleted():
             raise DatabaseError(
-                "the KV cache was lost when a program was interrupted; open the database again (stored "
-                "contexts are safe)"
+                "the KV cache was lost when a program was interrupted; open the database again "
+                "(stored contexts are safe)"
             )
         return self._kv
 
@@ -76,12 +77,15 @@ class PagePool:
         """Tokens that fit without evicting anything."""
         return self._allocator.num_free * self.page_size
 
-    def run(self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any) -> Any:
+    def run(
+        self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any
+    ) -> Any:
         """Runs `program(params, kv, *args)`, which donates the cache and gives it back.
 
         Args:
           program: compiled.
-          *args, **static: the rest of its arguments.
+          *args: the rest of its arguments.
+          **static: its static arguments.
           kv_result: where in the result the cache is; None when it is the whole result.
 
         Returns:
@@ -210,7 +214,8 @@ def _read_tokens(
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Puts Ctrl-C off until the block ends: between donating the cache and getting it back, an
-    interrupt would lose every sequence."""
+    interrupt would lose every sequence.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

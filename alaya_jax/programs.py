@@ -1,8 +1,8 @@
 """The two compiled programs of a running model: `extend` a sequence, `decode` many tokens.
 
-Both take the cache, give it back, and donate it: it is updated in place, never copied. Sizes that vary
-while a program runs (lengths, number of steps, thresholds) are data; what would compile anew is a new
-batch size, chunk size or page-table width, and those come in buckets.
+Both take the cache, give it back, and donate it: it is updated in place, never copied. Sizes that
+vary while a program runs (lengths, number of steps, thresholds) are data; what would compile anew
+is a new batch size, chunk size or page-table width, and those come in buckets.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ def step(
       rope_length: see `models.rope.inverse_frequencies`.
 
     Returns:
-      logits of each sequence's last new token, float32; the cache with the new tokens; keys attended
-      to, summed over the new tokens.
+      logits of each sequence's last new token, float32; the cache with the new tokens; keys
+      attended to, summed over the new tokens.
     """
     positions = table.length[:, None] + jnp.arange(tokens.shape[1])
 
@@ -72,9 +72,7 @@ def step(
     return logits, kv, jnp.stack(attended)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "rope_length"), donate_argnames=("kv",)
-)
+@functools.partial(jax.jit, static_argnames=("config", "rope_length"), donate_argnames=("kv",))
 def extend(
     params: Params,
     kv: PagedKV,
@@ -135,8 +133,8 @@ def decode(
 ) -> tuple[Decoded, PagedKV, PageTable, Int[Array, " B"], SamplerState]:
     """Up to `steps` tokens of every running sequence, without a host round trip.
 
-    Each step feeds the last token, whose key and value join the cache, and samples the next. A sequence
-    ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
+    Each step feeds the last token, whose key and value join the cache, and samples the next. A
+    sequence ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
 
     Args:
       params, config, query, rope_length: as in `step`.
@@ -163,7 +161,9 @@ def decode(
         else None,
         steps=jnp.int32(0),
         running=running,
-        attended=jnp.zeros((config.num_hidden_layers, batch, config.num_attention_heads), jnp.int32),
+        attended=jnp.zeros(
+            (config.num_hidden_layers, batch, config.num_attention_heads), jnp.int32
+        ),
     )
 
     def body(carry: Any) -> Any:

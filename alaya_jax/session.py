@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from alaya_jax.db import Context
 
 CHUNKS = (8, 64, 512)
-"""Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the next."""
+"""Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
+next.
+"""
 
 
 class Session:
@@ -58,7 +60,9 @@ class Session:
         self.contexts = contexts
         self.reused = [s.length for s in sequences]
         self.pending: list[list[int]] = [[] for _ in sequences]
-        """Tokens that were generated but are not in the cache yet: the next call feeds them first."""
+        """Tokens that were generated but are not in the cache yet: the next call feeds them
+        first.
+        """
         self.reads: dict[str, Reads] = {}
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
         self._release = weakref.finalize(self, _release, pool, sequences)
@@ -100,7 +104,8 @@ class Session:
         rows = list(tokens) if self.batched else [tokens]
         if len(rows) != self.batch_size:
             raise RequestError(
-                f"the session has {self.batch_size} sequences and {len(rows)} lists of tokens were given"
+                f"the session has {self.batch_size} sequences and {len(rows)} lists of tokens were "
+                "given"
             )
         checked = [self.model.check_tokens(row) for row in rows]
         return [
@@ -118,8 +123,8 @@ class Session:
         """Runs the model over new tokens and keeps their keys and values.
 
         Args:
-          tokens: ids of the new tokens (a list of such for a batch; lengths may differ, and be 0 for a
-            sequence that has nothing new, whose logits are then meaningless).
+          tokens: ids of the new tokens (a list of such for a batch; lengths may differ, and be 0
+            for a sequence that has nothing new, whose logits are then meaningless).
           attention: what the new tokens attend to; default `Full()`.
           on_chunk: called with the number of tokens done, after each chunk.
 
@@ -183,8 +188,8 @@ class Session:
         for length, count in zip(self.lengths, counts, strict=True):
             if length + count > limit:
                 raise RequestError(
-                    f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} that "
-                    f"{self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
+                    f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} "
+                    f"that {self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
                 )
         for sequence, count in zip(self.sequences, counts, strict=True):
             self.pool.reserve(sequence, count)
@@ -219,12 +224,12 @@ class Session:
     ) -> tuple[Array | None, Array | None]:
         """Appends keys and values of T new tokens of one layer (AlayaDB, Table 2).
 
-        Call it once in each layer, then `attention` for that layer. Token ids are not known this way:
-        pass them to `DB.store`.
+        Call it once in each layer, then `attention` for that layer. Token ids are not known this
+        way: pass them to `DB.store`.
 
         Args:
-          q: queries of the new tokens, [B, T, H, D], or None. Indexes learn from them; the flat index,
-            the only one so far, does not.
+          q: queries of the new tokens, [B, T, H, D], or None. Indexes learn from them; the flat
+            index, the only one so far, does not.
           k: keys, after RoPE.
           v: values.
           layer: from 0.
@@ -243,8 +248,8 @@ class Session:
         shape = (self.batch_size, t, c.num_key_value_heads, c.head_dim)
         if k.shape != shape or v.shape != shape or not 0 <= layer < c.num_hidden_layers:
             raise RequestError(
-                f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and layers "
-                f"0 to {c.num_hidden_layers - 1}"
+                f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and "
+                f"layers 0 to {c.num_hidden_layers - 1}"
             )
         start = self._ahead[layer]
         for sequence in self.sequences:
@@ -266,7 +271,8 @@ class Session:
         n = self.lengths[0] + int(self._ahead[layer])
         pages = jnp.asarray(self.sequences[0].pages)
         kv = self.pool.kv
-        return tuple(cache.read_tokens(pool[layer], pages)[:, :n] for pool in (kv.k, kv.v))  # pyright: ignore[reportReturnType]
+        full_k, full_v = (cache.read_tokens(p[layer], pages) for p in (kv.k, kv.v))
+        return full_k[:, :n], full_v[:, :n]
 
     def attention(
         self, q: Float[Array, "B T H D"], layer: int, query: Query | None = None
@@ -285,9 +291,7 @@ class Session:
         count = jnp.full(batch, t, jnp.int32)
         query = query or Full()
         out, attended = engine.attend(query, q, kv.k[layer], kv.v[layer], table, count)
-        by_head = np.zeros(
-            (self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64
-        )
+        by_head = np.zeros((self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64)
         by_head[layer] = np.asarray(attended.sum(1))
         # The account is kept by token: the last layer closes it.
         counted = [t] * batch if layer == self.model.config.num_hidden_layers - 1 else [0] * batch
@@ -349,4 +353,3 @@ def _append_layer(
 
 
 _append = jax.jit(_append_layer, static_argnames=("layer",), donate_argnames=("kv",))
-

@@ -1,8 +1,8 @@
 """Where each axis of a parameter or of the cache lies on a mesh: one frozen table of rules.
 
-    mesh = aj.make_mesh(data=1, tensor=8)
-    model = aj.load(path, mesh=mesh)                                    # default rules
-    rules = dataclasses.replace(aj.ShardingRules(), vocab=None)         # another strategy
+mesh = aj.make_mesh(data=1, tensor=8)
+model = aj.load(path, mesh=mesh)                                    # default rules
+rules = dataclasses.replace(aj.ShardingRules(), vocab=None)         # another strategy
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ class ShardingRules:
     """Logical axis -> mesh axis (None: replicated). A mesh axis that the mesh lacks is ignored.
 
     Attributes:
-      vocab, embed, heads, kv_heads, head_dim, ffn, norm: axes of parameters; `kv_heads` of the cache too.
+      vocab, embed, heads, kv_heads, head_dim, ffn, norm: axes of parameters; `kv_heads` of the
+        cache too.
       batch: sequences of a batch.
     """
 
@@ -44,8 +45,8 @@ class ShardingRules:
         used = [axis for axis in physical if axis is not None]
         if len(used) != len(set(used)):
             raise ConfigError(
-                f"sharding rules put two axes of {axes} on one mesh axis: {physical}; change one of them "
-                "in ShardingRules"
+                f"sharding rules put two axes of {axes} on one mesh axis: {physical}; change one "
+                "of them in ShardingRules"
             )
         return PartitionSpec(*physical)
 
@@ -61,9 +62,9 @@ class ShardingRules:
         for axis, size, target in zip(axes, shape or (), spec, strict=False):
             if target is not None and size % mesh.shape[target]:
                 raise ConfigError(
-                    f"axis {axis!r} of size {size} does not divide over mesh axis {target!r} of size "
-                    f"{mesh.shape[target]}; use a smaller {target!r}, or ShardingRules({axis}=None) to "
-                    "replicate it"
+                    f"axis {axis!r} of size {size} does not divide over mesh axis {target!r} of "
+                    f"size {mesh.shape[target]}; use a smaller {target!r}, or "
+                    f"ShardingRules({axis}=None) to replicate it"
                 )
         return NamedSharding(mesh, spec)
 

@@ -1,8 +1,9 @@
 """What a Llama checkpoint is: its architecture, read from and written to HF's `config.json`.
 
-Run choices (mesh, dtype of the run, attention plan, memory) live elsewhere. Every field of an HF config
-is either understood, known not to change a logit, or refused by name: a setting that is silently lost
-(RoPE scaling above all) gives a model that looks right and is wrong.
+Run choices (mesh, dtype of the run, attention plan, memory) live elsewhere. Every field of an HF
+config
+is either understood, known not to change a logit, or refused by name: a setting that is silently
+lost (RoPE scaling above all) gives a model that looks right and is wrong.
 """
 
 import dataclasses
@@ -38,18 +39,69 @@ _ROPE_FIELDS: dict[str, dict[str, bool]] = {
 
 # HF fields that do not change a logit of a causal Llama in inference.
 _IGNORED = frozenset(
-    "_name_or_path architectures attention_dropout auto_map attn_implementation _attn_implementation "
-    "bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
-    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
-    "id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id "
-    "length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams "
-    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix "
-    "pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature "
-    "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript "
-    "transformers.js_config transformers_version typical_p unsloth_version use_bfloat16 "
-    "use_cache".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_type",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
 )
 # HF fields that are fine only at these values.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -127,11 +179,15 @@ class LlamaConfig:
 
     def __post_init__(self):
         sizes = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (int, "int")
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.type in (int, "int")
         }
         for name, value in sizes.items():
             if not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"config field {name!r} must be a positive integer, got {value!r}")
+                raise ConfigError(
+                    f"config field {name!r} must be a positive integer, got {value!r}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config field 'num_key_value_heads' = {self.num_key_value_heads} must divide "
@@ -161,8 +217,8 @@ class LlamaConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the contents of HF's `config.json`.
 
-        Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (Meta's published repositories) and
-        `rope_parameters` (transformers 5).
+        Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (Meta's published
+        repositories) and `rope_parameters` (transformers 5).
 
         Raises:
           ConfigError: a required field is missing, or a field is not understood; it is named.
@@ -179,7 +235,8 @@ class LlamaConfig:
             value = rest.pop(name, allowed[0])
             if value not in allowed:
                 raise ConfigError(
-                    f"config field {name!r} = {value!r} is not supported (understood: {allowed[0]!r})"
+                    f"config field {name!r} = {value!r} is not supported (understood: "
+                    f"{allowed[0]!r})"
                 )
 
         def take(name: str, default: Any = dataclasses.MISSING) -> Any:
@@ -214,13 +271,16 @@ class LlamaConfig:
         }
         if rest:
             raise ConfigError(
-                f"config has fields that are not understood: {sorted(rest)}. A lost setting gives wrong "
-                "logits, so it is refused; remove the field if you know it has no effect on inference"
+                f"config has fields that are not understood: {sorted(rest)}. A lost setting gives "
+                "wrong logits, so it is refused; remove the field if you know it has no effect on "
+                "inference"
             )
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same architecture as HF's `config.json` (new spelling); `from_hf` reads it back equal."""
+        """The same architecture as HF's `config.json` (new spelling); `from_hf` reads it back
+        equal.
+        """
         hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         for f in dataclasses.fields(self):
             if f.name not in ("rope", "eos_token_ids"):
@@ -259,13 +319,17 @@ def _read_rope(rest: dict[str, Any], max_positions: int) -> RopeConfig:
     inner_theta = given.pop("rope_theta", None)
     theta = inner_theta if inner_theta is not None else theta
     if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise ConfigError(f"config field '{where}.partial_rotary_factor' other than 1 is not supported")
+        raise ConfigError(
+            f"config field '{where}.partial_rotary_factor' other than 1 is not supported"
+        )
     known = _ROPE_FIELDS[rope_type]
     unknown = sorted(set(given) - set(known))
     # transformers writes `original_max_position_embeddings` for every type; only some read it.
     unknown = [name for name in unknown if name != "original_max_position_embeddings"]
     if unknown:
-        raise ConfigError(f"config field '{where}' of type {rope_type!r} has unknown keys {unknown}")
+        raise ConfigError(
+            f"config field '{where}' of type {rope_type!r} has unknown keys {unknown}"
+        )
     missing = [name for name, needed in known.items() if needed and given.get(name) is None]
     if missing:
         raise ConfigError(f"config field '{where}' of type {rope_type!r} lacks {missing}")

@@ -5,8 +5,8 @@ back. What `state` is (a KV cache, a database session, nothing) is none of its b
 
     logits, state = forward(params, config, tokens, positions, attend, state)
 
-Letters: B batch, T query tokens, L layers, H query heads, K kv heads, D head_dim, E model dim, F ffn
-dim, V vocab.
+Letters: B batch, T query tokens, L layers, H query heads, K kv heads, D head_dim, E model dim, F
+ffn dim, V vocab.
 """
 
 import functools
@@ -47,22 +47,25 @@ def forward(
       positions: position of each token in its sequence, from 0.
       attend: attention with a memory; see `Attend`.
       state: opaque pytree threaded through `attend`, layer by layer.
-      logits_at: index in T, per sequence; only those logits are computed (the vocabulary product is the
-        largest of a prefill). None: all.
+      logits_at: index in T, per sequence; only those logits are computed (the vocabulary product
+        is the largest of a prefill). None: all.
       rope_length: see `rope.inverse_frequencies`; static.
 
     Returns:
       logits float32 [B, T, V] (or [B, V] with `logits_at`), and the state.
     """
-    return Llama(config).apply(
+    result: Any = Llama(config).apply(
         {"params": params}, tokens, positions, attend, state, logits_at, rope_length
-    )  # pyright: ignore[reportReturnType]
+    )
+    return result
 
 
 def causal_attend(
     layer: int, q: Array, k: Array, v: Array, state: Any
 ) -> tuple[Float[Array, "B T H D"], Any]:
-    """Full causal attention over the T tokens given, no memory: training, and the plainest reference."""
+    """Full causal attention over the T tokens given, no memory: training, and the plainest
+    reference.
+    """
     del layer
     b, t, h, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
@@ -130,7 +133,9 @@ class Llama(nn.Module):
                     "...e,ve->...v", x, embed.embedding, preferred_element_type=jnp.float32
                 )
             else:
-                head = _Linear((cfg.vocab_size,), ("embed", "vocab"), self.param_dtype, name="lm_head")
+                head = _Linear(
+                    (cfg.vocab_size,), ("embed", "vocab"), self.param_dtype, name="lm_head"
+                )
                 logits = head(x, preferred_element_type=jnp.float32)
         return logits, state
 
@@ -221,7 +226,11 @@ class _Linear(nn.Module):
         n_in = len(self.axes) - len(self.features)
         in_shape = x.shape[x.ndim - n_in :]
         init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=tuple(range(n_in)), out_axis=tuple(range(n_in, len(self.axes)))
+            1.0,
+            "fan_in",
+            "normal",
+            in_axis=tuple(range(n_in)),
+            out_axis=tuple(range(n_in, len(self.axes))),
         )
         kernel = self.param(
             "kernel", _partitioned(init, *self.axes), in_shape + self.features, self.param_dtype

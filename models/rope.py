@@ -1,8 +1,8 @@
 """Rotary position embedding: inverse frequencies of each RoPE type, and the rotation.
 
 The rotation pairs element i with element i + D/2 of a head ("rotate half", HF's order; Meta's and
-GGUF's interleaved order is undone when a checkpoint is read). Frequencies are worked out in float64 on
-the host and used in float32, angles in float32, as HF does.
+GGUF's interleaved order is undone when a checkpoint is read). Frequencies are worked out in
+float64 on the host and used in float32, angles in float32, as HF does.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Attention of a batch, one layer, by a query: select, attend, merge (AlayaDB, section 7.2).
 
-    Full          every key
-    Window        first and last keys
-    DIPR, TopK    window keys, and the retrieved ones: scored by the flat index, selected, attended;
-                  the two partial attentions are merged
+Full          every key
+Window        first and last keys
+DIPR, TopK    window keys, and the retrieved ones: scored by the flat index, selected, attended;
+              the two partial attentions are merged
 """
 
 import jax
@@ -25,7 +25,7 @@ from alaya_jax.query import DIPR, Full, Query, TopK, Window
 from alaya_jax.query.select import select
 
 QUERY_BLOCK = 128
-"""Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile] or [.., context]."""
+"""Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile or context]."""
 
 
 @jax.jit  # traced once, not once a layer
@@ -62,13 +62,12 @@ def attend(
             lambda q, p: _attend_rows(query, q, p, pages), row, position, QUERY_BLOCK
         )
 
-    args = (rows, positions, table.pages)
     if batch == 1:
-        out, attended = one(tuple(a[0] for a in args))  # pyright: ignore[reportArgumentType]
+        out, attended = one((rows[0], positions[0], table.pages[0]))
         out, attended = out[None], attended[None]
     else:
         # One sequence after another: each costs its own length, whatever the others' lengths are.
-        out, attended = lax.map(one, args)
+        out, attended = lax.map(one, (rows, positions, table.pages))
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
     attended = jnp.transpose(attended, (0, 3, 1, 2)).reshape(batch, t, heads)
     return out.astype(q.dtype), attended

@@ -1,8 +1,8 @@
 """Attention over a range of a sequence's keys, tile by tile, in XLA.
 
-A tile is some consecutive pages of the sequence. The loop's trip count follows the true length, so cost
-and compiled program do not depend on how long the page table is. A tile whose pages are consecutive in
-the pool too (the allocator sees to it) is read as one slice; else it is gathered.
+A tile is some consecutive pages of the sequence. The loop's trip count follows the true length, so
+cost and compiled program do not depend on how long the page table is. A tile whose pages are
+consecutive in the pool too (the allocator sees to it) is read as one slice; else it is gathered.
 
 Everything here is for one sequence, with query rows `[K, G, T]`.
 """
@@ -85,7 +85,7 @@ class Pages:
         return jnp.minimum(tile * self.tile_pages, self.ids.shape[0] - self.tile_pages)
 
     def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
-        """The keys or values of a tile, float32 on CPU (its other matmuls are slow), else as stored."""
+        """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
         n = self.tile_pages
         ids = lax.dynamic_slice_in_dim(self.ids, self._first(tile), n)
         heads, num_pages, size, dim = pool.shape
@@ -119,7 +119,8 @@ def attend_range(
     """Softmax attention over the keys in range.
 
     Returns:
-      the partial attention [K, G, T], and the best raw (unscaled) score, -inf where no key is in range.
+      the partial attention [K, G, T], and the best raw (unscaled) score, -inf where no key is in
+      range.
     """
     scale = q.shape[-1] ** -0.5
     q = q.astype(jnp.float32) * scale
@@ -167,7 +168,7 @@ def score_range(
 def attend_scores(
     scores: Float[Array, "K G T S"], pages: Pages, keys: KeyRange, head_dim: int
 ) -> Partial:
-    """Softmax attention over the keys whose raw score is not -inf; tiles without one are not read."""
+    """Softmax attention over the keys with a raw score; tiles where all are -inf are not read."""
     scores = scores * head_dim**-0.5
     top = jnp.max(scores, axis=-1)
     p = jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top)[..., None])
@@ -190,7 +191,9 @@ def attend_scores(
     return Partial(acc / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf))
 
 
-def _over_tiles(pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any) -> Any:
+def _over_tiles(
+    pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any
+) -> Any:
     """Folds `visit` over the tiles that hold a key in some row's range."""
     size, some = pages.tile_tokens, keys.high > keys.low
     never = jnp.iinfo(jnp.int32).max
@@ -241,4 +244,3 @@ def over_query_blocks(
 
 
 __all__ = ["KeyRange", "Pages", "attend_range", "attend_scores", "over_query_blocks", "score_range"]
-

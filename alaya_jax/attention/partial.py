@@ -1,9 +1,9 @@
 """Attention over a part of the keys, and the sum of parts.
 
-`out` is the softmax-weighted mean of the values of one disjoint set of keys, `lse` the log of the sum
-of their exponentiated scores. Any number of parts merge to exactly the attention over their union
-(FlashAttention's rescaling; RetrievalAttention, arXiv 2409.10516, appendix B.1). One function serves
-window and retrieved keys, shards of a mesh, tiers, and chunks.
+`out` is the softmax-weighted mean of the values of one disjoint set of keys, `lse` the log of the
+sum of their exponentiated scores. Any number of parts merge to exactly the attention over their
+union (FlashAttention's rescaling; RetrievalAttention, arXiv 2409.10516, appendix B.1). One
+function serves window and retrieved keys, shards of a mesh, tiers, and chunks.
 """
 
 import dataclasses

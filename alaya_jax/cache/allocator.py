@@ -1,7 +1,7 @@
 """Who owns which page: reference counts on the host, outside jit.
 
-Several sequences may hold one page. A page is written only while one sequence holds it; the sequence
-that wants to write a shared page takes a new one and copies (copy on write).
+Several sequences may hold one page. A page is written only while one sequence holds it; the
+sequence that wants to write a shared page takes a new one and copies (copy on write).
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ from alaya_jax.errors import CacheFullError
 class PageAllocator:
     """Reference counts of a pool of pages.
 
-    Pages are handed out in runs of consecutive ids where possible: attention reads a run as one slice.
+    Pages are handed out in runs of consecutive ids where possible: attention reads a run as one
+      slice.
     """
 
     def __init__(self, num_pages: int, page_size: int, setting: str = "Budget(device=...)"):
@@ -45,8 +46,9 @@ class PageAllocator:
         if n > free.size:
             z = self._page_size
             raise CacheFullError(
-                f"{n * z} more tokens need {n} pages of the KV cache, {free.size} of {self.num_pages} are "
-                f"free ({self.num_pages * z} tokens in all); close sessions, or raise {self._setting}"
+                f"{n * z} more tokens need {n} pages of the KV cache, {free.size} of "
+                f"{self.num_pages} are free ({self.num_pages * z} tokens in all); close sessions, "
+                f"or raise {self._setting}"
             )
         taken = _best_run(free, n, after)
         self._refs[taken] = 1
@@ -68,8 +70,9 @@ class PageAllocator:
 
 
 def _best_run(free: np.ndarray, n: int, after: int | None) -> np.ndarray:
-    """`n` of the sorted free pages: behind `after` if possible, else the tightest run that holds all
-    of them, else the longest runs first."""
+    """`n` of the sorted free pages: behind `after` if possible, else the tightest run that holds
+    all of them, else the longest runs first.
+    """
     if n == 0:
         return free[:0]
     starts = np.flatnonzero(np.diff(free, prepend=free[0] - 2) != 1)

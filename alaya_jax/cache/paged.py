@@ -1,7 +1,7 @@
 """Pages of keys and values, and tables that say which pages make a sequence. Pure functions.
 
-A page is Z consecutive tokens of one sequence, for one layer and all kv heads. Sequences share pages;
-whoever writes must own the page alone (see `allocator.py` for copy on write).
+A page is Z consecutive tokens of one sequence, for one layer and all kv heads. Sequences share
+pages; whoever writes must own the page alone (see `allocator.py` for copy on write).
 """
 
 import dataclasses
@@ -84,7 +84,8 @@ class PageTable:
     """Which pages hold a batch of sequences.
 
     Attributes:
-      pages: int32 [B, N], page ids in order; entries past a sequence's last page are never read as keys.
+      pages: int32 [B, N], page ids in order; entries past a sequence's last page are never read as
+        keys.
       length: int32 [B], tokens that each sequence holds.
     """
 

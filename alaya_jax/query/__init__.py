@@ -1,7 +1,8 @@
-"""What attention may ask of the keys. A query is a small pytree: its class is structure, its numbers
-are data, so another beta does not compile another program.
+"""What attention may ask of the keys. A query is a small pytree: its class is structure, its
+numbers are data, so another beta does not compile another program.
 
-All but `Full` include the window (the first and the last tokens), counted once. A query may differ by
+All but `Full` include the window (the first and the last tokens), counted once. A query may differ
+by
 layer: wherever one is taken, a tuple with one query a layer is taken too.
 """
 
@@ -29,8 +30,9 @@ class Full:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The first `sink` and the last `recent` tokens, the query's own among them (StreamingLLM, arXiv
-    2309.17453; the sizes are AlayaDB's, Table 5). Data, not structure."""
+    """The first `sink` and the last `recent` tokens, the query's own among them (StreamingLLM,
+    arXiv 2309.17453; the sizes are AlayaDB's, Table 5). Data, not structure.
+    """
 
     sink: int = 128
     recent: int = 512
@@ -43,11 +45,12 @@ class Window:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DIPR:
-    """Dynamic inner-product range query (AlayaDB, arXiv 2504.10326, Definition 3): of the keys outside
-    the window, those with `q.k >= max_s q.k_s - beta`, the maximum over all keys that q may see.
+    """Dynamic inner-product range query (AlayaDB, arXiv 2504.10326, Definition 3): of the keys
+    outside the window, those with `q.k >= max_s q.k_s - beta`, the maximum over all keys that q
+    may see.
 
-    The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys whose
-    attention weight is at least alpha times the largest.
+    The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
+    whose attention weight is at least alpha times the largest.
 
     Attributes:
       beta: range, at least 0. A number, or an array [H] (one a query head).
@@ -64,8 +67,9 @@ class DIPR:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Of the keys outside the window, the `k` of largest inner product, for each query head; of equal
-    ones the earlier. `k` is structure: another k compiles another program."""
+    """Of the keys outside the window, the `k` of largest inner product, for each query head; of
+    equal ones the earlier. `k` is structure: another k compiles another program.
+    """
 
     k: int = dataclasses.field(metadata={"static": True})
     window: Window = Window()

@@ -49,7 +49,8 @@ class Reads:
             "tier": "device",
             "steps": self.queries,
             "keys_visible_per_step": seen,
-            # The flat index scores every key that is not in the window, and the window is scored too.
+            # The flat index scores every key that is not in the window, and the window is scored
+            # too.
             "keys_scanned_per_step": seen if self.index else float(by_layer.mean()),
             "keys_attended_per_step": float(by_layer.mean()),
             "layers": by_layer.tolist(),
@@ -92,8 +93,8 @@ class Explanation:
             )
             lines.append(
                 f"  keys a query token and head: {d['keys_visible_per_step']:,.1f} visible, "
-                f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} attended "
-                f"({share:.1%})"
+                f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
+                f"attended ({share:.1%})"
             )
             low, high = int(np.argmin(d["layers"])), int(np.argmax(d["layers"]))
             if d["layers"][low] != d["layers"][high]:

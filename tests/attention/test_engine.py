@@ -99,12 +99,14 @@ def test_equals_definition(query, lengths, t, rng, small_blocks):
     count = jnp.full(len(lengths), t, jnp.int32)
     out, attended = attend(query, q, k_pages, v_pages, table, count)
     for b, start in enumerate(lengths):
-        want, want_count = expected(query, *(x.astype(np.float64) for x in (q[b], ks[b], vs[b])), start)
+        want, want_count = expected(
+            query, *(x.astype(np.float64) for x in (q[b], ks[b], vs[b])), start
+        )
         np.testing.assert_allclose(out[b], want, atol=2e-6)
         np.testing.assert_array_equal(attended[b], want_count)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     group=st.integers(1, 8),
@@ -143,7 +145,8 @@ def test_rows_past_count_are_zero_and_others_unchanged(rng):
     whole, _ = attend(query, q, k_pages, v_pages, table, jnp.asarray([6, 6]))
     np.testing.assert_allclose(ragged[0], whole[0], atol=1e-6)
     np.testing.assert_allclose(ragged[1, :2], whole[1, :2], atol=1e-6)
-    assert not np.any(ragged[1, 2:]) and not np.any(attended[1, 2:])
+    assert not np.any(ragged[1, 2:])
+    assert not np.any(attended[1, 2:])
 
 
 def test_new_beta_does_not_recompile(rng):
@@ -168,7 +171,8 @@ def test_merge_is_exact_and_ignores_empty_sets(rng):
     np.testing.assert_allclose(merged.out, weights @ values / weights.sum(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(merged.lse, np.log(weights.sum()), rtol=1e-6)
     nothing = merge(empty, empty)
-    assert not np.any(nothing.out) and np.isneginf(nothing.lse)
+    assert not np.any(nothing.out)
+    assert np.isneginf(nothing.lse)
 
 
 def test_paged_kv_repr_says_its_size():
