@@ -130,7 +130,7 @@ class DB:
         self.namespace = namespace
         page_bytes = self.token_bytes * page_size
         num_pages = self.budget.device_bytes // page_bytes
-        if page_size < 1 or num_pages < 1:
+        if page_size < 1 or num_pages < 2:  # one belongs to nobody
             raise RequestError(
                 f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} "
                 f"tokens of {model.name} takes {page_bytes:,} bytes; raise the budget"
@@ -311,7 +311,7 @@ class DB:
     def __repr__(self) -> str:
         return (
             f"DB({self.path!r}, {self.model.name}, {len(self._contexts)} contexts, "
-            f"{self.pool.free_tokens:,} of {self.pool.num_pages * self.pool.page_size:,} tokens "
+            f"{self.pool.free_tokens:,} of {self.pool.capacity_tokens:,} tokens "
             "free)"
         )
 
@@ -329,7 +329,7 @@ class DB:
                 f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to "
                 f"{limit:,}; shorten it, or use a model with a longer context"
             )
-        room = self.pool.num_pages * self.pool.page_size
+        room = self.pool.capacity_tokens
         if len(tokens) > room:
             needed = math.ceil(len(tokens) / self.pool.page_size) * self.pool.page_size
             raise CacheFullError(

@@ -73,6 +73,11 @@ class PagePool:
         return self._kv
 
     @property
+    def capacity_tokens(self) -> int:
+        """Tokens that fit into an empty pool."""
+        return self._allocator.capacity * self.page_size
+
+    @property
     def free_tokens(self) -> int:
         """Tokens that fit without evicting anything."""
         return self._allocator.num_free * self.page_size
@@ -160,7 +165,7 @@ class PagePool:
         heads, n, dim = k.shape
         count = -(-n // self.page_size)
         width = _bucket(count, TRANSFER_WIDTH, 2)
-        pages = np.full(width, self.num_pages, np.int32)  # out of range: skipped
+        pages = np.full(width, cache.NO_PAGE, np.int32)
         pages[:count] = sequence.pages[:count]
 
         def paged(x: np.ndarray) -> np.ndarray:

@@ -100,7 +100,8 @@ def _boxed(config: LlamaConfig, dtype: Any) -> Params:
 def _init(config: LlamaConfig, key: Array, dtype: Any) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Llama(config, param_dtype=dtype)
-    return model.init(key, tokens, tokens, causal_attend, None, None, None)["params"]
+    variables: Any = model.init(key, tokens, tokens, causal_attend, None, None, None)
+    return variables["params"]
 
 
 class Llama(nn.Module):

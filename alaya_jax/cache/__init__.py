@@ -2,6 +2,7 @@
 
 from alaya_jax.cache.allocator import PageAllocator
 from alaya_jax.cache.paged import (
+    NO_PAGE,
     PagedKV,
     PageTable,
     append,
@@ -11,6 +12,7 @@ from alaya_jax.cache.paged import (
 )
 
 __all__ = [
+    "NO_PAGE",
     "PageAllocator",
     "PageTable",
     "PagedKV",

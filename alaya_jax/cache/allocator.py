@@ -6,6 +6,7 @@ sequence that wants to write a shared page takes a new one and copies (copy on w
 
 import numpy as np
 
+from alaya_jax.cache.paged import NO_PAGE
 from alaya_jax.errors import CacheFullError
 
 
@@ -13,19 +14,20 @@ class PageAllocator:
     """Reference counts of a pool of pages.
 
     Pages are handed out in runs of consecutive ids where possible: attention reads a run as one
-      slice.
+    slice.
     """
 
     def __init__(self, num_pages: int, page_size: int, setting: str = "Budget(device=...)"):
         """Args: the pool's size; tokens a page; what to name when the pool is exhausted."""
         self._refs = np.zeros(num_pages, np.int32)
+        self._refs[NO_PAGE] = 1  # never handed out
         self._page_size = page_size
         self._setting = setting
 
     @property
-    def num_pages(self) -> int:
-        """Pages in the pool."""
-        return self._refs.size
+    def capacity(self) -> int:
+        """Pages that can be handed out in all."""
+        return self._refs.size - 1
 
     @property
     def num_free(self) -> int:
@@ -47,7 +49,7 @@ class PageAllocator:
             z = self._page_size
             raise CacheFullError(
                 f"{n * z} more tokens need {n} pages of the KV cache, {free.size} of "
-                f"{self.num_pages} are free ({self.num_pages * z} tokens in all); close sessions, "
+                f"{self.capacity} are free ({self.capacity * z} tokens in all); close sessions, "
                 f"or raise {self._setting}"
             )
         taken = _best_run(free, n, after)

@@ -14,6 +14,12 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
 
 
+NO_PAGE = 0
+"""The page that belongs to nobody. What must not be written goes there, so that no write needs a
+condition: a conditional write reads the page first, and looks to the compiler like the whole pool.
+"""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKV:
@@ -111,13 +117,13 @@ def append(
 
 
 def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
-    _, num_pages, size, _ = pool.shape
+    size = pool.shape[2]
     new = new.astype(pool.dtype)
     t = new.shape[1]
     if t == 1:
         page = jnp.take_along_axis(table.pages, (table.length // size)[:, None], axis=1)[:, 0]
-        page = jnp.where(count > 0, page, num_pages)  # out of range: dropped
-        return pool.at[:, page, table.length % size].set(new[:, 0].swapaxes(0, 1), mode="drop")
+        page = jnp.where(count > 0, page, NO_PAGE)
+        return _put(pool, (page, table.length % size), new[:, 0].swapaxes(0, 1))
     # Whole pages at a time (an update a page, not an update a token): the touched pages are read,
     # overlaid with the new tokens, and written back.
     touched = -(-t // size) + 1
@@ -130,20 +136,23 @@ def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
     source = jnp.clip(source, 0, t - 1).reshape(source.shape[0], -1, 1, 1)
     values = jnp.take_along_axis(new, source, axis=1).reshape(*position.shape, *new.shape[2:])
     values = jnp.where(fresh[None, ..., None], jnp.moveaxis(values, 3, 0), pool[:, page])
-    page = jnp.where(fresh.any(-1), page, num_pages)
-    return pool.at[:, page].set(values, mode="drop", unique_indices=False)
+    return _put(pool, (jnp.where(fresh.any(-1), page, NO_PAGE),), values)
+
+
+def _put(pool: Array, where: tuple[Array, ...], values: Array) -> Array:
+    return pool.at[(slice(None), *where)].set(values, mode="promise_in_bounds")
 
 
 def copy_pages(kv: PagedKV, source: Int[Array, " N"], target: Int[Array, " N"]) -> PagedKV:
-    """Copies pages `source[i]` to `target[i]` in every layer; a target out of range is skipped."""
-    return jax.tree.map(lambda pool: pool.at[:, target].set(pool[:, source], mode="drop"), kv)
+    """Copies pages `source[i]` to `target[i]` in every layer."""
+    return jax.tree.map(lambda pool: _put(pool, (target,), pool[:, source]), kv)
 
 
 def write_pages(
     pool: Float[Array, "K P Z D"], pages: Int[Array, " N"], new: Float[Array, "K N Z D"]
 ) -> Float[Array, "K P Z D"]:
-    """Writes whole pages; a page id out of range is skipped."""
-    return pool.at[:, pages].set(new.astype(pool.dtype), mode="drop")
+    """Writes whole pages; what is meant for `NO_PAGE` is lost."""
+    return _put(pool, (pages,), new.astype(pool.dtype))
 
 
 def read_tokens(pool: Float[Array, "K P Z D"], pages: Int[Array, " N"]) -> Float[Array, "K N*Z D"]:
