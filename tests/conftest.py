@@ -1,15 +1,125 @@
-"""Eight virtual CPU devices for every test; must run before jax starts."""
+"""Eight virtual CPU devices for every test; must run before jax starts. The tiny model of the shell."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+
+PAGES = 65
+"""One for every database of the tests, so that they share compiled programs; one belongs to nobody."""
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that differ by test and are the same in every run of it."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """llama-tiny, random weights that make peaked attention; a token is a byte, all output is ASCII.
+
+    End ids are 1 and 2, which it never chooses.
+    """
+    import jax
+    import jax.numpy as jnp
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    import alaya_jax as aj
+    from alaya_jax import configs
+    from alaya_jax.models import LlamaConfig, bpe, llama
+    from alaya_jax.models.tokenizer import Tokenizer
+
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    random = np.random.default_rng(7)
+
+    def weights(path: Any, leaf: Any) -> Any:
+        names = [key.key for key in path]
+        if names[-1] == "scale":
+            return jnp.ones(leaf.shape)
+        inputs = leaf.shape[:2] if names[-2] == "o" else leaf.shape[:1]
+        gain = {"q": 2.0, "k": 2.0, "o": 3.0, "lm_head": 3.0}
+        x = random.standard_normal(leaf.shape, np.float32) * gain.get(names[-2], 1.0)
+        if names[-1] == "kernel":
+            x /= np.sqrt(np.prod(inputs))
+        if names[-2] == "lm_head":
+            x *= (np.arange(256) >= ord(" ")) & (np.arange(256) <= ord("~"))
+        return jnp.asarray(x)
+
+    params = jax.tree_util.tree_map_with_path(weights, llama.abstract_params(config))
+    vocab = {letter: byte for letter, byte in bpe.byte_alphabet().items()}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return aj.Model(config, params, Tokenizer(backend), fingerprint="tiny", name="tiny")
+
+
+@pytest.fixture
+def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens databases in a directory of the test's own; they are closed at its end."""
+    import alaya_jax as aj
+
+    opened = []
+
+    def open(model: Any = None, path: str = "db", pages: int = PAGES, **options: Any) -> Any:
+        model = model or tiny_model
+        c = model.config
+        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+        budget = aj.Budget(device=pages * options.get("page_size", 16) * width)
+        opened.append(aj.DB(tmp_path / path, model, budget, **options))
+        return opened[-1]
+
+    yield open
+    for db in opened:
+        db.close()
+
+
+@pytest.fixture
+def db(open_db: Callable[..., Any]) -> Any:
+    """An empty database of the tiny model, 64 pages of 16 tokens."""
+    return open_db()
+
+
+@pytest.fixture(scope="session")
+def all_logits(tiny_model: Any) -> Callable[[Any], np.ndarray]:
+    """Logits [n, V] of a whole sequence by the model alone: no cache, no pages, no chunks."""
+    import jax
+
+    from alaya_jax.models import llama
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def forward(params: Any, tokens: Any, config: Any) -> Any:
+        positions = np.arange(tokens.shape[1])[None]
+        return llama.forward(params, config, tokens, positions, llama.causal_attend)[0]
+
+    def logits(tokens: Any, model: Any = tiny_model) -> np.ndarray:
+        padded = np.zeros((1, 256), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(forward(model.params, padded, model.config))[0, : len(tokens)]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def greedy(all_logits: Callable[[Any], np.ndarray]) -> Callable[[Any, int], list[int]]:
+    """The greedy continuation of a prompt, everything computed anew for each token."""
+
+    def continued(prompt: Any, n: int) -> list[int]:
+        tokens = [int(t) for t in prompt]
+        for _ in range(n):
+            last = all_logits(tokens)[-1]
+            best, second = np.partition(last, -2)[[-1, -2]]
+            assert best - second > 3e-4, "nearly a tie: rounding decides, another prompt is better"
+            tokens.append(int(last.argmax()))
+        return tokens[len(prompt) :]
+
+    return continued
