@@ -7,6 +7,7 @@ lost (RoPE scaling above all) gives a model that looks right and is wrong.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -117,6 +118,18 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _check_types(config: Any) -> None:
+    """Refuses a field whose value is not what its annotation says."""
+    kinds = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), getattr(f.type, "__name__", str(f.type))
+        name, _, optional = str(hint).partition(" | ")
+        if (value is None and optional) or name not in kinds:
+            continue
+        if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "bool"):
+            raise ConfigError(f"config field {f.name!r} must be {name}, got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding as the checkpoint was trained.
@@ -142,6 +155,9 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def __post_init__(self):
+        _check_types(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +194,11 @@ class LlamaConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.type in (int, "int")
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value <= 0:
+        _check_types(self)
+        for f in dataclasses.fields(self):
+            if f.type is int and getattr(self, f.name) <= 0:
                 raise ConfigError(
-                    f"config field {name!r} must be a positive integer, got {value!r}"
+                    f"config field {f.name!r} must be positive, got {getattr(self, f.name)}"
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -248,8 +260,16 @@ class LlamaConfig:
             return default
 
         hidden, heads = take("hidden_size"), take("num_attention_heads")
+        if not all(isinstance(n, int) and n > 0 for n in (hidden, heads)):
+            raise ConfigError(
+                f"config fields 'hidden_size' = {hidden!r} and 'num_attention_heads' = {heads!r} "
+                "must be positive integers"
+            )
         rest.setdefault("dtype", rest.pop("torch_dtype", None))
         eos = take("eos_token_id", ())
+        eos = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        if not all(isinstance(id, int) and id >= 0 for id in eos):
+            raise ConfigError(f"config field 'eos_token_id' must be ids, got {eos}")
         max_positions = take("max_position_embeddings")
         fields = {
             "vocab_size": take("vocab_size"),
@@ -265,7 +285,7 @@ class LlamaConfig:
             "attention_bias": take("attention_bias", False),
             "mlp_bias": take("mlp_bias", False),
             "bos_token_id": take("bos_token_id", None),
-            "eos_token_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            "eos_token_ids": eos,
             "dtype": str(take("dtype", "float32")).removeprefix("torch."),
             "rope": _read_rope(rest, max_positions),
         }

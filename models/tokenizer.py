@@ -17,7 +17,6 @@ from alaya_jax.models import bpe, tokenizer_files
 from alaya_jax.models.chat import ChatTemplate
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from jax.typing import ArrayLike
     from tokenizers import Tokenizer as Backend
 
@@ -87,8 +86,11 @@ class Tokenizer:
         return cls(**tokenizer_files.read_directory(Path(path)))
 
     @classmethod
-    def from_gguf(cls, source: GGUFReader | str | Path) -> Tokenizer:
+    def from_gguf(cls, source: Mapping[str, Any] | str | Path) -> Tokenizer:
         """Reads the tokenizer in a GGUF file's metadata: "gpt2" (byte-level) or "llama" models.
+
+        Args:
+            source: The file, or its metadata as plain values.
 
         Raises:
             TokenizerError: The file is damaged, has no tokenizer, or one of an unknown kind.

@@ -12,7 +12,6 @@ from alaya_jax.models import bpe
 from alaya_jax.models.chat import ChatTemplate
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer as Backend
 
 _ROLES = (
@@ -78,13 +77,14 @@ def read_directory(directory: Path) -> Parts:
     return Parts(backend=backend, named_tokens=named, eos_ids=eos_ids, chat=chat)
 
 
-def read_gguf(source: GGUFReader | str | Path) -> Parts:
+def read_gguf(source: Mapping[str, Any] | str | Path) -> Parts:
     """Reads a GGUF file's metadata; see `Tokenizer.from_gguf`."""
     if isinstance(source, str | Path):
         from gguf import GGUFReader
 
         try:
-            source = GGUFReader(source)
+            fields = GGUFReader(source).fields
+            source = {key: field.contents() for key, field in fields.items()}
         except (OSError, ValueError, LookupError) as error:
             raise TokenizerError(f"{source} is not a readable GGUF file: {error}") from error
     metadata = _Metadata(source)
@@ -146,12 +146,11 @@ def read_gguf(source: GGUFReader | str | Path) -> Parts:
 class _Metadata:
     """The tokenizer's part of a GGUF file's metadata."""
 
-    def __init__(self, reader: GGUFReader):
-        self._fields = reader.fields
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = values
 
     def get(self, name: str, default: Any = None) -> Any:
-        field = self._fields.get(f"tokenizer.ggml.{name}")
-        return default if field is None else _contents(field)
+        return self._values.get(f"tokenizer.ggml.{name}", default)
 
     def require(self, name: str) -> Any:
         value = self.get(name)
@@ -165,19 +164,10 @@ class _Metadata:
     def chat_sources(self) -> dict[str, str]:
         start = "tokenizer.chat_template"
         return {
-            key.removeprefix(start).removeprefix(".") or "default": _contents(field)
-            for key, field in self._fields.items()
+            key.removeprefix(start).removeprefix(".") or "default": template
+            for key, template in self._values.items()
             if key == start or key.startswith(f"{start}.")
         }
-
-
-def _contents(field: Any) -> Any:
-    try:
-        return field.contents()
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"the GGUF file's {field.name} is not UTF-8 ({error}); the file is damaged"
-        ) from error
 
 
 def _begin_and_end_with(backend: Backend, bos: str | None, eos: str | None) -> None:

@@ -4,7 +4,6 @@ The header is parsed here: the `gguf` package's reader takes seconds for a vocab
 the end of a truncated file without noticing. Its dequantization is used as it is.
 """
 
-import dataclasses
 import math
 import struct
 from collections.abc import Mapping
@@ -107,26 +106,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    name: str
-    value: Any
-
-    def contents(self) -> Any:
-        return self.value
-
-
-class _Fields:
-    """The part of `gguf.GGUFReader` that a tokenizer is read from, over a header parsed once."""
-
-    def __init__(self, metadata: Mapping[str, Any]):
-        self.fields = {key: _Field(key, value) for key, value in metadata.items()}
-
-
 def _read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if "tokenizer.ggml.model" not in metadata:
         return None
-    return Tokenizer.from_gguf(_Fields(metadata))  # pyright: ignore[reportArgumentType]
+    return Tokenizer.from_gguf(metadata)
 
 
 class _Header:
