@@ -1,0 +1,140 @@
+"""`alaya ask`: a question about a document."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alaya_jax.cli import options
+from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
+from alaya_jax.errors import ContextError, RequestError
+
+
+def ask(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="In quotes.")],
+    context: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            allow_dash=True,
+            help="The document: a text file in UTF-8; - reads stdin.",
+        ),
+    ],
+    model: options.Model = options.MODEL,
+    attention: options.Attention = "full",
+    db: options.Database = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+    memory: options.Memory = "2GiB",
+    json: options.Json = False,
+) -> None:
+    """Answer a question about a document.
+
+    The first question about a document reads it and stores the model's work on it; every later
+    question, about the same text with the same model, starts from there. The answer goes to stdout
+    as it comes; what it took (tokens reused and computed, seconds, keys read) to stderr.
+
+    Examples:
+      alaya ask --context contract.txt "Who is the registered agent?"
+      alaya ask --context contract.txt --attention dipr:50 "What is the notice period?"
+      alaya ask --context contract.txt --model ~/models/Llama-3.2-1B-Instruct --json "Who signs?"
+      pdftotext paper.pdf - | alaya ask --context - "What is the main result?"
+
+    Document and question become one user's message in the model's chat template. Names of control
+    tokens in them (such as <|im_end|>) are plain characters to the model. Documents are found again
+    by content, not by file name. `alaya db ls` lists them; `alaya db rm` gives their space back.
+    """
+    policy = options.attention(attention)
+    chosen = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    document = read_document(context)
+    path = options.database_path(db)
+
+    from alaya_jax.cli import prompts, runtime
+
+    loaded = runtime.load_model(model)
+    tokenizer = prompts.tokenizer_of(loaded)
+    prompt = prompts.question_ids(tokenizer, document, question)
+    start = prompts.document_ids(tokenizer, document)
+    with runtime.open_for_document(path, loaded, memory, start) as database:
+        with on_interrupt("The document was not stored, and nothing half-written is left."):
+            imported = runtime.import_document(database, start, title=context.name)
+        stored = imported.context
+        if imported.new:
+            note(
+                f"Read {stored.num_tokens:,} tokens of {context} in {imported.seconds:.1f} s; "
+                f"stored in {database.path} ({size(stored.nbytes)})."
+            )
+        try:
+            result = runtime.answer(
+                database,
+                prompt,
+                attention=policy,
+                sampling=chosen,
+                max_new_tokens=max_new_tokens,
+                on_text=(lambda text: None) if json else write,
+            )
+        except ContextError as error:
+            raise ContextError(
+                f"{error} (alaya db rm {stored.id} --db {database.path}, then ask again)"
+            ) from error
+        if json:
+            report(
+                {
+                    "question": question,
+                    "answer": result.text,
+                    **result.to_dict(),
+                    "attention": repr(policy),
+                    "model": loaded.name,
+                    "database": database.path,
+                    "context": {
+                        "id": stored.id,
+                        "title": stored.title,
+                        "tokens": stored.num_tokens,
+                        "bytes": stored.nbytes,
+                        "imported": imported.new,
+                        "import_s": imported.seconds,
+                    },
+                }
+            )
+        else:
+            write("\n")
+            note(str(result))
+        if result.finish_reason == "length":
+            note(f"The answer was cut at {max_new_tokens} tokens; --max-new-tokens allows more.")
+        if result.finish_reason == "interrupted":
+            raise Interrupted("The answer so far is complete on stdout; the document stays stored.")
+
+
+def write(text: str) -> None:
+    """Puts a piece of the answer on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def read_document(path: Path) -> str:
+    """The text of a file, or of stdin for `-`.
+
+    Raises:
+        RequestError: It is empty, or not UTF-8.
+        OSError: It cannot be read.
+    """
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
+            f"convert it, such as by: iconv -f latin1 -t utf-8 {path}, or pdftotext for a PDF"
+        ) from error
+    if not text.strip():
+        raise RequestError(f"{path} is empty; give a file with the document's text")
+    return text

@@ -1,0 +1,160 @@
+"""`alaya db`: look after a database of contexts. No model is loaded."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alaya_jax.cli import options
+from alaya_jax.cli.terminal import help_text, note, on_interrupt, report, size
+from alaya_jax.errors import ContextError
+
+if TYPE_CHECKING:
+    from alaya_jax.storage import ContextRecord, DirectoryStore
+
+commands = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, check and remove stored contexts.",
+)
+
+_IDS = typer.Argument(metavar="ID...", help="Ids, or beginnings that only one context has.")
+
+
+def ls(db: options.Database = None, json: options.Json = False) -> None:
+    """List the contexts of a database: id, tokens, size, when stored, title.
+
+    Examples:
+      alaya db ls
+      alaya db ls --db contexts.db --json
+    """
+    with _open(db, read_only=True) as store:
+        data = describe(store)
+    if json:
+        report(data)
+    else:
+        typer.echo(table(data))
+
+
+def check(
+    ids: Annotated[list[str] | None, _IDS] = None,
+    db: options.Database = None,
+    json: options.Json = False,
+) -> None:
+    """Read contexts in full and compare every byte with its checksum.
+
+    Checks all contexts when none is named. The exit code is 1 when there is damage.
+
+    Examples:
+      alaya db check
+      alaya db check 3f2a --db contexts.db
+    """
+    with _open(db, read_only=True) as store:
+        chosen = _find(store, ids) if ids else store.list()
+        problems = {record.id: list(store.check(record.id)) for record in chosen}
+    damaged = [id for id, found in problems.items() if found]
+    if json:
+        report({"database": str(store.path), "contexts": problems, "damaged": damaged})
+    else:
+        for id, found in problems.items():
+            typer.echo(f"{id}  {'damaged' if found else 'intact'}")
+            for problem in found:
+                typer.echo(f"  {problem}")
+        if not problems:
+            note(f"There is no context in {store.path}.")
+    if damaged:
+        if not json:
+            note(f"Remove what is damaged: alaya db rm {' '.join(damaged)} --db {store.path}")
+        raise typer.Exit(1)
+
+
+def rm(
+    ids: Annotated[list[str], _IDS], db: options.Database = None, json: options.Json = False
+) -> None:
+    """Remove contexts and give their space back.
+
+    Examples:
+      alaya db rm 3f2a91
+      alaya db rm 3f2a 77c0 --db contexts.db
+    """
+    with _open(db, read_only=False) as store:
+        removed = []
+        for record in _find(store, ids):
+            with on_interrupt(f"Removed before that: {', '.join(removed) or 'nothing'}."):
+                store.remove(record.id)
+            removed.append(record.id)
+            note(f"Removed {record.id}: {record.num_tokens:,} tokens, {size(record.nbytes)}.")
+    if json:
+        report({"database": str(store.path), "removed": removed})
+
+
+for verb in (ls, check, rm):
+    commands.command(help=help_text(verb))(verb)
+
+
+def describe(store: "DirectoryStore") -> dict[str, Any]:
+    """What a database holds, as plain data."""
+    rows = [
+        {
+            "id": record.id,
+            "title": record.header.title if record.header else "",
+            "tokens": record.num_tokens,
+            "bytes": record.nbytes,
+            "created": record.created,
+            "model": record.header.fingerprint if record.header else None,
+            "dtype": record.header.dtype if record.header else None,
+            "namespace": record.header.namespace if record.header else None,
+            "problem": record.problem,
+        }
+        for record in store.list()
+    ]
+    return {
+        "kind": "database",
+        "path": str(store.path),
+        "bytes": sum(row["bytes"] for row in rows),
+        "contexts": rows,
+    }
+
+
+def table(data: dict[str, Any]) -> str:
+    """`describe` for people."""
+    rows = data["contexts"]
+    lines = [f"{data['path']}: {len(rows)} contexts, {size(data['bytes'])}"]
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        model = f"model {row['model'][:12]}" if row["model"] else ""
+        lines.append(
+            f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
+            f"  {row['title']}".rstrip()
+        )
+        if row["problem"]:
+            lines.append(f"    {row['problem']}")
+    return "\n".join(lines)
+
+
+def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
+    from alaya_jax.errors import DatabaseError
+    from alaya_jax.storage import DirectoryStore
+
+    path = options.database_path(db)
+    if not (path / "alaya_db.json").exists():
+        hint = (
+            "`alaya ask` makes it when it reads the first document" if db is None else "check --db"
+        )
+        raise DatabaseError(f"there is no database at {path}; {hint}")
+    return DirectoryStore(path, read_only=read_only)
+
+
+def _find(store: "DirectoryStore", ids: Sequence[str]) -> "list[ContextRecord]":
+    """The contexts meant by ids or their beginnings, each once; all or none."""
+    found = {}
+    for id in ids:
+        matches = [record for record in store.list() if record.id.startswith(id)]
+        if len(matches) != 1:
+            there = ", ".join(r.id for r in matches or store.list()) or "none"
+            many = "several contexts begin so" if matches else "no context has this id"
+            raise ContextError(f"{id!r}: {many} in {store.path}; there are: {there}")
+        found[matches[0].id] = matches[0]
+    return list(found.values())

@@ -1,0 +1,208 @@
+"""What the verbs that run a model share: compiled programs on disk, the document, the answer."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alaya_jax.cli.terminal import note
+from alaya_jax.errors import CacheFullError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from alaya_jax.db import DB, Context
+    from alaya_jax.model import Model
+    from alaya_jax.query import Query
+    from alaya_jax.sampling import Sampling
+
+
+def start_jax() -> None:
+    """Has JAX keep compiled programs in the cache directory, so that later commands start sooner.
+
+    What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone.
+    """
+    import jax
+
+    from alaya_jax.checkpoint import bundled
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    place = bundled.cache_directory() / "xla"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        note(f"Compiled programs are not kept: {place} cannot be written ({error.strerror}).")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def load_model(name: str) -> "Model":
+    """Loads a model, with a progress bar, ready to run."""
+    start_jax()
+    from alaya_jax.model import load
+
+    return load(name)
+
+
+def open_database(path: Path, model: "Model", memory: str, *, read_only: bool = False) -> "DB":
+    """Opens a database.
+
+    Raises:
+        DatabaseError: The path cannot be used, or another process has it open.
+    """
+    from alaya_jax.db import DB, Budget
+
+    return DB(path, model, Budget(device=memory), read_only=read_only)
+
+
+def open_for_document(path: Path, model: "Model", memory: str, tokens: "np.ndarray") -> "DB":
+    """Opens a database; when it has the document already, for reading, so that others can too."""
+    if (path / "alaya_db.json").exists():
+        db = open_database(path, model, memory, read_only=True)
+        if any(_holds(context, tokens) for context in db.contexts):
+            return db
+        db.close()
+    return open_database(path, model, memory)
+
+
+def _holds(context: "Context", tokens: "np.ndarray") -> bool:
+    same_length = context.problem is None and context.num_tokens == len(tokens)
+    return same_length and bool((context.tokens == tokens).all())
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What `import_document` did.
+
+    Attributes:
+        context: The stored document.
+        new: It was computed now, and not found in the database.
+        seconds: How long that took, storing it included.
+    """
+
+    context: "Context"
+    new: bool
+    seconds: float
+
+
+def import_document(db: "DB", tokens: "np.ndarray", title: str) -> Imported:
+    """Stores a document if it is not there, with a progress bar.
+
+    Raises:
+        CacheFullError: It does not fit; the message names the command line's option.
+    """
+    started = time.perf_counter()
+    before = {context.id for context in db.contexts if context.problem is None}
+    try:
+        context = db.import_context(tokens, title=title)
+    except CacheFullError as error:
+        raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error
+    return Imported(context, context.id not in before, time.perf_counter() - started)
+
+
+@dataclasses.dataclass
+class Answer:
+    """A generated text and what it took.
+
+    Attributes:
+        text: Without control tokens.
+        ids: Its tokens.
+        finish_reason: "eos", "stop", "length" or "interrupted".
+        prompt_tokens: All tokens before the first new one: reused and prefilled.
+        reused: Of those, taken from a stored context.
+        prefilled: Of those, computed now.
+        first_token_s: From the request to the first new token, reading from disk included; seconds.
+        tokens_per_s: Of the tokens after the first.
+        keys_per_step: Mean over steps, layers and heads, while decoding: keys that were there
+            ("visible"), scored to choose among them ("scanned"), and used ("attended").
+    """
+
+    text: str = ""
+    ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    reused: int = 0
+    prefilled: int = 0
+    first_token_s: float = 0.0
+    tokens_per_s: float = 0.0
+    keys_per_step: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**dataclasses.asdict(self), "generated": len(self.ids)}
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.reused:,} tokens reused, {self.prefilled:,} prefilled; "
+            f"first token after {self.first_token_s:.2f} s"
+        )
+        if self.tokens_per_s:
+            line += f", then {self.tokens_per_s:.1f} tokens/s"
+        if keys := self.keys_per_step:
+            line += f"; keys read per step: {keys['attended']:,.0f} of {keys['visible']:,.0f}"
+            if keys["scanned"] > keys["attended"]:
+                line += f" ({keys['scanned']:,.0f} scored to choose them)"
+        return line
+
+
+def answer(
+    db: "DB",
+    prompt: "np.ndarray",
+    *,
+    attention: "Query",
+    sampling: "Sampling",
+    max_new_tokens: int,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Answer:
+    """Continues a prompt, from its longest stored prefix. Ctrl-C ends it and keeps what is there.
+
+    Args:
+        db: Where stored contexts are looked for.
+        prompt: Token ids [n].
+        attention: What decoding asks of the keys; prefill is exact.
+        sampling: How tokens are chosen.
+        max_new_tokens: At most so many.
+        on_text: Takes new text as it comes.
+
+    Raises:
+        RequestError: Prompt and answer are longer than the model allows.
+        CacheFullError: They do not fit; the message names the command line's option.
+    """
+    from alaya_jax.generation import generate
+
+    started = time.perf_counter()
+    result = Answer(prompt_tokens=len(prompt))
+    try:
+        session, rest = db.create_session(prompt)
+        result.reused, result.prefilled = session.reused[0], len(rest)
+        with session:
+            opened = time.perf_counter() - started
+            run = generate(
+                session,
+                rest,
+                max_new_tokens=max_new_tokens,
+                attention=attention,
+                sampling=sampling,
+                progress=True,
+            )
+            interrupted = False
+            try:
+                for token in run:
+                    on_text(token.text)
+            except KeyboardInterrupt:
+                interrupted = True
+            result.text, result.ids = "".join(run.text), list(run.ids[0])
+            result.finish_reason = "interrupted" if interrupted else run.finish_reason
+            result.first_token_s = opened + run.timing.first_token_s
+            result.tokens_per_s = run.timing.tokens_per_s
+            decode = session.explain().to_dict()["phases"].get("decode")
+    except CacheFullError as error:
+        raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error
+    if decode:
+        result.keys_per_step = {
+            name: decode[f"keys_{name}_per_step"] for name in ("visible", "scanned", "attended")
+        }
+    return result

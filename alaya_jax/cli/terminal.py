@@ -1,0 +1,88 @@
+"""What every verb shares with the terminal: help, errors, notes, reports, interruption.
+
+stdout carries the answer or the report, with --json exactly one JSON object; stderr all else.
+"""
+
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from alaya_jax.errors import AlayaError
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a word on what became of the work."""
+
+
+class Commands(TyperGroup):
+    """Turns errors into one paragraph on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb."""
+        try:
+            return super().invoke(ctx)
+        except AlayaError as error:
+            _fail(str(error))
+        except KeyboardInterrupt as error:
+            note(f"\nInterrupted. {error}".rstrip())
+            raise typer.Exit(130) from error
+        except BrokenPipeError:
+            raise  # the reader of stdout went away: Typer ends without a word
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}")
+
+
+def help_text(function: Callable[..., Any]) -> str:
+    """A verb's docstring as help: paragraphs with indented lines (examples) keep their lines."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join("\b\n" + p if "\n  " in p else p for p in paragraphs)
+
+
+def _fail(message: str) -> None:
+    if os.environ.get("ALAYA_DEBUG"):
+        traceback.print_exc()
+    error = typer.style("error:", fg="red", bold=True) if _colours(sys.stderr) else "error:"
+    typer.echo(f"{error} {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _colours(stream: Any) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def note(text: str) -> None:
+    """Says something beside the answer: on stderr, dim on a terminal."""
+    typer.echo(typer.style(text, dim=True) if _colours(sys.stderr) else text, err=True)
+
+
+def report(data: dict[str, Any]) -> None:
+    """Prints the one JSON object of --json."""
+    typer.echo(json.dumps(data, ensure_ascii=False))
+
+
+@contextmanager
+def on_interrupt(consequence: str) -> Iterator[None]:
+    """Ctrl-C in the block ends the command, saying what that means for its work."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(consequence) from error
+
+
+def size(count: float) -> str:
+    """Bytes for people: 264.3 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
