@@ -323,7 +323,7 @@ class DB:
     def _check_length(self, tokens: np.ndarray) -> None:
         if not len(tokens):
             raise RequestError("the prompt has no tokens; give at least one")
-        limit = self.model.config.max_length
+        limit = self.model.length_limit
         if len(tokens) > limit:
             raise RequestError(
                 f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to "

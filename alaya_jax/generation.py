@@ -233,6 +233,7 @@ class Generation(Iterator[Token]):
                     config=config,
                     processors=self._processors,
                     capacity=BLOCK,
+                    rope_length=session.model.rope_length,
                 )
                 on_device = decoded.running
                 under_way, left = (decoded, []), left - steps

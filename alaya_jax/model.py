@@ -28,6 +28,7 @@ class Model:
       fingerprint: of config and weights; contexts of another fingerprint are not reused.
       name: for people.
       mesh, rules: where the parameters lie; no mesh is the default device.
+      max_length: longest sequence, tokens; None: what the checkpoint declares.
     """
 
     config: LlamaConfig
@@ -37,11 +38,22 @@ class Model:
     name: str = "model"
     mesh: Mesh | None = None
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+    max_length: int | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Type that the model computes in, and of its keys and values: that of the embeddings."""
         return self.params["embed"]["embedding"].dtype
+
+    @property
+    def length_limit(self) -> int:
+        """Longest sequence that is served, tokens."""
+        return self.max_length or self.config.max_length
+
+    @property
+    def rope_length(self) -> int | None:
+        """The length that dynamic RoPE is stretched for; None for other types."""
+        return self.length_limit if self.config.rope.rope_type == "dynamic" else None
 
     def encode(self, text: str, **options: Any) -> np.ndarray:
         """Token ids of a text, int32 [n]; options as in `Tokenizer.encode`.
@@ -80,7 +92,7 @@ class Model:
         place = f"mesh {dict(self.mesh.shape)}" if self.mesh else str(jax.devices()[0])
         return (
             f"Model({self.name}, {count / 1e6:,.1f}M parameters, {self.dtype.name}, "
-            f"up to {self.config.max_length:,} tokens, on {place})"
+            f"up to {self.length_limit:,} tokens, on {place})"
         )
 
 
@@ -90,6 +102,7 @@ def load(
     dtype: Any = None,
     *,
     rules: ShardingRules | None = None,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a model.
@@ -99,9 +112,12 @@ def load(
       mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
       dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
       rules: which axis goes where; default `ShardingRules()`.
+      max_length: longest sequence to serve, tokens; default what the checkpoint declares. Dynamic RoPE
+        is stretched for it: choose it as short as will do.
       progress: shows a bar on stderr when it is a terminal.
 
     Raises:
+      RequestError: `max_length` is not from 1 to what the checkpoint declares.
       CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
         understood.
     """
@@ -110,12 +126,19 @@ def load(
         auto = (AxisType.Auto,) * len(mesh.axis_names)
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
     read = read_checkpoint(path_or_name, mesh=mesh, rules=rules, dtype=dtype, progress=progress)
+    declared = read.config.max_length
+    if max_length is not None and not 1 <= max_length <= declared:
+        raise RequestError(f"load: max_length={max_length}; {path_or_name} declares {declared:,}")
+    fingerprint = read.fingerprint
+    if read.config.rope.rope_type == "dynamic":  # its keys depend on the length
+        fingerprint += f"-rope{max_length or declared}"
     return Model(
         config=read.config,
         params=read.params,
         tokenizer=read.tokenizer,
-        fingerprint=read.fingerprint,
+        fingerprint=fingerprint,
         name=Path(path_or_name).name,
         mesh=mesh,
         rules=rules,
+        max_length=max_length,
     )

@@ -159,6 +159,7 @@ class Session:
                 query,
                 kv_result=1,
                 config=self.model.config,
+                rope_length=self.model.rope_length,
             )
             # Only after its last chunk are a sequence's logits those of its last token.
             fresh = jnp.asarray(counts > 0)[:, None]
@@ -184,7 +185,7 @@ class Session:
             raise RequestError(
                 "update() wrote new tokens in some layers only; finish the other layers first"
             )
-        limit = self.model.config.max_length
+        limit = self.model.length_limit
         for length, count in zip(self.lengths, counts, strict=True):
             if length + count > limit:
                 raise RequestError(
