@@ -12,7 +12,7 @@ import numpy as np
 from alaya_jax import programs
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
-from alaya_jax.query import Full
+from alaya_jax.query import Full, check_queries
 from alaya_jax.sampling import Greedy, Sampling, StopText, init_sampler, sample
 from alaya_jax.session import Session
 
@@ -26,7 +26,7 @@ class Token(NamedTuple):
     """One generated token.
 
     Attributes:
-      id: token id.
+      id: token id. That of an end of sequence only where its text is not empty.
       text: new text that it completes; may be empty (half a character, or held back as the start
         of a stop string).
       logprob: of the model's own distribution, natural logarithm.
@@ -138,6 +138,8 @@ class Generation(Iterator[Token]):
                 "generate: every sequence needs at least one token to go on from; pass what "
                 "create_session left over"
             )
+        for query in (attention, prefill):
+            check_queries(query, model.config)
         each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
@@ -150,7 +152,9 @@ class Generation(Iterator[Token]):
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.finish_reasons: list[str | None] = [None] * batch
         self.timing = Timing(prefill_tokens=max(len(row) for row in rows))
-        self._new = tokens
+        self._rows = rows
+        self._turn = session.turn
+        self._alternatives = [s.logprobs for s in each]
         self._max = max_new_tokens
         self._attention, self._prefill = attention, prefill
         self._progress = progress
@@ -175,11 +179,23 @@ class Generation(Iterator[Token]):
         return self.finish_reasons[0]
 
     def __next__(self) -> Token:
+        if self._turn != self.session.turn and self._running.any():
+            raise RequestError(
+                "the session was closed, or went on by another call, since this generation began; "
+                "start another generate()"
+            )
         return next(self._tokens)
 
     def close(self) -> None:
         """Stops here, as leaving the loop does."""
         self._tokens.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Gives up the room that was not used; what a later call has reserved is not ours."""
+        if self._turn == self.session.turn:
+            for sequence in self.session.sequences:
+                self.session.pool.trim(sequence)
 
     def __repr__(self) -> str:
         return f"Generation({[len(i) for i in self.ids]} tokens, {self.finish_reasons})"
@@ -187,22 +203,21 @@ class Generation(Iterator[Token]):
     def _run(self) -> Generator[Token]:
         session, started = self.session, time.perf_counter()
         total = self.timing.prefill_tokens
-        with progress_bar("reading the prompt", total, show=self._progress) as advance:
-            logits = session.prefill(self._new, self._prefill, on_chunk=advance)
-        token, logprob, alternatives, sampler = _sample(self._processors, self._sampler, logits)
-        first = np.asarray(token)
-        self.timing.first_token_s = time.perf_counter() - started
-        yield from self._accept(first, np.asarray(logprob), _rows(alternatives))
-        started = time.perf_counter()
         try:
+            with progress_bar("reading the prompt", total, show=self._progress) as advance:
+                logits = session.feed(self._rows, self._prefill, advance)
+            token, logprob, alternatives, sampler = _sample(self._processors, self._sampler, logits)
+            first = np.asarray(token)
+            self.timing.first_token_s = time.perf_counter() - started
+            yield from self._accept(first, np.asarray(logprob), _rows(alternatives))
+            started = time.perf_counter()
             for row in self._decode(token, sampler):
                 for new in self._accept(*row):
                     self.timing.decode_s = time.perf_counter() - started
                     self.timing.decode_tokens += 1
                     yield new
         finally:
-            for sequence in session.sequences:
-                session.pool.trim(sequence)
+            self._give_back()
 
     def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
@@ -214,12 +229,12 @@ class Generation(Iterator[Token]):
             row[: len(ids)] = ids
         table = session.pool.table(session.sequences)
         on_device = jnp.asarray(self._running)
-        under_way: tuple[programs.Decoded, list[int]] | None = None
+        under_way: tuple[programs.Decoded, jax.Array, jax.Array] | None = None
         left, block = self._max - 1, 2
         while under_way is not None or (left > 0 and self._running.any()):
             finished, under_way = under_way, None
             if left > 0 and self._running.any():
-                steps = min(block, left)
+                steps, before = min(block, left), table.length
                 decoded, table, token, sampler = session.pool.run(
                     programs.decode,
                     table,
@@ -236,24 +251,26 @@ class Generation(Iterator[Token]):
                     rope_length=session.model.rope_length,
                 )
                 on_device = decoded.running
-                under_way, left = (decoded, []), left - steps
+                under_way, left = (decoded, before, table.length), left - steps
                 block = min(2 * block, BLOCK)  # short ones first: the reader waits for them
             if finished is not None:
-                yield from self._read(finished[0])
+                yield from self._read(*finished)
 
-    def _read(self, decoded: programs.Decoded) -> Iterator[tuple[Any, Any, Any]]:
-        """The rows of one device call; blocks until it has run."""
+    def _read(
+        self, decoded: programs.Decoded, before: jax.Array, after: jax.Array
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """The rows of one device call, and lengths around it; blocks until it has run."""
         steps = int(decoded.steps)
         tokens, logprobs = np.asarray(decoded.tokens), np.asarray(decoded.logprobs)
         alternatives = _rows(decoded.alternatives)
-        lengths = self.session.lengths
-        fed = np.zeros(self.session.batch_size, np.int64)
         if steps:
-            # A sequence is fed in every step before which it ran: one more than it gave tokens,
-            # when its last token is not one.
-            fed = (tokens[:steps] >= 0).sum(0)
+            lengths = np.asarray(before)
             self.session.count_reads(
-                "decode", self._attention, np.asarray(decoded.attended), lengths, fed
+                "decode",
+                self._attention,
+                np.asarray(decoded.attended),
+                lengths.tolist(),
+                np.asarray(after) - lengths,
             )
         for s in range(steps):
             yield tokens[s], logprobs[s], alternatives and [a[s] for a in alternatives]
@@ -277,27 +294,23 @@ class Generation(Iterator[Token]):
             # The token before this one was fed to the model: it is in the cache now.
             session.commit(b, session.pending[b])
             session.pending[b] = [id]
+            stream, stop = self._streams[b], self._stops[b]
             if id in self._end_ids[b]:
                 self.finish_reasons[b] = "eos"
                 text = self._flush(b)
-                if text:
-                    self._texts[b].append(text)
-                continue
-            self.ids[b].append(id)
-            stream, stop = self._streams[b], self._stops[b]
-            text = stop.put(stream.put(id)) if stream else ""
-            if stop.stopped:
-                self.finish_reasons[b] = "stop"
-            elif len(self.ids[b]) == self._max:
-                self.finish_reasons[b] = "length"
-                text += self._flush(b)
+            else:
+                self.ids[b].append(id)
+                text = stop.put(stream.put(id)) if stream else ""
+                if stop.stopped:
+                    self.finish_reasons[b] = "stop"
+                elif len(self.ids[b]) == self._max:
+                    self.finish_reasons[b] = "length"
+                    text += self._flush(b)
             self._texts[b].append(text)
-            likely = (
-                ()
-                if not alternatives
-                else tuple(zip(*(a[b].tolist() for a in alternatives), strict=True))
-            )
-            yield Token(id, text, float(logprobs[b]), b, likely)
+            if self.finish_reasons[b] != "eos" or text:
+                wanted = self._alternatives[b]
+                likely = zip(*(a[b, :wanted].tolist() for a in alternatives or ()), strict=True)
+                yield Token(id, text, float(logprobs[b]), b, tuple(likely))
 
     def _flush(self, b: int) -> str:
         """Text held back, once nothing can follow it."""

@@ -74,7 +74,10 @@ class Model:
         Raises:
           RequestError: not a list of whole numbers, or an id outside the vocabulary.
         """
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # rows of unequal length
+            ids = np.asarray(tokens, object)
         if ids.size == 0:
             return np.zeros(0, np.int32)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -112,8 +115,8 @@ def load(
       mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
       dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
       rules: which axis goes where; default `ShardingRules()`.
-      max_length: longest sequence to serve, tokens; default what the checkpoint declares. Dynamic RoPE
-        is stretched for it: choose it as short as will do.
+      max_length: longest sequence to serve, tokens; default what the checkpoint declares. Dynamic
+        RoPE is stretched for it: choose it as short as will do.
       progress: shows a bar on stderr when it is a terminal.
 
     Raises:

@@ -130,9 +130,9 @@ class PagePool:
             pass
         return self._allocator.allocate(n, after)
 
-    def trim(self, sequence: Sequence) -> None:
-        """Gives back pages past the sequence's length."""
-        keep = -(-sequence.length // self.page_size)
+    def trim(self, sequence: Sequence, keep: int = 0) -> None:
+        """Gives back pages past the sequence's length, but for the first `keep`."""
+        keep = max(keep, -(-sequence.length // self.page_size))
         self._allocator.release(sequence.pages[keep:])
         sequence.pages = sequence.pages[:keep]
 

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 from alaya_jax import attention as engine
 from alaya_jax import cache, programs
 from alaya_jax.cache import PagedKV, PageTable
-from alaya_jax.errors import RequestError
+from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
-from alaya_jax.query import Full, Query
+from alaya_jax.query import Full, Query, check_queries
 from alaya_jax.query.explain import Explanation, Reads
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Session:
         """Made by the database; takes over the pages of `sequences`."""
         self.model = model
         self.pool = pool
-        self.sequences = sequences
+        self._sequences = sequences
         self.batched = batched
         self.contexts = contexts
         self.reused = [s.length for s in sequences]
@@ -64,6 +64,8 @@ class Session:
         first.
         """
         self.reads: dict[str, Reads] = {}
+        self.turn = 0
+        """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
         self._release = weakref.finalize(self, _release, pool, sequences)
         self._release.atexit = False
@@ -71,9 +73,20 @@ class Session:
         self._ahead = np.zeros(model.config.num_hidden_layers, np.int64)
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Where each sequence is in the pool.
+
+        Raises:
+          RequestError: the session is closed.
+        """
+        if not self._release.alive:
+            raise RequestError("the session is closed; open another with DB.create_session")
+        return self._sequences
+
+    @property
     def batch_size(self) -> int:
         """B."""
-        return len(self.sequences)
+        return len(self._sequences)
 
     @property
     def lengths(self) -> list[int]:
@@ -102,6 +115,7 @@ class Session:
           RequestError: not one list for each sequence, or ids outside the vocabulary.
         """
         rows = list(tokens) if self.batched else [tokens]
+        rows = rows or [()] * self.batch_size  # nothing new, in a batch
         if len(rows) != self.batch_size:
             raise RequestError(
                 f"the session has {self.batch_size} sequences and {len(rows)} lists of tokens were "
@@ -138,8 +152,17 @@ class Session:
         rows = self.rows(tokens)
         if not max(len(row) for row in rows):
             raise RequestError("prefill: there are no tokens to run the model over")
+        query = check_queries(Full() if attention is None else attention, self.model.config)
         self.make_room([len(row) for row in rows])
-        query = Full() if attention is None else attention
+        return self.feed(rows, query, on_chunk)
+
+    def feed(
+        self,
+        rows: list[np.ndarray],
+        query: programs.Queries,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Float[Array, "B V"]:
+        """`prefill` of what `rows` returned, for which room is made."""
         logits: Array | None = None
         done = 0
         while done < max(len(row) for row in rows):
@@ -167,10 +190,10 @@ class Session:
             self.count_reads("prefill", query, np.asarray(attended), self.lengths, counts)
             for b, count in enumerate(counts):
                 self.commit(b, rows[b][done : done + count].tolist())
+            self.pending = [[] for _ in rows]  # was in front of the first chunk
             if on_chunk is not None:
                 on_chunk(int(counts.max()))
             done += width
-        self.pending = [[] for _ in self.sequences]
         assert logits is not None
         return logits
 
@@ -179,7 +202,7 @@ class Session:
 
         Raises:
           RequestError: a sequence would be longer than the model allows.
-          CacheFullError: no room.
+          CacheFullError: no room; no sequence got any.
         """
         if any(self._ahead):
             raise RequestError(
@@ -192,8 +215,15 @@ class Session:
                     f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} "
                     f"that {self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
                 )
-        for sequence, count in zip(self.sequences, counts, strict=True):
-            self.pool.reserve(sequence, count)
+        before = [len(sequence.pages) for sequence in self.sequences]
+        try:
+            for sequence, count in zip(self.sequences, counts, strict=True):
+                self.pool.reserve(sequence, count)
+        except CacheFullError:
+            for sequence, keep in zip(self.sequences, before, strict=True):
+                self.pool.trim(sequence, keep)
+            raise
+        self.turn += 1
 
     def commit(self, b: int, tokens: list[int]) -> None:
         """Records that these tokens of sequence `b` are in the cache now."""
@@ -205,7 +235,7 @@ class Session:
     ) -> None:
         """Adds what a program read to the account that `explain` shows."""
         reads = self.reads.get(phase)
-        if reads is None or reads.query != query:
+        if reads is None or not reads.is_of(query):
             reads = self.reads[phase] = Reads(query, self.model.config)
         # Token i of n new ones sees the `length` before it, the i before it, and itself.
         visible = sum(
@@ -240,10 +270,16 @@ class Session:
           k, v of the whole sequence [K, n, D] with `return_kv`, else (None, None).
 
         Raises:
-          RequestError: wrong shapes or layer.
+          RequestError: wrong shapes or layer, or a generated token is still to be fed.
           CacheFullError: no room.
         """
         del q
+        if any(self.pending):
+            raise RequestError(
+                "update: the last generated token is not in the cache yet; call prefill(()) first"
+            )
+        if return_kv and self.batch_size != 1:
+            raise RequestError("update: return_kv is for a session of one sequence")
         c = self.model.config
         batch, t = k.shape[:2]
         shape = (self.batch_size, t, c.num_key_value_heads, c.head_dim)
@@ -252,6 +288,7 @@ class Session:
                 f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and "
                 f"layers 0 to {c.num_hidden_layers - 1}"
             )
+        self.turn += 1
         start = self._ahead[layer]
         for sequence in self.sequences:
             self.pool.reserve(sequence, int(start) + t)
@@ -267,8 +304,6 @@ class Session:
                 sequence.length += whole
         if not return_kv:
             return None, None
-        if self.batch_size != 1:
-            raise RequestError("update: return_kv is for a session of one sequence")
         n = self.lengths[0] + int(self._ahead[layer])
         pages = jnp.asarray(self.sequences[0].pages)
         kv = self.pool.kv
@@ -284,13 +319,24 @@ class Session:
           q: rotated queries of the T tokens that were appended last, not scaled.
           layer: from 0.
           query: default `Full()`.
+
+        Raises:
+          RequestError: wrong shape or layer, or more tokens than there are.
         """
+        c = self.model.config
         batch, t = q.shape[:2]
+        shape = (self.batch_size, t, c.num_attention_heads, c.head_dim)
+        held = min(self.lengths) + int(self._ahead[layer]) if 0 <= layer < len(self._ahead) else -1
+        if q.shape != shape or t > held:
+            raise RequestError(
+                f"attention: q {q.shape}, layer {layer}; this session takes {shape} of the last "
+                f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
+            )
         table = self._table(layer)
         table = PageTable(table.pages, table.length - t)
         kv = self.pool.kv
         count = jnp.full(batch, t, jnp.int32)
-        query = query or Full()
+        query = check_queries(query or Full(), c)
         out, attended = engine.attend(query, q, kv.k[layer], kv.v[layer], table, count)
         by_head = np.zeros((self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64)
         by_head[layer] = np.asarray(attended.sum(1))
@@ -317,6 +363,8 @@ class Session:
 
     def explain(self) -> Explanation:
         """What this session asked of its keys and what was really read, by phase and layer."""
+        if not self._release.alive:
+            return self._explanation
         return Explanation(
             tokens=self.lengths,
             reused=self.reused,
@@ -326,8 +374,10 @@ class Session:
 
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""
+        if self._release.alive:
+            self._explanation = self.explain()
         self._release()
-        self.sequences = []
+        self.turn += 1
 
     def __enter__(self) -> Self:
         return self
@@ -336,7 +386,7 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        if not self.sequences:
+        if not self._release.alive:
             return "Session(closed)"
         return f"Session({self.model.name}, lengths {self.lengths}, reused {self.reused})"
 

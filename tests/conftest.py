@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test; must run before jax starts. The tiny model of the shell."""
+"""Eight virtual CPU devices for every test (before jax starts), and a tiny model and its database."""
 
 import os
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 PAGES = 65
-"""One for every database of the tests, so that they share compiled programs; one belongs to nobody."""
+"""Of every database of the tests, so that they share compiled programs; one belongs to nobody."""
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Any:
-    """llama-tiny, random weights that make peaked attention; a token is a byte, all output is ASCII.
+    """llama-tiny with random weights that make peaked attention.
 
-    End ids are 1 and 2, which it never chooses.
+    A token is a byte. All output is ASCII; the end ids 1 and 2 are never chosen.
     """
     import jax
     import jax.numpy as jnp
@@ -56,7 +56,7 @@ def tiny_model() -> Any:
         return jnp.asarray(x)
 
     params = jax.tree_util.tree_map_with_path(weights, llama.abstract_params(config))
-    vocab = {letter: byte for letter, byte in bpe.byte_alphabet().items()}
+    vocab = dict(bpe.byte_alphabet())
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

@@ -128,7 +128,8 @@ def test_decode_feeds_each_token_and_ends_each_sequence(filled, greedy):
     expected = np.asarray([greedy(row, 9) for row in rows])
     np.testing.assert_array_equal(first, expected[:, 0])
     decoded, last = decode(cache, first, 5)
-    assert int(decoded.steps) == 5 and decoded.running.all()
+    assert int(decoded.steps) == 5
+    assert decoded.running.all()
     np.testing.assert_array_equal(decoded.tokens[:5].T, expected[:, 1:6])
     np.testing.assert_array_equal(decoded.tokens[5:], -1)
     assert cache.lengths == [35, 16]
@@ -144,7 +145,8 @@ def test_decode_feeds_each_token_and_ends_each_sequence(filled, greedy):
     assert cache.lengths == [38, 17]  # the end token was sampled, and never fed
 
     decoded, last = decode(cache, last, 8, running=[False, False])
-    assert int(decoded.steps) == 0 and cache.lengths == [38, 17]
+    assert int(decoded.steps) == 0
+    assert cache.lengths == [38, 17]
 
 
 def test_decode_stops_where_logits_are_not_finite(filled):
@@ -154,7 +156,8 @@ def test_decode_stops_where_logits_are_not_finite(filled):
     cache.params = {**params, "embed": {"embedding": embedding.at[int(first[1])].set(jnp.nan)}}
     assert first[0] != first[1]
     decoded, _ = decode(cache, first, 3)
-    assert decoded.tokens[0, 1] == -1 and not decoded.running[1]
+    assert decoded.tokens[0, 1] == -1
+    assert not decoded.running[1]
     assert (np.asarray(decoded.tokens[:3, 0]) >= 0).all()
 
 

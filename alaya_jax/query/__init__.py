@@ -10,8 +10,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from alaya_jax.errors import RequestError
+from alaya_jax.models.config import LlamaConfig
 
 
 def _check(query: Any, field: str, low: float) -> None:
@@ -79,6 +81,27 @@ class TopK:
 
 
 Query = Full | Window | DIPR | TopK
+
+
+def check_queries(query: Any, config: LlamaConfig) -> Any:
+    """The query, or the tuple of one a layer, as it is given.
+
+    Raises:
+      RequestError: it is none, or does not fit the model's layers or heads.
+    """
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    each = query if isinstance(query, tuple) else (query,) * layers
+    if len(each) != layers:
+        raise RequestError(f"attention: {len(each)} queries, and the model has {layers} layers")
+    for one in each:
+        if not isinstance(one, Query):
+            raise RequestError(
+                f"attention={one!r}: use Full(), Window(), DIPR(beta=...) or TopK(k)"
+            )
+        shape = np.shape(one.beta) if isinstance(one, DIPR) else ()
+        if shape not in ((), (heads,)):
+            raise RequestError(f"DIPR(beta of shape {shape}): the model has {heads} query heads")
+    return query
 
 
 def of_layer(query: Query | tuple[Query, ...], layer: int) -> Query:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
@@ -31,6 +32,11 @@ class Reads:
         self.attended += attended.astype(np.int64).sum(1)
         self.visible += visible
         self.queries += queries
+
+    def is_of(self, query: Any) -> bool:
+        """Whether this is the account of an equal query; a beta may be an array."""
+        (ours, shape), (theirs, other) = jax.tree.flatten(self.query), jax.tree.flatten(query)
+        return shape == other and all(map(np.array_equal, ours, theirs))
 
     @property
     def index(self) -> str | None:
