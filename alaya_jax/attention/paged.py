@@ -86,28 +86,35 @@ class Pages:
 
     def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
-        n = self.tile_pages
-        ids = lax.dynamic_slice_in_dim(self.ids, self._first(tile), n)
-        heads, num_pages, size, dim = pool.shape
+        ids = lax.dynamic_slice_in_dim(self.ids, self._first(tile), self.tile_pages)
+        on_cpu = jax.default_backend() == "cpu"
+        pages = _read_on_cpu(pool, ids) if on_cpu else pool[:, ids]
+        tokens = pages.reshape(pages.shape[0], -1, pages.shape[3])
+        return tokens.astype(jnp.float32) if on_cpu else tokens
 
-        def run() -> Array:
-            return lax.dynamic_slice_in_dim(pool, ids[0], n, axis=1)
 
-        def page_by_page() -> Array:
-            # As fast as a gather, which the compiler would account as a read of the whole pool.
-            def copy(i: Array, tile: Array) -> Array:
-                page = lax.dynamic_slice_in_dim(pool, ids[i], 1, axis=1)
-                return lax.dynamic_update_slice_in_dim(tile, page, i, axis=1)
+def _read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
+    """Pages `ids`, copied as one slice if they are a run, else page by page.
 
-            return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, size, dim), pool.dtype))
+    A gather is no faster, and the compiler would account for it as a read of the whole pool.
+    """
+    heads, num_pages, size, dim = pool.shape
+    n = ids.shape[0]
 
-        if num_pages >= n > 1:
-            is_run = jnp.all(ids == ids[0] + jnp.arange(n)) & (ids[0] + n <= num_pages)
-            pages = lax.cond(is_run, run, page_by_page)
-        else:
-            pages = page_by_page()
-        tokens = pages.reshape(heads, n * size, dim)
-        return tokens.astype(jnp.float32) if jax.default_backend() == "cpu" else tokens
+    def run() -> Array:
+        return lax.dynamic_slice_in_dim(pool, ids[0], n, axis=1)
+
+    def page_by_page() -> Array:
+        def copy(i: Array, tile: Array) -> Array:
+            page = lax.dynamic_slice_in_dim(pool, ids[i], 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(tile, page, i, axis=1)
+
+        return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, size, dim), pool.dtype))
+
+    if n > num_pages:  # a table wider than the pool repeats pages past a sequence's end
+        return page_by_page()
+    is_run = jnp.all(ids == ids[0] + jnp.arange(n)) & (ids[0] + n <= num_pages)
+    return lax.cond(is_run, run, page_by_page)
 
 
 def _scores(q: Array, k: Array) -> Float[Array, "K G T S"]:
@@ -128,12 +135,12 @@ def attend_range(
       range.
     """
     scale = q.shape[-1] ** -0.5
-    q = q.astype(jnp.float32) * scale
 
     def visit(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
         seen = keys.mask(pages.positions(tile)) & pages.fresh(tile)
-        scores = jnp.where(seen, _scores(q, pages.read(pages.k, tile)), -jnp.inf)
+        scores = scale * _scores(q, pages.read(pages.k, tile))
+        scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         p = jnp.exp(scores - new_top[..., None])
         fade = jnp.exp(top - new_top)
@@ -158,7 +165,6 @@ def score_range(
     q: Float[Array, "K G T D"], pages: Pages, keys: KeyRange
 ) -> Float[Array, "K G T S"]:
     """Raw inner products with every key in range, -inf elsewhere; S covers the whole page table."""
-    q = q.astype(jnp.float32)
     width = pages.num_tiles * pages.tile_tokens
 
     def visit(tile: Array, scores: Array) -> Array:
