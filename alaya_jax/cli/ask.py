@@ -17,9 +17,6 @@ def ask(
         Path,
         typer.Option(
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            allow_dash=True,
             help="The document: a text file in UTF-8; - reads stdin.",
         ),
     ],
@@ -34,7 +31,7 @@ def ask(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
-    memory: options.Memory = "2GiB",
+    memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
     """Answer a question about a document.
@@ -53,6 +50,9 @@ def ask(
     tokens in them (such as <|im_end|>) are plain characters to the model. Documents are found again
     by content, not by file name. `alaya db ls` lists them; `alaya db rm` gives their space back.
     """
+    if str(context) != "-" and not context.is_file():
+        what = "a directory" if context.is_dir() else "not there"
+        raise typer.BadParameter(f"{context} is {what}; name a text file", param_hint="--context")
     policy = options.attention(attention)
     chosen = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     document = read_document(context)
@@ -64,9 +64,12 @@ def ask(
     tokenizer = prompts.tokenizer_of(loaded)
     prompt = prompts.question_ids(tokenizer, document, question)
     start = prompts.document_ids(tokenizer, document)
-    with runtime.open_for_document(path, loaded, memory, start) as database:
+    budget = runtime.budget_for(loaded, len(prompt) + max_new_tokens, memory)
+    with runtime.open_for_document(path, loaded, budget, start) as database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):
-            imported = runtime.import_document(database, start, title=context.name)
+            imported = runtime.import_document(
+                database, start, title="stdin" if str(context) == "-" else context.name
+            )
         stored = imported.context
         if imported.new:
             note(

@@ -121,7 +121,8 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
 def table(data: dict[str, Any]) -> str:
     """`describe` for people."""
     rows = data["contexts"]
-    lines = [f"{data['path']}: {len(rows)} contexts, {size(data['bytes'])}"]
+    count = "1 context" if len(rows) == 1 else f"{len(rows)} contexts"
+    lines = [f"{data['path']}: {count}, {size(data['bytes'])}"]
     for row in rows:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         model = f"model {row['model'][:12]}" if row["model"] else ""

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from alaya_jax.cli.runtime import Answer
-    from alaya_jax.db import DB
+    from alaya_jax.db import DB, Budget
+    from alaya_jax.model import Model
 
 BETA = 50.0
 MAX_NEW_TOKENS = 32
-MEMORY = "1GiB"
 TITLE = "Constitution of the United States"
 
 
@@ -115,6 +115,7 @@ def demo(
 def _run(path: Path) -> dict[str, Any]:
     """All steps. Progress goes to stderr."""
     from alaya_jax.cli import prompts, runtime
+    from alaya_jax.db import DB
     from alaya_jax.query import DIPR, Full
 
     full, dipr = Full(), DIPR(beta=BETA)
@@ -128,7 +129,7 @@ def _run(path: Path) -> dict[str, Any]:
     start = prompts.document_ids(tokenizer, text)
     known = questions()
     asked = [prompts.question_ids(tokenizer, text, q.text) for q in known]
-    with runtime.open_database(path, model, MEMORY) as db:
+    with DB(path, model, _budget(model, asked)) as db:
         note(f"2. Reading {len(start):,} tokens: {TITLE}")
         imported = runtime.import_document(db, start, TITLE)
         context = imported.context
@@ -178,6 +179,13 @@ def _run(path: Path) -> dict[str, Any]:
     }
 
 
+def _budget(model: "Model", asked: "list[np.ndarray]") -> "Budget":
+    """Room for the document and any one question."""
+    from alaya_jax.cli import runtime
+
+    return runtime.budget_for(model, max(map(len, asked)) + MAX_NEW_TOKENS)
+
+
 def _answer(
     db: "DB", prompt: "np.ndarray", attention: Any, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> "Answer":
@@ -203,16 +211,18 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
         ContextError: The document's context is damaged.
     """
     from alaya_jax.cli import prompts, runtime
+    from alaya_jax.db import DB
     from alaya_jax.query import Full
 
     clock = time.perf_counter()
     model = runtime.load_model(options.MODEL)
     load_s = time.perf_counter() - clock
-    tokenizer, text = prompts.tokenizer_of(model), document()
-    with runtime.open_database(path, model, MEMORY, read_only=True) as db:
+    tokenizer, text, known = prompts.tokenizer_of(model), document(), questions()
+    asked = [prompts.question_ids(tokenizer, text, q.text) for q in known]
+    with DB(path, model, _budget(model, asked), read_only=True) as db:
         answers = [
-            _describe(q, _answer(db, prompts.question_ids(tokenizer, text, q.text), Full()))
-            for q in questions()
+            _describe(question, _answer(db, prompt, Full()))
+            for question, prompt in zip(known, asked, strict=True)
         ]
     return {"load_s": load_s, "answers": answers}
 

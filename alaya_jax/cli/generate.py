@@ -39,7 +39,7 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
-    memory: options.Memory = "2GiB",
+    memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
     """Generate text from a prompt.
@@ -60,16 +60,16 @@ def generate(
     text = read_document(Path("-")) if prompt is None else prompt
 
     from alaya_jax.cli import prompts, runtime
+    from alaya_jax.db import DB
 
     loaded = runtime.load_model(model)
     tokenizer = prompts.tokenizer_of(loaded)
     as_chat = tokenizer.chat is not None if chat is None else chat
     ids = (prompts.chat_ids if as_chat else prompts.plain_ids)(tokenizer, text)
+    budget = runtime.budget_for(loaded, len(ids) + max_new_tokens, memory)
     with (
         tempfile.TemporaryDirectory(prefix="alaya-") as scratch,
-        runtime.open_database(
-            db or Path(scratch) / "db", loaded, memory, read_only=db is not None
-        ) as database,
+        DB(db or Path(scratch) / "db", loaded, budget, read_only=db is not None) as database,
     ):
         result = runtime.answer(
             database,

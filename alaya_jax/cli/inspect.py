@@ -55,7 +55,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     from alaya_jax.checkpoint import open_checkpoint
     from alaya_jax.checkpoint.params import match
-    from alaya_jax.checkpoint.source import fingerprint
+    from alaya_jax.checkpoint.source import identify
 
     source = open_checkpoint(name)
     tensors = [tensor for _, tensor in match(source)]
@@ -70,7 +70,7 @@ def describe(name: str) -> dict[str, Any]:
         "kind": "model",
         "path": str(source.path),
         "format": source.format,
-        "fingerprint": fingerprint(config, tensors),
+        "fingerprint": identify(source, tensors),
         "parameters": parameters,
         "parameters_by_stored_type": stored,
         "max_length": config.max_length,
@@ -79,7 +79,7 @@ def describe(name: str) -> dict[str, Any]:
         if tokenizer is None
         else {"vocab_size": tokenizer.vocab_size, "chat_template": tokenizer.chat is not None},
         "bytes": {
-            "stored": sum(tensor.data.nbytes for tensor in tensors),
+            "stored": sum(tensor.nbytes for tensor in tensors),
             "weights": {dtype: parameters * item for dtype, item in _ITEM_BYTES.items()},
             "kv_per_token": {dtype: width * item for dtype, item in _ITEM_BYTES.items()},
         },

@@ -38,8 +38,12 @@ Database = Annotated[
     ),
 ]
 Memory = Annotated[
-    str,
-    typer.Option(metavar="SIZE", help="Memory for keys and values, such as 8GiB."),
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for keys and values, such as 8GiB.",
+        show_default="what the prompt needs",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")]
 Temperature = Annotated[

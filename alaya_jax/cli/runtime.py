@@ -12,10 +12,16 @@ from alaya_jax.errors import CacheFullError
 if TYPE_CHECKING:
     import numpy as np
 
-    from alaya_jax.db import DB, Context
+    from alaya_jax.db import DB, Budget, Context
     from alaya_jax.model import Model
     from alaya_jax.query import Query
     from alaya_jax.sampling import Sampling
+
+_LEAST_ROOM = 8192
+"""Tokens that any command has room for: one compiled program serves most prompts."""
+
+_SLACK = 64
+"""Tokens that the pages of several sequences may leave unused."""
 
 
 def start_jax() -> None:
@@ -47,25 +53,31 @@ def load_model(name: str) -> "Model":
     return load(name)
 
 
-def open_database(path: Path, model: "Model", memory: str, *, read_only: bool = False) -> "DB":
-    """Opens a database.
+def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budget":
+    """Memory for prompts of so many tokens, unless a size is given.
 
-    Raises:
-        DatabaseError: The path cannot be used, or another process has it open.
+    A power of two, because programs are compiled anew for another size.
     """
-    from alaya_jax.db import DB, Budget
+    from alaya_jax.db import Budget
 
-    return DB(path, model, Budget(device=memory), read_only=read_only)
+    if memory is not None:
+        return Budget(device=memory)
+    c = model.config
+    width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    room = max(_LEAST_ROOM, 1 << (tokens + _SLACK - 1).bit_length())
+    return Budget(device=room * width * model.dtype.itemsize)
 
 
-def open_for_document(path: Path, model: "Model", memory: str, tokens: "np.ndarray") -> "DB":
+def open_for_document(path: Path, model: "Model", budget: "Budget", tokens: "np.ndarray") -> "DB":
     """Opens a database; when it has the document already, for reading, so that others can too."""
+    from alaya_jax.db import DB
+
     if (path / "alaya_db.json").exists():
-        db = open_database(path, model, memory, read_only=True)
+        db = DB(path, model, budget, read_only=True)
         if any(_holds(context, tokens) for context in db.contexts):
             return db
         db.close()
-    return open_database(path, model, memory)
+    return DB(path, model, budget)
 
 
 def _holds(context: "Context", tokens: "np.ndarray") -> bool:
