@@ -46,10 +46,11 @@ class Budget:
         Raises:
           RequestError: not a size.
         """
-        if isinstance(self.device, int):
-            size = self.device
+        if isinstance(self.device, int | np.integer):
+            size = int(self.device)
         else:
-            match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B?)\s*", self.device)
+            number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)\s*"
+            match = re.fullmatch(number, self.device) if isinstance(self.device, str) else None
             if not match or match[2] not in _UNITS:
                 raise RequestError(f"Budget(device={self.device!r}): use bytes, or e.g. '8GiB'")
             size = int(float(match[1]) * _UNITS[match[2]])
@@ -128,9 +129,11 @@ class DB:
         self.model = model
         self.budget = budget or Budget()
         self.namespace = namespace
+        if page_size < 1:
+            raise RequestError(f"DB(page_size={page_size}): must be at least 1 token")
         page_bytes = self.token_bytes * page_size
         num_pages = self.budget.device_bytes // page_bytes
-        if page_size < 1 or num_pages < 2:  # one belongs to nobody
+        if num_pages < 2:  # one belongs to nobody
             raise RequestError(
                 f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} "
                 f"tokens of {model.name} takes {page_bytes:,} bytes; raise the budget"
@@ -193,6 +196,7 @@ class DB:
         known = self._contexts.get(header.context_id(tokens))
         if known is not None and known.problem is None:
             return known
+        self._store.require_writable()
         if kv is not None:
             return self._write(header, tokens, kv)
         session, rest = self.create_session(tokens)
@@ -260,12 +264,12 @@ class DB:
           RequestError: the session is empty, a batch, or its token ids are not known.
           DatabaseError: it cannot be written.
         """
+        sequence, known = session.sequences[0], session.tokens[0]
         if session.batch_size != 1:
             raise RequestError(
-                f"store: the session is a batch of {session.batch_size}; store the forks of single "
-                "sequences instead"
+                f"store: the session is a batch of {session.batch_size}, and a context is one "
+                "sequence; open a session for each prompt"
             )
-        sequence, known = session.sequences[0], session.tokens[0]
         ids = self.model.check_tokens(known if tokens is None else tokens)
         if len(ids) != sequence.length or not len(ids):
             raise RequestError(
@@ -331,7 +335,8 @@ class DB:
             )
         room = self.pool.capacity_tokens
         if len(tokens) > room:
-            needed = math.ceil(len(tokens) / self.pool.page_size) * self.pool.page_size
+            pages = math.ceil(len(tokens) / self.pool.page_size) + 1  # one belongs to nobody
+            needed = pages * self.pool.page_size
             raise CacheFullError(
                 f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "
                 f"Budget(device={self.budget.device!r}) to at least {needed * self.token_bytes:,} "
@@ -359,8 +364,11 @@ class DB:
             for k, v in kv:
                 yield np.asarray(k), np.asarray(v)
 
+        known = self._contexts.get(header.context_id(tokens))
+        if known is not None and known.problem is not None:
+            self.remove(known)  # damage that the store has not seen, it would keep
         id = self._store.write(header, tokens, on_host())
-        if id not in self._contexts or self._contexts[id].problem is not None:
+        if id not in self._contexts:
             record = next(r for r in self._store.list() if r.id == id)
             self._contexts[id] = Context(record, self._store)
         return self._contexts[id]
@@ -374,7 +382,11 @@ class DB:
             n = min(context.num_tokens, len(tokens) - 1)
             if n <= length:
                 continue
-            differ = context.tokens[:n] != tokens[:n]
+            try:
+                differ = context.tokens[:n] != tokens[:n]
+            except ContextError as error:  # not known to be a prefix: the others serve
+                context.problem = str(error)
+                continue
             shared = int(np.argmax(differ)) if differ.any() else n
             if shared > length:
                 best, length = context, shared

@@ -77,6 +77,10 @@ class DirectoryStore:
         self._closed = True
         self._lock.release()
 
+    def require_writable(self) -> None:
+        """Raises DatabaseError when nothing can be written: closed, or open for reading only."""
+        self._usable(writing=True)
+
     def list(self, namespace: str | None = None) -> Sequence[ContextRecord]:
         """See `ContextStore.list`."""
         self._usable()

@@ -1,0 +1,480 @@
+"""Contexts: stored once, found by their longest prefix, reused by later processes, never wrong."""
+
+import dataclasses
+import pickle
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import alaya_jax as aj
+from alaya_jax.db import Budget
+from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
+
+ROOM = 1024  # tokens, 64 pages
+
+
+@pytest.fixture
+def document(rng):
+    return rng.integers(3, 256, 70)
+
+
+def answer(db, prompt, n=6):
+    """Greedy tokens, and how many of the prompt's came from a stored context."""
+    session, rest = db.create_session(prompt)
+    with session:
+        assert session.reused[0] + len(rest) == len(prompt)
+        return [t.id for t in aj.generate(session, rest, max_new_tokens=n)], session.reused[0]
+
+
+def stored(db, context):
+    """Keys and values of each layer, from disk, verified."""
+    layers = range(db.model.config.num_hidden_layers)
+    return [np.array(db._store.read_kv(context.id, layer)) for layer in layers]
+
+
+def flip_a_byte(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shared", [70, 69, 64, 33, 1])
+def test_the_longest_prefix_is_reused_at_any_token(db, all_logits, document, rng, shared):
+    """Whole, in part, and in the middle of a page; logits as from scratch."""
+    db.import_context(document)
+    db.import_context(document[: shared // 2 + 1])
+    prompt = np.concatenate([document[:shared], rng.integers(3, 256, 20)])
+    prompt[shared] = (document[shared] + 1) % 256 if shared < 70 else prompt[shared]
+    session, rest = db.create_session(prompt)
+    assert session.reused == [shared]
+    assert session.context.num_tokens == 70
+    np.testing.assert_array_equal(rest, prompt[shared:])
+    np.testing.assert_array_equal(session.tokens[0], prompt[:shared])
+    logits = session.prefill(rest)[0]
+    np.testing.assert_allclose(logits, all_logits(prompt)[-1], rtol=0, atol=2e-4)
+
+
+def test_something_is_always_left_to_prefill(db, greedy, document):
+    """The last token's logits come next, so a prompt stored whole is reused up to that token."""
+    db.import_context(document)
+    assert answer(db, document) == (greedy(document, 6), 69)
+    assert answer(db, document[:1])[1] == 0
+
+
+def test_writing_behind_a_reused_prefix_leaves_the_context_as_it_is(db, greedy, document, rng):
+    """Copy on write of the page in which the prefix ends; two sessions at once."""
+    context = db.import_context(document)
+    on_disk = stored(db, context)
+    prompts = [np.concatenate([document[:n], rng.integers(3, 256, 9)]) for n in (70, 41)]
+    running = []
+    for prompt in prompts:
+        session, rest = db.create_session(prompt)
+        running.append(aj.generate(session, rest, max_new_tokens=12))
+    mixed = [[t.id for t in step] for step in zip(*running, strict=True)]
+    assert [list(ids) for ids in zip(*mixed, strict=True)] == [greedy(p, 12) for p in prompts]
+    for before, layer in zip(on_disk, range(2), strict=True):
+        np.testing.assert_array_equal(before, db.pool.read(context._resident, layer))
+    assert answer(db, document)[0] == greedy(document, 6)
+
+
+def test_from_disk_equals_from_scratch(open_db, greedy, document):
+    db = open_db()
+    id = db.import_context(document, title="a document").id
+    kept = stored(db, db.contexts[0])
+    db.close()
+    again = open_db()
+    (context,) = again.contexts
+    assert (context.id, context.title, context.num_tokens) == (id, "a document", 70)
+    np.testing.assert_array_equal(context.tokens, document)
+    np.testing.assert_array_equal(kept, stored(again, context))
+    prompt = [*document, 77, 78]
+    assert answer(again, prompt) == (greedy(prompt, 6), 70)
+    assert repr(context).startswith("Context('a document', 70 tokens, in memory")
+
+
+def test_keys_and_values_survive_in_bfloat16(open_db, tiny_model, document):
+    """The bits that were computed are the bits that are read; nothing passes by float32."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    model = dataclasses.replace(tiny_model, params=params, fingerprint="tiny-bf16")
+    db = open_db(model)
+    context = db.import_context(document)
+    kept = [np.array(db.pool.read(context._resident, layer)) for layer in range(2)]
+    assert kept[0].dtype == jnp.bfloat16
+    cold = answer(db, [*document, 5])
+    db.close()
+    again = open_db(model)
+    np.testing.assert_array_equal(stored(again, again.contexts[0]), kept)
+    assert answer(again, [*document, 5]) == cold
+
+
+def test_contexts_of_others_are_not_reused(open_db, tiny_model, document, rng):
+    """Another model, type, page size or namespace: not shown, not reused, and there again later."""
+    db = open_db(namespace="a")
+    id = db.import_context(document).id
+    db.close()
+    bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    others = [
+        {"namespace": "b"},
+        {"namespace": "a", "model": dataclasses.replace(tiny_model, fingerprint="another")},
+        {"namespace": "a", "model": dataclasses.replace(tiny_model, params=bf16)},
+        {"namespace": "a", "page_size": 8},
+    ]
+    for options in others:
+        other = open_db(**options)
+        assert other.contexts == []
+        assert other.create_session(document)[0].reused == [0]
+        other.close()
+    own = open_db(namespace="a")
+    assert [c.id for c in own.contexts] == [id]
+    assert own.create_session(document)[0].reused == [69]
+
+
+def test_importing_twice_stores_once(db, document, monkeypatch):
+    context = db.import_context(document)
+    monkeypatch.setattr(db.pool, "run", None)  # nothing may be computed
+    assert db.import_context(document.tolist()) is context
+    assert len(db.contexts) == 1
+
+
+def test_importing_more_computes_only_the_rest(db, greedy, document, rng):
+    db.import_context(document)
+    longer = np.concatenate([document, rng.integers(3, 256, 30)])
+    computed = []
+    extend = db.pool.run
+
+    def run(program, table, *args, **options):
+        if len(args) == 3:
+            computed.append(int(args[1][0]))
+        return extend(program, table, *args, **options)
+
+    db.pool.run = run
+    context = db.import_context(longer)
+    assert sum(computed) == 30
+    assert (context.num_tokens, len(db.contexts)) == (100, 2)
+    del db.pool.run
+    assert answer(db, [*longer, 9]) == (greedy([*longer, 9], 6), 100)
+
+
+def test_text_is_encoded_by_the_model(db, greedy):
+    db.import_context("All legislative Powers herein granted")
+    tokens = np.frombuffer(b"All legislative Powers shall", np.uint8)
+    session, rest = db.create_session("All legislative Powers shall")
+    assert session.reused == [len("All legislative Powers ")]
+    assert bytes(rest.tolist()) == b"shall"
+    got = [t.id for t in aj.generate(session, rest, max_new_tokens=3)]
+    assert got == greedy(tokens, 3)
+
+
+def test_keys_and_values_of_your_own(db, open_db, document, rng):
+    """import_context(kv=...) stores what is given; it is what sessions then attend to."""
+    source = open_db(path="source")
+    kv = stored(source, source.import_context(document))
+    context = db.import_context(document, kv=((k, jnp.asarray(v)) for k, v in kv), title="mine")
+    np.testing.assert_array_equal(stored(db, context), kv)
+    prompt = [*document, 11]
+    warm = answer(db, prompt)
+    assert warm == answer(source, prompt)
+    altered = db.import_context(document[::-1], kv=[(k, -v) for k, v in kv])
+    assert answer(db, [*document[::-1], 11]) != answer(source, [*document[::-1], 11])
+
+    shape = [np.zeros((2, 70, 16), np.float32)] * 2
+    for bad in (
+        [shape],  # a layer is missing
+        [shape] * 3,
+        [[np.zeros((2, 69, 16), np.float32)] * 2] * 2,
+        [[np.zeros((70, 2, 16), np.float32)] * 2] * 2,
+        [[np.zeros((2, 70, 16), np.float64)] * 2] * 2,
+    ):
+        with pytest.raises(RequestError, match=r"kv|layer 0"):
+            db.import_context(document + 1 - (document == 255), kv=bad)
+    assert {c.id for c in db.contexts} == {context.id, altered.id}
+    assert len(list((db._store.path / "contexts").iterdir())) == 2, "half a context was left"
+
+
+def test_a_session_is_stored_with_what_it_generated(open_db, greedy, document):
+    db = open_db()
+    session, rest = db.create_session(document)
+    generation = aj.generate(session, rest, max_new_tokens=40)
+    got = [next(generation).id for _ in range(20)]
+    context = db.store(session, title="a talk")  # in the middle of a device call
+    np.testing.assert_array_equal(context.tokens, [*document, *got[:-1]])
+    assert got + [t.id for t in generation] == greedy(document, 40)
+    session.close()
+    prompt = [*document, *got, 50]
+    expected = greedy(prompt, 6)
+    assert answer(db, prompt) == (expected, 70 + 19)
+    db.close()
+    assert answer(open_db(), prompt) == (expected, 70 + 19)
+
+
+def test_what_cannot_be_stored(db, document):
+    empty, rest = db.create_session(document)
+    with pytest.raises(RequestError, match="holds 0 tokens"):
+        db.store(empty)
+    batch, rest = db.create_session([document, document[:5]])
+    batch.prefill(rest)
+    with pytest.raises(RequestError, match="batch of 2"):
+        db.store(batch)
+    batch.close()
+    with pytest.raises(RequestError, match="closed"):
+        db.store(batch)
+    assert db.contexts == []
+
+
+def test_a_batch_of_prompts_reuses_for_each(db, greedy, document, rng):
+    db.import_context(document)
+    prompts = [[*document, 7], rng.integers(3, 256, 12).tolist(), document[:40].tolist()]
+    session, rest = db.create_session(prompts)
+    assert session.reused == [70, 0, 39]
+    assert [len(r) for r in rest] == [1, 12, 1]
+    generation = aj.generate(session, rest, max_new_tokens=5)
+    list(generation)
+    assert generation.ids == [greedy(p, 5) for p in prompts]
+    one, rest = db.create_session([prompts[0]])  # a batch of one is a batch
+    assert isinstance(rest, list)
+    assert isinstance(one.prefill(rest), jax.Array)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, jnp.asarray, np.uint16, np.int64])
+def test_prompts_may_be_any_whole_numbers(db, document, kind):
+    """Also a list of numpy integers, which is one prompt and no batch."""
+    prompt = [kind(t) for t in document] if kind in (np.uint16, np.int64) else kind(document)
+    _, rest = db.create_session(prompt)
+    assert rest.dtype == np.int32
+    np.testing.assert_array_equal(rest, document)
+
+
+def test_all_pages_come_back(db, document, rng):
+    """Sessions, forks, batches, generations, in any order; what is left belongs to the context."""
+    db.import_context(document)
+    held = ROOM - 16 * 5
+    assert db.pool.free_tokens == held
+    session, rest = db.create_session([*document, 4, 5])
+    session.prefill(rest)
+    fork = session.fork()
+    next(aj.generate(fork, [9], max_new_tokens=50))
+    batch, rest = db.create_session([document[:33], document[:50]])
+    list(aj.generate(batch, rest, max_new_tokens=20))
+    for one in (session, batch, fork, session):
+        one.close()
+    assert db.pool.free_tokens == held
+    session, rest = db.create_session(document)
+    session.prefill(rest)
+    del session  # collected: as good as closed
+    assert db.pool.free_tokens == held
+    db.remove(db.contexts[0])
+    assert db.pool.free_tokens == ROOM
+
+
+def test_contexts_are_evicted_and_come_back(db, greedy, rng):
+    """Room for two of three: the one used longest ago goes, and is read from disk again."""
+    documents = [rng.integers(3, 256, 400) for _ in range(3)]
+    contexts = [db.import_context(d) for d in documents]
+    assert [c._resident is None for c in contexts] == [True, False, False]
+    for i in (1, 0, 2, 1):
+        context = contexts[i]
+        session, _ = db.create_session([*documents[i], 8])
+        assert session.reused == [400]
+        for layer, (k, v) in enumerate(stored(db, context)):
+            got_k, got_v = db.pool.read(session.sequences[0], layer)
+            np.testing.assert_array_equal(k, got_k)
+            np.testing.assert_array_equal(v, got_v)
+        session.close()
+    assert [c._resident is None for c in contexts] == [True, False, False]
+
+
+def test_exhaustion_is_refused_with_number_and_setting_and_nothing_changes(db, greedy, rng):
+    prompts = [rng.integers(3, 256, n) for n in (480, 480, 100)]
+    open_sessions = []
+    for prompt in prompts[:2]:
+        session, rest = db.create_session(prompt)
+        session.make_room([len(rest)])
+        open_sessions.append(session)
+    free = db.pool.free_tokens
+    assert free == ROOM - 960
+    session, rest = db.create_session(prompts[2])
+    with pytest.raises(CacheFullError, match=r"7 pages .* 4 of 64 are free .*Budget\(device=\d+\)"):
+        session.prefill(rest)
+    with pytest.raises(CacheFullError, match="Budget"):
+        aj.generate(session, rest[:20], max_new_tokens=60)
+    batch, rests = db.create_session([prompts[0][:40], prompts[1][:40]])
+    with pytest.raises(CacheFullError, match="3 pages"):
+        batch.prefill(rests)
+    assert db.pool.free_tokens == free
+    assert (session.length, batch.lengths) == (0, [0, 0])
+    open_sessions[0].close()
+    prompt = prompts[2]
+    assert [t.id for t in aj.generate(session, rest, max_new_tokens=4)] == greedy(prompt, 4)
+
+
+def test_a_prompt_larger_than_the_cache_names_a_budget_that_is_enough(open_db, tiny_model, rng):
+    small = open_db(pages=9)
+    prompt = rng.integers(3, 256, 200)
+    with pytest.raises(CacheFullError, match="200 tokens, and the KV cache holds 128") as error:
+        small.create_session(prompt)
+    enough = re.search(r"at least ([\d,]+) bytes", str(error.value))
+    assert enough
+    budget = Budget(device=int(enough[1].replace(",", "")))
+    with aj.DB(small._store.path.parent / "enough", tiny_model, budget) as larger:
+        session, _ = larger.create_session(prompt)
+        session.make_room([200])
+        assert larger.pool.free_tokens < 16, "more than was needed"
+
+
+def test_prompts_that_cannot_be_served(db, rng):
+    for prompt, match in (
+        ([], "empty"),
+        ([[]], "no tokens"),
+        ("", "no tokens"),
+        ([[1, 2], []], "no tokens"),
+        (np.zeros(0, np.int32), "no tokens"),
+        ([5, -1], "vocabulary"),
+        ([[5], [256]], "vocabulary"),
+        ([0.5], "whole numbers"),
+        (np.zeros((2, 3), int), "whole numbers"),
+        (rng.integers(3, 256, 513), "513 tokens, and tiny takes up to 512"),
+        (None, "whole numbers"),
+        ([1, 2**70], "whole numbers"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            db.create_session(prompt)
+    assert db.pool.free_tokens == ROOM
+    assert db.create_session(rng.integers(3, 256, 512))[1].shape == (512,)
+
+
+def test_budgets(tmp_path, tiny_model):
+    assert Budget("2GiB").device_bytes == 2 << 30
+    assert Budget(" 1.5 KB").device_bytes == 1500
+    assert Budget("100").device_bytes == 100
+    assert Budget(np.int64(7)).device_bytes == 7
+    for bad in ("much", "1.2.3GiB", ".", "-1GiB", "0", 0, -5, None, "1 GiBB"):
+        with pytest.raises(RequestError, match="Budget"):
+            _ = Budget(bad).device_bytes
+    with pytest.raises(RequestError, match=r"Budget\(device='9KiB'\).*8,192 bytes; raise"):
+        aj.DB(tmp_path / "db", tiny_model, Budget("9KiB"))
+    for page_size in (0, -1):
+        with pytest.raises(RequestError, match="page_size"):
+            aj.DB(tmp_path / "db", tiny_model, page_size=page_size)
+    assert not (tmp_path / "db").exists()
+
+
+def test_a_damaged_context_is_named_and_the_others_work(open_db, greedy, document, rng):
+    other = rng.integers(3, 256, 40)
+    db = open_db()
+    damaged, healthy = db.import_context(document), db.import_context(other)
+    directory = db._store.path / "contexts" / damaged.id
+    db.close()
+    flip_a_byte(directory / "layer_001.kv")
+    db = open_db()
+    free = db.pool.free_tokens
+    with pytest.raises(ContextError, match=rf"{damaged.id}.*layer 1.*import it again"):
+        db.create_session([*document, 9])
+    assert db.pool.free_tokens == free
+    (context,) = [c for c in db.contexts if c.problem]
+    assert context.id == damaged.id
+    assert damaged.id in repr(context)
+    assert answer(db, [*other, 9]) == (greedy([*other, 9], 6), 40)
+    # Not served again either: computed from the tokens.
+    assert answer(db, [*document, 9]) == (greedy([*document, 9], 6), 0)
+    assert healthy.id in [c.id for c in db.contexts if not c.problem]
+    # Imported again, it is whole again, in this process and the next.
+    assert db.import_context(document).problem is None
+    assert db.check(damaged.id) == []
+    db.close()
+    assert answer(open_db(), [*document, 9]) == (greedy([*document, 9], 6), 70)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "meta.json"])
+def test_a_context_whose_tokens_are_damaged_is_in_nobodys_way(open_db, greedy, document, rng, name):
+    other = rng.integers(3, 256, 40)
+    db = open_db()
+    damaged, _ = db.import_context(document), db.import_context(other)
+    directory = db._store.path / "contexts" / damaged.id
+    db.close()
+    flip_a_byte(directory / name, at=-3)
+    db = open_db()
+    assert answer(db, [*other, 9]) == (greedy([*other, 9], 6), 40)
+    assert answer(db, [*document, 9]) == (greedy([*document, 9], 6), 0)
+    (context,) = [c for c in db.contexts if c.problem]
+    assert damaged.id in context.problem
+    with pytest.raises(ContextError, match=damaged.id):
+        _ = context.tokens
+    db.import_context(document)
+    assert [c.problem for c in db.contexts] == [None, None]
+    db.remove(context)
+    assert len(db.contexts) == 1
+
+
+def test_removed_contexts_are_gone_and_their_sessions_go_on(open_db, greedy, document):
+    db = open_db()
+    context = db.import_context(document)
+    session, rest = db.create_session([*document, 9])
+    db.remove(context)
+    assert db.contexts == []
+    assert db.create_session([*document, 9])[0].reused == [0]
+    with pytest.raises(ContextError, match=context.id):
+        db.remove(context)
+    got = [t.id for t in aj.generate(session, rest, max_new_tokens=6)]
+    assert got == greedy([*document, 9], 6)
+    db.close()
+    assert open_db().contexts == []
+
+
+def test_an_interrupted_import_stores_nothing(db, document, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(db.pool, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        db.import_context(document)
+    monkeypatch.undo()
+    assert db.contexts == []
+    assert list((db._store.path / "contexts").iterdir()) == []
+    assert db.pool.free_tokens == ROOM
+
+
+def test_a_read_only_database(open_db, document, monkeypatch):
+    open_db().close()
+    reader = open_db(read_only=True)
+    monkeypatch.setattr(reader.pool, "run", None)  # refused before it is computed
+    with pytest.raises(DatabaseError, match="read_only"):
+        reader.import_context(document)
+
+
+def test_a_closed_database_says_so(db, document):
+    db.import_context(document)
+    session, _ = db.create_session([*document, 1])
+    session.close()
+    db.close()
+    db.close()
+    assert db.pool.free_tokens == ROOM
+    for call in (db.create_session, db.import_context):
+        with pytest.raises(DatabaseError, match="closed"):
+            call([*document, 1])
+
+
+def test_another_process_gives_the_same_answer(open_db, greedy, document, tmp_path):
+    """The pages were written by a process that is gone: no state but the disk is shared."""
+    script = """
+import pickle, sys
+import alaya_jax as aj
+path, file = sys.argv[1:]
+config, params, tokens = pickle.load(open(file, "rb"))
+with aj.DB(path, aj.Model(config, params, fingerprint="tiny"), aj.Budget("532480")) as db:
+    db.import_context(tokens)
+"""
+    db = open_db()
+    model, path = db.model, db.path
+    db.close()
+    file = tmp_path / "model.pickle"
+    params = jax.tree.map(np.asarray, model.params)
+    file.write_bytes(pickle.dumps((model.config, params, document)))
+    subprocess.run([sys.executable, "-c", script, path, str(file)], check=True, timeout=120)
+    prompt = [*document, 9, 10]
+    assert answer(open_db(), prompt) == (greedy(prompt, 6), 70)
