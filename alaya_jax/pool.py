@@ -120,8 +120,8 @@ class PagePool:
         fresh = self._allocate(needed + (tail is not None), after)
         if tail is not None:
             shared = sequence.pages[tail : tail + 1].copy()
-            self.run(_copy_pages, shared, fresh[-1:], kv_result=None)
-            sequence.pages[tail], fresh = fresh[-1], fresh[:-1]
+            self.run(_copy_pages, shared, fresh[:1], kv_result=None)
+            sequence.pages[tail], fresh = fresh[0], fresh[1:]
             self._allocator.release(shared)
         sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
 
