@@ -268,7 +268,7 @@ def _print(result: dict[str, Any]) -> None:
         console.width = 100
     table = Table(title=f"{result['model']} on the {result['title']}", title_justify="left")
     table.add_column("question and answers", ratio=1)
-    for name in ("reused", "computed", "first token", "tokens /s", "keys read", "keys scored"):
+    for name in ("reused", "computed", "first\ntoken", "tokens\n/s", "keys\nread", "keys\nscored"):
         table.add_column(name, justify="right")
     cold = result["cold"]
     for number, row in enumerate(result["questions"]):

