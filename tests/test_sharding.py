@@ -1,0 +1,137 @@
+"""A mesh gives the answer of one device; rules that do not fit are refused by name."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import alaya_jax as aj
+from alaya_jax import configs
+from alaya_jax.errors import ConfigError
+from alaya_jax.models import LlamaConfig, llama
+from alaya_jax.sharding import tree_shardings
+
+TOLERANCE = 2e-4  # absolute, on logits; float32
+
+
+def on_mesh(model, mesh, rules=None):
+    rules = rules or aj.ShardingRules()
+    axes = llama.logical_axes(model.config)
+    shardings = tree_shardings(mesh, rules, axes, model.params)
+    params = jax.tree.map(jax.device_put, model.params, shardings)
+    return dataclasses.replace(model, params=params, mesh=mesh, rules=rules)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 2, "tensor": 2}, {"tensor": 2, "data": 4}, {"data": 8}],
+    ids=str,
+)
+def test_forward_on_a_mesh(tiny_model, all_logits, rng, axes):
+    """Parameters by the rules, a batch over "data"."""
+    mesh = aj.make_mesh(**axes)
+    model = on_mesh(tiny_model, mesh)
+    tokens = rng.integers(3, 256, (8, 12))
+    batch = jax.device_put(tokens, jax.NamedSharding(mesh, model.rules.spec(mesh, ("batch", None))))
+    positions = np.broadcast_to(np.arange(12), (8, 12))
+    forward = jax.jit(llama.forward, static_argnums=(1, 4))
+    logits, _ = forward(model.params, model.config, batch, positions, llama.causal_attend)
+    for row, ids in zip(np.asarray(logits), tokens, strict=True):
+        np.testing.assert_allclose(row, all_logits(ids), rtol=0, atol=TOLERANCE)
+
+
+def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng):
+    """Prefill, many decode steps a call, copy on write, a context from disk: as on one device."""
+    mesh = aj.make_mesh(data=2, tensor=2)
+    model = on_mesh(tiny_model, mesh)
+    document = rng.integers(3, 256, 37)
+    prompts = [[*document, 5, 6], [*document[:20], 9]]
+    expected = [greedy(p, 12) for p in prompts]
+    db = open_db(model)
+    db.import_context(document)
+    for _ in range(2):
+        for prompt, want in zip(prompts, expected, strict=True):
+            session, rest = db.create_session(prompt)
+            assert session.reused[0] > 0
+            kv = db.pool.kv
+            where = [x.sharding for x in jax.tree.leaves(kv)]
+            assert where[0].is_equivalent_to(
+                jax.NamedSharding(mesh, PartitionSpec("tensor")), kv.k[0].ndim
+            )
+            assert [t.id for t in aj.generate(session, rest, max_new_tokens=12)] == want
+            # Laid out as before, and donated: nowhere was it gathered or copied.
+            assert all(x.is_deleted() for x in jax.tree.leaves(kv))
+            for x, sharding in zip(jax.tree.leaves(db.pool.kv), where, strict=True):
+                assert x.sharding.is_equivalent_to(sharding, x.ndim)
+            session.close()
+        db.close()
+        db = open_db(model)
+    # What a mesh wrote, one device reads.
+    db.close()
+    single = open_db(tiny_model)
+    session, rest = single.create_session(prompts[0])
+    assert session.reused == [37]
+    assert [t.id for t in aj.generate(session, rest, max_new_tokens=12)] == expected[0]
+
+
+def test_rules_say_where_each_parameter_lies(tiny_model):
+    mesh = aj.make_mesh(data=2, tensor=2)
+    params = on_mesh(tiny_model, mesh).params
+    specs = {
+        ("embed", "embedding"): ("tensor", None),
+        ("layers_0", "attention", "q", "kernel"): (None, "tensor", None),
+        ("layers_1", "attention", "v", "kernel"): (None, "tensor", None),
+        ("layers_1", "attention", "o", "kernel"): ("tensor", None, None),
+        ("layers_0", "mlp", "gate", "kernel"): (None, "tensor"),
+        ("layers_0", "mlp", "down", "kernel"): ("tensor", None),
+        ("lm_head", "kernel"): (None, "tensor"),
+        ("norm", "scale"): (None,),
+    }
+    for path, spec in specs.items():
+        leaf = params
+        for name in path:
+            leaf = leaf[name]
+        wanted = jax.NamedSharding(mesh, PartitionSpec(*spec))
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), path
+    replicated = on_mesh(tiny_model, mesh, aj.ShardingRules(vocab=None)).params["embed"][
+        "embedding"
+    ]
+    assert replicated.sharding.is_fully_replicated
+
+
+def test_large_models_fit_the_meshes_they_are_for():
+    """No parameter of the published architectures is left without a place, on paper."""
+    for name, tensor in (("llama-3-8b", 8), ("llama-3.2-1b", 4)):
+        config = LlamaConfig.from_hf(configs.load(name))
+        mesh = aj.make_mesh(tensor=tensor)
+        axes, shapes = llama.logical_axes(config), llama.abstract_params(config)
+        shardings = jax.tree.leaves(tree_shardings(mesh, aj.ShardingRules(), axes, shapes))
+        split = sum(
+            np.prod(leaf.shape) / np.prod(s.shard_shape(leaf.shape)) == tensor
+            for s, leaf in zip(shardings, jax.tree.leaves(shapes), strict=True)
+        )
+        norms = 2 * config.num_hidden_layers + 1
+        assert split == len(shardings) - norms
+
+
+def test_rules_that_do_not_fit_are_named(open_db, tiny_model):
+    mesh = aj.make_mesh(data=2, tensor=4)
+    with pytest.raises(
+        ConfigError, match=r"'kv_heads' of size 2 .*'tensor' of size 4.*kv_heads=None"
+    ):
+        on_mesh(tiny_model, mesh)
+    rules = aj.ShardingRules(kv_heads=None)
+    model = on_mesh(tiny_model, mesh, rules)
+    assert open_db(model).pool.kv.k[0].sharding.is_fully_replicated
+    with pytest.raises(ConfigError, match=r"two axes .*'embed'.* one mesh axis"):
+        on_mesh(tiny_model, mesh, aj.ShardingRules(embed="tensor", kv_heads=None))
+    with pytest.raises(ConfigError, match="needs 16 devices, 8 are there"):
+        aj.make_mesh(data=4, tensor=4)
+
+
+def test_an_axis_that_the_mesh_lacks_is_ignored():
+    mesh = aj.make_mesh(data=2)
+    spec = aj.ShardingRules().spec(mesh, ("batch", "kv_heads", None))
+    assert spec == PartitionSpec("data", None, None)
