@@ -21,7 +21,7 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
 from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"": 1, "B": 1, "kB": 1000} | {
     f"{prefix}{ending}": base**power
     for ending, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
@@ -49,7 +49,7 @@ class Budget:
         if isinstance(self.device, int | np.integer):
             size = int(self.device)
         else:
-            number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)\s*"
+            number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)\s*"
             match = re.fullmatch(number, self.device) if isinstance(self.device, str) else None
             if not match or match[2] not in _UNITS:
                 raise RequestError(f"Budget(device={self.device!r}): use bytes, or e.g. '8GiB'")
