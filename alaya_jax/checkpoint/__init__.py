@@ -3,6 +3,8 @@
 checkpoint = read_checkpoint("path/to/Llama-3.1-8B", mesh=aj.make_mesh(tensor=8))
 checkpoint = read_checkpoint("model-Q4_1.gguf")
 checkpoint = read_checkpoint("smollm2-135m")           # after `alaya fetch smollm2-135m`
+convert("path/to/Llama-3.1-8B", "llama.orbax", to="orbax")
+save("tuned", checkpoint.config, params, checkpoint.tokenizer, to="hf")
 """
 
 import dataclasses
@@ -15,17 +17,32 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from alaya_jax.checkpoint import bundled
+from alaya_jax.checkpoint import bundled, orbax
+from alaya_jax.checkpoint.conversion import (
+    SHARD_SIZE,
+    Conversion,
+    Target,
+    params_source,
+    write_checkpoint,
+)
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.params import load_params, match
-from alaya_jax.checkpoint.source import Source, StoredTensor, fingerprint
-from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.checkpoint.source import Source, StoredTensor, identify
+from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
-__all__ = ["Checkpoint", "locate", "open_checkpoint", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Conversion",
+    "convert",
+    "locate",
+    "open_checkpoint",
+    "read_checkpoint",
+    "save",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,12 +78,13 @@ def read_checkpoint(
     dtype: Any = None,
     progress: bool = True,
 ) -> Checkpoint:
-    """Loads a model: an HF directory, a GGUF file, or a bundled model by name.
+    """Loads a model: an HF or Orbax directory, a GGUF file, or a bundled model by name.
 
     Everything is checked before a weight is read: all problems of a checkpoint are in one error.
 
     Args:
-      path_or_name: a directory with config.json and safetensors; a .gguf file; or a bundled name.
+      path_or_name: a directory with config.json and safetensors; a directory that `convert` or
+        `save` wrote as Orbax; a .gguf file; or a bundled name.
       mesh: devices to lay the parameters on; None: the default device.
       rules: where each logical axis lies on the mesh; default `ShardingRules()`.
       dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
@@ -94,20 +112,100 @@ def read_checkpoint(
         assert tensor.dtype is not None  # refused by match
         return tensor.dtype if cast is None else cast
 
-    params = load_params(
-        pairs,
-        source.format,
-        mesh=mesh,
-        rules=rules or ShardingRules(),
-        dtype_of=dtype_of,
-        progress=progress,
-    )
+    rules = rules or ShardingRules()
+    if source.format == "params":
+        params = orbax.load_tree(source, mesh=mesh, rules=rules, dtype_of=dtype_of)
+    else:
+        params = load_params(
+            pairs, source.format, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+        )
     return Checkpoint(
         config=source.config,
         params=params,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(source.config, (tensor for _, tensor in pairs)),
+        fingerprint=identify(source, (tensor for _, tensor in pairs)),
         source=source.path,
+    )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    to: Target = "hf",
+    dtype: Any = None,
+    shard_size: int | str = SHARD_SIZE,
+    resume: bool = False,
+    progress: bool = True,
+) -> Conversion:
+    """Writes a checkpoint in another format or type, tensor by tensor, whole or not at all.
+
+    Takes no more memory than a few times the largest tensor. The source is only read. `path`
+    appears when everything is written, read back and on the disk.
+
+    Args:
+      source: as `read_checkpoint` takes it.
+      path: a directory that does not exist yet.
+      to: "hf" (safetensors, config, tokenizer: what transformers loads) or "orbax".
+      dtype: float32, bfloat16 or float16; None keeps what is stored (float32 for quantized files).
+      shard_size: most bytes of tensors in a safetensors file, such as "5GB".
+      resume: continues a conversion that was cut off, and begins one where there is none.
+      progress: shows a progress bar on stderr when it is a terminal.
+
+    Raises:
+      CheckpointError: the source is damaged, `path` exists or cannot be written, the disk is full,
+        or what is to be resumed was another conversion.
+      ConfigError: a setting or the config is not understood.
+      TokenizerError: there is a tokenizer, and it is damaged.
+    """
+    return write_checkpoint(
+        open_checkpoint(source),
+        Path(path),
+        to=to,
+        dtype=None if dtype is None else _check_dtype(dtype),
+        shard_size=shard_size,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: LlamaConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    *,
+    to: Target = "orbax",
+    dtype: Any = None,
+    shard_size: int | str = SHARD_SIZE,
+    progress: bool = True,
+) -> Conversion:
+    """Writes parameters in memory as a checkpoint; they may be sharded over a mesh.
+
+    Args:
+      path: a directory that does not exist yet; it appears when complete.
+      config: their architecture.
+      params: parameter pytree, as `alaya_jax.models.llama` takes it.
+      tokenizer: goes beside the weights.
+      to, dtype, shard_size, progress: as in `convert`.
+
+    Raises:
+      CheckpointError: `params` are not of this config, or `path` cannot be written.
+      RequestError: the parameters lie on devices of several processes.
+    """
+    if any(not getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
+        raise RequestError(
+            "these parameters lie on devices of several processes, which save cannot gather; "
+            "replicate them first, or save them with orbax"
+        )
+    return write_checkpoint(
+        params_source(config, params, tokenizer),
+        Path(path),
+        to=to,
+        dtype=None if dtype is None else _check_dtype(dtype),
+        shard_size=shard_size,
+        resume=False,
+        progress=progress,
     )
 
 
@@ -119,7 +217,7 @@ def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:
     """
     path = locate(path_or_name)
     if path.is_dir():
-        return open_hf(path)
+        return orbax.open_orbax(path) if orbax.is_orbax(path) else open_hf(path)
     return open_gguf(path)
 
 

@@ -214,6 +214,7 @@ def _value_dtype(kind: QuantType) -> np.dtype | None:
 
 
 def _decode(tensor: StoredTensor) -> np.ndarray:
+    assert tensor.data is not None  # a GGUF tensor is one stretch of the file
     kind = QuantType[tensor.stored_dtype]
     if kind in _PLAIN:
         return tensor.data.view(_PLAIN[kind]).reshape(tensor.shape)

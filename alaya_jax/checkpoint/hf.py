@@ -36,7 +36,7 @@ _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _AGAIN = "download or copy the file again"
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """One file that cannot be used; the message is a line of the report."""
 
 
@@ -47,15 +47,15 @@ def open_hf(path: Path) -> Source:
       CheckpointError: there is no config.json or no weights here, or the index is unreadable.
       ConfigError: config.json describes a model that is not understood.
     """
-    config = _read_config(path / "config.json")
+    config = read_config(path / "config.json")
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     unreadable: set[str] = set()
     wanted = _weight_files(path)
     for file, names in wanted.items():
         try:
-            found = _open_safetensors(path / file)
-        except _Damaged as error:
+            found = open_safetensors(path / file)
+        except Damaged as error:
             unreadable |= names
             problems.append(f"{file}: {error}" + (f" ({len(names)} tensors)" if names else ""))
             continue
@@ -80,11 +80,12 @@ def open_hf(path: Path) -> Source:
         quantized=False,
         problems=tuple(problems),
         unreadable=frozenset(unreadable),
-        read_tokenizer=lambda: Tokenizer.from_directory(path) if _has_tokenizer(path) else None,
+        read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
     )
 
 
-def _has_tokenizer(path: Path) -> bool:
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
     return any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
@@ -100,7 +101,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path) -> LlamaConfig:
+def read_config(path: Path) -> LlamaConfig:
+    """The architecture in a config.json.
+
+    Raises:
+      CheckpointError: there is none.
+      ConfigError: it describes a model that is not understood.
+    """
     if not path.exists():
         ggufs = sorted(p.name for p in path.parent.glob("*.gguf"))
         hint = f"; it holds {', '.join(ggufs[:3])}: name that file instead" if ggufs else ""
@@ -147,46 +154,50 @@ def _weight_files(path: Path) -> dict[str, set[str]]:
     return dict(sorted(files.items()))
 
 
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Maps one file: 8 bytes of header length, a JSON header, then the data without holes."""
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Maps one file: 8 bytes of header length, a JSON header, then the data without holes.
+
+    Raises:
+      Damaged: the file cannot be used.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
-        raise _Damaged(f"cannot be opened ({error.strerror}); download or copy it") from error
+        raise Damaged(f"cannot be opened ({error.strerror}); download or copy it") from error
     if start == b"version ":
-        raise _Damaged("is a git-lfs pointer, not the weights; run `git lfs pull`")
+        raise Damaged("is a git-lfs pointer, not the weights; run `git lfs pull`")
     if len(start) < 8:
-        raise _Damaged(f"is truncated: {size} bytes, not even a header; {_AGAIN}")
+        raise Damaged(f"is truncated: {size} bytes, not even a header; {_AGAIN}")
     mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
     length = int.from_bytes(start, "little")
     if length > _MAX_HEADER:
-        raise _Damaged(f"is no safetensors file: its header would be {length:,} bytes; {_AGAIN}")
+        raise Damaged(f"is no safetensors file: its header would be {length:,} bytes; {_AGAIN}")
     if 8 + length > size:
-        raise _Damaged(f"is truncated in the header ({size:,} of {8 + length:,} bytes); {_AGAIN}")
+        raise Damaged(f"is truncated in the header ({size:,} of {8 + length:,} bytes); {_AGAIN}")
     try:
         header = json.loads(bytes(mapped[8 : 8 + length]), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {name: _header_entry(name, spec) for name, spec in header.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"has a damaged header ({error}); {_AGAIN}") from error
+        raise Damaged(f"has a damaged header ({error}); {_AGAIN}") from error
 
     body = mapped[8 + length :]
     end = 0
     result: dict[str, StoredTensor] = {}
     for name, (kind, shape, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if begin != end:
-            raise _Damaged(
+            raise Damaged(
                 f"has a damaged header: tensor {name!r} does not follow the one before it"
             )
         end = stop
         dtype = _DTYPES.get(kind)
         result[name] = StoredTensor(name, shape, kind, dtype, path, body[begin:stop], _decode)
     if end > body.size:
-        raise _Damaged(f"is truncated: {size:,} of {8 + length + end:,} bytes; {_AGAIN}")
+        raise Damaged(f"is truncated: {size:,} of {8 + length + end:,} bytes; {_AGAIN}")
     if end < body.size:
-        raise _Damaged(f"has {body.size - end:,} bytes after its last tensor; {_AGAIN}")
+        raise Damaged(f"has {body.size - end:,} bytes after its last tensor; {_AGAIN}")
     return result
 
 
@@ -216,4 +227,5 @@ def _header_entry(name: str, spec: Any) -> tuple[str, tuple[int, ...], int, int]
 
 def _decode(tensor: StoredTensor) -> np.ndarray:
     assert tensor.dtype is not None  # refused before anything is read
+    assert tensor.data is not None
     return tensor.data.view(tensor.dtype).reshape(tensor.shape)

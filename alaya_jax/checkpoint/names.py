@@ -1,11 +1,12 @@
 """Where each parameter stands in each checkpoint format: one table, read in both directions.
 
-A row says what a tensor is called in the parameter pytree, in HF and in GGUF, and how its
+A row says what a tensor is called in the parameter pytree, in HF, in GGUF and by Meta, and how its
 dimensions are laid out in the file and in memory, by axis letter (E model dim, H query heads, K kv
 heads, D head_dim, F ffn dim, V vocab). Letters written together are fused into one dimension of the
 stored tensor: `"HD E" -> "E H D"` is a stored matrix [H*D, E] that becomes a kernel [E, H, D]. Both
 directions are a reshape and a transposition derived from those two strings, so nothing is said
-twice. What they cannot say is that GGUF permutes the rows of q and k; see `rope_to_gguf`.
+twice. What they cannot say is that GGUF and Meta order the rows of q and k otherwise than HF; see
+`rope_to_gguf`. Format "params" is the pytree itself, as Orbax stores it.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
 
-Format = Literal["hf", "gguf"]
+Format = Literal["hf", "gguf", "meta", "params"]
 
 # Axis letter -> the config field that gives its size, and its name in sharding rules.
 AXIS_FIELDS = {
@@ -30,30 +31,25 @@ AXIS_FIELDS = {
 }
 _LOGICAL = {"V": "vocab", "E": "embed", "F": "ffn", "H": "heads", "K": "kv_heads", "D": "head_dim"}
 
-# (params path, HF name, GGUF name, stored axes, params axes, config condition)
+_A, _M = "attention_bias", "mlp_bias"
+# (params path, then the name in HF, GGUF and Meta files less ".weight", stored axes, params axes)
 _MODEL = (
-    ("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", "V E", "V E", ""),
-    ("norm/scale", "model.norm.weight", "output_norm.weight", "E", "E", ""),
-    ("lm_head/kernel", "lm_head.weight", "output.weight", "V E", "E V", "untied"),
+    ("embed/embedding", "model.embed_tokens", "token_embd", "tok_embeddings", "V E", "V E"),
+    ("norm/scale", "model.norm", "output_norm", "norm", "E", "E"),
+    ("lm_head/kernel", "lm_head", "output", "output", "V E", "E V"),  # only when untied
 )
-# The same below layers_{i}/, model.layers.{i}. and blk.{i}.
+# The same below layers_{i}/, model.layers.{i}., blk.{i}. and layers.{i}.; and the config field that
+# adds a bias [first stored dimension], where there may be one.
 _LAYER = (
-    ("attention_norm/scale", "input_layernorm.weight", "attn_norm.weight", "E", "E", ""),
-    ("attention/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "HD E", "E H D", ""),
-    ("attention/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "HD", "H D", "attention_bias"),
-    ("attention/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "KD E", "E K D", ""),
-    ("attention/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "KD", "K D", "attention_bias"),
-    ("attention/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", "KD E", "E K D", ""),
-    ("attention/v/bias", "self_attn.v_proj.bias", "attn_v.bias", "KD", "K D", "attention_bias"),
-    ("attention/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", "E HD", "H D E", ""),
-    ("attention/o/bias", "self_attn.o_proj.bias", "attn_output.bias", "E", "E", "attention_bias"),
-    ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", "E", "E", ""),
-    ("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", "F E", "E F", ""),
-    ("mlp/gate/bias", "mlp.gate_proj.bias", "ffn_gate.bias", "F", "F", "mlp_bias"),
-    ("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", "F E", "E F", ""),
-    ("mlp/up/bias", "mlp.up_proj.bias", "ffn_up.bias", "F", "F", "mlp_bias"),
-    ("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight", "E F", "F E", ""),
-    ("mlp/down/bias", "mlp.down_proj.bias", "ffn_down.bias", "E", "E", "mlp_bias"),
+    ("attention_norm/scale", "input_layernorm", "attn_norm", "attention_norm", "E", "E", ""),
+    ("attention/q/kernel", "self_attn.q_proj", "attn_q", "attention.wq", "HD E", "E H D", _A),
+    ("attention/k/kernel", "self_attn.k_proj", "attn_k", "attention.wk", "KD E", "E K D", _A),
+    ("attention/v/kernel", "self_attn.v_proj", "attn_v", "attention.wv", "KD E", "E K D", _A),
+    ("attention/o/kernel", "self_attn.o_proj", "attn_output", "attention.wo", "E HD", "H D E", _A),
+    ("mlp_norm/scale", "post_attention_layernorm", "ffn_norm", "ffn_norm", "E", "E", ""),
+    ("mlp/gate/kernel", "mlp.gate_proj", "ffn_gate", "feed_forward.w1", "F E", "E F", _M),
+    ("mlp/up/kernel", "mlp.up_proj", "ffn_up", "feed_forward.w3", "F E", "E F", _M),
+    ("mlp/down/kernel", "mlp.down_proj", "ffn_down", "feed_forward.w2", "E F", "F E", _M),
 )
 
 
@@ -65,6 +61,7 @@ class Entry:
       path: keys in the parameter pytree.
       hf: tensor name in an HF checkpoint.
       gguf: tensor name in a GGUF file.
+      meta: tensor name in Meta's files.
       stored_axes: one string of axis letters per dimension of the stored tensor.
       axes: one axis letter per dimension of the parameter.
       sizes: size of each axis letter.
@@ -73,13 +70,14 @@ class Entry:
     path: tuple[str, ...]
     hf: str
     gguf: str
+    meta: str
     stored_axes: tuple[str, ...]
     axes: tuple[str, ...]
     sizes: dict[str, int]
 
     def name(self, fmt: Format) -> str:
         """Tensor name in the given format."""
-        return self.hf if fmt == "hf" else self.gguf
+        return "/".join(self.path) if fmt == "params" else getattr(self, fmt)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,11 +93,17 @@ class Entry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in HF and GGUF files (GGUF lists dimensions in reverse)."""
+        """Shape of the tensor in files (GGUF lists dimensions in reverse)."""
         return tuple(math.prod(self.sizes[a] for a in fused) for fused in self.stored_axes)
+
+    def shape_in(self, fmt: Format) -> tuple[int, ...]:
+        """Shape of the tensor in the given format."""
+        return self.shape if fmt == "params" else self.stored_shape
 
     def to_params(self, stored: np.ndarray, fmt: Format) -> np.ndarray:
         """Stored layout -> parameter layout; a view of `stored` where rows keep their order."""
+        if fmt == "params":
+            return stored
         if heads := self._permuted_heads(fmt):
             stored = rope_from_gguf(stored, heads)
         letters = "".join(self.stored_axes)
@@ -108,6 +112,8 @@ class Entry:
 
     def to_stored(self, param: np.ndarray, fmt: Format) -> np.ndarray:
         """Parameter layout -> stored layout; inverse of `to_params`."""
+        if fmt == "params":
+            return param
         letters = "".join(self.stored_axes)
         stored = param.transpose([self.axes.index(a) for a in letters]).reshape(self.stored_shape)
         heads = self._permuted_heads(fmt)
@@ -115,41 +121,55 @@ class Entry:
 
     def _permuted_heads(self, fmt: Format) -> int | None:
         """Number of heads whose rows the format permutes for RoPE; None where it does not."""
-        permuted = fmt == "gguf" and len(self.path) > 2 and self.path[-2] in ("q", "k")
+        permuted = fmt in ("gguf", "meta") and len(self.path) > 2 and self.path[-2] in ("q", "k")
         return self.sizes[self.stored_axes[0][0]] if permuted else None
 
 
 def entries(config: LlamaConfig) -> list[Entry]:
     """Every parameter a checkpoint of this config holds, in the order of the model."""
     sizes = {letter: getattr(config, field) for letter, field in AXIS_FIELDS.items()}
-    present = {
-        "": True,
-        "untied": not config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-    }
     return [
-        Entry(tuple(path.split("/")), hf, gguf, tuple(stored.split()), tuple(axes.split()), sizes)
-        for path, hf, gguf, stored, axes, condition in _rows(config.num_hidden_layers)
-        if present[condition]
+        Entry(
+            tuple(path.split("/")),
+            hf,
+            gguf,
+            meta,
+            tuple(stored.split()),
+            tuple(axes.split()),
+            sizes,
+        )
+        for path, hf, gguf, meta, stored, axes in _rows(config)
     ]
 
 
-def _rows(num_layers: int) -> Iterator[tuple[str, str, str, str, str, str]]:
-    embed, *last = _MODEL
-    yield embed
-    for i in range(num_layers):
-        for path, hf, gguf, stored, axes, condition in _LAYER:
-            names = f"layers_{i}/{path}", f"model.layers.{i}.{hf}", f"blk.{i}.{gguf}"
-            yield *names, stored, axes, condition
-    yield from last
+def _rows(config: LlamaConfig) -> Iterator[tuple[str, ...]]:
+    embed, norm, head = _MODEL
+    yield _named(embed, "weight")
+    for i in range(config.num_hidden_layers):
+        starts = f"layers_{i}/", f"model.layers.{i}.", f"blk.{i}.", f"layers.{i}.", "", ""
+        for *row, bias in _LAYER:
+            row = tuple(start + part for start, part in zip(starts, row, strict=True))
+            yield _named(row, "weight")
+            if bias and getattr(config, bias):
+                path, *names, stored, _ = row
+                fused = stored.split()[0]
+                path = path.replace("/kernel", "/bias")
+                yield _named((path, *names, fused, " ".join(fused)), "bias")
+    yield _named(norm, "weight")
+    if not config.tie_word_embeddings:
+        yield _named(head, "weight")
+
+
+def _named(row: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+    path, *names, stored, axes = row
+    return path, *(f"{name}.{suffix}" for name in names), stored, axes
 
 
 def rope_to_gguf(stored: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of a stored q or k tensor from HF's RoPE layout to GGUF's.
+    """Reorders the rows of a stored q or k tensor from HF's RoPE layout to GGUF's and Meta's.
 
-    HF rotates the pair (d, d + D/2) of a head; GGUF's 'llama' rotates the pair (2d, 2d + 1), so its
-    files interleave the two halves of each head.
+    HF rotates the pair (d, d + D/2) of a head; GGUF's 'llama' and Meta's code rotate the pair
+    (2d, 2d + 1), so their files interleave the two halves of each head.
 
     Args:
       stored: [heads * D, ...] weight or bias.

@@ -38,12 +38,12 @@ def match(source: Source) -> list[tuple[Entry, StoredTensor]]:
         tensor = rest.pop(name, None)
         if tensor is None:
             if name not in source.unreadable:
-                problems.append(_missing(name, entry))
-        elif tensor.shape != entry.stored_shape:
+                problems.append(_missing(name, entry, source.format))
+        elif tensor.shape != (shape := entry.shape_in(source.format)):
             fields = [AXIS_FIELDS[a] for a in "".join(entry.stored_axes)]
             problems.append(
                 f"tensor {name!r} in {tensor.file.name} has shape {list(tensor.shape)}, the config "
-                f"({', '.join(dict.fromkeys(fields))}) needs {list(entry.stored_shape)}"
+                f"({', '.join(dict.fromkeys(fields))}) needs {list(shape)}"
             )
         elif tensor.dtype is None:
             problems.append(
@@ -57,8 +57,8 @@ def match(source: Source) -> list[tuple[Entry, StoredTensor]]:
     return pairs
 
 
-def _missing(name: str, entry: Entry) -> str:
-    line = f"tensor {name!r} {list(entry.stored_shape)} is missing"
+def _missing(name: str, entry: Entry, fmt: Format) -> str:
+    line = f"tensor {name!r} {list(entry.shape_in(fmt))} is missing"
     if entry.path == ("lm_head", "kernel"):
         line += "; if the model ties it to its embedding, set tie_word_embeddings in config.json"
     return line
@@ -84,7 +84,7 @@ def _unexpected(source: Source, rest: dict[str, StoredTensor]) -> Iterator[str]:
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor, chunk: int = 1 << 24) -> bool:
-    if (a.shape, a.stored_dtype, a.data.size) != (b.shape, b.stored_dtype, b.data.size):
+    if a.data is None or b.data is None or a.stored_dtype != b.stored_dtype or a.shape != b.shape:
         return False
     starts = range(0, a.data.size, chunk)
     return all(np.array_equal(a.data[i : i + chunk], b.data[i : i + chunk]) for i in starts)
@@ -120,7 +120,7 @@ def load_params(
         for entry, _ in pairs
     ]
     params: dict[str, Any] = {}
-    with _progress_bar(sum(t.data.size for _, t in pairs), show=progress) as advance:
+    with progress_bar("loading weights", sum(t.nbytes for _, t in pairs), show=progress) as advance:
         for (entry, tensor), sharding in zip(pairs, shardings, strict=True):
             view = entry.to_params(tensor.read(), fmt)
             value = _place(view, sharding, dtype_of(tensor))
@@ -129,25 +129,26 @@ def load_params(
                 node = node.setdefault(key, {})
             # Waiting keeps no more than one tensor's host buffers alive.
             node[entry.path[-1]] = value.block_until_ready()
-            advance(tensor.data.size)
+            tensor.release()
+            advance(tensor.nbytes)
     return params
 
 
 def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) -> jax.Array:
     if sharding is None:
-        return jax.device_put(_copy(view, dtype))
+        return jax.device_put(copy_as(view, dtype))
     slices: dict[str, np.ndarray] = {}  # replicas share one host copy
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         key = str(index)
         if key not in slices:
-            slices[key] = _copy(view[index or ()], dtype)
+            slices[key] = copy_as(view[index or ()], dtype)
         return slices[key]
 
     return jax.make_array_from_callback(view.shape, sharding, piece)
 
 
-def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def copy_as(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A contiguous copy of a possibly transposed view, cast to `dtype`.
 
     Copying a transposed matrix at once walks the source by whole rows and misses the cache on every
@@ -164,7 +165,7 @@ def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 @contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function that adds to a bar of bytes, rate and time left; silent off a terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -186,5 +187,5 @@ def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     )
     visible = show and jax.process_index() == 0 and (console.is_terminal or console.is_jupyter)
     with Progress(*columns, console=console, disable=not visible, transient=True) as bar:
-        task = bar.add_task("loading weights", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ _PROBE = 4096  # bytes of a tensor read at each of three places for the fingerpr
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a memory-mapped file.
+    """A tensor that is still on disk.
 
     Attributes:
       name: its name in the file.
@@ -27,8 +29,8 @@ class StoredTensor:
       stored_dtype: the format's own name of its type, such as "BF16" or "Q4_1".
       dtype: type of the values `read` gives; None when the type cannot be read.
       file: where it lies.
-      data: its stored bytes, a uint8 view of the memory map.
-      decode: stored bytes -> values of `dtype` and `shape`.
+      data: its stored bytes, a uint8 view of the memory map; None where the format scatters them.
+      decode: reads the values, of `dtype` and `shape`.
     """
 
     name: str
@@ -36,12 +38,31 @@ class StoredTensor:
     stored_dtype: str
     dtype: np.dtype | None
     file: Path
-    data: np.ndarray
+    data: np.ndarray | None
     decode: Callable[["StoredTensor"], np.ndarray]
 
     def read(self) -> np.ndarray:
         """The values; a view of the memory map where the type allows it."""
         return self.decode(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        if self.data is not None:
+            return self.data.size
+        assert self.dtype is not None
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Gives the memory of mapped pages that were read back to the system."""
+        base: object = self.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if self.data is None or not isinstance(base, mmap.mmap):
+            return
+        first = self.data.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        base.madvise(mmap.MADV_DONTNEED, start, first + self.data.size - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +79,7 @@ class Source:
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
       read_tokenizer: the checkpoint's tokenizer, or None when it has none.
+      fingerprint: what the checkpoint says it is, where that cannot be read off its bytes.
     """
 
     format: Format
@@ -69,6 +91,7 @@ class Source:
     problems: tuple[str, ...]
     unreadable: frozenset[str]
     read_tokenizer: Callable[[], Tokenizer | None]
+    fingerprint: str | None = None
 
 
 def refuse(where: Path, problems: Iterable[str]) -> None:
@@ -87,7 +110,24 @@ def refuse(where: Path, problems: Iterable[str]) -> None:
     raise CheckpointError("\n  - ".join([f"{where} {head}", *lines]))
 
 
-def fingerprint(config: LlamaConfig, tensors: Iterable[StoredTensor]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the fingerprint takes of a tensor: its description and bytes of three places."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored_dtype: str
+    nbytes: int
+    probes: tuple[bytes, ...]
+
+
+def probe_ranges(nbytes: int) -> tuple[tuple[int, int], ...]:
+    """The first, middle and last 4 KiB of a tensor of so many bytes: (start, stop)."""
+    starts = (0, max(0, (nbytes - _PROBE) // 2), max(0, nbytes - _PROBE))
+    return tuple((start, min(nbytes, start + _PROBE)) for start in starts)
+
+
+def fingerprint(config: LlamaConfig, samples: Iterable[Sample]) -> str:
     """Identity of a model's weights without reading all of them.
 
     Returns:
@@ -95,10 +135,21 @@ def fingerprint(config: LlamaConfig, tensors: Iterable[StoredTensor]) -> str:
       first, middle and last 4 KiB of its stored bytes.
     """
     digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
-    for tensor in sorted(tensors, key=lambda t: t.name):
-        size = tensor.data.size
-        head = [tensor.name, list(tensor.shape), tensor.stored_dtype, size]
+    for sample in sorted(samples, key=lambda s: s.name):
+        head = [sample.name, list(sample.shape), sample.stored_dtype, sample.nbytes]
         digest.update(json.dumps(head).encode())
-        for start in (0, max(0, (size - _PROBE) // 2), max(0, size - _PROBE)):
-            digest.update(tensor.data[start : start + _PROBE].tobytes())
+        for probe in sample.probes:
+            digest.update(probe)
     return digest.hexdigest()
+
+
+def identify(source: Source, tensors: Iterable[StoredTensor]) -> str:
+    """The fingerprint of an opened checkpoint: the one it states, or that of its stored bytes."""
+    return source.fingerprint or fingerprint(source.config, map(_sample, tensors))
+
+
+def _sample(tensor: StoredTensor) -> Sample:
+    data = tensor.data
+    assert data is not None  # a source without bytes states its fingerprint
+    probes = tuple(data[a:b].tobytes() for a, b in probe_ranges(data.size))
+    return Sample(tensor.name, tensor.shape, tensor.stored_dtype, data.size, probes)

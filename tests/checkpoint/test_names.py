@@ -40,22 +40,24 @@ def test_names_are_unique_and_shapes_are_hf(config, make_tensors):
     assert {e.hf: e.stored_shape for e in table} == {
         name: x.shape for name, x in make_tensors(config).items()
     }
-    assert len({e.gguf for e in table}) == len(table)
+    for fmt in ("gguf", "meta", "params"):
+        assert len({e.name(fmt) for e in table}) == len(table)
 
 
-@pytest.mark.parametrize("fmt", ["hf", "gguf"])
+@pytest.mark.parametrize("fmt", ["hf", "gguf", "meta", "params"])
 def test_layouts_invert(config, fmt, rng):
     for entry in entries(config):
-        stored = rng.standard_normal(entry.stored_shape)
+        stored = rng.standard_normal(entry.shape_in(fmt))
         param = entry.to_params(stored, fmt)
         assert param.shape == entry.shape
         np.testing.assert_array_equal(entry.to_stored(param, fmt), stored)
 
 
-def test_gguf_differs_in_q_and_k_alone(config, rng):
+@pytest.mark.parametrize("fmt", ["gguf", "meta"])
+def test_other_formats_differ_in_q_and_k_alone(config, fmt, rng):
     for entry in entries(config):
         stored = rng.standard_normal(entry.stored_shape)
-        same = np.array_equal(entry.to_params(stored, "gguf"), entry.to_params(stored, "hf"))
+        same = np.array_equal(entry.to_params(stored, fmt), entry.to_params(stored, "hf"))
         assert same == (set(entry.path).isdisjoint({"q", "k"})), entry.path
 
 

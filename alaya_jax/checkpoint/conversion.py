@@ -1,0 +1,276 @@
+"""Conversion between checkpoint formats: one tensor at a time, whole or not at all.
+
+The result grows in a hidden directory beside the destination. When every file is on the disk and
+opens as the model it should be, that directory is renamed; before, the destination does not exist.
+What a killed conversion leaves is continued with `resume=True`, and ends in the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from alaya_jax.checkpoint import hf_write, orbax
+from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.names import Entry
+from alaya_jax.checkpoint.params import match, progress_bar
+from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
+from alaya_jax.checkpoint.weights import KINDS, Weight
+from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.tokenizer import Tokenizer
+
+Target = Literal["hf", "orbax"]
+SHARD_SIZE = "5GB"
+_JOB = ".conversion.json"
+_MEMORY = Path("the parameters in memory")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+      source, path: where the model was and is.
+      to: format of the result.
+      dtype: type of its matrices.
+      tensors: number of arrays.
+      nbytes: bytes of weights in the result.
+      seconds: wall-clock time.
+      fingerprint: of the result.
+      nonfinite: tensors with values that are infinite or not a number -> how many.
+    """
+
+    source: Path
+    path: Path
+    to: Target
+    dtype: str
+    tensors: int
+    nbytes: int
+    seconds: float
+    fingerprint: str
+    nonfinite: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `alaya convert --json` prints it."""
+        return dataclasses.asdict(self) | {"source": str(self.source), "path": str(self.path)}
+
+
+def write_checkpoint(
+    source: Source,
+    path: Path,
+    *,
+    to: Target,
+    dtype: np.dtype | None,
+    shard_size: int | str,
+    resume: bool,
+    progress: bool,
+) -> Conversion:
+    """Writes an opened checkpoint in another format; see `alaya_jax.checkpoint.convert`."""
+    started = time.monotonic()
+    path = path.expanduser()
+    if to not in get_args(Target):
+        raise ConfigError(f"to = {to!r} cannot be written; use one of {get_args(Target)}")
+    shard_bytes = parse_size(shard_size)
+    pairs = match(source)
+    weights = [_weight(source, entry, tensor, dtype) for entry, tensor in pairs]
+    matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
+    source.read_tokenizer()  # a damaged one is refused before anything is written
+    config = source.config
+    if len(matrices) == 1:
+        config = dataclasses.replace(config, dtype=matrices.pop().name)
+    job = {
+        "source": str(source.path.resolve()),
+        "fingerprint": identify(source, (tensor for _, tensor in pairs)),
+        "to": to,
+        "dtypes": sorted({w.dtype.name for w in weights}),
+        "shard_size": shard_bytes,
+    }
+    total = sum(w.nbytes for w in weights)
+    samples: list[Sample] = []
+    nonfinite: dict[str, int] = {}
+    with (
+        _staging(path, job, resume=resume, needed=total) as staging,
+        progress_bar(f"writing {to}", total, show=progress) as advance,
+    ):
+
+        def wrote(weight: Weight, sample: Sample, bad: int) -> None:
+            samples.append(sample)
+            if bad:
+                nonfinite[weight.entry.hf] = bad
+            advance(weight.nbytes)
+
+        hf_write.write_beside(staging, source, config)
+        if to == "hf":
+            hf_write.write_weights(staging, weights, shard_bytes, wrote)
+        else:
+            orbax.write_weights(staging, weights, wrote)
+            orbax.write_manifest(staging, config, fingerprint(config, samples))
+        result = open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
+        found = identify(result, [tensor for _, tensor in match(result)])
+        if result.config != config or found != fingerprint(config, samples):
+            raise CheckpointError(
+                f"{path} would not be the model of {source.path}: read back, its config or its "
+                "weights differ from what was written. Check the disk and convert again"
+            )
+    return Conversion(
+        source=source.path,
+        path=path,
+        to=to,
+        dtype=config.dtype,
+        tensors=len(weights),
+        nbytes=total,
+        seconds=time.monotonic() - started,
+        fingerprint=found,
+        nonfinite=nonfinite,
+    )
+
+
+def _weight(source: Source, entry: Entry, tensor: StoredTensor, dtype: np.dtype | None) -> Weight:
+    own = source.dtype or tensor.dtype
+    assert own is not None  # refused by match
+    return Weight(entry, tensor, source.format, dtype or own)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "512MiB" or a number.
+
+    Raises:
+      ConfigError: it is no such thing, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
+    count = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if count <= 0:
+        raise ConfigError(f"shard size {size!r} is no size; write it as 5GB or 512MiB")
+    return count
+
+
+@contextlib.contextmanager
+def _staging(path: Path, job: dict[str, Any], *, resume: bool, needed: int) -> Iterator[Path]:
+    """A directory that becomes `path` when the block ends, and stays for a resume when it fails."""
+    staging = path.parent / f".{path.name}.unfinished"
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} is there already; name another place, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resume:
+            _check_same(staging, path, job)
+        elif staging.exists():
+            raise CheckpointError(
+                f"an unfinished conversion to {path} is there; continue it with --resume "
+                f"(resume=True), or remove {staging} to begin anew"
+            )
+        free = shutil.disk_usage(path.parent).free + _size(staging)
+        if free < needed:
+            raise CheckpointError(
+                f"{path} needs {needed:,} bytes, and {path.parent} has {free:,} free; make room, "
+                "or write a smaller --dtype"
+            )
+        staging.mkdir(exist_ok=True)
+        with (staging / _JOB).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process is converting to {path}; wait for it, or end it"
+                ) from error
+            file.truncate(0)
+            file.write(json.dumps(job, indent=2) + "\n")
+            file.flush()
+            yield staging
+            (staging / _JOB).unlink()
+            _sync(staging)
+            staging.rename(path)
+            _sync_entry(path.parent)
+    except OSError as error:
+        if error.errno is None or isinstance(error, BlockingIOError):
+            raise
+        raise CheckpointError(_unwritten(error, path, staging)) from error
+
+
+def _check_same(staging: Path, path: Path, job: dict[str, Any]) -> None:
+    """Refuses to continue a conversion of something else."""
+    if not staging.exists():
+        return  # nothing was begun: begin
+    try:
+        begun = json.loads((staging / _JOB).read_text())
+    except (OSError, ValueError):
+        begun = {}
+    if differing := [key for key in job if begun.get(key) != job[key]]:
+        raise CheckpointError(
+            f"the unfinished conversion to {path} was another one: {', '.join(differing)} "
+            f"differ; use the same settings, or remove {staging} to begin anew"
+        )
+
+
+def _unwritten(error: OSError, path: Path, staging: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{path} was not written: the disk is full. Make room and continue with --resume, or "
+            f"remove {staging}"
+        )
+    return f"{path} was not written ({error}); what is done is kept in {staging} for --resume"
+
+
+def _size(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _sync(directory: Path) -> None:
+    """Waits until every file of a directory is on the disk."""
+    for file in directory.rglob("*"):
+        _sync_entry(file)
+    _sync_entry(directory)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def params_source(
+    config: LlamaConfig, params: dict[str, Any], tokenizer: Tokenizer | None
+) -> Source:
+    """Parameters in memory, as a checkpoint to write."""
+    leaves, _ = jax.tree.flatten_with_path(params)
+    tensors = {}
+    for keys, leaf in leaves:
+        name = "/".join(str(key.key) for key in keys)
+        dtype = np.dtype(leaf.dtype)
+        tensors[name] = StoredTensor(
+            name=name,
+            shape=tuple(leaf.shape),
+            stored_dtype=KINDS.get(dtype, dtype.name),
+            dtype=dtype if dtype in KINDS else None,
+            file=_MEMORY,
+            data=None,
+            decode=functools.partial(lambda leaf, _: np.asarray(leaf), leaf),
+        )
+    return Source(
+        format="params",
+        path=_MEMORY,
+        config=config,
+        tensors=tensors,
+        dtype=None,
+        quantized=False,
+        problems=(),
+        unreadable=frozenset(),
+        read_tokenizer=lambda: tokenizer,
+        fingerprint="in memory",
+    )

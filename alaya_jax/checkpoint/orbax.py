@@ -1,0 +1,244 @@
+"""Orbax checkpoints: the parameter pytree as it is in memory, restored straight onto any mesh.
+
+A directory holds what an HF checkpoint holds beside its weights (config.json, tokenizer files), the
+model's fingerprint, and in `params` a plain Orbax checkpoint that `ocp.load` takes by itself:
+
+    config.json  tokenizer.json  ...  alaya_checkpoint.json  params/
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from alaya_jax.checkpoint.hf import has_tokenizer, read_config
+from alaya_jax.checkpoint.names import entries
+from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
+from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
+from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.sharding import ShardingRules
+
+PARAMS = "params"
+MANIFEST = "alaya_checkpoint.json"
+_VERSION = 1
+_MARK = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
+_GROUP = 1 << 27  # bytes of small tensors saved at once
+_CHUNK = 1 << 26  # bytes of an array read and written at once
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a directory is an Orbax checkpoint, ours or a bare one; Orbax is not imported."""
+    return (path / PARAMS / _MARK).exists() or (path / _MARK).exists()
+
+
+def open_orbax(path: Path) -> Source:
+    """Opens a checkpoint that `save` or `convert` wrote with `to="orbax"`; reads no weights.
+
+    Raises:
+      CheckpointError: it lacks the config or the fingerprint, or is damaged.
+      ConfigError: its config is not understood.
+    """
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(
+            f"{path} is an Orbax checkpoint without {MANIFEST}, so its model is unknown; restore "
+            "it with orbax, and write it with alaya_jax.checkpoint.save(path, config, params)"
+        )
+    config = read_config(path / "config.json")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, fingerprint = manifest["version"], manifest["fingerprint"]
+        stored = manifest["dtype"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST} is damaged ({error!r}); copy or convert the checkpoint again"
+        ) from error
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{path} is of version {version}, this program reads {_VERSION}; update alaya_jax"
+        )
+    if config.dtype != stored:
+        raise ConfigError(
+            f"{path / 'config.json'} says dtype {config.dtype!r}, {MANIFEST} {stored!r}; copy or "
+            "convert the checkpoint again"
+        )
+    tensors = {name: _tensor(path, name, leaf) for name, leaf in _metadata(path).items()}
+    return Source(
+        format="params",
+        path=path,
+        config=config,
+        tensors=tensors,
+        dtype=None,
+        quantized=False,
+        problems=(),
+        unreadable=frozenset(),
+        read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
+        fingerprint=fingerprint,
+    )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Shape and dtype of every stored array, by the keys of its path joined with '/'."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _named_damage(path):
+        tree = ocp.metadata(str(path / PARAMS)).metadata
+        if tree is None:  # Orbax logs the reason
+            raise ValueError("its metadata or its manifest is damaged")
+        leaves, _ = jax.tree.flatten_with_path(tree)
+        return {"/".join(str(key.key) for key in keys): leaf for keys, leaf in leaves}
+
+
+def _tensor(path: Path, name: str, leaf: Any) -> StoredTensor:
+    dtype = np.dtype(leaf.dtype)
+    return StoredTensor(
+        name=name,
+        shape=tuple(leaf.shape),
+        stored_dtype=KINDS.get(dtype, dtype.name),
+        dtype=dtype if dtype in KINDS else None,
+        file=path / PARAMS,
+        data=None,
+        decode=_read_one,
+    )
+
+
+def _read_one(tensor: StoredTensor) -> np.ndarray:
+    from orbax.checkpoint import v1 as ocp
+
+    assert tensor.dtype is not None  # refused before anything is read
+    keys = tuple(tensor.name.split("/"))
+    with _named_damage(tensor.file.parent), _context(partial=True):
+        tree = ocp.load(str(tensor.file), _nested({keys: np.empty(tensor.shape, tensor.dtype)}))
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def load_tree(
+    source: Source,
+    *,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    dtype_of: Callable[[StoredTensor], np.dtype],
+) -> dict[str, Any]:
+    """Restores all parameters; each device reads only its own part of the files.
+
+    Args:
+      source: from `open_orbax`, checked by `match`.
+      mesh: devices; None puts everything on the default device. It need not be the mesh that the
+        checkpoint was saved on.
+      rules: where each logical axis lies on the mesh.
+      dtype_of: type a tensor is cast to.
+
+    Raises:
+      CheckpointError: the files are damaged.
+      ConfigError: an axis does not divide over the mesh.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    default = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
+    abstract = {}
+    for entry in entries(source.config):
+        sharding = mesh and rules.sharding(mesh, entry.logical_axes, entry.shape)
+        dtype = dtype_of(source.tensors[entry.name("params")])
+        leaf = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=sharding or default)
+        abstract[entry.path] = leaf
+    with _named_damage(source.path), _context():
+        return jax.block_until_ready(ocp.load(str(source.path / PARAMS), _nested(abstract)))
+
+
+def write_weights(
+    directory: Path, weights: list[Weight], wrote: Callable[[Weight, Sample, int], None]
+) -> None:
+    """Writes all weights into a directory; what an interrupted run saved there is kept.
+
+    Args:
+      directory: an existing directory.
+      weights: every parameter of the model.
+      wrote: told of each weight its fingerprint sample and how many of its values are not finite.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = directory / PARAMS
+    if path.exists():  # only the end of the conversion was missing
+        done = {weight.entry.path for weight in weights}
+    else:
+        done = _recover(directory)
+    group: dict[tuple[str, ...], np.ndarray] = {}
+    with _context():
+        for weight in weights:
+            view = weight.layout("params")
+            sample = weight.sample(weight.entry.to_stored(view, "hf"))
+            values = cast(view, weight.dtype)
+            if weight.entry.path not in done:
+                held = sum(x.nbytes for x in group.values())
+                if group and held + values.nbytes > _GROUP:
+                    ocp.partial.save(str(path), _nested(group))
+                    group = {}
+                group[weight.entry.path] = values
+            nonfinite = sum(map(count_nonfinite, blocks(values, values.dtype)))
+            del view, values
+            weight.tensor.release()
+            wrote(weight, sample, nonfinite)
+        if group:
+            ocp.partial.save(str(path), _nested(group))
+        if not path.exists():
+            ocp.partial.finalize(str(path))
+
+
+def write_manifest(directory: Path, config: LlamaConfig, fingerprint: str) -> None:
+    """Writes what makes an Orbax checkpoint a model of ours."""
+    manifest = {"version": _VERSION, "fingerprint": fingerprint, "dtype": config.dtype}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _recover(directory: Path) -> set[tuple[str, ...]]:
+    """Paths of the parameters that an interrupted run saved whole; half-saved ones are removed."""
+    done: set[tuple[str, ...]] = set()
+    for session in directory.glob(f"{PARAMS}.*"):
+        for part in session.iterdir():
+            metadata = part / "state" / "_METADATA"
+            if not (part / "commit_success.txt").exists() or not metadata.exists():
+                shutil.rmtree(part)
+                continue
+            for leaf in json.loads(metadata.read_text())["tree_metadata"].values():
+                done.add(tuple(key["key"] for key in leaf["key_metadata"]))
+    return done
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*parents, last), leaf in leaves.items():
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def _context(*, partial: bool = False) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly shrink, and it is 4 times slower
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+@contextlib.contextmanager
+def _named_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"{path / PARAMS} cannot be restored ({reason:.300}); copy or convert it again"
+        ) from error

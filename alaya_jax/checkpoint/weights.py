@@ -1,0 +1,90 @@
+"""A parameter on its way from one file to another: read, laid out and cast in blocks."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from alaya_jax.checkpoint.names import Entry, Format
+from alaya_jax.checkpoint.params import copy_as
+from alaya_jax.checkpoint.source import Sample, StoredTensor, probe_ranges
+
+KINDS = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+_BLOCK = 1 << 24  # bytes cast and written at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter, where it comes from and the type it is written as.
+
+    Attributes:
+      entry: its row of the name table.
+      tensor: where it is stored.
+      format: format of that file.
+      dtype: type to write.
+    """
+
+    entry: Entry
+    tensor: StoredTensor
+    format: Format
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes as written."""
+        return math.prod(self.entry.shape) * self.dtype.itemsize
+
+    def layout(self, fmt: Format) -> np.ndarray:
+        """The values in the layout of `fmt`, not yet cast; a view of the file where possible."""
+        stored = self.tensor.read()
+        if fmt == self.format:
+            return stored
+        return self.entry.to_stored(self.entry.to_params(stored, self.format), fmt)
+
+    def sample(self, view: np.ndarray) -> Sample:
+        """What the fingerprint of an HF checkpoint takes of this tensor.
+
+        Args:
+          view: `layout("hf")`.
+        """
+        probes = []
+        for start, stop in probe_ranges(self.nbytes):
+            size = self.dtype.itemsize
+            first, last = start // size, -(-stop // size)
+            flat = np.unravel_index(np.arange(first, last), view.shape)
+            values = cast(view[flat], self.dtype).tobytes()
+            probes.append(values[start - first * size : stop - first * size])
+        shape = self.entry.stored_shape
+        return Sample(self.entry.hf, shape, KINDS[self.dtype], self.nbytes, tuple(probes))
+
+
+def blocks(view: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The values in the order of their bytes in a file: contiguous blocks of rows, cast."""
+    rows = max(1, _BLOCK // max(1, math.prod(view.shape[1:]) * dtype.itemsize))
+    for start in range(0, view.shape[0], rows):
+        yield cast(view[start : start + rows], dtype)
+
+
+def cast(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous array of `dtype`, rounded to nearest even; `view` itself if it is that already.
+
+    What is too large for the type becomes infinite; `count_nonfinite` finds it.
+    """
+    if view.dtype == dtype and view.flags.c_contiguous:
+        return view
+    with np.errstate(over="ignore", invalid="ignore"):
+        return copy_as(view, dtype)
+
+
+def count_nonfinite(block: np.ndarray) -> int:
+    """How many values are infinite or not a number, by their exponent bits."""
+    bits = block.view(np.uint32 if block.dtype.itemsize == 4 else np.uint16)
+    exponent = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[KINDS[block.dtype]]
+    mask = bits.dtype.type(exponent)
+    return int(np.count_nonzero((bits & mask) == mask))
