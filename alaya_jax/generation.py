@@ -129,8 +129,9 @@ class Generation(Iterator[Token]):
         progress: bool,
     ):
         """See `generate`."""
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={max_new_tokens}: must be a count, at least 1")
+        max_new_tokens = int(max_new_tokens)
         model, batch = session.model, session.batch_size
         rows = session.rows(tokens)
         if not all(len(row) for row in rows):
@@ -144,7 +145,10 @@ class Generation(Iterator[Token]):
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
-        self._processors, self._sampler = init_sampler(each, prompts, model.config.vocab_size)
+        self._processors, sampler = init_sampler(each, prompts, model.config.vocab_size)
+        # Randomness goes by position: a session that was left goes on as if it had not been.
+        ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
+        self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
         # The last token sampled is never fed, so it needs no room.
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
 
@@ -291,9 +295,7 @@ class Generation(Iterator[Token]):
                     f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; "
                     "check the weights, or use dtype='float32'"
                 )
-            # The token before this one was fed to the model: it is in the cache now.
-            session.commit(b, session.pending[b])
-            session.pending[b] = [id]
+            session.accept(b, id)
             stream, stop = self._streams[b], self._stops[b]
             if id in self._end_ids[b]:
                 self.finish_reasons[b] = "eos"

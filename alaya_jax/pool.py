@@ -30,6 +30,24 @@ TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off until the block ends, for what must happen whole: an interrupt between
+    donating the cache and getting it back would lose every sequence.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
 @dataclasses.dataclass
 class Sequence:
     """One sequence's place in the pool. Owned by a session or a context.
@@ -96,7 +114,7 @@ class PagePool:
         Returns:
           the result without the cache.
         """
-        with _uninterrupted():
+        with uninterrupted():
             result = program(self._model.params, self.kv, *args, **static)
             if kv_result is None:
                 self._kv = result
@@ -104,6 +122,7 @@ class PagePool:
             self._kv = result[kv_result]
         return (*result[:kv_result], *result[kv_result + 1 :])
 
+    @uninterrupted()
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
 
@@ -130,6 +149,7 @@ class PagePool:
             pass
         return self._allocator.allocate(n, after)
 
+    @uninterrupted()
     def trim(self, sequence: Sequence, keep: int = 0) -> None:
         """Gives back pages past the sequence's length, but for the first `keep`."""
         keep = max(keep, -(-sequence.length // self.page_size))
@@ -142,6 +162,7 @@ class PagePool:
         self._allocator.share(pages)
         return Sequence(pages.copy(), length)
 
+    @uninterrupted()
     def release(self, sequence: Sequence) -> None:
         """Gives back all pages of a sequence, which is empty then."""
         self._allocator.release(sequence.pages)
@@ -173,7 +194,7 @@ class PagePool:
             out[:, :n] = x
             return out.reshape(heads, width, self.page_size, dim)
 
-        with _uninterrupted():
+        with uninterrupted():
             old = self.kv
             new_k, new_v = _write_pages(old.k[layer], old.v[layer], pages, paged(k), paged(v))
             self._kv = old.replace_layer(layer, new_k, new_v)
@@ -214,21 +235,3 @@ def _read_tokens(
     k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off until the block ends: between donating the cache and getting it back, an
-    interrupt would lose every sequence.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])

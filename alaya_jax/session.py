@@ -14,7 +14,7 @@ from alaya_jax import cache, programs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.model import Model
-from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full, Query, check_queries
 from alaya_jax.query.explain import Explanation, Reads
 
@@ -188,9 +188,10 @@ class Session:
             fresh = jnp.asarray(counts > 0)[:, None]
             logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
             self.count_reads("prefill", query, np.asarray(attended), self.lengths, counts)
-            for b, count in enumerate(counts):
-                self.commit(b, rows[b][done : done + count].tolist())
-            self.pending = [[] for _ in rows]  # was in front of the first chunk
+            with uninterrupted():
+                for b, count in enumerate(counts):
+                    self._commit(b, rows[b][done : done + count].tolist())
+                self.pending = [[] for _ in rows]  # was in front of the first chunk
             if on_chunk is not None:
                 on_chunk(int(counts.max()))
             done += width
@@ -225,8 +226,13 @@ class Session:
             raise
         self.turn += 1
 
-    def commit(self, b: int, tokens: list[int]) -> None:
-        """Records that these tokens of sequence `b` are in the cache now."""
+    def accept(self, b: int, token: int) -> None:
+        """Records a generated token of sequence `b`; the one before it is in the cache now."""
+        with uninterrupted():
+            self._commit(b, self.pending[b])
+            self.pending[b] = [token]
+
+    def _commit(self, b: int, tokens: list[int]) -> None:
         self._tokens[b].extend(tokens)
         self.sequences[b].length += len(tokens)
 

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test (before jax starts), and a tiny model and its database."""
+"""Eight virtual CPU devices for every test (before jax starts); a tiny model and its database."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 import functools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     yield open
     for db in opened:
         db.close()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Presses Ctrl-C, which raises KeyboardInterrupt even where the test run ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import os
-import signal
 
 import jax
 import numpy as np
@@ -166,6 +164,16 @@ def test_half_a_character_comes_out_at_the_end(db, prompt):
     assert (generation.ids, generation.text) == ([[half]], "�")
 
 
+def test_randomness_does_not_start_again_behind_a_break(db, prompt):
+    unbroken = run(db, prompt, sampling=DRAWN).ids[0]
+    session, rest = db.create_session(prompt)
+    generation = aj.generate(session, rest, max_new_tokens=NEW, sampling=DRAWN)
+    got = [next(generation).id for _ in range(9)]
+    generation.close()
+    got += [t.id for t in aj.generate(session, max_new_tokens=NEW - 9, sampling=DRAWN)]
+    assert got == unbroken
+
+
 @pytest.mark.parametrize("after", [1, 2, 3, 8])
 def test_break_then_continue_equals_an_unbroken_run(db, greedy, prompt, after):
     expected = greedy(prompt, NEW)
@@ -276,6 +284,21 @@ def test_two_sessions_take_turns(db, greedy, rng):
     assert [list(ids) for ids in zip(*steps, strict=True)] == [greedy(p, NEW) for p in prompts]
 
 
+def test_a_generation_stays_in_its_own_pages(db, greedy, rng):
+    """Its room ends with a page, and the next page is a neighbour's, who is there already."""
+    prompts = [rng.integers(3, 256, n) for n in (37, 40)]
+    session, rest = db.create_session(prompts[0])
+    generation = aj.generate(session, rest, max_new_tokens=12)  # the last one is not fed
+    own = session.sequences[0].pages
+    assert len(own) * 16 == 37 + 11
+    neighbour, its_rest = db.create_session(prompts[1])
+    neighbour.prefill(its_rest[:-1])
+    assert neighbour.sequences[0].pages[0] == own[-1] + 1
+    assert [t.id for t in generation] == greedy(prompts[0], 12)
+    its_own = aj.generate(neighbour, its_rest[-1:], max_new_tokens=6)
+    assert [t.id for t in its_own] == greedy(prompts[1], 6)
+
+
 def test_not_finite_logits_are_an_error_and_the_database_goes_on(open_db, tiny_model, greedy, rng):
     prompt = rng.integers(3, 256, 37)
     expected = greedy(prompt, NEW)
@@ -304,7 +327,7 @@ def test_not_finite_logits_are_an_error_and_the_database_goes_on(open_db, tiny_m
     assert db.pool.free_tokens == 1024
 
 
-def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt):
+def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c):
     """While a program runs it is put off; then the loop is left as by break."""
     expected = greedy(prompt, NEW)
     session, rest = db.create_session(prompt)
@@ -317,7 +340,7 @@ def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt):
             if name == "params":
                 calls.append(name)
                 if len(calls) == 3:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    ctrl_c()
             return getattr(real, name)
 
     db.pool._model = Interrupting()
@@ -362,6 +385,7 @@ def test_requests_that_cannot_be_served(db, tiny_model, open_db, prompt):
         assert db.pool.free_tokens == free
 
     refused("at least 1", rest, max_new_tokens=0)
+    refused("at least 1", rest, max_new_tokens=2.5)
     refused("at least one token")
     refused("vocabulary", [256])
     refused("whole numbers", [1.5])

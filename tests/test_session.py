@@ -291,20 +291,29 @@ def test_explain_counts_what_was_retrieved(db, prompt):
     assert session.explain().to_dict() == kept, "closing lost the account"
 
 
-def test_explain_counts_every_sequence_of_a_batch_while_it_runs(db, greedy, rng):
-    """Under Full the keys attended to are those visible, also behind a stop string and an end."""
+@pytest.mark.parametrize("end", ["id", "string"])
+def test_explain_counts_every_sequence_of_a_batch_while_it_runs(db, greedy, rng, end):
+    """Under Full the keys attended to are those visible.
+
+    An end id ends a sequence on the device at once; a stop string is seen by the host only, when
+    some tokens more may have been computed.
+    """
     prompts = [rng.integers(3, 256, n) for n in (20, 9)]
     expected = [greedy(p, 20) for p in prompts]
     stop = bytes(expected[0][3:6]).decode()
-    sampling = [aj.Greedy(stop=stop), aj.Greedy()]
+    by_id = aj.Greedy(stop_ids=[expected[0][5]])
+    fed = expected[0].index(expected[0][5])
+    sampling = [by_id if end == "id" else aj.Greedy(stop=stop), aj.Greedy()]
     session, rest = db.create_session(prompts)
     generation = aj.generate(session, rest, max_new_tokens=20, sampling=sampling)
     list(generation)
-    assert generation.finish_reasons == ["stop", "length"]
+    assert generation.finish_reasons == ["eos" if end == "id" else "stop", "length"]
     account = session.explain().to_dict()["phases"]["decode"]
     assert account["keys_attended_per_step"] == account["keys_visible_per_step"]
-    assert account["steps"] >= 19 + 5
-    assert account["steps"] <= 19 + 19
+    if end == "id":
+        assert account["steps"] == 19 + fed
+    else:
+        assert 19 + 5 <= account["steps"] <= 19 + 19
 
 
 def test_explain_of_a_model_of_your_own(db, tiny_model, prompt):
