@@ -98,6 +98,23 @@ def test_from_disk_equals_from_scratch(open_db, greedy, document):
     assert repr(context).startswith("Context('a document', 70 tokens, in memory")
 
 
+def test_a_context_that_is_in_memory_in_part_is_read_further(open_db, document):
+    """Only the tokens that are reused are read; more of them when a later prompt shares more."""
+    db = open_db()
+    db.import_context(document)
+    db.close()
+    again = open_db()
+    (context,) = again.contexts
+    for shared, pages in ((20, 2), (5, 2), (50, 4), (70, 5), (33, 5)):
+        session, _ = again.create_session([*document[:shared], 0])
+        assert session.reused == [shared]
+        for layer, want in enumerate(stored(again, context)):
+            got = np.array(again.pool.read(session.sequences[0], layer))
+            np.testing.assert_array_equal(got, want[:, :, :shared])
+        session.close()
+        assert again.pool.free_tokens == ROOM - 16 * pages
+
+
 def test_keys_and_values_survive_in_bfloat16(open_db, tiny_model, document):
     """The bits that were computed are the bits that are read; nothing passes by float32."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
@@ -106,11 +123,14 @@ def test_keys_and_values_survive_in_bfloat16(open_db, tiny_model, document):
     context = db.import_context(document)
     kept = [np.array(db.pool.read(context._resident, layer)) for layer in range(2)]
     assert kept[0].dtype == jnp.bfloat16
-    cold = answer(db, [*document, 5])
+    session, rest = db.create_session([*document, 5])
+    before = session.prefill(rest)
     db.close()
     again = open_db(model)
     np.testing.assert_array_equal(stored(again, again.contexts[0]), kept)
-    assert answer(again, [*document, 5]) == cold
+    session, rest = again.create_session([*document, 5])
+    assert session.reused == [70]
+    np.testing.assert_array_equal(session.prefill(rest), before)
 
 
 def test_contexts_of_others_are_not_reused(open_db, tiny_model, document, rng):

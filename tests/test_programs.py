@@ -155,7 +155,7 @@ def test_decode_stops_where_logits_are_not_finite(filled):
     embedding = params["embed"]["embedding"]
     cache.params = {**params, "embed": {"embedding": embedding.at[int(first[1])].set(jnp.nan)}}
     assert first[0] != first[1]
-    decoded, _ = decode(cache, first, 3)
+    decoded, _ = decode(cache, first, 3, end_ids=[0])  # no padding that would end it
     assert decoded.tokens[0, 1] == -1
     assert not decoded.running[1]
     assert (np.asarray(decoded.tokens[:3, 0]) >= 0).all()
