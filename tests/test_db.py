@@ -288,6 +288,9 @@ def test_all_pages_come_back(db, document, rng):
     session.prefill(rest)
     del session  # collected: as good as closed
     assert db.pool.free_tokens == held
+    for bad in ([], np.zeros(513, int)):
+        with pytest.raises(RequestError):
+            db.create_session([[*document, 4], bad])
     db.remove(db.contexts[0])
     assert db.pool.free_tokens == ROOM
 
