@@ -1,10 +1,12 @@
 """Contexts: stored once, found by their longest prefix, reused by later processes, never wrong."""
 
 import dataclasses
+import functools
 import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 import alaya_jax as aj
 from alaya_jax.db import Budget
 from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
+from alaya_jax.models import llama
 
 ROOM = 1024  # tokens, 64 pages
 
@@ -153,6 +156,35 @@ def test_contexts_of_others_are_not_reused(open_db, tiny_model, document, rng):
     own = open_db(namespace="a")
     assert [c.id for c in own.contexts] == [id]
     assert own.create_session(document)[0].reused == [69]
+
+
+def test_dynamic_rope_is_stretched_for_the_length_that_is_served(open_db, rng):
+    """Its keys depend on that length: contexts of another are not reused."""
+    path = Path(__file__).resolve().parent / "data" / "goldens" / "dynamic_gqa4"
+    short, long = (aj.load(path, max_length=n, progress=False) for n in (100, None))
+    document = rng.integers(3, 128, 60)
+    db = open_db(short)
+    session, rest = db.create_session(document)
+    logits = session.prefill(rest)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def alone(length):
+        args = short.params, short.config, document[None], np.arange(60)[None], llama.causal_attend
+        return llama.forward(*args, rope_length=length)[0][0, -1]
+
+    np.testing.assert_allclose(logits, alone(100), rtol=0, atol=2e-4)
+    assert np.abs(logits - alone(128)).max() > 0.01
+    with pytest.raises(RequestError, match="101 tokens, and dynamic_gqa4 takes up to 100"):
+        db.create_session(np.resize(document, 101))
+    db.store(session)
+    assert db.create_session(document)[0].reused == [59]
+    db.close()
+    other = open_db(long)
+    assert other.contexts == []
+    assert other.create_session(np.resize(document, 101))[0].reused == [0]
+    for n in (0, 129):
+        with pytest.raises(RequestError, match=f"max_length={n}"):
+            aj.load(path, max_length=n, progress=False)
 
 
 def test_importing_twice_stores_once(db, document, monkeypatch):
