@@ -5,12 +5,13 @@ checkpoint = read_checkpoint("model-Q4_1.gguf")
 checkpoint = read_checkpoint("smollm2-135m")           # after `alaya fetch smollm2-135m`
 convert("path/to/Llama-3.1-8B", "llama.orbax", to="orbax")
 save("tuned", checkpoint.config, params, checkpoint.tokenizer, to="hf")
+print(verify("path/to/Llama-3.1-8B", "llama.orbax"))
 """
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_dtypes
@@ -34,6 +35,9 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
+if TYPE_CHECKING:
+    from alaya_jax.checkpoint.verification import Verification
+
 __all__ = [
     "Checkpoint",
     "Conversion",
@@ -42,6 +46,7 @@ __all__ = [
     "open_checkpoint",
     "read_checkpoint",
     "save",
+    "verify",
 ]
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -207,6 +212,33 @@ def save(
         resume=False,
         progress=progress,
     )
+
+
+def verify(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    logits: bool = True,
+    progress: bool = True,
+) -> "Verification":
+    """Compares two checkpoints of any formats: configs, tokenizers, every tensor, and logits.
+
+    Reads both tensor by tensor; takes no more memory than one layer in float32.
+
+    Args:
+      a, b: as `read_checkpoint` takes them.
+      logits: also computes what both predict for a fixed prompt, in float32.
+      progress: shows progress bars on stderr when it is a terminal.
+
+    Returns:
+      What differs; `.same` says whether b is the model a, exactly or rounded to another type.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: one of them cannot be read.
+    """
+    from alaya_jax.checkpoint.verification import compare  # imports flax, which takes a while
+
+    return compare(open_checkpoint(a), open_checkpoint(b), logits=logits, progress=progress)
 
 
 def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:

@@ -30,8 +30,8 @@ PARAMS = "params"
 MANIFEST = "alaya_checkpoint.json"
 _VERSION = 1
 _MARK = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
-_GROUP = 1 << 27  # bytes of small tensors saved at once
-_CHUNK = 1 << 26  # bytes of an array read and written at once
+_GROUP = 1 << 26  # bytes of small tensors saved at once
+_CHUNK = 1 << 27  # bytes of an array read and written at once
 
 
 def is_orbax(path: Path) -> bool:
@@ -172,23 +172,30 @@ def write_weights(
     else:
         done = _recover(directory)
     group: dict[tuple[str, ...], np.ndarray] = {}
+    read: list[Weight] = []
+
+    def flush() -> None:
+        if group:
+            ocp.partial.save(str(path), _nested(group))
+            group.clear()
+        while read:  # again: what is stored as it is was read through the map just now
+            read.pop().tensor.release()
+
     with _context():
         for weight in weights:
+            if sum(x.nbytes for x in group.values()) + weight.nbytes > _GROUP:
+                flush()  # before the next is read: Orbax copies what it saves
             view = weight.layout("params")
             sample = weight.sample(weight.entry.to_stored(view, "hf"))
             values = cast(view, weight.dtype)
-            if weight.entry.path not in done:
-                held = sum(x.nbytes for x in group.values())
-                if group and held + values.nbytes > _GROUP:
-                    ocp.partial.save(str(path), _nested(group))
-                    group = {}
-                group[weight.entry.path] = values
             nonfinite = sum(map(count_nonfinite, blocks(values, values.dtype)))
+            if weight.entry.path not in done:
+                group[weight.entry.path] = values
             del view, values
             weight.tensor.release()
+            read.append(weight)
             wrote(weight, sample, nonfinite)
-        if group:
-            ocp.partial.save(str(path), _nested(group))
+        flush()
         if not path.exists():
             ocp.partial.finalize(str(path))
 

@@ -12,7 +12,7 @@ from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
 from alaya_jax.sharding import ShardingRules
 
-_STRIP = 8  # columns copied at once in a transposition: a cache line or two of the source
+_STRIP = 16  # columns copied at once in a transposition: the fastest of 8 to 128
 _TIED_HEAD = "lm_head.weight"
 _HARMLESS = ".rotary_emb.inv_freq"  # a buffer that early transformers versions saved
 
@@ -158,9 +158,12 @@ def copy_as(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if view.flags.c_contiguous:
         np.copyto(out, view, casting="unsafe")
         return out
+    source, target = view, out
+    if view.dtype == dtype and dtype.itemsize == 2:  # numpy copies its own types faster
+        source, target = view.view(np.uint16), out.view(np.uint16)
     for start in range(0, view.shape[-1], _STRIP):
         strip = np.s_[..., start : start + _STRIP]
-        out[strip] = view[strip]
+        target[strip] = source[strip]
     return out
 
 
