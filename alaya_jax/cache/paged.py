@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
 
-
 NO_PAGE = 0
 """The page that belongs to nobody. What must not be written goes there, so that no write needs a
 condition: a conditional write reads the page first, and looks to the compiler like the whole pool.
