@@ -28,6 +28,7 @@ from alaya_jax.checkpoint.conversion import (
 )
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.meta import is_meta, open_meta
 from alaya_jax.checkpoint.params import load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, identify
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
@@ -83,13 +84,14 @@ def read_checkpoint(
     dtype: Any = None,
     progress: bool = True,
 ) -> Checkpoint:
-    """Loads a model: an HF or Orbax directory, a GGUF file, or a bundled model by name.
+    """Loads a model: a directory of HF, Orbax or Meta, a GGUF file, or a bundled model by name.
 
     Everything is checked before a weight is read: all problems of a checkpoint are in one error.
 
     Args:
       path_or_name: a directory with config.json and safetensors; a directory that `convert` or
-        `save` wrote as Orbax; a .gguf file; or a bundled name.
+        `save` wrote as Orbax; Meta's, with params.json and consolidated.*.pth; a .gguf file; or a
+        bundled name.
       mesh: devices to lay the parameters on; None: the default device.
       rules: where each logical axis lies on the mesh; default `ShardingRules()`.
       dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
@@ -249,7 +251,9 @@ def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:
     """
     path = locate(path_or_name)
     if path.is_dir():
-        return orbax.open_orbax(path) if orbax.is_orbax(path) else open_hf(path)
+        if orbax.is_orbax(path):
+            return orbax.open_orbax(path)
+        return open_meta(path) if is_meta(path) else open_hf(path)
     return open_gguf(path)
 
 

@@ -55,14 +55,8 @@ class StoredTensor:
 
     def release(self) -> None:
         """Gives the memory of mapped pages that were read back to the system."""
-        base: object = self.data
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if self.data is None or not isinstance(base, mmap.mmap):
-            return
-        first = self.data.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-        start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        base.madvise(mmap.MADV_DONTNEED, start, first + self.data.size - start)
+        if self.data is not None:
+            release(self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +86,21 @@ class Source:
     unreadable: frozenset[str]
     read_tokenizer: Callable[[], Tokenizer | None]
     fingerprint: str | None = None
+
+
+def release(data: np.ndarray) -> None:
+    """Gives the memory of the mapped pages under a view back to the system; they can be read again.
+
+    A view of anything else is left alone.
+    """
+    base: object = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap):
+        return
+    first = data.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, start, first + data.size - start)
 
 
 def refuse(where: Path, problems: Iterable[str]) -> None:
