@@ -2,7 +2,7 @@
 
 import typer
 
-from alaya_jax.cli import ask, database, demo, fetch, generate, inspect
+from alaya_jax.cli import ask, convert, database, demo, fetch, generate, inspect, verify
 from alaya_jax.cli.terminal import Commands, help_text
 
 __all__ = ["app", "main"]
@@ -49,7 +49,15 @@ def alaya(
 
 
 app.callback(help=help_text(alaya))(alaya)
-for verb in (demo.demo, ask.ask, generate.generate, inspect.inspect, fetch.fetch):
+for verb in (
+    demo.demo,
+    ask.ask,
+    generate.generate,
+    inspect.inspect,
+    fetch.fetch,
+    convert.convert,
+    verify.verify,
+):
     app.command(help=help_text(verb))(verb)
 app.add_typer(database.commands, name="db")
 

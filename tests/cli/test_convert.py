@@ -1,0 +1,85 @@
+"""`alaya convert` and `alaya verify`: reports, exit codes, and one model in every format."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+
+def generated(alaya, model):
+    fixed = ("generate", "--model", model, "--max-new-tokens", 6, "--json")
+    return json.loads(alaya(*fixed, "We the People").stdout)
+
+
+def test_the_same_text_from_each_format(alaya, tiny_model, tmp_path):
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    first = alaya("convert", tiny_model, orbax, "--to", "orbax", "--verify").stdout
+    assert "21 tensors" in first
+    assert f"{orbax} is the model {tiny_model}" in first
+    done = json.loads(alaya("convert", orbax, back, "--shard-size", "20kB", "--json").stdout)
+    assert done["to"] == "hf"
+    assert done["nonfinite"] == {}
+    assert json.loads(alaya("verify", tiny_model, back, "--json").stdout)["same"] is True
+    want = generated(alaya, tiny_model)
+    assert generated(alaya, orbax)["text"] == want["text"]
+    for path in (orbax, back):
+        shown = json.loads(alaya("inspect", path, "--json").stdout)
+        assert shown["fingerprint"] == done["fingerprint"]
+
+
+@pytest.mark.parametrize("verb", ["convert", "verify"])
+def test_help_teaches(alaya, verb):
+    shown, listed = alaya(verb, "--help").stdout.split("\nOptions:")
+    examples = [line for line in shown.splitlines() if line.strip().startswith(f"alaya {verb} ")]
+    assert len(examples) == 3
+    for option in re.findall(r"--[a-z-]+", " ".join(examples)):
+        assert option in listed
+
+
+def test_not_the_same(alaya, tiny_model, tmp_path):
+    path = tmp_path / "half"
+    alaya("convert", tiny_model, path, "--dtype", "float16")
+    shown = alaya("verify", tiny_model, path).stdout
+    assert "rounded to float16" in shown
+    assert "KL mean" in shown
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, path / "model.safetensors")
+    shown = alaya("verify", tiny_model, path, "--no-logits", code=1).stdout
+    assert "is NOT the model" in shown
+    assert "model.norm.weight is different" in shown
+    result = alaya("convert", path, tmp_path / "again")
+    assert "model.norm.weight has 1 values" in result.stderr
+
+
+def test_what_cannot_be_done(alaya, tiny_model, tmp_path):
+    assert "is there already" in alaya("convert", tiny_model, tiny_model, code=1).stderr
+    assert (
+        "is no size"
+        in alaya("convert", tiny_model, tmp_path / "x", "--shard-size", "big", code=1).stderr
+    )
+    assert "'gif'" in alaya("convert", tiny_model, tmp_path / "x", "--to", "gif", code=2).stderr
+    assert "no checkpoint" in alaya("verify", tiny_model, tmp_path / "x", code=1).stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_interrupted(alaya, tiny_model, tmp_path, monkeypatch, to):
+    from alaya_jax.checkpoint import weights
+
+    layout, left = weights.Weight.layout, [12]
+
+    def interrupted(self, fmt):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return layout(self, fmt)
+
+    monkeypatch.setattr(weights.Weight, "layout", interrupted)
+    out = tmp_path / "out"
+    said = alaya("convert", tiny_model, out, "--to", to, code=130).stderr
+    assert "continue with --resume" in said
+    monkeypatch.undo()
+    alaya("convert", tiny_model, out, "--to", to, "--resume", "--verify")
