@@ -1,0 +1,299 @@
+"""What the sketch finds and what its estimates of mass are worth, on keys of a real model.
+
+    python benchmarks/sketch_recall.py [--model smollm2-135m] [--lengths 2048,4096,8192]
+
+Prefills texts of this repository and asks with the last queries at each length, all layers and
+heads. Prints JSON lines:
+
+    bound     how often a score lies outside its error bar, per side, beside what is stated; the
+              mean spread of keys with the page's centre, the context's, and none
+    range     DIPR through the sketch: the share of keys that are critical and that are rescored
+              (of those in question), the recall of critical keys. Without a window every key goes
+              through the sketch; with one, keys outside it.
+    recovery  DIPR(recovery=p): keys kept, and the true share of attention mass that they hold with
+              the window's; beside it the keys that the smallest fixed beta and the smallest k keep
+              which hold p as often. "worst_1pct" is the mean over layers of the first percentile
+              over heads and queries; "held" is the share of all of those with mass >= p.
+
+Nothing is timed. `--save-keys FILE` writes the keys and queries of two layers that the tests use.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+
+import alaya_jax as aj
+from alaya_jax import attention, cache
+from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.index import MISS, Flat, Sketch, recover
+from alaya_jax.index.codes import quantize
+from alaya_jax.index.recovery import MARGIN
+from alaya_jax.models.llama import forward
+from alaya_jax.query import Full
+
+TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
+PAGE, CHUNK, QUERIES = 16, 512, 8
+WINDOW = (128, 512)
+ALPHAS = (0.0144, 0.001)
+SAVED = {"layers": (6, 20), "tokens": 1024}
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="kv")
+def chunk(params, kv, table, tokens, config):
+    """One chunk of a prefill, and its last queries of every layer [L, K, G, QUERIES, D]."""
+    count = jnp.full(1, tokens.shape[0])
+
+    def attend(layer, q, k, v, state):
+        kv, queries = state
+        kv = cache.append(kv, layer, k, v, table, count)
+        out, _ = attention.attend(Full(), q, kv.k[layer], kv.v[layer], table, count)
+        last = q[0, -QUERIES:].reshape(QUERIES, k.shape[2], -1, k.shape[3])
+        return out, (kv, (*queries, jnp.transpose(last, (1, 2, 0, 3))))
+
+    positions = table.length[:, None] + jnp.arange(tokens.shape[0])
+    _, (kv, queries) = forward(
+        params, config, tokens[None], positions, attend, (kv, ()), logits_at=jnp.zeros(1, jnp.int32)
+    )
+    return kv, jnp.stack(queries)
+
+
+def prefill(model, tokens, lengths):
+    """Keys of all layers in pages 1, 2, ..., and queries by length."""
+    pages = len(tokens) // PAGE
+    kv = PagedKV.create(model.config, pages + 1, PAGE, jnp.float32)
+    queries = {}
+    for start in range(0, len(tokens), CHUNK):
+        table = PageTable(jnp.arange(1, pages + 1)[None], jnp.full(1, start))
+        new = jnp.asarray(tokens[start : start + CHUNK])
+        kv, last = chunk(model.params, kv, table, new, model.config)
+        if start + CHUNK in lengths:
+            queries[start + CHUNK] = last
+    return kv.k, queries
+
+
+@functools.partial(jax.jit, static_argnames=("n", "low", "high", "miss"))
+def scans(layer, q, k, n, low, high, miss=MISS):
+    """True scores, estimates and errors of positions low..high; [K, G, T, n]."""
+    pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
+    keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
+    return (*Flat().scan(q, pages, keys), *layer.scan(q, pages, keys, miss))
+
+
+@functools.partial(jax.jit, static_argnames=("n", "low", "high"))
+def range_scores(layer, q, k, n, low, high, beta, seed):
+    pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
+    keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
+    return layer.range_scores(q, pages, keys, beta, seed)
+
+
+recover_jit = jax.jit(recover, static_argnames="head_dim")
+quantize_jit = jax.jit(quantize, static_argnames="bits")
+
+
+def in_window(true, n, window, dim):
+    """Best score and log-sum-exp of the window, and the range outside."""
+    low, high = (window[0], n - window[1]) if window else (0, n)
+    scores = np.concatenate([true[..., :low], true[..., high:]], -1).astype(np.float64)
+    nothing = np.full(true.shape[:-1], -np.inf, np.float32)
+    if not window:
+        return nothing, nothing, low, high
+    lse = np.logaddexp.reduce(scores / np.sqrt(dim), -1).astype(np.float32)
+    return scores.max(-1).astype(np.float32), lse, low, high
+
+
+def bound(sketch, k, q, n):
+    above, below, stated = [], [], (MISS, 0.05)
+    spreads = {"page": 0.0, "context": 0.0, "none": 0.0}
+    for layer, keys, query in zip(sketch.layers, k, q, strict=True):
+        for miss in stated:
+            true, _, estimate, error = scans(layer, query, keys, n, 0, n, miss)
+            above.append(np.mean(true > estimate + error))
+            below.append(np.mean(true < estimate - error))
+        held = slice(1, n // PAGE + 1)
+        tokens = keys[:, held]
+        mean = jnp.mean(tokens, (1, 2), keepdims=True)
+        spreads["page"] += float(jnp.mean(layer.spread[:, held].astype(jnp.float32)))
+        spreads["context"] += float(jnp.mean(quantize_jit(tokens - mean, layer.bits)[2]))
+        spreads["none"] += float(jnp.mean(quantize_jit(tokens, layer.bits)[2]))
+    for i, miss in enumerate(stated):
+        yield {
+            "stated": miss,
+            "above": float(np.mean(above[i :: len(stated)])),
+            "below": float(np.mean(below[i :: len(stated)])),
+            **{f"spread_{name}": round(x / len(k), 4) for name, x in spreads.items()},
+        }
+
+
+def ranges(sketch, k, q, n):
+    for alpha in ALPHAS:
+        beta = -np.sqrt(q.shape[-1]) * np.log(alpha)
+        for window in (None, WINDOW):
+            critical = rescored = missed = visible = 0
+            for layer, keys, query in zip(sketch.layers, k, q, strict=True):
+                true = np.asarray(scans(layer, query, keys, n, 0, n)[0])
+                seed, _, low, high = in_window(true, n, window, q.shape[-1])
+                exact = range_scores(layer, query, keys, n, low, high, beta, seed)
+                found = np.asarray(exact)[..., low:high] > -np.inf
+                wanted = true[..., low:high] >= true.max(-1, keepdims=True) - beta
+                critical += wanted.sum()
+                rescored += found.sum()
+                missed += (wanted & ~found).sum()
+                visible += wanted.size
+            yield {
+                "alpha": alpha,
+                "beta": round(float(beta), 2),
+                "window": window,
+                "critical": round(critical / visible, 5),
+                "rescored": round(rescored / visible, 5),
+                "rescored_per_critical": round(rescored / critical, 3),
+                "recall": round(1 - missed / critical, 7),
+                "missed": int(missed),
+                "of_critical_keys": int(critical),
+            }
+
+
+def recoveries(sketch, k, q, n):
+    for window in (None, WINDOW):
+        layers = [
+            Truth.of(*map(np.asarray, scans(layer, query, keys, n, 0, n)), n, window, q.shape[-1])
+            for layer, keys, query in zip(sketch.layers, k, q, strict=True)
+        ]
+        for p in (0.90, 0.95, 0.98):
+            for margin in (0.0, MARGIN):
+                yield {"window": window, **recovery(layers, p, margin, q.shape[-1])}
+
+
+@dataclasses.dataclass
+class Truth:
+    """One layer's heads and queries [K, G, T, keys outside the window], and the window's part.
+
+    `share` is each key's attention weight, `inside` the window's; `below` how far each score lies
+    under the best of all, ascending, and `held` the mass of the window and the keys up to it.
+    """
+
+    estimate: np.ndarray
+    seed: np.ndarray
+    lse: np.ndarray
+    share: np.ndarray
+    inside: np.ndarray
+    below: np.ndarray
+    held: np.ndarray
+
+    @classmethod
+    def of(cls, true, _, estimate, __, n, window, dim):
+        seed, lse, low, high = in_window(true, n, window, dim)
+        below = true.max(-1, keepdims=True) - true
+        share = np.exp(-below / np.sqrt(dim), dtype=np.float64)
+        share /= share.sum(-1, keepdims=True)
+        inside = 1 - share[..., low:high].sum(-1)
+        order = np.argsort(below[..., low:high], -1)
+        share = share[..., low:high]
+        held = inside[..., None] + np.cumsum(np.take_along_axis(share, order, -1), -1)
+        below = np.take_along_axis(below[..., low:high], order, -1)
+        return cls(estimate[..., low:high], seed, lse, share, inside, below, held)
+
+
+def recovery(layers, p, margin, dim):
+    kept, mass, believed, needed_beta, needed_keys = [], [], [], [], []
+    for truth in layers:
+        found = recover_jit(truth.estimate, truth.lse, truth.seed, p, dim, margin)
+        chosen = np.asarray(found.kept)
+        kept.append(chosen.mean())
+        mass.append((truth.inside + np.where(chosen, truth.share, 0).sum(-1)).ravel())
+        believed.append(np.mean(found.mass))
+        # What a fixed beta or k would have to be, head by head and query by query.
+        last = np.minimum((truth.held < p).sum(-1, keepdims=True), truth.held.shape[-1] - 1)
+        needed = np.take_along_axis(truth.below, last, -1)[..., 0]
+        needed_beta.append(np.where(truth.inside >= p, 0.0, needed).ravel())
+        needed_keys.append(np.where(truth.inside >= p, 0, last[..., 0] + 1).ravel())
+    pooled = np.concatenate(mass)
+    as_often = {"q": np.mean(pooled >= p), "method": "higher"}
+    beta = np.quantile(np.concatenate(needed_beta), **as_often)
+    keys = np.quantile(np.concatenate(needed_keys), **as_often)
+    return {
+        "recovery": p,
+        "margin": margin,
+        "kept": round(float(np.mean(kept)), 5),
+        "mass": round(float(pooled.mean()), 4),
+        "worst_1pct": round(float(np.mean([np.quantile(m, 0.01) for m in mass])), 4),
+        "worst_1pct_pooled": round(float(np.quantile(pooled, 0.01)), 4),
+        "held": round(float(as_often["q"]), 4),
+        "mass_believed": round(float(np.mean(believed)), 4),
+        "fixed_beta": round(float(beta), 1),
+        "kept_by_fixed_beta": round(float(np.mean([np.mean(t.below <= beta) for t in layers])), 5),
+        "kept_by_fixed_k": round(float(keys) / layers[0].held.shape[-1], 5),
+    }
+
+
+def save_keys(path, k, q):
+    n = SAVED["tokens"]
+    layers = list(SAVED["layers"])
+    np.savez_compressed(
+        path,
+        k=np.stack([np.asarray(k[i][:, 1 : n // PAGE + 1], np.float16) for i in layers]),
+        q=np.stack([np.asarray(q[n][i], np.float16) for i in layers]),
+    )
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lengths", default="2048,4096,8192", help="multiples of 512")
+    parser.add_argument("--bits", default="4,2,8")
+    parser.add_argument("--save-keys", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    lengths = [int(n) for n in options.lengths.split(",")]
+    if options.save_keys:
+        lengths = [SAVED["tokens"]]
+    if any(n % CHUNK for n in lengths):
+        parser.error(f"--lengths: multiples of {CHUNK}")
+    model = aj.load(options.model, dtype="float32", progress=False)
+    text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
+    tokens = model.encode(text)
+    if max(lengths) > min(len(tokens), model.length_limit):
+        parser.error(f"--lengths: the texts have {len(tokens)} tokens, {model!r} its own limit")
+    k, queries = prefill(model, tokens[: max(lengths)], lengths)
+    if options.save_keys:
+        save_keys(options.save_keys, k, queries)
+        return
+    facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
+    print(
+        json.dumps(
+            {
+                "benchmark": "sketch_recall",
+                "model": repr(model),
+                "texts": TEXTS,
+                "queries": QUERIES,
+                "page_size": PAGE,
+                "miss": MISS,
+                **{key: facts[key] for key in ("time", "python", "commit", "versions")},
+            }
+        )
+    )
+    for bits in (int(b) for b in options.bits.split(",")):
+        ids = jnp.arange(1, max(lengths) // PAGE + 1)
+        sketch = Sketch.create(model.config, len(ids) + 1, PAGE, bits)
+        build = jax.jit(lambda layer, k, ids=ids: layer.build(k, ids, jnp.full(len(ids), PAGE)))
+        sketch = Sketch(tuple(map(build, sketch.layers, k)))
+        for n in lengths:
+            for what in (bound, ranges, recoveries):
+                name = {"ranges": "range", "recoveries": "recovery"}.get(what.__name__, "bound")
+                for row in what(sketch, k, queries[n], n):
+                    print(
+                        json.dumps({"result": name, "bits": bits, "context": n, **row}), flush=True
+                    )
+
+
+if __name__ == "__main__":
+    main()
