@@ -120,7 +120,7 @@ def read_checkpoint(
         return tensor.dtype if cast is None else cast
 
     rules = rules or ShardingRules()
-    if source.format == "params":
+    if source.format == "orbax":
         params = orbax.load_tree(source, mesh=mesh, rules=rules, dtype_of=dtype_of)
     else:
         params = load_params(

@@ -263,7 +263,7 @@ def params_source(
             decode=functools.partial(lambda leaf, _: np.asarray(leaf), leaf),
         )
     return Source(
-        format="params",
+        format="orbax",
         path=_MEMORY,
         config=config,
         tensors=tensors,

@@ -175,7 +175,7 @@ def write_beside(directory: Path, source: Source, config: LlamaConfig) -> None:
 
 def has_hf_files(source: Source) -> bool:
     """Whether config and tokenizer of a source lie beside its weights in HF's spelling."""
-    return source.format in ("hf", "params") and (source.path / "config.json").is_file()
+    return source.format in ("hf", "orbax") and (source.path / "config.json").is_file()
 
 
 def _copy_config(path: Path, to: Path, config: LlamaConfig) -> None:

@@ -6,7 +6,7 @@ heads, D head_dim, F ffn dim, V vocab). Letters written together are fused into 
 stored tensor: `"HD E" -> "E H D"` is a stored matrix [H*D, E] that becomes a kernel [E, H, D]. Both
 directions are a reshape and a transposition derived from those two strings, so nothing is said
 twice. What they cannot say is that GGUF and Meta order the rows of q and k otherwise than HF; see
-`rope_to_gguf`. Format "params" is the pytree itself, as Orbax stores it.
+`rope_to_gguf`. Orbax stores the pytree as it is.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
 
-Format = Literal["hf", "gguf", "meta", "params"]
+Format = Literal["hf", "gguf", "meta", "orbax"]
 
 # Axis letter -> the config field that gives its size, and its name in sharding rules.
 AXIS_FIELDS = {
@@ -77,7 +77,7 @@ class Entry:
 
     def name(self, fmt: Format) -> str:
         """Tensor name in the given format."""
-        return "/".join(self.path) if fmt == "params" else getattr(self, fmt)
+        return "/".join(self.path) if fmt == "orbax" else getattr(self, fmt)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,11 +98,11 @@ class Entry:
 
     def shape_in(self, fmt: Format) -> tuple[int, ...]:
         """Shape of the tensor in the given format."""
-        return self.shape if fmt == "params" else self.stored_shape
+        return self.shape if fmt == "orbax" else self.stored_shape
 
     def to_params(self, stored: np.ndarray, fmt: Format) -> np.ndarray:
         """Stored layout -> parameter layout; a view of `stored` where rows keep their order."""
-        if fmt == "params":
+        if fmt == "orbax":
             return stored
         if heads := self._permuted_heads(fmt):
             stored = rope_from_gguf(stored, heads)
@@ -112,7 +112,7 @@ class Entry:
 
     def to_stored(self, param: np.ndarray, fmt: Format) -> np.ndarray:
         """Parameter layout -> stored layout; inverse of `to_params`."""
-        if fmt == "params":
+        if fmt == "orbax":
             return param
         letters = "".join(self.stored_axes)
         stored = param.transpose([self.axes.index(a) for a in letters]).reshape(self.stored_shape)

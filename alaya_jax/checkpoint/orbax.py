@@ -71,7 +71,7 @@ def open_orbax(path: Path) -> Source:
         )
     tensors = {name: _tensor(path, name, leaf) for name, leaf in _metadata(path).items()}
     return Source(
-        format="params",
+        format="orbax",
         path=path,
         config=config,
         tensors=tensors,
@@ -147,7 +147,7 @@ def load_tree(
     abstract = {}
     for entry in entries(source.config):
         sharding = mesh and rules.sharding(mesh, entry.logical_axes, entry.shape)
-        dtype = dtype_of(source.tensors[entry.name("params")])
+        dtype = dtype_of(source.tensors[entry.name("orbax")])
         leaf = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=sharding or default)
         abstract[entry.path] = leaf
     with _named_damage(source.path), _context():
@@ -185,7 +185,7 @@ def write_weights(
         for weight in weights:
             if sum(x.nbytes for x in group.values()) + weight.nbytes > _GROUP:
                 flush()  # before the next is read: Orbax copies what it saves
-            view = weight.layout("params")
+            view = weight.layout("orbax")
             sample = weight.sample(weight.entry.to_stored(view, "hf"))
             values = cast(view, weight.dtype)
             nonfinite = sum(map(count_nonfinite, blocks(values, values.dtype)))

@@ -239,7 +239,7 @@ def stream_logits(
     inverse, factor = rope.inverse_frequencies(config, len(tokens))
     rotary = rope.rotation(jnp.arange(len(tokens))[None], inverse, factor)
     embedding = weights["model.embed_tokens.weight"]
-    x = jnp.asarray(embedding.layout("params")[tokens][None].astype(np.float32))
+    x = jnp.asarray(embedding.layout("orbax")[tokens][None].astype(np.float32))
     embedding.tensor.release()
     layers: dict[str, list[Weight]] = {}
     for weight in weights.values():
@@ -273,7 +273,7 @@ def _tree(weights: list[Weight]) -> dict[str, Any]:
         node = tree
         for key in weight.entry.path[1:-1]:
             node = node.setdefault(key, {})
-        node[weight.entry.path[-1]] = cast(weight.layout("params"), np.dtype(np.float32))
+        node[weight.entry.path[-1]] = cast(weight.layout("orbax"), np.dtype(np.float32))
         weight.tensor.release()
     return tree
 

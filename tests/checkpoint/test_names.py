@@ -40,11 +40,11 @@ def test_names_are_unique_and_shapes_are_hf(config, make_tensors):
     assert {e.hf: e.stored_shape for e in table} == {
         name: x.shape for name, x in make_tensors(config).items()
     }
-    for fmt in ("gguf", "meta", "params"):
+    for fmt in ("gguf", "meta", "orbax"):
         assert len({e.name(fmt) for e in table}) == len(table)
 
 
-@pytest.mark.parametrize("fmt", ["hf", "gguf", "meta", "params"])
+@pytest.mark.parametrize("fmt", ["hf", "gguf", "meta", "orbax"])
 def test_layouts_invert(config, fmt, rng):
     for entry in entries(config):
         stored = rng.standard_normal(entry.shape_in(fmt))
