@@ -122,7 +122,7 @@ def test_a_batch_in_a_model_of_your_own(db, tiny_model, all_logits, rng):
 
 
 def test_update_gives_keys_and_values_back(db, tiny_model, rng):
-    session, rest = db.create_session([5, 6, 7])
+    session, rest = db.create_session(np.arange(5, 15))
     session.prefill(rest)
     k, v = rng.standard_normal((2, 1, 4, 2, 16)).astype(np.float32)
     before = db.pool.read(session.sequences[0], 1)
@@ -131,21 +131,21 @@ def test_update_gives_keys_and_values_back(db, tiny_model, rng):
     for have, old, new in zip(got, before, (k, v), strict=True):
         new = new[0].swapaxes(0, 1)
         np.testing.assert_array_equal(have, np.concatenate([old, new, new + 1], axis=1))
-    assert session.lengths == [3], "layer 0 has not got its tokens"
+    assert session.lengths == [10], "layer 0 has not got its tokens"
     for call in (session.fork, lambda: session.prefill([1]), lambda: aj.generate(session, [1])):
         with pytest.raises(RequestError, match="some layers only"):
             call()
     session.update(None, k, v, 0)
-    assert session.lengths == [3 + 4]
+    assert session.lengths == [10 + 4]
     session.update(None, k, v, 0)
-    assert session.lengths == [3 + 8]
+    assert session.lengths == [10 + 8]  # in the second page
     # Token ids are not known this way.
-    with pytest.raises(RequestError, match="holds 11 tokens and the ids of 3"):
+    with pytest.raises(RequestError, match="holds 18 tokens and the ids of 10"):
         db.store(session)
-    context = db.store(session, tokens=np.arange(3, 14))
-    assert db.create_session(np.arange(3, 20))[0].reused == [11]
+    context = db.store(session, tokens=np.arange(5, 23))
+    assert db.create_session(np.arange(5, 29))[0].reused == [18]
     for layer, kv in enumerate((k, k)):
-        stored = db._store.read_kv(context.id, layer, 3, 7)[0]
+        stored = db._store.read_kv(context.id, layer, 10, 14)[0]
         np.testing.assert_array_equal(stored, kv[0].swapaxes(0, 1))
 
 
@@ -287,7 +287,11 @@ def test_explain_counts_what_was_retrieved(db, prompt):
     text = str(session.explain())
     for part in ("TopK", "40.0 visible", "40.0 scored", "6.0 attended", "15.0%"):
         assert part in text
+    continued(session, n=3, attention=aj.Window(sink=1, recent=2))
     kept = session.explain().to_dict()
+    account = kept["phases"]["decode"]
+    assert (account["query"], account["steps"]) == ("Window(sink=1, recent=2)", 2), "another query"
+    assert account["keys_attended_per_step"] == 3
     session.close()
     assert session.explain().to_dict() == kept, "closing lost the account"
 
