@@ -121,7 +121,9 @@ def read_checkpoint(
 
     rules = rules or ShardingRules()
     if source.format == "orbax":
-        params = orbax.load_tree(source, mesh=mesh, rules=rules, dtype_of=dtype_of)
+        params = orbax.load_tree(
+            source, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+        )
     else:
         params = load_params(
             pairs, source.format, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from alaya_jax.checkpoint.hf import has_tokenizer, read_config
 from alaya_jax.checkpoint.names import entries
+from alaya_jax.checkpoint.params import progress_bar
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
 from alaya_jax.errors import CheckpointError, ConfigError
@@ -127,6 +128,7 @@ def load_tree(
     mesh: Mesh | None,
     rules: ShardingRules,
     dtype_of: Callable[[StoredTensor], np.dtype],
+    progress: bool,
 ) -> dict[str, Any]:
     """Restores all parameters; each device reads only its own part of the files.
 
@@ -136,6 +138,7 @@ def load_tree(
         checkpoint was saved on.
       rules: where each logical axis lies on the mesh.
       dtype_of: type a tensor is cast to.
+      progress: whether to show a progress bar on stderr.
 
     Raises:
       CheckpointError: the files are damaged.
@@ -144,14 +147,24 @@ def load_tree(
     from orbax.checkpoint import v1 as ocp
 
     default = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
-    abstract = {}
+    layers: dict[str, dict[tuple[str, ...], Any]] = {}
     for entry in entries(source.config):
         sharding = mesh and rules.sharding(mesh, entry.logical_axes, entry.shape)
         dtype = dtype_of(source.tensors[entry.name("orbax")])
         leaf = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=sharding or default)
-        abstract[entry.path] = leaf
-    with _named_damage(source.path), _context():
-        return jax.block_until_ready(ocp.load(str(source.path / PARAMS), _nested(abstract)))
+        layers.setdefault(entry.path[0], {})[entry.path] = leaf
+    params: dict[str, Any] = {}
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    with (
+        _named_damage(source.path),
+        _context(partial=True),
+        progress_bar("loading weights", total, show=progress) as advance,
+    ):
+        for leaves in layers.values():  # a layer at a time: the host need not hold more
+            loaded = ocp.load(str(source.path / PARAMS), _nested(leaves))
+            params |= jax.block_until_ready(loaded)
+            advance(sum(source.tensors["/".join(keys)].nbytes for keys in leaves))
+    return params
 
 
 def write_weights(

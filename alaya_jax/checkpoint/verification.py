@@ -236,6 +236,7 @@ def stream_logits(
       tokens: int32 [T].
       advance: told of the bytes read.
     """
+    config = dataclasses.replace(config, dtype="float32")  # one program whatever is stored
     inverse, factor = rope.inverse_frequencies(config, len(tokens))
     rotary = rope.rotation(jnp.arange(len(tokens))[None], inverse, factor)
     embedding = weights["model.embed_tokens.weight"]

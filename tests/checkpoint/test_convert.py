@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,15 +83,15 @@ def test_shards_are_byte_equal_to_those_of_transformers(tmp_path, make_tensors):
     assert digests == golden["sha256"]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
-    "changes",
+    ("dtype", "changes"),
     [
-        {},
-        {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope": LLAMA3},
-        {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3},
+        (np.float32, {}),
+        (ml_dtypes.bfloat16, {"tie_word_embeddings": True, "rope": LLAMA3}),
+        (np.float16, {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}),
+        (ml_dtypes.bfloat16, {"num_key_value_heads": 4, "num_hidden_layers": 1}),
     ],
-    ids=["plain", "tied", "biases"],
+    ids=["float32", "tied", "biases", "one layer"],
 )
 def test_there_and_back_is_byte_equal(hf, tmp_path, dtype, changes):
     source = hf(dtype, **changes)
@@ -124,6 +125,43 @@ def test_orbax_onto_another_mesh(hf, tmp_path, assert_same):
         read(tmp_path / "saved", mesh=make_mesh(tensor=3))
     rules = ShardingRules(kv_heads=None, heads=None, vocab=None, ffn=None)
     assert read(tmp_path / "saved", mesh=make_mesh(tensor=3), rules=rules).config == first.config
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.sharding import make_mesh
+mesh = make_mesh(data=2, tensor=4)
+one, two = (read_checkpoint(path, mesh=mesh, progress=False) for path in sys.argv[3:])
+def check(a, b):
+    assert len(a.sharding.device_set) == 8 and len(a.addressable_shards) == 4
+    for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
+        assert x.index == y.index
+        np.testing.assert_array_equal(x.data, y.data)
+jax.tree.map(check, one.params, two.params)
+assert one.fingerprint == two.fingerprint
+"""
+
+
+def test_onto_a_mesh_of_two_processes(hf, tmp_path):
+    source = hf(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    run(source, tmp_path / "orbax", to="orbax")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", TWO_PROCESSES, address]
+    paths = [str(source), str(tmp_path / "orbax")]
+    processes = [
+        subprocess.Popen([*command, str(i), *paths], stderr=subprocess.PIPE) for i in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said.decode()
 
 
 def test_orbax_is_plain_orbax(hf, tmp_path, assert_same):
