@@ -41,9 +41,9 @@ def recover(
 
     The mass aimed at is `recovery + margin * (1 - recovery)`. Estimates are taken at their word:
     picking the largest of them favours those that err upwards, so without a margin a little less
-    than `recovery` is kept about as often as a little more. On keys of SmolLM2-135M and 4 bits the
-    default holds the true mass at `recovery` or above for 99% of heads and queries
-    (benchmarks/sketch_recall.py).
+    than `recovery` is kept about as often as a little more. On keys of SmolLM2-135M at 4 bits, with
+    a window, the default holds the true mass at `recovery` or above for 99% of heads and queries;
+    at 2 bits for 84% (benchmarks/sketch_recall.py).
 
     `beta` is found by halving an interval whose end drops at most the mass that may be dropped,
     whatever the scores: S keys, each of weight below (1 - target) / S of the best. It is exact to
