@@ -149,7 +149,7 @@ def convert(
 ) -> Conversion:
     """Writes a checkpoint in another format or type, tensor by tensor, whole or not at all.
 
-    Takes no more memory than a few times the largest tensor. The source is only read. `path`
+    Takes at most twice the memory of the largest tensor and 500 MiB. The source is only read. `path`
     appears when everything is written, read back and on the disk.
 
     Args:
@@ -227,7 +227,7 @@ def verify(
 ) -> "Verification":
     """Compares two checkpoints of any formats: configs, tokenizers, every tensor, and logits.
 
-    Reads both tensor by tensor; takes no more memory than one layer in float32.
+    Reads both tensor by tensor; takes memory for about two layers in float32.
 
     Args:
       a, b: as `read_checkpoint` takes them.

@@ -1,7 +1,7 @@
 """A proof that two checkpoints are the same model: configs, every tensor, logits of a fixed prompt.
 
-Both are read tensor by tensor and the logits are computed layer by layer, so that it needs no more
-memory than one layer, whatever the size of the model.
+Both are read tensor by tensor and the logits are computed layer by layer, so that it needs memory
+for about two layers in float32, whatever the size of the model.
 """
 
 import dataclasses
@@ -246,8 +246,7 @@ def stream_logits(
     for weight in weights.values():
         layers.setdefault(weight.entry.path[0], []).append(weight)
     for i in range(config.num_hidden_layers):
-        x = _layer(_tree(layers[f"layers_{i}"]), config, x, rotary)
-        x.block_until_ready()
+        x = _layer(_tree(layers[f"layers_{i}"]), config, x, rotary).block_until_ready()
         advance(sum(w.nbytes for w in layers[f"layers_{i}"]))
     norm = {"scale": _tree(layers["norm"])["scale"]}
     x = RMSNorm(config.rms_norm_eps, jnp.float32).apply({"params": norm}, x)
@@ -274,7 +273,9 @@ def _tree(weights: list[Weight]) -> dict[str, Any]:
         node = tree
         for key in weight.entry.path[1:-1]:
             node = node.setdefault(key, {})
-        node[weight.entry.path[-1]] = cast(weight.layout("orbax"), np.dtype(np.float32))
+        # One at a time on the device, so that the host keeps no second copy of the layer.
+        leaf = jnp.asarray(cast(weight.layout("orbax"), np.dtype(np.float32)))
+        node[weight.entry.path[-1]] = leaf.block_until_ready()
         weight.tensor.release()
     return tree
 
