@@ -88,12 +88,12 @@ class Pages:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
         ids = lax.dynamic_slice_in_dim(self.ids, self._first(tile), self.tile_pages)
         on_cpu = jax.default_backend() == "cpu"
-        pages = _read_on_cpu(pool, ids) if on_cpu else pool[:, ids]
+        pages = read_on_cpu(pool, ids) if on_cpu else pool[:, ids]
         tokens = pages.reshape(pages.shape[0], -1, pages.shape[3])
         return tokens.astype(jnp.float32) if on_cpu else tokens
 
 
-def _read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
+def read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
     """Pages `ids`, copied as one slice if they are a run, else page by page.
 
     A gather is no faster, and the compiler would account for it as a read of the whole pool.
@@ -154,7 +154,7 @@ def attend_range(
 
     rows = q.shape[:-1]
     start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros(q.shape))
-    top, total, acc = _over_tiles(pages, keys, visit, start)
+    top, total, acc = over_tiles(pages, keys, visit, start)
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
     partial = Partial(acc / safe[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(safe)))
@@ -173,7 +173,7 @@ def score_range(
         start = pages.positions(tile)[0]
         return lax.dynamic_update_slice_in_dim(scores, tile_scores, start, axis=-1)
 
-    return _over_tiles(pages, keys, visit, jnp.full((*q.shape[:-1], width), -jnp.inf))
+    return over_tiles(pages, keys, visit, jnp.full((*q.shape[:-1], width), -jnp.inf))
 
 
 def attend_scores(
@@ -197,12 +197,12 @@ def attend_scores(
 
         return lax.cond(used.any(), add, lambda: acc)
 
-    acc = _over_tiles(pages, keys, visit, jnp.zeros((*scores.shape[:-1], head_dim)))
+    acc = over_tiles(pages, keys, visit, jnp.zeros((*scores.shape[:-1], head_dim)))
     safe = jnp.where(total > 0, total, 1.0)
     return Partial(acc / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf))
 
 
-def _over_tiles(
+def over_tiles(
     pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any
 ) -> Any:
     """Folds `visit` over the tiles that hold a key in some row's range."""

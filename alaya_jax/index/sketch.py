@@ -41,7 +41,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import KeyRange, Pages, _over_tiles, _read_on_cpu
+from alaya_jax.attention.paged import KeyRange, Pages, over_tiles, read_on_cpu
 from alaya_jax.cache import NO_PAGE, PageTable
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
@@ -207,7 +207,7 @@ class SketchLayer:
             )
 
         shape = (heads, group, t, pages.num_tiles * pages.tile_tokens)
-        return _over_tiles(pages, keys, visit, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
+        return over_tiles(pages, keys, visit, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
 
     def range_scores(
         self,
@@ -370,7 +370,7 @@ def _read(pool: Array, ids: Int[Array, " n"]) -> Array:
     if jax.default_backend() != "cpu":
         return pool[:, ids]
     flat = pool.reshape(*pool.shape[:2], 1, -1)
-    return _read_on_cpu(flat, ids).reshape(pool.shape[0], -1, *pool.shape[2:])
+    return read_on_cpu(flat, ids).reshape(pool.shape[0], -1, *pool.shape[2:])
 
 
 def _split(x: Float[Array, "K GT S"], group: int, t: int) -> Float[Array, "K G T S"]:
