@@ -149,8 +149,8 @@ def convert(
 ) -> Conversion:
     """Writes a checkpoint in another format or type, tensor by tensor, whole or not at all.
 
-    Takes at most twice the memory of the largest tensor and 500 MiB. The source is only read. `path`
-    appears when everything is written, read back and on the disk.
+    Takes at most twice the memory of the largest tensor and 500 MiB (quantized GGUF: more). The
+    source is only read. `path` appears when everything is written, read back and on the disk.
 
     Args:
       source: as `read_checkpoint` takes it.

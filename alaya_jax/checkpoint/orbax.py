@@ -7,7 +7,9 @@ model's fingerprint, and in `params` a plain Orbax checkpoint that `ocp.load` ta
 """
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ PARAMS = "params"
 MANIFEST = "alaya_checkpoint.json"
 _VERSION = 1
 _MARK = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
 _GROUP = 1 << 26  # bytes of small tensors saved at once
 _CHUNK = 1 << 27  # bytes of an array read and written at once
 
@@ -189,7 +192,8 @@ def write_weights(
 
     def flush() -> None:
         if group:
-            ocp.partial.save(str(path), _nested(group))
+            with _as_os_error(path):
+                ocp.partial.save(str(path), _nested(group))
             group.clear()
         while read:  # again: what is stored as it is was read through the map just now
             read.pop().tensor.release()
@@ -210,7 +214,8 @@ def write_weights(
             wrote(weight, sample, nonfinite)
         flush()
         if not path.exists():
-            ocp.partial.finalize(str(path))
+            with _as_os_error(path):
+                ocp.partial.finalize(str(path))
 
 
 def write_manifest(directory: Path, config: LlamaConfig, fingerprint: str) -> None:
@@ -223,6 +228,9 @@ def _recover(directory: Path) -> set[tuple[str, ...]]:
     """Paths of the parameters that an interrupted run saved whole; half-saved ones are removed."""
     done: set[tuple[str, ...]] = set()
     for session in directory.glob(f"{PARAMS}.*"):
+        if session.name.endswith("-tmp"):  # cut off before its first save was whole
+            shutil.rmtree(session)
+            continue
         for part in session.iterdir():
             metadata = part / "state" / "_METADATA"
             if not (part / "commit_success.txt").exists() or not metadata.exists():
@@ -262,3 +270,15 @@ def _named_damage(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path / PARAMS} cannot be restored ({reason:.300}); copy or convert it again"
         ) from error
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Orbax reports a full disk, or one it cannot write, as a ValueError with a long text."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = next((c for c in _WRITE_ERRORS if os.strerror(c) in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error

@@ -22,8 +22,7 @@ def verify(
 
     The configs are compared field by field, the tokenizers by what they do, every tensor bit by
     bit; tensors of another type must be exactly the rounded ones. Then both models predict a fixed
-    text, in float32, and the differences are shown. It takes memory for two
-    layers.
+    text, in float32, and the differences are shown. It takes memory for about two layers.
 
     The exit code is 0 when B is A, exactly or rounded to another type, and 1 when it is not.
 

@@ -301,6 +301,27 @@ def test_resume_counts_what_the_first_run_wrote(hf, tmp_path, monkeypatch):
     assert done.nonfinite == {"model.embed_tokens.weight": 1}
 
 
+def test_orbax_on_a_full_disk(hf, tmp_path, monkeypatch):
+    """What tensorstore says when it happens, and the half-written directory it leaves."""
+    from orbax.checkpoint import v1 as ocp
+
+    source, unfinished = hf(), tmp_path / ".out.unfinished"
+    said = 'RESOURCE_EXHAUSTED: Failed writing "d/f5": No space left on device [os_error_code]'
+
+    def full(path, tree):
+        (unfinished / "params.partial_save.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+        raise ValueError(said)
+
+    monkeypatch.setattr(ocp.partial, "save", full)
+    with pytest.raises(CheckpointError, match=r"disk is full.*--resume"):
+        run(source, tmp_path / "out", to="orbax")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    run(source, tmp_path / "out", to="orbax", resume=True)
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+    assert read(tmp_path / "out").fingerprint == read(source).fingerprint
+
+
 def stop_after(monkeypatch, count, error):
     left = [count]
 
