@@ -110,7 +110,7 @@ class Verification:
         lines = [f"{self.b} {'is' if self.same else 'is NOT'} the model {self.a}"]
         lines += [f"  config {k}: {a!r} in a, {b!r} in b" for k, (a, b) in self.config.items()]
         lines += [f"  tokenizer: {line}" for line in self.tokenizer]
-        lines.append(f"  tensors: {self.equal} of {self.tensors} equal in every bit")
+        lines.append(f"  tensors: {self.equal} of {self.tensors} equal in every value")
         relations = [d.relation for d in self.differences]
         for relation in sorted(set(relations) & _ROUNDED.keys()):
             widest = max(d.max_difference for d in self.differences if d.relation == relation)
