@@ -28,7 +28,7 @@ Model = Annotated[
     str,
     typer.Option(
         metavar="MODEL",
-        help="A directory with config.json and safetensors, a .gguf file, or a bundled name.",
+        help="A directory (Hugging Face, Orbax, or Meta's own), a .gguf file, or a bundled name.",
     ),
 ]
 Database = Annotated[

@@ -17,6 +17,8 @@ VERBS = [
     ["generate"],
     ["inspect"],
     ["fetch"],
+    ["convert"],
+    ["verify"],
     *(["db", v] for v in ("ls", "check", "rm")),
 ]
 

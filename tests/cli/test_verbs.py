@@ -31,8 +31,17 @@ def ask(alaya, tiny_model, document, tmp_path):
     return run
 
 
+# Ctrl-C reaches the command even where the test run ignores it, as a job in the background does.
+COMMAND = """
+import signal
+from alaya_jax.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
 def process(*arguments, **options):
-    command = [sys.executable, "-m", "alaya_jax.cli", *map(str, arguments)]
+    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
         command,
