@@ -202,9 +202,7 @@ def attend_scores(
     return Partial(acc / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf))
 
 
-def over_tiles(
-    pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any
-) -> Any:
+def over_tiles(pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any) -> Any:
     """Folds `visit` over the tiles that hold a key in some row's range."""
     size, some = pages.tile_tokens, keys.high > keys.low
     never = jnp.iinfo(jnp.int32).max
