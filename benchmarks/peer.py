@@ -178,8 +178,9 @@ def run(arguments: argparse.Namespace, interpreter: Path, console: Console) -> l
                 found = rows_of(context, batch, arguments.new_tokens, chosen, mine, theirs)
                 results += found
                 lines += found
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                # After each case: a run that is cut off keeps what it measured.
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     versions = peer_facts["versions"]
     title = (
         f"alaya_jax {head['versions']['alaya_jax']}, jax {head['versions']['jax']} against "

@@ -25,12 +25,13 @@ import numpy as np
 from alaya_jax.checkpoint import hf_write, orbax
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.names import Entry
-from alaya_jax.checkpoint.params import match, progress_bar
+from alaya_jax.checkpoint.params import match
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
 from alaya_jax.checkpoint.weights import KINDS, Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.progress import progress_bar
 
 Target = Literal["hf", "orbax"]
 SHARD_SIZE = "5GB"
@@ -104,7 +105,7 @@ def write_checkpoint(
     nonfinite: dict[str, int] = {}
     with (
         _staging(path, job, resume=resume, needed=total) as staging,
-        progress_bar(f"writing {to}", total, show=progress) as advance,
+        progress_bar(f"writing {to}", total, "bytes", show=progress) as advance,
     ):
 
         def wrote(weight: Weight, sample: Sample, bad: int) -> None:

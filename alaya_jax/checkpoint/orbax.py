@@ -21,12 +21,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from alaya_jax.checkpoint.hf import has_tokenizer, read_config
 from alaya_jax.checkpoint.names import entries
-from alaya_jax.checkpoint.params import progress_bar
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
 PARAMS = "params"
@@ -161,7 +161,7 @@ def load_tree(
     with (
         _named_damage(source.path),
         _context(partial=True),
-        progress_bar("loading weights", total, show=progress) as advance,
+        progress_bar("loading weights", total, "bytes", show=progress) as advance,
     ):
         for leaves in layers.values():  # a layer at a time: the host need not hold more
             loaded = ocp.load(str(source.path / PARAMS), _nested(leaves))

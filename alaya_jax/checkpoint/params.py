@@ -1,7 +1,6 @@
 """From an opened checkpoint to the parameter pytree: check everything, then place each tensor."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
+from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
 _STRIP = 16  # columns copied at once in a transposition: the fastest of 8 to 128
@@ -120,7 +120,9 @@ def load_params(
         for entry, _ in pairs
     ]
     params: dict[str, Any] = {}
-    with progress_bar("loading weights", sum(t.nbytes for _, t in pairs), show=progress) as advance:
+    with progress_bar(
+        "loading weights", sum(t.nbytes for _, t in pairs), "bytes", show=progress
+    ) as advance:
         for (entry, tensor), sharding in zip(pairs, shardings, strict=True):
             view = entry.to_params(tensor.read(), fmt)
             value = _place(view, sharding, dtype_of(tensor))
@@ -165,30 +167,3 @@ def copy_as(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
         strip = np.s_[..., start : start + _STRIP]
         target[strip] = source[strip]
     return out
-
-
-@contextmanager
-def progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that adds to a bar of bytes, rate and time left; silent off a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    visible = show and jax.process_index() == 0 and (console.is_terminal or console.is_jupyter)
-    with Progress(*columns, console=console, disable=not visible, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -16,13 +16,14 @@ import ml_dtypes
 import numpy as np
 
 from alaya_jax.checkpoint.names import Entry
-from alaya_jax.checkpoint.params import match, progress_bar
+from alaya_jax.checkpoint.params import match
 from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.checkpoint.weights import Weight, blocks, cast
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Block, RMSNorm, causal_attend
 from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.progress import progress_bar
 
 PROMPT = (
     "The quick brown fox jumps over the lazy dog. 3.14159 = π; naïve café, 你好 🙂\n\tdef f(x):"
@@ -145,7 +146,7 @@ def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verificati
     ]
     both = [name for name in own if name in others]
     total = sum(own[name].nbytes for name in both)
-    with progress_bar("comparing weights", total, show=progress) as advance:
+    with progress_bar("comparing weights", total, "bytes", show=progress) as advance:
         for name in both:
             difference = _compare(own[name], others[name])
             if difference.relation != _EQUAL:
@@ -155,7 +156,7 @@ def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verificati
     if logits and a.config.vocab_size == b.config.vocab_size:
         tokens = _prompt(a.config, tokenizer_a)
         total = sum(w.nbytes for w in (*own.values(), *others.values()))
-        with progress_bar("computing logits", total, show=progress) as advance:
+        with progress_bar("computing logits", total, "bytes", show=progress) as advance:
             first = stream_logits(a.config, own, tokens, advance)
             logits_difference = _compare_logits(
                 first, stream_logits(b.config, others, tokens, advance)
