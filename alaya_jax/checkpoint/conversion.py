@@ -268,10 +268,6 @@ def params_source(
         path=_MEMORY,
         config=config,
         tensors=tensors,
-        dtype=None,
-        quantized=False,
-        problems=(),
-        unreadable=frozenset(),
         read_tokenizer=lambda: tokenizer,
         fingerprint="in memory",
     )

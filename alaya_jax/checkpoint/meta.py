@@ -89,10 +89,6 @@ def open_meta(path: Path) -> Source:
         path=path,
         config=config,
         tensors=tensors,
-        dtype=None,
-        quantized=False,
-        problems=(),
-        unreadable=frozenset(),
         read_tokenizer=lambda: tokenizer,
         fingerprint=fingerprint(config, _samples(parts)),
     )

@@ -79,10 +79,6 @@ def open_orbax(path: Path) -> Source:
         path=path,
         config=config,
         tensors=tensors,
-        dtype=None,
-        quantized=False,
-        problems=(),
-        unreadable=frozenset(),
         read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
         fingerprint=fingerprint,
     )

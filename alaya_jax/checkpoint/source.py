@@ -68,11 +68,11 @@ class Source:
       path: the directory or file.
       config: architecture.
       tensors: by name.
+      read_tokenizer: the checkpoint's tokenizer, or None when it has none.
       dtype: type of the parameters when the caller asks for none; None keeps each tensor's own.
       quantized: some weights are of a quantized type.
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
-      read_tokenizer: the checkpoint's tokenizer, or None when it has none.
       fingerprint: what the checkpoint says it is, where that cannot be read off its bytes.
     """
 
@@ -80,11 +80,11 @@ class Source:
     path: Path
     config: LlamaConfig
     tensors: dict[str, StoredTensor]
-    dtype: np.dtype | None
-    quantized: bool
-    problems: tuple[str, ...]
-    unreadable: frozenset[str]
     read_tokenizer: Callable[[], Tokenizer | None]
+    dtype: np.dtype | None = None
+    quantized: bool = False
+    problems: tuple[str, ...] = ()
+    unreadable: frozenset[str] = frozenset()
     fingerprint: str | None = None
 
 
