@@ -231,6 +231,7 @@ class Generation(Iterator[Token]):
         end_ids = np.full((session.batch_size, width), -1, np.int32)
         for row, ids in zip(end_ids, self._end_ids, strict=True):
             row[: len(ids)] = ids
+        end_ids = jnp.asarray(end_ids)
         table = session.pool.table(session.sequences)
         on_device = jnp.asarray(self._running)
         under_way: tuple[programs.Decoded, jax.Array, jax.Array] | None = None
@@ -244,7 +245,7 @@ class Generation(Iterator[Token]):
                     table,
                     token,
                     on_device & jnp.asarray(self._running),
-                    jnp.asarray(end_ids),
+                    end_ids,
                     sampler,
                     jnp.int32(steps),
                     self._attention,

@@ -69,7 +69,6 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = num_pages
         self._model = model
-        self._setting = setting
         self._allocator = PageAllocator(num_pages, page_size, setting)
         self._kv: PagedKV | None = None
         self.evict: Callable[[], bool] = lambda: False

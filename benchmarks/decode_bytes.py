@@ -2,7 +2,8 @@
 
     python benchmarks/decode_bytes.py [--model smollm2-135m] [--context 4096]
 
-Nothing runs and no weights are needed: the step of a known architecture is compiled from shapes.
+Nothing runs and no weights are needed: the step of a known architecture is compiled from shapes,
+for two sizes of the pool; `compile_s` is how long tracing and compiling each took.
 The compiler counts the body of a loop once, so the attention's tile is set to the whole context
 here; and it counts the tile three times (read from the pool, written, read), though in practice a
 tile stays in a core's cache. The cache is donated: a copy of it, or a read of more of it than the
@@ -17,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +76,12 @@ def main() -> int:
     kv = args.context * per_token
     clean = True
     for query in (Full(), Window(), DIPR(50.0)):
-        counted, scratch, copies = [], [], 0
+        counted, scratch, copies, compile_s = [], [], 0, []
         for factor in (2, 16):
             pages = factor * args.context // PAGE
+            started = time.perf_counter()
             program, pool = compiled_step(config, query, pages, args.context)
+            compile_s.append(round(time.perf_counter() - started, 1))
             counted.append(program.cost_analysis()["bytes accessed"])
             scratch.append(program.memory_analysis().temp_size_in_bytes)
             shape = ",".join(map(str, pool))
@@ -95,6 +99,7 @@ def main() -> int:
             "bytes_accessed_with_8x_the_pool_mb": round(counted[1] / 1e6, 1),
             "scratch_mb": round(scratch[0] / 1e6, 1),
             "pool_copies": copies,
+            "compile_s": compile_s,
             "jax": jax.__version__,
         }
         print(json.dumps(row))
