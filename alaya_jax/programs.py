@@ -88,7 +88,7 @@ def step(
         logits_at=jnp.maximum(count - 1, 0),
         rope_length=rope_length,
     )
-    return logits, kv, jax.tree.map(lambda *layers: jnp.stack(layers), *counts)
+    return logits, kv, jax.tree.map(lambda *x: jnp.stack(x), *counts)
 
 
 @functools.partial(

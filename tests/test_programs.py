@@ -37,7 +37,7 @@ class Cache:
 
     def extend(self, tokens, counts, query=None, **options):
         lengths = jnp.asarray(self.lengths, jnp.int32)
-        logits, self.kv, counts = programs.extend(
+        logits, self.kv, read = programs.extend(
             self.params,
             self.kv,
             PageTable(self.pages, lengths),
@@ -48,7 +48,7 @@ class Cache:
             **options,
         )
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
-        return np.asarray(logits), np.asarray(counts.attended)
+        return np.asarray(logits), np.asarray(read.attended)
 
 
 @pytest.mark.parametrize(
