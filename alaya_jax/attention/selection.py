@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.paged import TILE_TOKENS, KeyRange, Pages, over_tiles
+from alaya_jax.attention import paged
+from alaya_jax.attention.paged import KeyRange, Pages, over_tiles
 from alaya_jax.errors import RequestError
 from alaya_jax.query.tiles import Tiles
 
@@ -58,7 +59,7 @@ def select_tiles(
     heads, group, t, _ = q.shape
     size = pages.k.shape[2]
     kv_block = rule.kv_block or size
-    tile = max(TILE_TOKENS // size, 1) * size
+    tile = max(paged.TILE_TOKENS // size, 1) * size
     if kv_block % size or tile % kv_block:
         raise RequestError(
             f"Tiles(kv_block={kv_block}): use a multiple of the page size, {size}, that divides "
@@ -133,7 +134,7 @@ def block_mass(
     scale = q.shape[-1] ** -0.5
     blocks = -(-pages.ids.shape[0] * size // kv_block)
     # Whole tiles, so that none reaches back and each holds whole blocks.
-    step = max(TILE_TOKENS // size, 1)
+    step = max(paged.TILE_TOKENS // size, 1)
     step = step if pages.ids.shape[0] > step else kv_block // size
     ids = jnp.pad(pages.ids, (0, -pages.ids.shape[0] % step), mode="edge")
     pages = dataclasses.replace(pages, ids=ids)
