@@ -11,8 +11,8 @@ repository, queries of the last 512 tokens at each length.
     quality     rules, through the library, all layers: density of what is scored and of what is
                 attended; true mass (exp of the difference of lse to full attention's); relative
                 error of the output
-    prefill     a whole document prefilled by a rule in every layer: KL divergence from the logits of
-                a full prefill, and whether the best token is the same, at the last token of each
+    prefill     a whole document prefilled by a rule in every layer: KL divergence from the logits
+                of a full prefill, and whether the best token is the same, at the last token of each
                 chunk after the first; keys attended; time of the whole model and ratio
     time        synthetic lists of a given density, time in ratio to full attention (`attend_range`
                 as the engine uses it), by turns in one run; the same for the selection alone, and
@@ -38,11 +38,11 @@ from alaya_jax.attention.engine import QUERY_BLOCK
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.models.llama import forward
-from alaya_jax.query import Full
+from alaya_jax.query import Full, Window
 from alaya_jax.query.tiles import Tiles
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
-PAGE, CHUNK = 16, 512
+PAGE, CHUNK, PREFILLED = 16, 512, 7
 RESULTS = machine.ROOT / "benchmarks/results/sparse_prefill.jsonl"
 
 
@@ -116,17 +116,20 @@ attend_jit = jax.jit(
 
 
 def rules(dim):
-    betas = {alpha: float(-np.sqrt(dim) * np.log(alpha)) for alpha in (0.0144, 0.001)}
-    for beta in betas.values():
-        yield Tiles(beta=beta)
-        yield Tiles(beta=beta, recovery=1.0)
-    for recovery in (0.8, 0.9, 0.95, 0.98):
-        yield Tiles(recovery=recovery)
-    for kv_block in (64, 128):
-        yield Tiles(recovery=0.9, kv_block=kv_block)
-    yield Tiles(recovery=0.9, samples=16)
-    yield Tiles(recovery=0.9, q_block=64)
-    yield Tiles(beta=betas[0.001], recovery=0.95)
+    """The rules that are compared, those that a prefill is run with first."""
+    close, wide = (float(-np.sqrt(dim) * np.log(alpha)) for alpha in (0.0144, 0.001))
+    return (
+        *(Tiles(recovery=recovery) for recovery in (0.8, 0.9, 0.95, 0.98)),
+        Tiles(beta=close),
+        Tiles(beta=close, recovery=1.0),
+        Tiles(beta=close, recovery=0.95),
+        Tiles(beta=wide),
+        Tiles(beta=wide, recovery=1.0),
+        *(Tiles(recovery=0.9, kv_block=kv_block) for kv_block in (64, 128)),
+        Tiles(recovery=0.9, samples=16),
+        Tiles(recovery=0.9, q_block=64),
+        *(Tiles(recovery=0.9, window=Window(*window)) for window in ((16, 1), (128, 512))),
+    )
 
 
 def named(rule):
@@ -173,13 +176,11 @@ def quality(kv, queries, n):
 
 def divergences(model, tokens):
     """Rows for a document; the full prefill is timed next to each rule."""
-    rows = [rule for rule in rules(model.config.head_dim) if rule.kv_block is None]
-    want = timed(lambda: prefill(model, tokens, Full())[0])[1]
-    for rule in rows:
-        prefill(model, tokens[: 2 * CHUNK], rule)  # compiles for another table: timed below anyway
-        prefill(model, tokens, rule)
+    want = prefill(model, tokens, Full())[0]
+    for rule in rules(model.config.head_dim)[:PREFILLED]:
+        prefill(model, tokens, rule)  # compiles
         seconds, (found, _, density, _) = timed(lambda rule=rule: prefill(model, tokens, rule))
-        full, _ = timed(lambda: prefill(model, tokens, Full())[0])
+        full, _ = timed(lambda: prefill(model, tokens, Full()))
         p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (want, found))
         kl = np.sum(np.exp(p) * (p - q), axis=-1)[1:]
         same = (want.argmax(-1) == found.argmax(-1))[1:]
@@ -234,9 +235,7 @@ def times(heads, group, dim, n, rounds):
                 attend_jit, *base, listed, np.inf
             )
     every = some(1.0)
-    cases["every visit but the first skipped"] = functools.partial(
-        attend_jit, *base, every, -1e9
-    )
+    cases["every visit but the first skipped"] = functools.partial(attend_jit, *base, every, -1e9)
     cases["select"] = functools.partial(select_jit, *base, Tiles(recovery=0.9))
     seconds = {name: [] for name in cases}
     for f in cases.values():

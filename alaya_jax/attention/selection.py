@@ -1,10 +1,10 @@
 """Which blocks of keys a block of queries attends to: lists that a kernel can follow.
 
 The estimate. A few queries of a block, evenly spread, are scored against all keys, and the mass
-that they give to a block of keys stands for what its neighbours give. It costs samples / q_block of
-the scores of full attention, and no V. On real keys it comes near the true masses of all queries;
-antidiagonal sums (XAttention, arXiv 2503.16428) and pooled queries and keys (FlexPrefill, 2502.20766)
-lose two to three times as much mass at equal density (benchmarks/sparse_prefill.py).
+that they give to a block of keys stands for what their neighbours give. It costs samples / q_block
+of the scores of full attention, and no V. On real keys it is nearly as good as the true masses of
+all queries; antidiagonal sums (XAttention, arXiv 2503.16428) and means of queries and keys
+(FlexPrefill, arXiv 2502.20766) keep less mass with more keys (benchmarks/sparse_prefill.py).
 """
 
 import dataclasses

@@ -15,8 +15,6 @@ The loops take one kv head after another. Where kv heads are sharded, call this 
 so that each device has its own.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax

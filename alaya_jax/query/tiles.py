@@ -8,6 +8,11 @@ import jax
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Window
 
+NEAR = Window(sink=16, recent=256)
+"""The window of a block of queries. On real keys, that much of the recent ones improves the worst
+queries more than as many blocks chosen elsewhere would; a longer sink does not
+(benchmarks/sparse_prefill.py)."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Tiles:
 
     beta: float | jax.Array = math.inf
     recovery: float | jax.Array | None = None
-    window: Window = Window(sink=16, recent=64)
+    window: Window = NEAR
     q_block: int = dataclasses.field(default=128, metadata={"static": True})
     kv_block: int | None = dataclasses.field(default=None, metadata={"static": True})
     samples: int = dataclasses.field(default=8, metadata={"static": True})
