@@ -73,24 +73,32 @@ def chunk(params, kv, table, tokens, rule, config, keep):
     return logits[0], kv, keys / config.num_hidden_layers, queries
 
 
+@dataclasses.dataclass
+class Chunk:
+    """What a prefill has when a chunk is done; the cache is donated to the next."""
+
+    end: int
+    logits: jax.Array
+    kv: PagedKV
+    attended: float
+    queries: tuple
+    seconds: float
+
+
 def prefill(model, tokens, rule, keep=()):
-    """Logits at each chunk's end, the cache in pages 1, 2, ..., mean density, queries by length."""
+    """Chunk after chunk, into pages 1, 2, ...; queries where one ends at a length to keep."""
     pages = len(tokens) // PAGE
     kv = PagedKV.create(model.config, pages + 1, PAGE, jnp.float32)
-    logits, queries, keys = [], {}, 0.0
     for start in range(0, len(tokens), CHUNK):
         table = PageTable(jnp.arange(1, pages + 1)[None], jnp.full(1, start))
         end = start + CHUNK
         new = jnp.asarray(tokens[start:end])
-        out, kv, attended, last = chunk(
-            model.params, kv, table, new, rule, model.config, end in keep
+        begin = time.perf_counter()
+        logits, kv, attended, queries = jax.block_until_ready(
+            chunk(model.params, kv, table, new, rule, model.config, end in keep)
         )
-        logits.append(out)
-        keys += float(attended)
-        if end in keep:
-            queries[end] = last
-    visible = sum(np.arange(start + 1, start + CHUNK + 1).mean() for start in range(0, end, CHUNK))
-    return np.asarray(logits, np.float64), kv, keys / visible, queries
+        seconds = time.perf_counter() - begin
+        yield Chunk(end, logits, kv, float(attended), queries, seconds)
 
 
 def dense(q, k, v, ids, positions):
@@ -175,18 +183,35 @@ def quality(kv, queries, n):
 
 
 def divergences(model, tokens):
-    """Rows for a document; the full prefill is timed next to each rule."""
-    want = prefill(model, tokens, Full())[0]
-    for rule in rules(model.config.head_dim)[:PREFILLED]:
-        prefill(model, tokens, rule)  # compiles
-        seconds, (found, _, density, _) = timed(lambda rule=rule: prefill(model, tokens, rule))
-        full, _ = timed(lambda: prefill(model, tokens, Full()))
-        p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (want, found))
-        kl = np.sum(np.exp(p) * (p - q), axis=-1)[1:]
-        same = (want.argmax(-1) == found.argmax(-1))[1:]
+    """Rows for a document: full and sparse prefills advance by turns."""
+    compared = (Full(), *rules(model.config.head_dim)[:PREFILLED])
+    runs = [[] for _ in compared]
+    for step in zip(*(prefill(model, tokens, rule) for rule in compared), strict=True):
+        for run, done in zip(runs, step, strict=True):
+            run.append(dataclasses.replace(done, kv=None, logits=np.asarray(done.logits)))
+
+    def log_p(run):
+        logits = np.asarray([done.logits for done in run[1:]], np.float64)
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    p = log_p(runs[0])
+    for rule, run in zip(compared, runs, strict=True):
+        q = log_p(run)
+        kl = np.sum(np.exp(p) * (p - q), axis=-1)
+        same = p.argmax(-1) == q.argmax(-1)
+        # The first chunk includes the compilation.
+        seconds, full, keys, every = (
+            sum(getattr(done, field) for done in which[1:])
+            for field, which in (
+                ("seconds", run),
+                ("seconds", runs[0]),
+                ("attended", run),
+                ("attended", runs[0]),
+            )
+        )
         yield {
             **named(rule),
-            "attended": round(float(density), 4),
+            "attended": round(keys / every, 4),
             "kl_last": float(f"{kl[-1]:.3g}"),
             "kl_mean": float(f"{kl.mean():.3g}"),
             "kl_max": float(f"{kl.max():.3g}"),
@@ -299,8 +324,12 @@ def main() -> None:
             if max(lengths) > min(len(tokens), model.length_limit):
                 parser.error(f"--lengths: the texts have {len(tokens)} tokens, {model!r} its limit")
             tokens = tokens[: max(lengths)]
-            _, kv, _, queries = prefill(model, tokens, Full(), tuple(lengths))
-            for n in lengths:
+            queries = {}
+            if {"estimators", "quality"} & set(parts):
+                for done in prefill(model, tokens, Full(), lengths):
+                    kv = done.kv
+                    queries[done.end] = done.queries
+            for n in lengths if queries else ():
                 if "estimators" in parts:
                     for row in tile_estimators.compare(kv.k[::3], queries[n][::3], n):
                         put({"result": "estimator", "context": n, **row})
