@@ -281,6 +281,17 @@ def test_attend_tiles_selects_and_attends(rng):
     np.testing.assert_array_equal(count, attended)
 
 
+def test_another_backend_reads_pages_by_a_gather(rng, monkeypatch):
+    q, _, _, pages, positions = make(rng, 93)
+    rule = small(beta=4.0, recovery=0.9)
+    _, partial, attended, _ = run(q, pages, positions, rule)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gathered = jax.jit(lambda q, pages, *args: attend_tiles(q, Pages(*pages), *args))
+    again, count = gathered(q, pages, positions, rule)
+    np.testing.assert_allclose(again.out, partial.out, atol=1e-6)
+    np.testing.assert_array_equal(count, attended)
+
+
 def test_new_numbers_do_not_recompile(rng):
     q, _, _, pages, positions = make(rng, 93)
     run(q, pages, positions, small(1.0, 0.5, window=Window(1, 2)))
