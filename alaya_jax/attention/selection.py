@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import paged
 from alaya_jax.attention.paged import KeyRange, Pages, over_tiles
+from alaya_jax.cache import UNUSED
 from alaya_jax.errors import RequestError
 from alaya_jax.query.tiles import Tiles
 
@@ -26,8 +27,8 @@ class TileList:
     """For each kv head and block of queries, the blocks of keys to visit, in order.
 
     Attributes:
-      blocks: int32 [K, QB, N]; block b is the keys b * kv_block ... (b + 1) * kv_block - 1. Each
-        once. What is past `count` is a block too, but not one to visit.
+      blocks: int32 [K, QB, N]; block b is the columns b * kv_block ... (b + 1) * kv_block - 1 (see
+        `Pages`). Each once. What is past `count` is a block too, but not one to visit.
       count: int32 [K, QB].
       kept: int32 [K, QB], how many come first that no rule may skip: the window's.
       mass: float32 [K, G, QB], estimated share of attention mass in the listed blocks; 1 without an
@@ -57,7 +58,7 @@ def select_tiles(
       RequestError: `kv_block` is not a multiple of the page size, or does not divide a tile.
     """
     heads, group, t, _ = q.shape
-    size = pages.k.shape[2]
+    size = pages.size
     kv_block = rule.kv_block or size
     tile = max(paged.TILE_TOKENS // size, 1) * size
     if kv_block % size or tile % kv_block:
@@ -69,12 +70,14 @@ def select_tiles(
     q_blocks = -(-t // q_block)
     rows = jnp.pad(positions, (0, q_blocks * q_block - t), constant_values=-1)
     rows = rows.reshape(q_blocks, q_block)
-    blocks = -(-pages.ids.shape[0] * size // kv_block)
+    starts = whole_blocks(pages, kv_block // size).starts().reshape(-1, kv_block // size)
+    blocks = starts.shape[0]
     last = jnp.max(rows, axis=-1)
-    first = jnp.min(jnp.where(rows >= 0, rows, jnp.iinfo(jnp.int32).max), axis=-1)
-    start = jnp.arange(blocks) * kv_block
+    first = jnp.min(jnp.where(rows >= 0, rows, UNUSED), axis=-1)
+    start = starts[:, 0]
+    end = jnp.max(jnp.where(starts < UNUSED, starts + size, 0), axis=-1)
     visible = start <= last[:, None]  # [QB, N]
-    recent = start + kv_block > (first + 1 - rule.window.recent)[:, None]
+    recent = end > (first + 1 - rule.window.recent)[:, None]
     always = visible & ((start < rule.window.sink) | recent)
 
     def listed(mass: Float[Array, "... QB N"]) -> Int[Array, "... QB N"]:
@@ -108,6 +111,16 @@ def select_tiles(
     return TileList(order, count, kept, reached, q_block, kv_block)
 
 
+def whole_blocks(pages: Pages, block: int) -> Pages:
+    """The table with entries added, at no position, until their number is a multiple of `block`."""
+    pad = (0, -pages.ids.shape[0] % block)
+    return dataclasses.replace(
+        pages,
+        ids=jnp.pad(pages.ids, pad, mode="edge"),
+        start=jnp.pad(pages.starts(), pad, constant_values=UNUSED),
+    )
+
+
 def _spread(
     real: Bool[Array, "QB T"], samples: int
 ) -> tuple[Int[Array, "QB N"], Bool[Array, "QB N"]]:
@@ -130,14 +143,12 @@ def block_mass(
       pages: keys.
       kv_block: keys a block; a multiple of the page size that divides a tile.
     """
-    size = pages.k.shape[2]
+    size = pages.size
     scale = q.shape[-1] ** -0.5
-    blocks = -(-pages.ids.shape[0] * size // kv_block)
+    blocks = -(-pages.columns // kv_block)
     # Whole tiles, so that none reaches back and each holds whole blocks.
     step = max(paged.TILE_TOKENS // size, 1)
-    step = step if pages.ids.shape[0] > step else kv_block // size
-    ids = jnp.pad(pages.ids, (0, -pages.ids.shape[0] % step), mode="edge")
-    pages = dataclasses.replace(pages, ids=ids)
+    pages = whole_blocks(pages, step if pages.ids.shape[0] > step else kv_block // size)
     keys = KeyRange(jnp.zeros_like(positions), positions + 1)
 
     def visit(tile: Array, logs: Array) -> Array:
@@ -160,4 +171,4 @@ def block_mass(
     return (weight / jnp.where(total > 0, total, 1.0))[..., :blocks]
 
 
-__all__ = ["TileList", "block_mass", "select_tiles"]
+__all__ = ["TileList", "block_mass", "select_tiles", "whole_blocks"]

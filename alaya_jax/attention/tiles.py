@@ -11,8 +11,10 @@ One list for the G heads of a kv head: keys are read once, the matmuls have G ti
 real keys it needs no more blocks than lists of their own for the same mass
 (benchmarks/sparse_prefill.py).
 
-The loops take one kv head after another. Where kv heads are sharded, call this inside `shard_map`,
-so that each device has its own.
+The loops take one kv head after another. On a mesh call this inside `shard_map`, so that each
+device has its own heads. Where pages are spread too, each device lists and attends to its own, and
+the partial attentions merge. Both rules hold then: a share of each device's mass is a share of the
+whole, and a device's best is not above the best of all. They keep more than one device would.
 """
 
 import jax
@@ -22,14 +24,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.paged import Pages
 from alaya_jax.attention.partial import Partial
-from alaya_jax.attention.selection import TileList, select_tiles
+from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
+from alaya_jax.cache import UNUSED
 from alaya_jax.query.tiles import Tiles
 
 VISIT_TOKENS = 256
 """Keys a visit. On a CPU 128 take about 1.5 times as long, and 512 no less (two cores, AVX-512)."""
 
 _LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
-_NEVER = jnp.iinfo(jnp.int32).max  # a position that no query sees
 
 
 def attend_tiles(
@@ -67,6 +69,7 @@ def attend_list(
       as `attend_tiles`; and how many of a list's blocks were scored and then skipped.
     """
     heads, group, t, dim = q.shape
+    pages = whole_blocks(pages, tiles.kv_block // pages.size)
     q_block, q_blocks = tiles.q_block, tiles.count.shape[1]
     pad = q_blocks * q_block - t
     positions = jnp.pad(positions, (0, pad), constant_values=-1).reshape(q_blocks, q_block)
@@ -103,7 +106,7 @@ def _attend_block(
     """One block of queries of one kv head. Scores are raw, as DIPR's range is."""
     group, t, dim = q.shape
     scale = dim**-0.5
-    size = pages.k.shape[2]
+    entries = tiles.kv_block // pages.size
     at_once = max(1, VISIT_TOKENS // tiles.kv_block)
     listed = jnp.pad(tiles.blocks[head, block], (0, at_once))
     count, kept = tiles.count[head, block], tiles.kept[head, block]
@@ -111,10 +114,10 @@ def _attend_block(
     def visit(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         slots = i * at_once + jnp.arange(at_once)
         blocks = lax.dynamic_slice_in_dim(listed, i * at_once, at_once)
-        key_positions = blocks[:, None] * tiles.kv_block + jnp.arange(tiles.kv_block)
-        key_positions = jnp.where((slots < count)[:, None], key_positions, _NEVER).ravel()
-        ids = blocks[:, None] * (tiles.kv_block // size) + jnp.arange(tiles.kv_block // size)
-        ids = jnp.take(pages.ids, ids.ravel(), mode="clip")
+        entry = blocks[:, None] * entries + jnp.arange(entries)
+        start = jnp.where((slots < count)[:, None], pages.starts()[entry], UNUSED)
+        key_positions = (start.reshape(-1, 1) + jnp.arange(pages.size)).ravel()
+        ids = pages.ids[entry.ravel()]
         seen = key_positions <= positions[:, None]
         k = _read(pages.k, head, ids)
         scores = _dot("rd,sd->rs", q.reshape(group * t, dim), k).reshape(group, t, -1)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alaya_jax.attention import paged, tiles
+from alaya_jax.attention import merge, paged, tiles
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range
 from alaya_jax.attention.tiles import attend_list, attend_tiles, select_tiles
+from alaya_jax.cache import UNUSED
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Window
 from alaya_jax.query.tiles import Tiles
@@ -279,6 +280,28 @@ def test_attend_tiles_selects_and_attends(rng):
     again, count = both(q, pages, positions, rule)
     np.testing.assert_allclose(again.out, partial.out, atol=1e-6)
     np.testing.assert_array_equal(count, attended)
+
+
+@pytest.mark.parametrize("rule", [small(), small(recovery=0.7)], ids=["full", "recovery"])
+def test_pages_spread_over_devices_merge_to_the_whole(rule, rng):
+    q, _, _, pages, positions = make(rng, 93)
+    parts = []
+    for device in range(2):  # holds every other page
+        mine = np.arange(device, -(-93 // PAGE), 2)
+        ids, start = np.zeros(TABLE, np.int32), np.full(TABLE, UNUSED, np.int32)
+        ids[: len(mine)], start[: len(mine)] = pages[2][mine], mine * PAGE
+        chosen, partial, *_ = run(q, (*pages[:2], ids, start), positions, rule)
+        parts.append(partial)
+        assert np.all(chosen.count[:, -1] == len(mine)) == (rule.recovery is None)
+    merged, want = merge(*parts), dense(q, pages, positions)
+    if rule.recovery is None:
+        np.testing.assert_allclose(merged.out, want.out, atol=1e-6)
+        np.testing.assert_allclose(merged.lse, want.lse, atol=1e-6)
+    else:  # the queries that were asked keep their share
+        asked = [2, 5, 7, 10, 13, 15, 17, 18, 19]
+        mass = np.exp(merged.lse - want.lse)
+        assert mass[:, :, asked].min() >= 0.7
+        assert mass.max() < 1
 
 
 def test_another_backend_reads_pages_by_a_gather(rng, monkeypatch):
