@@ -32,13 +32,13 @@ import numpy as np
 import tile_estimators
 
 import alaya_jax as aj
-from alaya_jax import attention, cache
-from alaya_jax.attention import tiles
-from alaya_jax.attention.engine import QUERY_BLOCK
+from alaya_jax import cache
+from alaya_jax.attention import engine, tiles
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full, Window
+from alaya_jax.query.plan import Plan
 from alaya_jax.query.tiles import Tiles
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
@@ -57,7 +57,9 @@ def chunk(params, kv, table, tokens, rule, config, keep):
         kv = cache.append(kv, layer, k, v, table, count)
         rows = jnp.transpose(q[0].reshape(len(tokens), k.shape[2], -1, k.shape[3]), (1, 2, 0, 3))
         if isinstance(rule, Full):
-            out, attended = attention.attend(rule, q, kv.k[layer], kv.v[layer], table, count)
+            plan = Plan(rule)
+            out, read = engine.attend(plan, q, kv.k[layer], kv.v[layer], table, count)
+            attended = read.attended
         else:
             pages = Pages(kv.k[layer], kv.v[layer], table.pages[0])
             partial, attended = tiles.attend_tiles(rows, pages, positions[0], rule)
@@ -108,7 +110,7 @@ def dense(q, k, v, ids, positions):
         lambda q, p: attend_range(q, pages, KeyRange(jnp.zeros_like(p), p + 1))[0],
         q,
         positions,
-        QUERY_BLOCK,
+        engine.QUERY_BLOCK,
     )
 
 

@@ -63,9 +63,11 @@ def sketched(q, k_pages, ids, positions):
         jnp.zeros((heads, pages, size), jnp.float16),
         jnp.zeros((heads, pages, dim), jnp.int8),
         jnp.zeros((heads, pages), jnp.float16),
-    ).build(k_pages, ids, jnp.full(len(ids), size))
+        jnp.zeros((heads, pages, dim), jnp.int8),
+        jnp.zeros((heads, pages), jnp.float16),
+    ).build(k_pages, k_pages, ids, jnp.full(len(ids), size))
     keys = KeyRange(jnp.zeros_like(positions), positions + 1)
-    estimate, _ = layer.scan(q, Pages(k_pages, k_pages, ids), keys)
+    estimate = layer.scan(q, Pages(k_pages, k_pages, ids), keys).estimate
     return jax.nn.softmax(estimate * dim**-0.5, axis=-1)
 
 
