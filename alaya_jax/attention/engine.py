@@ -144,13 +144,15 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
 
 def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tuple) -> Any:
     plan, _, _, _, table, _, index, _ = args
+    # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
+    numbers, structure = jax.tree.flatten(plan)
     spec = PartitionSpec
     heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     data = rules.axis("batch", mesh)
     if data is not None and batch % mesh.shape[data]:
         data = None  # each device of that axis does the same
     in_specs = (
-        jax.tree.map(lambda x: spec(heads) if jnp.ndim(x) else spec(), plan),
+        [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
         spec(data, None, heads),
         spec(heads, pages),
         spec(heads, pages),
@@ -162,13 +164,15 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     by_head: Any = spec(data, None, heads)
     axis = pages if pages is not None and mesh.shape[pages] > 1 else None
     run = jax.shard_map(
-        functools.partial(attend, axis=axis, head_axis=heads),
+        lambda numbers, *rest: attend(
+            jax.tree.unflatten(structure, numbers), *rest, axis=axis, head_axis=heads
+        ),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=(by_head, Counts(by_head, by_head, by_head, by_head)),
         check_vma=False,
     )
-    return run(*args)
+    return run(numbers, *args[1:])
 
 
 def _attend(
