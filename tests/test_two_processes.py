@@ -1,0 +1,105 @@
+"""Two processes, four devices each, one mesh whose context axis runs across both."""
+
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+import alaya_jax as aj
+from alaya_jax import DIPR, Sketch, TopK, Window
+from alaya_jax.query.plan import Plan
+
+CHILD = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+address, rank, folder = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(rank))
+import jax.numpy as jnp
+import numpy as np
+import alaya_jax as aj
+from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs, programs
+from alaya_jax import pool as pools
+from alaya_jax.models import LlamaConfig, llama
+from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.query.plan import Plan
+from alaya_jax.sharding import tree_shardings
+
+mesh, rules = aj.make_mesh(context=4, tensor=2), aj.ShardingRules()
+assert {d.process_index for d in mesh.devices[:, 0]} == {0, 1}
+config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+shapes = llama.abstract_params(config)
+with np.load(folder + "/model.npz") as file:
+    leaves = [file[str(i)] for i in range(len(file.files))]
+params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+shardings = tree_shardings(mesh, rules, llama.logical_axes(config), shapes)
+params = jax.tree.map(
+    lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), params, shardings
+)
+model = aj.Model(config, params, fingerprint="tiny", name="tiny", mesh=mesh, rules=rules)
+pools.TABLE_WIDTH = 32
+said = {}
+
+# The functions alone: pages, a table, a chunk.
+tokens = np.load(folder + "/tokens.npy")
+pool = PagePool(model, 64, 4, "")
+sequence = Sequence()
+pool.reserve(sequence, len(tokens))
+logits, kv, counts = programs.extend(
+    params, pool.kv, pool.table([sequence]), np.pad(tokens, (0, 64 - len(tokens)))[None],
+    np.asarray([len(tokens)]), Plan(Full()), config=config, mesh=mesh, rules=rules,
+)
+assert len(kv.k[0].addressable_shards) == 4 and not kv.k[0].is_fully_addressable
+said["logits"] = np.asarray(logits)[0]
+said["attended"] = np.asarray(counts.attended)
+
+# The database: every process does the same.
+window = Window(2, 6)
+attention = (Plan(DIPR(beta=3.0, window=window), Sketch()), Plan(TopK(5, window)))
+with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) as db:
+    db.import_context(tokens[:-1], progress=False)
+    session, rest = db.create_session(tokens)
+    assert session.reused == [len(tokens) - 1]
+    branch = session.fork()
+    for name, one in (("one", session), ("two", branch)):
+        new = aj.generate(one, rest, max_new_tokens=9, attention=attention)
+        said[name] = np.asarray([t.id for t in new])
+    said["read"] = np.asarray(session.explain().phases["decode"].read)
+np.savez(folder + f"/said{rank}.npz", **said)
+"""
+
+
+def test_two_processes_give_the_answer_of_one(open_db, tiny_model, all_logits, tmp_path, rng, monkeypatch):
+    tokens = rng.integers(3, 256, 47).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    leaves = map(np.asarray, jax.tree.leaves(tiny_model.params))
+    np.savez(tmp_path / "model.npz", **{str(i): x for i, x in enumerate(leaves)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", CHILD, address]
+    processes = [
+        subprocess.Popen([*command, str(i), str(tmp_path)], stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    monkeypatch.setattr("alaya_jax.pool.TABLE_WIDTH", 32)
+    window = Window(2, 6)
+    attention = (Plan(DIPR(beta=3.0, window=window), Sketch()), Plan(TopK(5, window)))
+    db = open_db(page_size=4)
+    db.import_context(tokens[:-1], progress=False)
+    session, rest = db.create_session(tokens)
+    new = aj.generate(session, rest, max_new_tokens=9, attention=attention)
+    want = [t.id for t in new]
+    for process in processes:
+        _, wrong = process.communicate(timeout=240)
+        assert process.returncode == 0, wrong.decode()[-3000:]
+    for rank in range(2):
+        with np.load(tmp_path / f"said{rank}.npz") as said:
+            np.testing.assert_allclose(said["logits"], all_logits(tokens)[-1], rtol=0, atol=2e-4)
+            n = len(tokens)
+            assert np.all(said["attended"] == n * (n + 1) // 2)
+            assert said["one"].tolist() == said["two"].tolist() == want
+            np.testing.assert_array_equal(said["read"], session.explain().phases["decode"].read)
