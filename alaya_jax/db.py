@@ -138,9 +138,9 @@ class DB:
         if num_pages < 2 * shards:  # of each part one belongs to nobody
             parts = "" if shards == 1 else f" for each of {shards} devices"
             raise RequestError(
-                f"Budget(device={self.budget.device!r}) holds no page{parts}: a page of {page_size} "
-                f"tokens of {model.name} takes {page_bytes:,} bytes, and one{parts} stays empty; "
-                f"raise the budget to at least {2 * shards * page_bytes:,} bytes"
+                f"Budget(device={self.budget.device!r}) holds no page{parts}: a page of "
+                f"{page_size} tokens of {model.name} takes {page_bytes:,} bytes, and one{parts} "
+                f"stays empty; raise the budget to at least {2 * shards * page_bytes:,} bytes"
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self.pool.evict = self._evict

@@ -462,9 +462,7 @@ def _append_layer(
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "place"))
-def _of_layer(
-    counts: Counts, layer: int, *, layers: int, place: NamedSharding | None
-) -> Counts:
+def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
     """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
     here = (jnp.arange(layers) == layer)[:, None, None]
     return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)

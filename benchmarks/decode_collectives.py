@@ -4,10 +4,10 @@
         [--out benchmarks/results/decode_collectives.jsonl]
 
 Nothing runs and no weights are needed: the step is compiled from shapes for eight devices, for
-several meshes and plans, with page tables for `--context` tokens and for four times as many. Counted
-are the operands of every all-reduce, all-gather and so on of the program, as one device sends them,
-loops with a known number of rounds that many times. None may lie in a loop without one, whose rounds
-could follow the length. Exits with 1 if the longer context sends more, or sends anything as large.
+several meshes and plans, with page tables for `--context` tokens and for four times as many.
+Counted are the operands of every all-reduce, all-gather and so on of the program, as one device
+sends them, in loops as often as there are rounds. None may lie in a loop whose rounds are not
+known: they could follow the length. Exits with 1 if one does, or if the longer context sends more.
 """
 
 import argparse
@@ -103,7 +103,9 @@ def collectives(text: str, outer_loops: int = 0) -> Sent:
                 called += [branch.strip(" %") for branch in branches.split(",")]
             for each in called:
                 inside = is_loop and not rounds
-                visit(each, times * int(rounds[1]) if is_loop and rounds else times, unknown + inside)
+                visit(
+                    each, times * int(rounds[1]) if is_loop and rounds else times, unknown + inside
+                )
 
     visit(entry, 1, 0)
     return sent
@@ -138,9 +140,7 @@ def _step(params, kv, table, tokens, count, plan, indexed, *, config, mesh, rule
     )
 
 
-def compiled_step(
-    config: LlamaConfig, plan: Plan, mesh: Mesh, context: int, batch: int = 2
-) -> str:
+def compiled_step(config: LlamaConfig, plan: Plan, mesh: Mesh, context: int, batch: int = 2) -> str:
     """The program of one decode step over contexts of so many tokens, as text."""
     rules = ShardingRules()
     pages = rules.page_shards(mesh) * math.ceil(context / PAGE / rules.page_shards(mesh))
@@ -149,8 +149,10 @@ def compiled_step(
     def placed(shape: tuple[int, ...], dtype, place: NamedSharding | None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def ints(*shape: int, spec: PartitionSpec = PartitionSpec()):
-        return placed(shape, jnp.int32, NamedSharding(mesh, spec))
+    def ints(*shape: int, pages: str | None = None):
+        return placed(
+            shape, jnp.int32, NamedSharding(mesh, PartitionSpec(*(None, pages)[: len(shape)]))
+        )
 
     shapes = abstract_params(config, jnp.float32)
     places = tree_shardings(mesh, rules, logical_axes(config), shapes)
@@ -162,10 +164,8 @@ def compiled_step(
         layer = jax.eval_shape(lambda: plan.index.create(config, pool_pages, PAGE))
         layer = jax.tree.map(lambda x: placed(x.shape, x.dtype, rules.pool(mesh)), layer)
         indexed = Indexed((layer,) * config.num_hidden_layers, ints(batch))
-    by_page = PartitionSpec(None, rules.axis("pages", mesh))
-    table = PageTable(
-        ints(batch, pages, spec=by_page), ints(batch), ints(batch, pages, spec=by_page)
-    )
+    by_page = ints(batch, pages, pages=rules.axis("pages", mesh))
+    table = PageTable(by_page, ints(batch), by_page)
     lowered = _step.lower(
         params,
         PagedKV(layers, layers),

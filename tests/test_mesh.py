@@ -1,4 +1,4 @@
-"""A database whose pages are spread over a mesh answers as on one device, and says it read the same."""
+"""A database whose pages are spread over a mesh answers as on one device, and reads as much."""
 
 import dataclasses
 
@@ -47,18 +47,10 @@ def generate(session, tokens, n):
 
 
 def explained(session):
-    """All numbers of `explain`; the estimated mass is no whole number, and rounded."""
-    phases = session.explain().to_dict()["phases"]
-    assert phases["decode"]["keys_read_per_step"] > 0
-
-    def round_mass(phase):
-        rows = [{**r, "mass_estimated": str(np.round(r["mass_estimated"] or 0, 4))} for r in phase]
-        return rows
-
-    return {
-        name: {**phase, "by_layer": round_mass(phase["by_layer"]), "mass_estimated": None}
-        for name, phase in phases.items()
-    }
+    """All that `explain` says."""
+    said = session.explain().to_dict()
+    assert said["phases"]["decode"]["keys_read_per_step"] > 0
+    return said["phases"]
 
 
 def scenario(db, documents):
@@ -92,6 +84,7 @@ def documents(rng):
     return [rng.integers(3, 256, n) for n in (41, 58, 30, 59, 55)]
 
 
+@pytest.mark.slow
 def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
     """Pages of every sequence on eight devices; stored there, read on one device and on 2x2x2."""
     want, tokens = scenario(open_db(path="one", **OPTIONS), documents)
@@ -104,3 +97,42 @@ def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
     assert db.pool.kv.k[0].sharding.shard_shape((2, 64, 4, 16)) == (2, 8, 4, 16)
     assert got == want
     np.testing.assert_array_equal(there, tokens)
+
+    db.close()
+    prompts = [[*documents[0], 5, 6], [*documents[1][:33], 9]]
+
+    def batch(**axes):
+        """Two of what eight devices stored, reused at once: one whole, one in part."""
+        with aj.DB(db.path, laid_on(**axes), db.budget, page_size=4) as other:
+            session, rest = other.create_session(prompts)
+            assert session.reused == [len(documents[0]) + 1, 33]
+            new = aj.generate(session, rest, max_new_tokens=9, attention=ATTENTION)
+            list(new)
+            return new.ids, explained(session)
+
+    want = batch()
+    assert want[0][0] == got[0]
+    assert batch(data=2, tensor=2, context=2) == want
+
+
+def test_budgets_of_a_split_pool(open_db, laid_on):
+    model = laid_on(context=8)
+    page = 4 * open_db().token_bytes
+    with pytest.raises(RequestError, match=rf"no page for each of 8 devices.*{16 * page:,} bytes"):
+        open_db(model, path="a", pages=15, page_size=4)
+    db = open_db(model, path="b", pages=23, page_size=4)  # 16 of them: one of each device is used
+    assert db.pool.capacity_tokens == 8 * 4
+    with pytest.raises(CacheFullError, match=rf"33 tokens.* holds 32;.* least {24 * page:,} bytes"):
+        db.create_session(range(3, 36))
+    assert open_db(model, path="c", pages=24, page_size=4).pool.capacity_tokens >= 33
+    session, rest = db.create_session(range(3, 30))
+    session.make_room([len(rest)])
+    with pytest.raises(CacheFullError, match="1 of 8 are free"):
+        db.create_session([5])[0].make_room([8])
+
+
+def test_a_pool_whose_heads_do_not_divide_is_refused(open_db, tiny_model):
+    """By the cache too, where the parameters lie on no mesh that would have refused them."""
+    model = dataclasses.replace(tiny_model, mesh=aj.make_mesh(tensor=4, context=2))
+    with pytest.raises(ConfigError, match=r"'kv_heads' of size 2 .*'tensor' of size 4.*kv_heads="):
+        open_db(model, page_size=4).pool.kv  # noqa: B018

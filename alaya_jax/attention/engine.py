@@ -129,8 +129,8 @@ def _page_axis(mesh: Mesh, rules: ShardingRules, table: PageTable) -> str | None
     axis = rules.axis("pages", mesh)
     if axis is not None and mesh.shape[axis] > 1 and table.start is None:
         raise RequestError(
-            f"pages are spread over mesh axis {axis!r} of size {mesh.shape[axis]}, and the page table "
-            "does not say which positions each device holds; give PageTable(start=...), as "
+            f"pages are spread over mesh axis {axis!r} of size {mesh.shape[axis]}, and the page "
+            "table does not say which positions each device holds; give PageTable(start=...), as "
             "PagePool.table does, or use ShardingRules(pages=None)"
         )
     return axis

@@ -122,8 +122,8 @@ def _scan(
 def pivot(
     q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None = None
 ) -> Float[Array, "K G T"]:
-    """The exact raw score of the key of best estimate; -inf where no key is in range, and on devices
-    along `axis` that do not hold that key.
+    """The exact raw score of the key of best estimate; -inf where no key is in range, and on those
+    devices along `axis` that do not hold it.
 
     One key read for each query, and a best score that is surely attained. It stands in for
     `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
@@ -134,8 +134,8 @@ def pivot(
     is_best = scan.estimate == best[..., None]
     first = jnp.min(jnp.where(is_best, column, pages.columns - 1), axis=-1)
     exact = scores_at(q, pages, first[..., None])[..., 0]
-    # The best of several devices' own would be a tighter bound, and what is read would depend on the
-    # mesh.
+    # The best of several devices' own would be a tighter bound, but what is read would depend on
+    # the mesh.
     here = (best > -jnp.inf) & (best == across(lax.pmax, best, axis))
     return jnp.where(here, exact, -jnp.inf)
 

@@ -88,6 +88,7 @@ class Batch:
     def indexes(self) -> dict:
         full = [row[: n // Z] for row, n in zip(self.pages, LENGTHS, strict=True)]
         ids = jnp.asarray(np.concatenate(full))
+
         def zeros(shape, dtype):
             return jnp.zeros((K, PAGES, *shape), dtype)
 
@@ -128,7 +129,9 @@ def answer(batch):
     @functools.cache
     def on(case, shape=None):
         plan, rows, t = CASES[case]
-        mesh = shape and aj.make_mesh(**dict(zip(("data", "tensor", "context"), shape, strict=True)))
+        mesh = shape and aj.make_mesh(
+            **dict(zip(("data", "tensor", "context"), shape, strict=True))
+        )
         lengths = np.asarray(LENGTHS[:rows])
         out = attend(
             plan,
@@ -180,3 +183,30 @@ def test_every_plan_on_eight_shards_of_the_context(answer, case):
 )
 def test_other_meshes(answer, shape, case):
     check(answer(case, shape), answer(case), case)
+
+
+def test_append_writes_what_one_device_writes(batch, rng):
+    """Ragged, over page ends, to pages on all devices; page 0 of each device belongs to nobody."""
+    k = rng.integers(-4, 5, (2, 5, K, D)).astype(np.float32)
+    count = jnp.asarray([5, 3])
+    kv = PagedKV((batch.k,), (batch.v,))
+    mesh = aj.make_mesh(data=2, tensor=2, context=2)
+    alone = append(kv, 0, k, k + 1, batch.table(1, 2), count)
+    there = append(kv, 0, k, k + 1, batch.table(2, 2), count, mesh=mesh)
+
+    def owned(pool):
+        return np.delete(np.asarray(pool), [0, PAGES // 2], axis=1)
+
+    for got, want, before in zip(*map(jax.tree.leaves, (there, alone, kv)), strict=True):
+        np.testing.assert_array_equal(owned(got), owned(want))
+        assert not np.array_equal(owned(want), owned(before), equal_nan=True)
+
+
+def test_a_table_that_does_not_say_who_holds_what_is_refused(batch):
+    mesh = aj.make_mesh(context=8)
+    args = batch.k, batch.v, batch.table(1, 1), jnp.ones(1, jnp.int32)
+    with pytest.raises(RequestError, match=r"'context' of size 8, .*PageTable\(start=.*pages=None"):
+        engine.attend(Plan(Full()), batch.q[:1, :1], *args, mesh=mesh)
+    kv = PagedKV((batch.k,), (batch.v,))
+    with pytest.raises(RequestError, match="start="):
+        engine.append(kv, 0, batch.q[:1, :1, :K], batch.q[:1, :1, :K], *args[2:], mesh=mesh)

@@ -97,7 +97,10 @@ def test_append_where_each_device_holds_some_of_the_pages(lengths, t, counts, se
     counts = [min(c, t) for c in counts]
     half = PAGES // 2
     free = rng.permutation(np.setdiff1d(np.arange(PAGES), [NO_PAGE, half])).tolist()
-    pages = [[free.pop() for _ in range(-(-(n + c) // PAGE))] for n, c in zip(lengths, counts)]
+    pages = [
+        [free.pop() for _ in range(-(-(n + c) // PAGE))]
+        for n, c in zip(lengths, counts, strict=True)
+    ]
     ids = rng.integers(0, half, (3, 2, WIDTH))  # past the last page anything may be there
     start = np.full((3, 2, WIDTH), UNUSED)
     for b, own in enumerate(pages):
