@@ -261,7 +261,7 @@ class PagePool:
         per_shard = self.num_pages // self._shards
         placed = [np.divmod(s.pages, per_shard) for s in sequences]
         longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
-        width = _bucket(longest, TABLE_WIDTH // self._shards or 1, 4)
+        width = min(_bucket(longest, TABLE_WIDTH // self._shards or 1, 4), per_shard - 1)
         shape = (len(sequences), self._shards, width)
         pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
         for b, (shard, local) in enumerate(placed):
