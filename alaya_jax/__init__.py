@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from alaya_jax.query import Full as Full
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
+    from alaya_jax.query.auto import Auto as Auto
+    from alaya_jax.query.calibration import calibrate as calibrate
     from alaya_jax.query.plan import Plan as Plan
     from alaya_jax.sampling import Greedy as Greedy
     from alaya_jax.sampling import Sampling as Sampling
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AlayaError": "errors",
+    "Auto": "query.auto",
     "Block": "index",
     "Budget": "db",
     "DB": "db",
@@ -55,6 +58,7 @@ _HOME = {
     "Sketch": "index",
     "TopK": "query",
     "Window": "query",
+    "calibrate": "query.calibration",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

@@ -29,6 +29,7 @@ class Model:
       name: for people.
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
+      directory: of the checkpoint's files; None where it is one file, or was not read from any.
     """
 
     config: LlamaConfig
@@ -39,6 +40,7 @@ class Model:
     mesh: Mesh | None = None
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
     max_length: int | None = None
+    directory: Path | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -144,4 +146,5 @@ def load(
         mesh=mesh,
         rules=rules,
         max_length=max_length,
+        directory=read.source if read.source.is_dir() else None,
     )
