@@ -30,10 +30,11 @@ from alaya_jax.query import DIPR, Full, Window
 from alaya_jax.query.cost import Machine
 from alaya_jax.query.plan import Plan, plan_for
 
-CALLS = 7
-"""Timed calls of each program."""
+SECONDS = 0.15
+"""For which each program is called again and again, at least `_CALLS` times."""
 
-_MEGABYTES = 32  # of the arrays that are copied and multiplied
+_CALLS = 5
+_MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
 
 
 def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: int = 1) -> Machine:
@@ -151,7 +152,14 @@ def _rates(dtype: Any) -> tuple[float, float, float]:
     flat = jnp.ones(count, dtype)
     square = jnp.ones((side, side), dtype)
     matrix = flat.reshape(side, -1)
-    copied = _least(functools.partial(jax.jit(lambda x: x + 1), flat))
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no time goes into new memory
+    held = [jnp.ones(count, dtype)]
+
+    def copy() -> Any:
+        held[0] = add(held[0])
+        return held[0]
+
+    copied = _least(copy)
     product = _least(functools.partial(jax.jit(jnp.matmul), square, square))
     row = _least(functools.partial(jax.jit(jnp.matmul), square[:1], matrix))
     return 2 * flat.nbytes / copied, 2 * side**3 / product, flat.nbytes / row
@@ -160,7 +168,7 @@ def _rates(dtype: Any) -> tuple[float, float, float]:
 def _least(call: Callable[[], Any]) -> float:
     jax.block_until_ready(call())
     times = []
-    for _ in range(CALLS):
+    while len(times) < _CALLS or sum(times) < SECONDS:
         started = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)

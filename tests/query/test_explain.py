@@ -27,7 +27,7 @@ def session(db, prompt):
 
 
 def kv_and_queries(model, tokens):
-    """The last token's queries [L, H, D], keys and values [L, K, n, D]: full attention, no cache."""
+    """The last token's queries [L, H, D], keys and values [L, K, n, D], without any cache."""
     found = []
 
     def attend(layer, q, k, v, state):
@@ -59,7 +59,6 @@ def in_window(n):
     "plan",
     [
         aj.Full(),
-        WINDOW,
         aj.TopK(5, WINDOW),
         aj.Plan(aj.DIPR(beta=6.0, window=WINDOW), aj.Sketch()),
         aj.Plan(aj.DIPR(beta=6.0, window=WINDOW), aj.Flat(), by="page"),
@@ -75,8 +74,6 @@ def test_the_first_layer_against_numpy(session, tiny_model, prompt, plan):
     query = plan.query if isinstance(plan, aj.Plan) else plan
     if isinstance(query, aj.Full):  # the default window holds all keys
         attended = inside = np.ones_like(inside)
-    elif isinstance(query, aj.Window):
-        attended = inside
     elif isinstance(query, aj.TopK):
         outside = np.where(inside, -np.inf, scores)
         attended = inside | (outside >= np.sort(outside)[:, -5, None])
