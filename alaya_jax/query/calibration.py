@@ -33,7 +33,7 @@ from alaya_jax.model import Model
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.progress import progress_bar
-from alaya_jax.query import Window
+from alaya_jax.query import Window, show
 from alaya_jax.query.cost import Kept
 
 RECOVERIES = (0.9, 0.95, 0.99)
@@ -119,6 +119,25 @@ class Calibration:
                 "recoveries=..."
             )
         return self.beta[self.recoveries.index(recovery), layer].astype(np.float32)
+
+    def table(self) -> show.Table:
+        """Shares of the keys at the longest length, for people."""
+        n = self.lengths[-1]
+        rows = []
+        for layer in range(self.keys.shape[2]):
+            shares = (self.keys[r, -1, layer] / n for r in range(len(self.recoveries)))
+            cells = [f"{x.mean():.1%} ({x.min():.1%} to {x.max():.1%})" for x in shares]
+            betas = [f"{self.beta[r, layer].mean():.0f}" for r in range(len(self.recoveries))]
+            rows.append((str(layer), *cells, *betas))
+        columns = ["layer", *(f"keys for {p:g}: mean (heads)" for p in self.recoveries)]
+        columns += [f"beta for {p:g}" for p in self.recoveries]
+        full = self.wants_full(0.95)
+        notes = (
+            f"share of {n:,} keys beside a window of {self.window.sink} + {self.window.recent}, "
+            f"over {self.queries[-1]} queries; beta holds for {SURE:.0%} of them",
+            f"layers that read more than 30% of the keys for 0.95: {full or 'none'}",
+        )
+        return show.Table(f"keys that {self.model} needs", tuple(columns), rows, notes)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; see `from_dict`."""

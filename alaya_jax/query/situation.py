@@ -83,6 +83,18 @@ def choose_before(
     return choose(auto, work, machine, found, memory_beside(weights, None))
 
 
+def default_dtype(stored: dict[str, int]) -> str:
+    """The dtype a model is loaded in where none is named (see `checkpoint.read_checkpoint`).
+
+    Args:
+      stored: stored types, by the names that formats have for them, and how many parameters have
+        each; quantized ones are read as float32 on a CPU, as bfloat16 elsewhere.
+    """
+    most = max(stored, key=lambda name: stored[name])
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return names.get(most, "float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
 def memory_beside(weights: int, mesh: Any) -> int | None:
     """Bytes that the devices have beside the weights; None where they do not say."""
     devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
