@@ -87,17 +87,20 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
     assert (np.diff(found.beta, axis=0) >= 0).all()
 
 
-def test_its_beta_keeps_the_recovery(calibrated, db, tiny_model):
-    """Of the texts that it was measured on, nearly always."""
+def test_its_beta_keeps_the_recovery(calibrated, queries_and_keys):
+    """Of the text that it was measured on, nearly always: all queries, not only those sampled."""
     tokens, found = calibrated
-    plans = [aj.DIPR(beta=found.beta_for(i, 0.9), window=WINDOW) for i in range(2)]
     held = []
-    for n in (60, 110, 120):
-        session, rest = db.create_session(tokens[:n])
-        session.prefill(rest)
-        held.append(session.explain(analyze=True, attention=plans).analysis.recovery)
-        session.close()
-    assert np.mean(np.stack(held) >= 0.9) > 0.8
+    for layer, (q, k) in enumerate(queries_and_keys(tokens)):
+        beta = found.beta_for(layer, 0.9)[:, None]
+        for position in range(28, 128):
+            scores = np.einsum("hd,hsd->hs", q[:, position], k[:, : position + 1])
+            weights = np.exp((scores - scores.max(-1, keepdims=True)) / 4)
+            at = np.arange(position + 1)
+            kept = (at < 4) | (at > position - 12) | (scores >= scores.max(-1)[:, None] - beta)
+            held.append(np.where(kept, weights, 0).sum(-1) / weights.sum(-1))
+    assert np.mean(np.array(held) >= 0.9) > 0.85
+    assert np.mean(np.array(held) >= 0.97) < 0.85, "it keeps more than it was asked to"
 
 
 def test_texts_that_are_too_short(tiny_model):
@@ -140,12 +143,11 @@ def test_auto_in_a_session(db, machine, calibrated, rng):
     tokens = [
         t.id for t in aj.generate(session, rest, max_new_tokens=4, attention=auto, prefill=auto)
     ]
-    found = session.explain(analyze=True)
+    found = session.explain()
     chosen = aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Sketch())
     assert found.phases["decode"].plans == chosen
     assert found.phases["prefill"].plans == aj.Plan(aj.Full())
     assert found.choice.plans == chosen
-    assert "predicted" in str(found)
     json.dumps(found.to_dict())
     other, rest = db.create_session(prompt)
     assert tokens == [t.id for t in aj.generate(other, rest, max_new_tokens=4, attention=chosen)]

@@ -10,6 +10,7 @@ from rich.console import Console
 import alaya_jax as aj
 from alaya_jax.errors import RequestError
 from alaya_jax.models import llama
+from alaya_jax.query.cost import Machine
 
 WINDOW = aj.Window(sink=2, recent=6)
 
@@ -133,13 +134,18 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
     assert first.analysis.position == full.position
 
 
-def test_analysis_takes_what_decoding_did(session, db):
+def test_analysis_takes_what_decoding_did(session, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALAYA_CACHE", str(tmp_path))
+    flat = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 1e-9, 1e-6, 0.0, 0.0)
+    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *args: flat)
+    auto = aj.Auto(recovery=0.9, window=WINDOW)
+    list(aj.generate(session, [5], max_new_tokens=4, attention=auto))
     asked = aj.DIPR(recovery=0.9, window=WINDOW)
-    list(aj.generate(session, [5], max_new_tokens=4, attention=asked))
     found = session.explain(analyze=True)
+    assert found.choice.plans == found.analysis.plans == aj.Plan(asked, aj.Flat())
+    assert "predicted" in str(found)
     assert found.planned is None
     assert found.analysis.wanted == 0.9
-    assert found.analysis.plans.query == asked
     assert (found.analysis.estimated >= 0.9).all()
     np.testing.assert_allclose(found.analysis.recovery, found.analysis.estimated, atol=1e-5)
     assert (found.analysis.attended - 8 >= found.analysis.keys_needed).all()
