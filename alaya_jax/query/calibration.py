@@ -363,8 +363,8 @@ def _needed(
         del layer
         t, kv_heads, dim = k.shape[1:]
         # [1, T, K, D] as pages of _PAGE tokens
-        paged = [jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, _PAGE, dim) for x in (k, v)]
-        pages = Pages(*paged, jnp.arange(t // _PAGE))
+        k, v = (jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, _PAGE, dim) for x in (k, v))
+        pages = Pages(k, v, jnp.arange(t // _PAGE))
         rows = jnp.moveaxis(q[0].reshape(t, kv_heads, -1, dim), 0, 2)
 
         def causal(q: Array, p: Array) -> Array:

@@ -24,6 +24,7 @@ import numpy as np
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.checkpoint.bundled import cache_directory
+from alaya_jax.index import Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
 from alaya_jax.query import DIPR, Full, Window
@@ -112,7 +113,7 @@ def measure(config: LlamaConfig, dtype: Any, page_size: int = 16) -> Machine:
     sketch_plan = plan_for(asked, config, 1 << 30)
     assert isinstance(flat_plan, Plan)
     assert isinstance(sketch_plan, Plan)
-    assert sketch_plan.index is not None
+    assert isinstance(sketch_plan.index, Sketch)
     layer = sketch_plan.index.create(config, pages + 1, page_size, jnp.dtype(dtype))
     layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, k, v, ids, whole)
 

@@ -88,6 +88,7 @@ def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise RequestError(
             "plots need matplotlib, which is not installed: pip install 'alaya_jax[plot]'"
@@ -98,8 +99,8 @@ def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(title=title, xlabel="query head", ylabel="layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label=unit)
     return figure
 

@@ -99,6 +99,5 @@ def memory_beside(weights: int, mesh: Any) -> int | None:
     """Bytes that the devices have beside the weights; None where they do not say."""
     devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    if any(limit is None for limit in limits):
-        return None
-    return max(sum(limits) - weights, 0)
+    known = [limit for limit in limits if limit is not None]
+    return max(sum(known) - weights, 0) if len(known) == len(limits) else None

@@ -59,7 +59,6 @@ def in_window(n):
 @pytest.mark.parametrize(
     "plan",
     [
-        aj.Full(),
         aj.TopK(5, WINDOW),
         aj.Plan(aj.DIPR(beta=6.0, window=WINDOW), aj.Sketch()),
         aj.Plan(aj.DIPR(beta=6.0, window=WINDOW), aj.Flat(), by="page"),
@@ -73,9 +72,7 @@ def test_the_first_layer_against_numpy(session, tiny_model, prompt, plan):
     n, best = len(prompt), scores.max(-1, keepdims=True)
     inside = np.broadcast_to(in_window(n), scores.shape)
     query = plan.query if isinstance(plan, aj.Plan) else plan
-    if isinstance(query, aj.Full):  # the default window holds all keys
-        attended = inside = np.ones_like(inside)
-    elif isinstance(query, aj.TopK):
+    if isinstance(query, aj.TopK):
         outside = np.where(inside, -np.inf, scores)
         attended = inside | (outside >= np.sort(outside)[:, -5, None])
     else:
