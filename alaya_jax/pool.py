@@ -245,7 +245,7 @@ class PagePool:
         if self._shards > 1:
             return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
-        width = table_width(longest)
+        width = min(table_width(longest), self.num_pages - 1)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)

@@ -59,12 +59,14 @@ class Pages:
       k, v: [K, P, Z, D], the pool.
       ids: int32 [N], the sequence's pages.
       start: int32 [N], position of each page's first token; None: i * Z.
+      tile: tokens a tile, about; None: `TILE_TOKENS`. Static.
     """
 
     k: Float[Array, "K P Z D"]
     v: Float[Array, "K P Z D"]
     ids: Int[Array, " N"]
     start: Int[Array, " N"] | None = None
+    tile: int | None = None
 
     @property
     def size(self) -> int:
@@ -79,7 +81,7 @@ class Pages:
     @property
     def tile_pages(self) -> int:
         """Pages a tile."""
-        return max(1, min(TILE_TOKENS // self.size, self.ids.shape[0]))
+        return max(1, min((self.tile or TILE_TOKENS) // self.size, self.ids.shape[0]))
 
     @property
     def tile_tokens(self) -> int:
@@ -135,6 +137,19 @@ class Pages:
         column = self.first_column(tile) + jnp.arange(self.tile_tokens)
         return column >= tile * self.tile_tokens
 
+    def is_run(self, end: Array) -> Array:
+        """Whether the tiles up to entry `end` can be read as slices of the pool."""
+        n, entry = self.tile_pages, jnp.arange(self.ids.shape[0])
+        last = self.first_page(jnp.maximum(-(-end // n) - 1, 0))
+        in_order = (self.ids == self.ids[0] + entry) | (entry >= end)
+        return jnp.all(in_order) & (self.ids[0] + last + n <= self.k.shape[1])
+
+    def read_run(self, pool: Array, tile: Array) -> Array:
+        """A tile [K, n, ...] of any pool of these pages, where `is_run`."""
+        return lax.dynamic_slice_in_dim(
+            pool, self.ids[0] + self.first_page(tile), self.tile_pages, axis=1
+        )
+
     def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
         ids = self.tile_ids(tile)
@@ -155,12 +170,13 @@ class Pages:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else self.k.dtype)
 
 
-def read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
-    """Pages `ids`, copied as one slice if they are a run, else page by page.
+def read_on_cpu(pool: Array, ids: Array) -> Array:
+    """Pages `ids` of a pool [K, P, ...], copied as one slice if they are a run, else page by page.
 
-    A gather is no faster, and the compiler would account for it as a read of the whole pool.
+    A gather is no faster, and the compiler would account for it as a read of the whole pool. The
+    pool must come as it is: reshaped here, it would be copied whole into the branches.
     """
-    heads, num_pages, size, dim = pool.shape
+    heads, num_pages, *page_shape = pool.shape
     n = ids.shape[0]
 
     def run() -> Array:
@@ -171,7 +187,7 @@ def read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
             page = lax.dynamic_slice_in_dim(pool, ids[i], 1, axis=1)
             return lax.dynamic_update_slice_in_dim(tile, page, i, axis=1)
 
-        return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, size, dim), pool.dtype))
+        return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, *page_shape), pool.dtype))
 
     if n > num_pages:  # a table wider than the pool repeats pages past a sequence's end
         return page_by_page()

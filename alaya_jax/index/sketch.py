@@ -34,6 +34,7 @@ own centre never goes stale, whoever shares the page and whatever is appended be
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,10 @@ from alaya_jax.sharding import ShardingRules
 MISS = 1e-4
 """Probability that a score is above its estimate plus error, at most; below likewise."""
 
+SCAN_TOKENS = 2048
+"""Keys scanned at once, for few queries: enough that starting an operation costs little."""
+
+_FEW_ROWS = 16
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
 _HUGE = 1e30  # above every score, and zero times it is zero
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
@@ -159,9 +164,11 @@ class SketchLayer:
         of_spread = sure * norm + math.sqrt(dim - 1) * lost
         of_scale = sure * norm_bound(self.bits, dim) / math.sqrt(dim - 1) * lost
 
-        def visit(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            ids = pages.tile_ids(tile)
-            read = functools.partial(_read, ids=ids)
+        if group * t <= _FEW_ROWS:
+            pages = dataclasses.replace(pages, tile=SCAN_TOKENS)
+
+        def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            read = functools.partial(read_page, tile=tile)
             codes = unpack(read(self.codes), self.bits)
             levels = jnp.einsum(
                 "krd,ksd->krs",
@@ -175,13 +182,17 @@ class SketchLayer:
             )
             # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
             spread = jnp.minimum(spread, _HUGE)
-            centre = jnp.einsum(
-                "krd,kpd->krp",
-                rows,
-                read(self.centre).astype(jnp.float32),
-                precision=lax.Precision.HIGHEST,
-            ) * read(self.centre_scale).astype(jnp.float32).reshape(heads, 1, -1)
-            estimate = scale[:, None] * (step * (2 * levels + total)) + jnp.repeat(centre, size, -1)
+            centre = (
+                jnp.einsum(
+                    "krd,kpd->krp",
+                    rows,
+                    read(self.centre).astype(jnp.float32),
+                    precision=lax.Precision.HIGHEST,
+                )
+                * read(self.centre_scale).astype(jnp.float32)[:, None]
+            )
+            estimate = scale[:, None] * (step * (2 * levels + total))
+            estimate = estimate.reshape(*centre.shape, size) + centre[..., None]
             seen = keys.mask(pages.positions(tile))
             new = (
                 jnp.where(seen, estimate.reshape(heads, group, t, -1), -jnp.inf),
@@ -197,7 +208,17 @@ class SketchLayer:
             jnp.full((heads, group, t, pages.columns), -jnp.inf),
             *(jnp.zeros((heads, pages.columns)) for _ in range(2)),
         )
-        estimate, *of_key = over_tiles(pages, keys, visit, start)
+
+        def fold(read_page: Any) -> tuple[Array, ...]:
+            return over_tiles(pages, keys, functools.partial(visit, read_page), start)
+
+        # Sliced where they are used, codes are never copied: worth a second version of the loop.
+        end = pages.before(jnp.max(keys.high))
+        estimate, *of_key = lax.cond(
+            pages.is_run(end),
+            lambda: fold(pages.read_run),
+            lambda: fold(lambda pool, tile: _read(pool, pages.tile_ids(tile))),
+        )
         of_row = tuple(
             jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
             for x in (of_spread, of_scale)
@@ -324,7 +345,4 @@ def _to_int8(x: Float[Array, "K N D"]) -> tuple[Int8[Array, "K N D"], Float16[Ar
 
 def _read(pool: Array, ids: Int[Array, " n"]) -> Array:
     """Pages `ids` of a pool [K, P, ...]."""
-    if jax.default_backend() != "cpu":
-        return pool[:, ids]
-    flat = pool.reshape(*pool.shape[:2], 1, -1)
-    return read_on_cpu(flat, ids).reshape(pool.shape[0], -1, *pool.shape[2:])
+    return read_on_cpu(pool, ids) if jax.default_backend() == "cpu" else pool[:, ids]

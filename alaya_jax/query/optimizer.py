@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alaya_jax import index
 from alaya_jax.errors import PlanError
 from alaya_jax.index import Block, Flat, Index, Sketch
 from alaya_jax.query import DIPR, Full, TopK, Window, show
@@ -189,7 +190,7 @@ def alayadb_rules(
       memory_high: whether the device's memory has room for a coarse index's blocks.
       beta, k: of the queries; the paper's.
       window: default `Window()`.
-      fine: stands for the graph; default `Sketch()`.
+      fine: index by key; default `Graph()`, or `Sketch()` where the library has no graph.
     """
     if length < SHORT:
         return Plan(Full())
@@ -200,7 +201,7 @@ def alayadb_rules(
     if memory_high:
         return Plan(TopK(k, window, before), Block("leaders"), by="page", share="layer")
     query = DIPR(beta=beta, window=window, before=before)
-    first, rest = Plan(query, Flat()), Plan(query, fine or Sketch())
+    first, rest = Plan(query, Flat()), Plan(query, fine or getattr(index, "Graph", Sketch)())
     return (first, *(rest,) * (layers - 1))
 
 

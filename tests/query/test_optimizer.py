@@ -93,16 +93,19 @@ def test_the_terms_of_a_cost():
     assert full.seconds == pytest.approx(1e-4 + 1e-6 * 10_000)
     assert (full.read, full.memory) == (2 * KEY * 10_000, 0)
     plan = aj.Plan(KEEPS, aj.Sketch())
-    found = cost(plan, work(10_000), MACHINE, Kept(100, 300))
+    found = cost(plan, work(10_000, pool_tokens=100_000), MACHINE, Kept(100, 300))
     # 640 keys in the window; a table of 2,048 pages; a page of codes, scales, centre and value.
     want = 1e-4 + 1e-6 * 640 + 1e-7 * 9360 + 5e-8 * 32768 + 2e-6 * 300
     assert found.seconds == pytest.approx(want)
     page = 8 * (16 * (64 // 2 + 4) + 2 * (64 + 2))
-    assert found.memory == 625 * page
+    assert found.memory == 6250 * page
     assert found.read == pytest.approx(page / 16 * 9360 + 2 * KEY * (300 + 640))
-    assert cost(plan, work(10_000, pool_tokens=32_000), MACHINE, Kept(1, 1)).memory == 2000 * page
+    # A table is no wider than the pool.
+    small = cost(plan, work(10_000), MACHINE, Kept(100, 300))
+    assert small.memory == 625 * page
+    assert small.seconds == pytest.approx(want - 5e-8 * (32768 - 10_000))
     split = cost(plan, work(10_000, context=2), MACHINE, Kept(100, 300)).seconds
-    assert split == pytest.approx(1e-4 + 1e-6 * 640 + 1e-7 * 4360 + 5e-8 * 16384 + 2e-6 * 150)
+    assert split == pytest.approx(1e-4 + 1e-6 * 640 + 1e-7 * 4360 + 5e-8 * 4992 + 2e-6 * 150)
     assert step_seconds(work(1, weight_bytes=4 * 10**9, tensor=2), MACHINE) == pytest.approx(0.2)
 
 
@@ -253,7 +256,7 @@ def test_what_is_assumed_grows_with_recovery_and_length():
 def test_the_rules_of_alayadb():
     window = aj.Window()
     assert alayadb_rules(4, 1000) == aj.Plan(aj.Full())
-    first, *rest = alayadb_rules(4, 10_000, reused=9000, stored=9000)
+    first, *rest = alayadb_rules(4, 10_000, reused=9000, stored=9000, fine=aj.Sketch())
     assert first == aj.Plan(aj.DIPR(beta=50.0), aj.Flat())
     assert rest == [aj.Plan(aj.DIPR(beta=50.0), aj.Sketch())] * 3
     coarse = alayadb_rules(4, 10_000, memory_high=True, k=320)
