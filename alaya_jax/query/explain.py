@@ -329,7 +329,7 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
 
 def _planned_table(planned: list[dict[str, Any]], choice: Choice | None) -> show.Table:
     if choice is None:
-        rows = [(str(row["layer"]), _short(row), row["tier"]) for row in planned]
+        rows = show.alike([(_short(row), row["tier"]) for row in planned])
         return show.Table("plan (nothing has run)", ("layer", "<plan", "<tier"), rows)
     return choice.table()
 

@@ -131,16 +131,16 @@ class Choice:
         """For people."""
         rows = [
             (
-                str(i),
-                _name(layer.plan),
+                _describe(layer.plan),
                 show.count(layer.kept.attended) if layer.plan.retrieves else "all",
                 show.nbytes(layer.cost.read),
                 show.nbytes(layer.cost.memory),
                 show.seconds(layer.seconds),
                 layer.reason,
             )
-            for i, layer in enumerate(self.layers)
+            for layer in self.layers
         ]
+        rows = show.alike(rows)
         columns = ("layer", "<plan", "keys a head", "read", "index", "time", "<why")
         below = (
             "all layers read every key at all lengths"
@@ -393,6 +393,11 @@ def _asked(auto: Auto) -> str:
 
 
 def _name(plan: Plan) -> str:
+    """What tells the plans of a layer apart."""
+    return repr(plan.index) if plan.retrieves else repr(plan.query)
+
+
+def _describe(plan: Plan) -> str:
     query = plan.query
     if isinstance(query, DIPR):
         return f"DIPR(recovery={query.recovery:g}) @ {plan.index!r}"

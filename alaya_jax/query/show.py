@@ -75,6 +75,17 @@ class Table:
         )
 
 
+def alike(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Numbers rows from 0, and joins neighbours that say the same: "3-7"."""
+    joined: list[tuple[int, int, tuple[str, ...]]] = []
+    for i, row in enumerate(rows):
+        if joined and joined[-1][2] == row:
+            joined[-1] = (joined[-1][0], i, row)
+        else:
+            joined.append((i, i, row))
+    return [(str(a) if a == b else f"{a}-{b}", *row) for a, b, row in joined]
+
+
 def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
     """A figure of a number for each layer (down) and head (across).
 
