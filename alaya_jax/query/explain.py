@@ -313,7 +313,6 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
         notes.append(f"attention mass kept, by estimate: {d['mass_estimated']:.3f}")
     rows = [
         (
-            str(row["layer"]),
             _short(row),
             show.count(np.mean(row["keys_scanned"])),
             _spread(row["keys_read_by_group"]),
@@ -324,7 +323,8 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
         for row in d["by_layer"]
     ]
     columns = ("layer", "<plan", "scored", "read (by kv head)", "attended (by head)")
-    return show.Table(title, (*columns, "least est. mass", "bytes a token"), rows, tuple(notes))
+    columns = (*columns, "least est. mass", "bytes a token")
+    return show.Table(title, columns, show.alike(rows), tuple(notes))
 
 
 def _planned_table(planned: list[dict[str, Any]], choice: Choice | None) -> show.Table:
@@ -372,8 +372,9 @@ def _spread(values: Any) -> str:
 
 
 def _short(row: dict[str, Any]) -> str:
-    words = [re.sub(r", window=.*|(beta|recovery)=None, |, before=None", "", row["query"])]
-    words[0] += ")" * (words[0].count("(") - words[0].count(")"))
+    # The window and what was left open would fill the line.
+    query = re.sub(r"(window=Window\([^)]*\)|\w+=None)(, )?", "", row["query"])
+    words = [query.replace(", )", ")")]
     if row["index"]:
         words.append(f"@ {row['index']}")
     if row["by"] == "page":
