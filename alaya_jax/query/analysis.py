@@ -23,7 +23,7 @@ from alaya_jax.errors import RequestError
 from alaya_jax.index import Indexed, LayerIndex
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
-from alaya_jax.query import DIPR, Full
+from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.sharding import ShardingRules
 
@@ -131,12 +131,18 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
 
     Raises:
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
-        sequence.
+        sequence; or the plan is for a prefill.
     """
     if not 0 <= sequence < session.batch_size:
         raise RequestError(
             f"explain(sequence={sequence}): the session has {session.batch_size} sequences, "
             "counted from 0"
+        )
+    layers = session.model.config.num_hidden_layers
+    if any(isinstance(of_layer(plans, i).query, Tiles) for i in range(layers)):
+        raise RequestError(
+            "explain(analyze=True) runs one token, and Tiles answers for blocks of them; name "
+            "another with attention=..."
         )
     held, tokens = session.sequences[sequence], session.tokens[sequence]
     if held.length == 0:
@@ -150,7 +156,6 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
             f"{len(tokens)} are known; update() is not told them"
         )
     pool, model = session.pool, session.model
-    layers = model.config.num_hidden_layers
     indexed = pool.cover(plans, [held])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)

@@ -15,7 +15,7 @@ import numpy as np
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import DIPR, Full, Query, TopK, Window
+from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
 from alaya_jax.query.auto import Auto
 
 SKETCH_FROM = 4096
@@ -131,14 +131,15 @@ def plan_for(
         if not isinstance(asked, Plan):
             raise RequestError(
                 f"attention={asked!r}: use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), "
-                "TopK(k), a Plan of one, or Auto(...) for all layers"
+                "TopK(k), Tiles(...), a Plan of one, or Auto(...) for all layers"
             )
         query = asked.query
-        for number in ("beta", "recovery") if isinstance(query, DIPR) else ():
+        for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():
             shape = np.shape(getattr(query, number))
-            if shape not in ((), (heads,)):
+            if shape and (shape != (heads,) or (isinstance(query, Tiles) and number == "recovery")):
                 raise RequestError(
-                    f"DIPR({number} of shape {shape}): the model has {heads} query heads"
+                    f"{type(query).__name__}({number} of shape {shape}): the model has {heads} "
+                    "query heads; give one number, or for a range one a head"
                 )
         if not asked.retrieves:
             return Plan(query)

@@ -209,6 +209,8 @@ def test_what_was_not_analyzed_is_said(session, db):
             call()
     with pytest.raises(RequestError, match="one of"):
         found.plot("colours")
+    with pytest.raises(RequestError, match="Tiles answers for blocks"):
+        session.explain(analyze=True, attention=aj.Tiles(beta=5.0))
     session.close()
     assert session.explain().tokens == [50]
     with pytest.raises(RequestError, match="closed"):
