@@ -164,6 +164,10 @@ def test_memory_goes_to_the_layers_that_gain_most(calibration):
         found = choose(Auto(device_memory=base + room), work(8192), MACHINE, calibration)
         assert found.memory <= base + room
         assert [i for i, x in enumerate(found.layers) if x.plan.index == aj.Sketch()] == sketched
+    # The memory that a refusal names is that of the fewest indexes.
+    tpot = choose(Auto(device_memory=base + 2 * one), work(8192), MACHINE, calibration).seconds
+    with pytest.raises(PlanError, match=rf"device_memory={base + 2 * one} "):
+        choose(Auto(tpot=1.001 * tpot, device_memory=base), work(8192), MACHINE, calibration)
     assert "no memory left" in found.layers[1].reason
     assert "no memory" not in found.layers[0].reason
     # The device's own limit counts where none is given.
