@@ -8,7 +8,6 @@ session, rest = db.create_session(document + question)
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
@@ -19,13 +18,8 @@ from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
+from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore
-
-_UNITS = {"": 1, "B": 1, "kB": 1000} | {
-    f"{prefix}{ending}": base**power
-    for ending, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +41,7 @@ class Budget:
         Raises:
           RequestError: not a size.
         """
-        if isinstance(self.device, int | np.integer):
-            size = int(self.device)
-        else:
-            number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)\s*"
-            match = re.fullmatch(number, self.device) if isinstance(self.device, str) else None
-            if not match or match[2] not in _UNITS:
-                raise RequestError(f"Budget(device={self.device!r}): use bytes, or e.g. '8GiB'")
-            size = int(float(match[1]) * _UNITS[match[2]])
-        if size <= 0:
-            raise RequestError(f"Budget(device={self.device!r}): must be positive")
-        return size
+        return bytes_of(self.device, "Budget(device=...)")
 
 
 class Context:

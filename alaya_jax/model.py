@@ -29,6 +29,7 @@ class Model:
       name: for people.
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
+      directory: of the checkpoint's files; None where it is one file, or was not read from any.
     """
 
     config: LlamaConfig
@@ -39,6 +40,7 @@ class Model:
     mesh: Mesh | None = None
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
     max_length: int | None = None
+    directory: Path | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -132,9 +134,7 @@ def load(
     declared = read.config.max_length
     if max_length is not None and not 1 <= max_length <= declared:
         raise RequestError(f"load: max_length={max_length}; {path_or_name} declares {declared:,}")
-    fingerprint = read.fingerprint
-    if read.config.rope.rope_type == "dynamic":  # its keys depend on the length
-        fingerprint += f"-rope{max_length or declared}"
+    fingerprint = served_as(read.fingerprint, read.config, max_length)
     return Model(
         config=read.config,
         params=read.params,
@@ -144,4 +144,12 @@ def load(
         mesh=mesh,
         rules=rules,
         max_length=max_length,
+        directory=read.source if read.source.is_dir() else None,
     )
+
+
+def served_as(fingerprint: str, config: LlamaConfig, max_length: int | None = None) -> str:
+    """The fingerprint of a checkpoint's keys: with dynamic RoPE they depend on the length."""
+    if config.rope.rope_type != "dynamic":
+        return fingerprint
+    return f"{fingerprint}-rope{max_length or config.max_length}"

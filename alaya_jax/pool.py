@@ -246,7 +246,7 @@ class PagePool:
         if self._shards > 1:
             return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
-        width = min(_bucket(longest, TABLE_WIDTH, 4), self.num_pages - 1)
+        width = min(table_width(longest), self.num_pages - 1)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)
@@ -261,7 +261,7 @@ class PagePool:
         per_shard = self.num_pages // self._shards
         placed = [np.divmod(s.pages, per_shard) for s in sequences]
         longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
-        width = min(_bucket(longest, TABLE_WIDTH // self._shards or 1, 4), per_shard - 1)
+        width = min(table_width(longest, self._shards), per_shard - 1)
         shape = (len(sequences), self._shards, width)
         pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
         for b, (shard, local) in enumerate(placed):
@@ -328,6 +328,11 @@ class _LayerState:
 
     index: LayerIndex
     built: np.ndarray
+
+
+def table_width(pages: int, shards: int = 1) -> int:
+    """Entries of a page table for so many pages; of each device's, with so many devices."""
+    return _bucket(pages, TABLE_WIDTH // shards or 1, 4)
 
 
 def _bucket(count: int, smallest: int, factor: int) -> int:

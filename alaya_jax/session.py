@@ -20,8 +20,12 @@ from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
+from alaya_jax.query.auto import Auto
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.plan import Attention, Plans, of_layer, plan_for
+from alaya_jax.query.optimizer import Choice
+from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
+from alaya_jax.query.report import report
+from alaya_jax.query.situation import choose_for
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
@@ -70,6 +74,8 @@ class Session:
         first.
         """
         self.reads: dict[str, Reads] = {}
+        self.choice: Choice | None = None
+        """What `Auto` chose last, and why."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -159,13 +165,24 @@ class Session:
         if not max(len(row) for row in rows):
             raise RequestError("prefill: there are no tokens to run the model over")
         longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
-        plans = self.plans(attention, longest)
+        plans = self.plans(attention, longest, prefill=True)
         self.make_room([len(row) for row in rows])
         return self.feed(rows, plans, on_chunk)
 
-    def plans(self, attention: Attention | None, length: int) -> Plans:
-        """What answers `attention`, default `Full()`, in sequences of up to so many tokens."""
-        return plan_for(Full() if attention is None else attention, self.model.config, length)
+    def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
+        """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
+
+        A prefill reads each key for many queries at once, so `Auto` has it read every key.
+        """
+
+        def choose(auto: Auto) -> Plans:
+            if prefill:
+                return Plan(Full())
+            self.choice = choose_for(auto, self, length)
+            return self.choice.plans
+
+        asked = Full() if attention is None else attention
+        return plan_for(asked, self.model.config, length, choose)
 
     def feed(
         self,
@@ -370,7 +387,7 @@ class Session:
         table = dataclasses.replace(table, length=table.length - t)
         kv = self.pool.kv
         count = jnp.full(batch, t, jnp.int32)
-        plans = self.plans(query, max(self.lengths) + t)
+        plans = self.plans(query, max(self.lengths) + t, prefill=t > 1)
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
         indexed = self.pool.cover(plans, self.sequences)
         out, counts = engine.attend(
@@ -409,16 +426,32 @@ class Session:
         other.pending = [list(p) for p in self.pending]
         return other
 
-    def explain(self) -> Explanation:
-        """What this session asked of its keys and what was really read, by phase and layer."""
+    def explain(
+        self,
+        analyze: bool = False,
+        attention: Attention | None = None,
+        *,
+        sequence: int = 0,
+    ) -> Explanation:
+        """What this session asked of its keys and what was really read, by phase and layer.
+
+        Args:
+          analyze: also runs the last cached token's attention again, each layer timed and held
+            against full attention: the true share of the mass, the error of the output, the keys
+            attended to. The cache is only read.
+          attention: the plan to show and to analyze; default what decoding did last (or the
+            prefill, or `Full()`).
+          sequence: of a batch, which to analyze.
+
+        Raises:
+          RequestError: there is nothing to analyze, or the session is closed.
+          PlanError: what an `Auto` asks cannot be had.
+        """
         if not self._release.alive:
+            if analyze or attention is not None:
+                raise RequestError("the session is closed; what it read is explain() without more")
             return self._explanation
-        return Explanation(
-            tokens=self.lengths,
-            reused=self.reused,
-            contexts=[c.id if c else None for c in self.contexts],
-            phases=dict(self.reads),
-        )
+        return report(self, analyze, attention, sequence)
 
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from alaya_jax.db import DB, Budget, Context
     from alaya_jax.model import Model
-    from alaya_jax.query import Query
+    from alaya_jax.query.plan import Attention
     from alaya_jax.sampling import Sampling
 
 _LEAST_ROOM = 8192
@@ -164,7 +164,7 @@ def answer(
     db: "DB",
     prompt: "np.ndarray",
     *,
-    attention: "Query",
+    attention: "Attention",
     sampling: "Sampling",
     max_new_tokens: int,
     on_text: Callable[[str], None] = lambda text: None,
