@@ -31,3 +31,7 @@ class ContextError(AlayaError):
 
 class DatabaseError(AlayaError):
     """A database path that cannot be opened: unwritable, locked, or not a database."""
+
+
+class KernelError(AlayaError):
+    """An operation that no implementation can run as asked: says why for each."""
