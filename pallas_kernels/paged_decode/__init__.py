@@ -1,18 +1,25 @@
 """Attention of one query token a sequence over listed pages: the decode step's read of the cache.
 
 Dense decode lists all pages of a sequence (one list for all kv heads); sparse decode lists what
-retrieval selected for each kv head. The result is a partial attention `(out, lse)`, so that what lies
-elsewhere (another shard, another tier, the window) can be merged with it.
+retrieval selected for each kv head. The result is a partial attention `(out, lse)`, so that what
+lies elsewhere (another shard, another tier, the window) can be merged with it.
 """
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import KernelError
-from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target
-from alaya_jax.pallas_kernels.paged_decode import mosaic_gpu, reference, xla
+from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
+from alaya_jax.pallas_kernels.paged_decode import reference, xla
 from alaya_jax.pallas_kernels.paged_decode.keys import Keys, PagedDecode, wrong_shapes
+
+HEAD_DIMS = (64, 96, 128)
+"""That the Hopper kernel takes."""
+
+PAGE_SIZES = (16, 32, 64)
+"""That the Hopper kernel takes: whole pages fill a tile of 64 keys."""
 
 
 def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
@@ -20,10 +27,33 @@ def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
+def _unfit_for_mosaic_gpu(
+    target: Target, q: Any, k_pages: Any, v_pages: Any, keys: Keys, *rest: Any, **options: Any
+) -> str | None:
+    del q, v_pages, rest, options
+    if (why := not_a_hopper(target)) is not None:
+        return why
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"pages are {k_pages.dtype}; needs bfloat16 or float16"
+    if k_pages.shape[3] not in HEAD_DIMS:
+        return f"head_dim is {k_pages.shape[3]}; needs one of {HEAD_DIMS}"
+    if k_pages.shape[2] not in PAGE_SIZES:
+        return f"the page size is {k_pages.shape[2]} tokens; needs one of {PAGE_SIZES}"
+    if keys.page_ids.shape[2] == 0:
+        return "the lists of pages have room for no page"
+    return None
+
+
+def _mosaic_gpu(*args: Any, **options: Any) -> PagedDecode:
+    from alaya_jax.pallas_kernels.paged_decode import mosaic_gpu  # slow to import
+
+    return mosaic_gpu.paged_decode(*args, **options)
+
+
 OP = Op(
     "paged_decode",
     (
-        Candidate("mosaic_gpu", mosaic_gpu.unfit, mosaic_gpu.paged_decode, wants_target=True),
+        Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
         Candidate("xla", _fits, xla.paged_decode, wants_target=True),
         Candidate("reference", _fits, reference.paged_decode, automatic=False),
     ),
@@ -56,7 +86,7 @@ def paged_decode(
       q: rotated, unscaled queries.
       k_pages, v_pages: pool of one layer, float; or int8 or fp8, with scales.
       page_ids: pages each sequence and kv head reads; J is K, or 1: one list for all kv heads.
-        Entries past `count` are never read. A page may hold anything at positions not seen, NaN too.
+        Entries past `count` are never read. Where a page is not seen it may hold anything, NaN too.
       count: how many entries are real.
       length: positions `low <= p < length` are seen.
       starts: position of the first token of each listed page; None: entry n of a list holds the

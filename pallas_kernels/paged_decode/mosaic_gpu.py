@@ -1,4 +1,4 @@
-"""`paged_decode` for Hopper: Pallas, Mosaic GPU.
+r"""`paged_decode` for Hopper: Pallas, Mosaic GPU.
 
 Decoding reads each key once and does little with it, so the kernel is about bytes in flight, and
 about registers only as far as they keep a second block off a multiprocessor.
@@ -6,7 +6,7 @@ about registers only as far as they keep a second block off a multiprocessor.
     grid: (row = sequence x kv head) x (split of the row's list of pages)      one warpgroup a block
 
     list of pages  [ 7 | 3 | 9 | 4 | 1 | 8 | 2 | 5 | ...]      Z = 16: four pages fill one tile
-                    \\____________/ \\____________/
+                    \____________/ \____________/
                        tile 0           tile 1            ...   64 keys each
 
     GMEM    K page, V page              TMA, one copy a page, swizzled to what wgmma reads
@@ -18,7 +18,7 @@ about registers only as far as they keep a second block off a multiprocessor.
     regs    mask, max over keys, p = 2^(..)     4 numbers a thread
               |                           |
     SMEM    P [N, 64]                     |     written transposed
-               \\__________  ____________/
+               \__________  ____________/
     wgmma   O^T [D, N] = V^T P^T                8 numbers a thread for D = 128
               |
     GMEM    O^T, max, sum of each split   ->    merged in XLA (a few hundred KB at most)
@@ -42,14 +42,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from alaya_jax.pallas_kernels.dispatch import Target, not_a_hopper
+from alaya_jax.pallas_kernels import mosaic
+from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode
 
 TILE = 64
 """Keys a tile: the rows of one wgmma."""
 
-HEAD_DIMS = (64, 96, 128)
-PAGE_SIZES = (16, 32, 64)
 _NOWHERE = 1 << 30  # a position that no sequence reaches
 
 
@@ -71,20 +70,6 @@ class Tuning:
         """How many blocks share one row of at most `tiles` tiles."""
         wanted = self.splits or max(1, self.blocks // rows)
         return max(1, min(wanted, tiles))
-
-
-def unfit(target: Target, q: Any, k_pages: Any, v_pages: Any, keys: Keys, *_: Any, **__: Any) -> str | None:
-    """Why this kernel cannot run a call; None if it can."""
-    del v_pages, keys
-    if (why := not_a_hopper(target)) is not None:
-        return why
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"pages are {k_pages.dtype}; needs bfloat16 or float16"
-    if k_pages.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {k_pages.shape[3]}; needs one of {HEAD_DIMS}"
-    if k_pages.shape[2] not in PAGE_SIZES:
-        return f"the page size is {k_pages.shape[2]} tokens; needs one of {PAGE_SIZES}"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +120,8 @@ def paged_decode(
     tuning: Tuning = Tuning(),
 ) -> PagedDecode:
     """See `paged_decode.paged_decode`."""
-    assert k_scale is None and v_scale is None
+    assert k_scale is None
+    assert v_scale is None
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
     groups = heads // kv_heads
@@ -187,10 +173,7 @@ def paged_decode(
 
 
 def _kernel(shape: _Shape, target: Target) -> Any:
-    swizzled = (
-        plgpu.TilingTransform((8, shape.swizzle // 2)),
-        plgpu.SwizzleTransform(shape.swizzle),
-    )
+    swizzled = mosaic.swizzled(shape.swizzle, jnp.dtype(shape.dtype).itemsize)
     per_split = (shape.rows, shape.splits)
     kv_tiles = plgpu.SMEM((shape.stages, TILE, shape.dim), shape.dtype, transforms=swizzled)
     arrives = functools.partial(plgpu.Barrier, num_arrivals=shape.pages, num_barriers=shape.stages)
@@ -203,28 +186,35 @@ def _kernel(shape: _Shape, target: Target) -> Any:
             per_head,
             per_head,
         ),
-        scratch_types=dict(
-            q_smem=plgpu.SMEM((shape.heads, shape.dim), shape.dtype, transforms=swizzled),
-            k_smem=kv_tiles,
-            v_smem=kv_tiles,
-            p_smem=plgpu.SMEM((shape.heads, TILE), shape.dtype, transforms=swizzled),
-            q_arrived=plgpu.Barrier(),
-            k_arrived=arrives(),
-            v_arrived=arrives(),
-        ),
+        scratch_types={
+            "q_smem": plgpu.SMEM((shape.heads, shape.dim), shape.dtype, transforms=swizzled),
+            "k_smem": kv_tiles,
+            "v_smem": kv_tiles,
+            "p_smem": plgpu.SMEM((shape.heads, TILE), shape.dtype, transforms=swizzled),
+            "q_arrived": plgpu.Barrier(),
+            "k_arrived": arrives(),
+            "v_arrived": arrives(),
+        },
         grid=per_split,
         grid_names=("row", "split"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if target.interpret else {}),
+        interpret=mosaic.interpret(target),
     )
 
 
-def _body(shape: _Shape, q_ref: Any, ids_ref: Any, count_ref: Any, range_ref: Any, *refs: Any, **scratch: Any) -> None:
-    refs = list(refs)
-    starts_ref = refs.pop(0) if shape.starts else None
-    floor_ref = refs.pop(0) if shape.threshold else None
-    k_ref, v_ref, acc_ref, top_ref, total_ref, kept_ref = refs
+def _body(
+    shape: _Shape,
+    q_ref: Any,
+    ids_ref: Any,
+    count_ref: Any,
+    range_ref: Any,
+    *refs: Any,
+    **scratch: Any,
+) -> None:
+    *optional, k_ref, v_ref, acc_ref, top_ref, total_ref, kept_ref = refs
+    starts_ref = optional[0] if shape.starts else None
+    floor_ref = optional[-1] if shape.threshold else None
     q_smem, k_smem, v_smem, p_smem = (scratch[f"{x}_smem"] for x in "qkvp")
     q_arrived, k_arrived, v_arrived = (scratch[f"{x}_arrived"] for x in "qkv")
 
@@ -238,33 +228,34 @@ def _body(shape: _Shape, q_ref: Any, ids_ref: Any, count_ref: Any, range_ref: An
     low, high = range_ref[batch, 0], range_ref[batch, 1]
     gap_low, gap_high = (range_ref[batch, 2], range_ref[batch, 3]) if shape.gap else (0, 0)
 
-    def issue(step: Any) -> None:
-        """Starts the copies of one tile's pages. Past the list's end its last page comes again."""
+    def page_ids(step: Any) -> list[Any]:
+        """The pages of one tile. Past the list's end its last page comes again."""
+        begin = (first + step) * shape.pages
+        last = jnp.maximum(count - 1, 0)
+        return [ids_ref[batch, which, jnp.minimum(begin + j, last)] for j in range(shape.pages)]
+
+    def issue(step: Any, pages: list[Any]) -> None:
+        """Starts the copies of one tile."""
         slot = lax.rem(step, shape.stages)
-        for j in range(shape.pages):
-            entry = jnp.minimum((first + step) * shape.pages + j, count - 1)
-            page = ids_ref[batch, which, entry]
-            rows = pl.ds(j * shape.page_size, shape.page_size)
-            plgpu.copy_gmem_to_smem(
-                k_ref.at[head, page], k_smem.at[slot, rows], k_arrived.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(
-                v_ref.at[head, page], v_smem.at[slot, rows], v_arrived.at[slot]
-            )
+        for smem, ref, arrived in ((k_smem, k_ref, k_arrived), (v_smem, v_ref, v_arrived)):
+            for j, page in enumerate(pages):
+                rows = pl.ds(j * shape.page_size, shape.page_size)
+                plgpu.copy_gmem_to_smem(ref.at[head, page], smem.at[slot, rows], arrived.at[slot])
 
     plgpu.copy_gmem_to_smem(q_ref.at[row], q_smem, q_arrived)
     for step in range(shape.stages - 1):
-        pl.when(step < steps)(functools.partial(issue, jnp.int32(step)))
+        pages = page_ids(step)
+        pl.when(step < steps)(functools.partial(issue, jnp.int32(step), pages))
     wgmma = plgpu.Layout.WGMMA
     per_key = functools.partial(plgpu.broadcasted_iota, jnp.int32)
     tile_shape = (TILE, shape.heads)
     floor = None
     if floor_ref is not None:
-        floor = plgpu.load(floor_ref.at[row], (), layout=wgmma.reduce(0))
+        floor = plgpu.load(floor_ref.at[row], (), layout=wgmma.reduce(0), optimized=False)
     plgpu.barrier_wait(q_arrived)
 
     def visit(step: Any, carry: Any) -> Any:
-        top, total, kept, acc = carry
+        pages, top, total, kept, acc = carry
         slot = lax.rem(step, shape.stages)
         tile = first + step
         begins = []  # position of each page's first key; of a page that is not there, nowhere
@@ -299,7 +290,7 @@ def _body(shape: _Shape, q_ref: Any, ids_ref: Any, count_ref: Any, range_ref: An
             plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.transpose((1, 0)))
             return acc_ref[...]
 
-        scores = pl.run_scoped(score, plgpu.ACC(tile_shape, jnp.float32))
+        scores = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef(tile_shape, jnp.float32))
         keep = seen(per_key(tile_shape, 0, layout=wgmma))
         if floor is not None:
             keep = keep & (scores >= lax.broadcast_in_dim(floor, tile_shape, [1]))
@@ -319,9 +310,9 @@ def _body(shape: _Shape, q_ref: Any, ids_ref: Any, count_ref: Any, range_ref: An
 
         plgpu.commit_smem()
         # Every warp is past its reads of the tile before this one: its slot is free.
-        pl.when(step + (shape.stages - 1) < steps)(
-            functools.partial(issue, step + (shape.stages - 1))
-        )
+        ahead = step + (shape.stages - 1)
+        pl.when(ahead < steps)(functools.partial(issue, ahead, pages))
+        pages = page_ids(ahead + 1)  # read a tile early: nothing waits for them
         total = total * lax.broadcast_in_dim(fade, tile_shape, [1]) + p
         kept = kept + jnp.where(keep, 1.0, 0.0)
 
@@ -334,21 +325,23 @@ def _body(shape: _Shape, q_ref: Any, ids_ref: Any, count_ref: Any, range_ref: An
         for (begin, size), old in zip(shape.d_blocks, acc, strict=True):
             out_shape = (size, shape.heads)
             new = pl.run_scoped(
-                functools.partial(weigh, begin, size), plgpu.ACC(out_shape, jnp.float32)
+                functools.partial(weigh, begin, size),
+                plgpu.WGMMAAccumulatorRef(out_shape, jnp.float32),
             )
             new_acc.append(old * lax.broadcast_in_dim(fade, out_shape, [1]) + new)
-        return new_top, total, kept, tuple(new_acc)
+        return pages, new_top, total, kept, tuple(new_acc)
 
     def full(size: tuple[int, ...], value: float, layout: Any) -> Any:
         return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
 
     start = (
+        page_ids(shape.stages - 1),
         full((shape.heads,), LOWEST, wgmma.reduce(0)),
         full(tile_shape, 0.0, wgmma),
         full(tile_shape, 0.0, wgmma),
         tuple(full((size, shape.heads), 0.0, wgmma) for _, size in shape.d_blocks),
     )
-    top, total, kept, acc = lax.fori_loop(0, steps, visit, start)
+    _, top, total, kept, acc = lax.fori_loop(0, steps, visit, start)
     top_ref[row, split] = top
     total_ref[row, split] = total.sum(axis=0)
     kept_ref[row, split] = kept.sum(axis=0)

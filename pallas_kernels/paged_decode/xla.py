@@ -28,7 +28,7 @@ def paged_decode(
     want_kept: bool,
     target: Target,
 ) -> PagedDecode:
-    """See `paged_decode.paged_decode`. Matmuls in the pages' type; float32 on CPU (faster there)."""
+    """See `paged_decode.paged_decode`. Matmuls in the pages' type; on CPU in float32, faster."""
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
     groups = heads // kv_heads
@@ -112,4 +112,3 @@ def paged_decode(
     lse = jnp.where(total > 0, scale * top.reshape(batch, heads) + jnp.log(safe), -jnp.inf)
     out = acc.reshape(q.shape) / safe[..., None]
     return PagedDecode(out, lse, kept.reshape(batch, heads) if want_kept else None)
-
