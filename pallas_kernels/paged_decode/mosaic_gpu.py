@@ -251,7 +251,7 @@ def _body(
     tile_shape = (TILE, shape.heads)
     floor = None
     if floor_ref is not None:
-        floor = plgpu.load(floor_ref.at[row], (), layout=wgmma.reduce(0), optimized=False)
+        floor = plgpu.load(floor_ref.at[row], layout=wgmma.reduce(0), optimized=False)
     plgpu.barrier_wait(q_arrived)
 
     def visit(step: Any, carry: Any) -> Any:
@@ -305,7 +305,7 @@ def _body(
         @pl.when(jnp.logical_not(whole))
         def _blank() -> None:
             keep_v = seen(per_key((TILE, shape.dim), 0, layout=wgmma))
-            v_tile = plgpu.load(v_smem.at[slot], (), layout=wgmma)
+            v_tile = plgpu.load(v_smem.at[slot], layout=wgmma)
             v_smem.at[slot][...] = jnp.where(keep_v, v_tile, jnp.zeros_like(v_tile))
 
         plgpu.commit_smem()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode, all_starts
+from alaya_jax.pallas_kernels.sharded import vary_like
 
 BLOCK_TOKENS = 512
 """Keys a step: large enough for the loop's overhead, small enough to stay in a core's cache."""
@@ -87,12 +88,13 @@ def paged_decode(
         return new_top, total, acc * fade[..., None] + weighted, kept
 
     def start(r: int) -> tuple[Array, ...]:
-        return (
+        carry = (
             jnp.full((r, groups), LOWEST, jnp.float32),
             jnp.zeros((r, groups), jnp.float32),
             jnp.zeros((r, groups, dim), jnp.float32),
             jnp.zeros((r, groups), jnp.int32),
         )
+        return vary_like(carry, q, k_pages, v_pages, keys, k_scale, v_scale)
 
     trips = -(-jnp.clip(count, 0, n) // block)
     if on_cpu:
