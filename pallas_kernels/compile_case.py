@@ -57,7 +57,7 @@ class CompileCase:
         cannot step in.
       arguments: pytree of `jax.ShapeDtypeStruct`, positional arguments of `call`.
       kernels: names of the Mosaic kernels it must contain.
-      claims: "wgmma" and "tma", where the first of the kernels must contain such instructions.
+      claims: of "wgmma", "tma" and "fences", what the first of the kernels must contain.
       work: for the roofline.
     """
 

@@ -21,6 +21,7 @@ class KernelReport:
       threads: of a block.
       grid: number of blocks.
       wgmma, tma: such instructions in the PTX.
+      fences: between what threads write to shared memory and what wgmma and TMA see of it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class KernelReport:
     grid: int
     wgmma: int
     tma: int
+    fences: int
 
     def blocks_a_core(self, device: Device) -> int:
         """Occupancy: how many blocks a multiprocessor holds at a time."""
@@ -94,4 +96,5 @@ def _read(path: Path) -> KernelReport:
         grid=blocks[0] * blocks[1] * blocks[2],
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        fences=len(re.findall(r"fence\.proxy\.async", ptx)),
     )

@@ -56,7 +56,7 @@ def case(
         call=functools.partial(_call, want_kept="threshold" in features),
         arguments=arguments,
         kernels=("paged_decode",),
-        claims=frozenset({"wgmma", "tma"}),
+        claims=frozenset({"wgmma", "tma", "fences"}),
         work=work(batch, kv_heads, groups, dim, listed * size, jnp.dtype(dtype).itemsize),
     )
 

@@ -72,6 +72,10 @@ class Tuning:
         return max(1, min(wanted, tiles))
 
 
+SIMULATED = Tuning(stages=2, splits=2)
+"""In the simulator: so that a few tiles are enough to use each slot again, and there is a merge."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shape:
     """What the kernel is compiled for. J: lists a sequence; N: padded heads of a kv head."""
@@ -117,9 +121,10 @@ def paged_decode(
     scale: float,
     want_kept: bool,
     target: Target,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
 ) -> PagedDecode:
     """See `paged_decode.paged_decode`."""
+    tuning = tuning or (SIMULATED if target.interpret else Tuning())
     assert k_scale is None
     assert v_scale is None
     batch, heads, dim = q.shape

@@ -21,7 +21,7 @@ class Sizes:
     groups: int = 3
     dim: int = 64
     size: int = 16
-    listed: int = 9
+    listed: int = 17
     lists: int = 2
     features: tuple[str, ...] = ("starts", "low", "gap_low", "gap_high", "threshold")
     dtype: str = "bfloat16"
@@ -162,12 +162,12 @@ def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 VARIANTS = {
-    "one list, Z 16, D 128": Sizes(batch=1, groups=4, dim=128, lists=1, listed=7, features=()),
+    "one list, Z 16, D 128": Sizes(batch=1, groups=4, dim=128, lists=1, listed=19, features=()),
     "D 96, Z 32, float16": Sizes(
-        batch=1, dim=96, size=32, listed=3, dtype="float16", features=("starts", "threshold")
+        batch=1, dim=96, size=32, listed=9, dtype="float16", features=("starts", "threshold")
     ),
     "Z 64, 12 heads a group": Sizes(
-        batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=3, features=("low",)
+        batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=5, features=("low",)
     ),
 }
 """Static sizes that each get one plain case; `Sizes()` gets every kind."""

@@ -117,15 +117,15 @@ def test_what_cannot_run_says_why():
     assert choose(**arrays).implementation == "xla"
     assert "needs a Hopper" in str(choose(**arrays))
     cases = {
-        "head_dim is 80": {"q": (2, 6, 80), "k_pages": (2, 21, 16, 80), "v_pages": (2, 21, 16, 80)},
-        "page size is 8 tokens": {"k_pages": (2, 21, 8, 64), "v_pages": (2, 21, 8, 64)},
+        "head_dim is 80": {"q": (2, 6, 80), "k_pages": (2, 37, 16, 80), "v_pages": (2, 37, 16, 80)},
+        "page size is 8 tokens": {"k_pages": (2, 37, 8, 64), "v_pages": (2, 37, 8, 64)},
     }
     for reason, shapes in cases.items():
         changed = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
         assert reason in str(choose(**{**arrays, **changed}, target=H100))
         with pytest.raises(KernelError, match=reason):
             choose(**{**arrays, **changed}, implementation="mosaic_gpu", target=H100)
-    wide = jax.ShapeDtypeStruct((2, 21, 16, 64), jnp.float32)
+    wide = jax.ShapeDtypeStruct((2, 37, 16, 64), jnp.float32)
     assert "float32" in str(choose(**{**arrays, "k_pages": wide, "v_pages": wide}, target=H100))
 
 
@@ -133,10 +133,10 @@ def test_what_cannot_run_says_why():
     ("name", "shape"),
     [
         ("q", (2, 5, 64)),
-        ("v_pages", (2, 21, 16, 32)),
+        ("v_pages", (2, 37, 16, 32)),
         ("page_ids", (2, 3, 9)),
         ("count", (2, 1)),
-        ("starts", (2, 2, 8)),
+        ("starts", (2, 2, 9)),
         ("length", (3,)),
         ("threshold", (2, 5)),
         ("gap_low", None),
