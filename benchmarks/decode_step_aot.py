@@ -4,9 +4,9 @@
         [--context 131072] [--batch 1] [--target h100] [--json]
 
 Nothing runs: the program is compiled from shapes (see `make aot` for what that needs), sharded as
-`aj.ShardingRules` says. Two programs: "engine" is `alaya_jax.programs.decode`, the one that decodes;
-"paged_decode" is the model with every layer's attention answered by the `paged_decode` kernel inside
-shard_map. Exits with 1 if a program does not fit the device.
+`aj.ShardingRules` says. Two programs: "engine" is `alaya_jax.programs.decode`, which decodes;
+"paged_decode" is the model with every layer's attention answered by the `paged_decode` kernel
+inside shard_map. Exits with 1 if a program does not fit the device.
 """
 
 import argparse
@@ -200,8 +200,8 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['model']} ({row['layers']} layers), {row['program']}, {row['gpus']} x "
         f"{row['target']}, batch {row['batch']}, {row['context']:,} tokens: "
-        f"{row['peak_gb']:.2f} GB a device (arguments {row['arguments_gb']:.2f}, of them updated in "
-        f"place {row['updated_in_place_gb']:.2f}, temporary {row['temporary_gb']:.2f}); "
+        f"{row['peak_gb']:.2f} GB a device (arguments {row['arguments_gb']:.2f}, of them updated "
+        f"in place {row['updated_in_place_gb']:.2f}, temporary {row['temporary_gb']:.2f}); "
         f"{row['kernels']} Mosaic kernels; collectives: {told or 'none'}; "
         f"{row['compile_s']} s to compile"
     )

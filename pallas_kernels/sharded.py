@@ -1,4 +1,4 @@
-"""What a loop inside shard_map needs: a carry that varies over the mesh axes its inputs vary over."""
+"""What a loop inside shard_map needs: a carry that varies over the mesh axes of its inputs."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """One table of cases for every implementation of `paged_decode`, on the CPU or on a device.
 
-A case is a set of arrays. Everything that must not be read is NaN, and ids past a list's count are no
-pages at all, so that an implementation that looks where it should not gives itself away.
+A case is a set of arrays. Everything that must not be read is NaN, and ids past a list's count are
+no pages at all, so that an implementation that looks where it should not gives itself away.
 """
 
 import dataclasses

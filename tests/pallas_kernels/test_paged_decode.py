@@ -8,7 +8,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from alaya_jax.errors import KernelError
-from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.dispatch import H100, INTERPRET
 from alaya_jax.pallas_kernels.paged_decode import choose, mosaic_gpu, paged_decode
 
@@ -91,8 +90,8 @@ def tuned(arrays, tuning):
 def test_runs_inside_a_sharded_program(name, rng):
     """kv heads over two devices, as the engine lays them out.
 
-    The simulator ends its barriers when the first of several devices is done, so there is one; `make
-    aot` compiles the kernel for eight.
+    The simulator ends its barriers when the first of several devices is done, so there is one;
+    `benchmarks/decode_step_aot.py` compiles the kernel for eight.
     """
     devices = 1 if name == "mosaic_gpu" else 2
     sizes = dataclasses.replace(Sizes(), features=("starts",))
