@@ -47,9 +47,9 @@ def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[
 
 
 def _wrong(table: Any, run: Any, sizes: Any, kind: str, rng: np.random.Generator) -> str | None:
-    floats = ("q", "k_pages", "v_pages")
     arrays = table.make(sizes, kind, rng)
-    typed = {n: jnp.asarray(x, sizes.dtype if n in floats else None) for n, x in arrays.items()}
+    typed = {name: jnp.asarray(x, table.dtype_of(name, sizes)) for name, x in arrays.items()}
+    floats = ("q", "k_pages", "v_pages")
     seen = {n: np.asarray(x, np.float32) if n in floats else arrays[n] for n, x in typed.items()}
     with np.errstate(invalid="ignore"):
         out, lse, kept = table.truth(seen, sizes.lists)

@@ -18,6 +18,9 @@ from alaya_jax.pallas_kernels.paged_decode.keys import Keys, PagedDecode, wrong_
 HEAD_DIMS = (64, 96, 128)
 """That the Hopper kernel takes."""
 
+DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
+"""That the Hopper kernel takes."""
+
 PAGE_SIZES = (16, 32, 64)
 """That the Hopper kernel takes: whole pages fill a tile of 64 keys."""
 
@@ -33,8 +36,8 @@ def _unfit_for_mosaic_gpu(
     del q, v_pages, rest, options
     if (why := not_a_hopper(target)) is not None:
         return why
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"pages are {k_pages.dtype}; needs bfloat16 or float16"
+    if jnp.dtype(k_pages.dtype).name not in DTYPES:
+        return f"pages are {k_pages.dtype}; needs one of {DTYPES}"
     if k_pages.shape[3] not in HEAD_DIMS:
         return f"head_dim is {k_pages.shape[3]}; needs one of {HEAD_DIMS}"
     if k_pages.shape[2] not in PAGE_SIZES:

@@ -41,8 +41,12 @@ def case(
         "threshold": array((batch, heads), f32),
     }
     options = {name: available[name] for name in features}
+    width = jnp.dtype(dtype).itemsize
+    if width == 1:
+        scales = array(pool.shape[:3], f32)
+        options |= {"k_scale": scales, "v_scale": scales}
     arguments = (
-        array((batch, heads, dim), dtype),
+        array((batch, heads, dim), jnp.bfloat16 if width == 1 else dtype),
         pool,
         pool,
         array((batch, lists, listed)),
@@ -57,7 +61,7 @@ def case(
         arguments=arguments,
         kernels=("paged_decode",),
         claims=frozenset({"wgmma", "tma", "fences"}),
-        work=work(batch, kv_heads, groups, dim, listed * size, jnp.dtype(dtype).itemsize),
+        work=work(batch, kv_heads, groups, dim, listed * size, width),
     )
 
 
@@ -68,8 +72,9 @@ def _call(*arguments: Any, want_kept: bool) -> PagedDecode:
 
 def work(batch: int, kv_heads: int, groups: int, dim: int, keys: int, width: int) -> Work:
     """Keys and values once; two matmuls. Queries, lists and results are a thousandth of that."""
+    scales = 4 if width == 1 else 0
     return Work(
-        bytes=2.0 * batch * kv_heads * keys * dim * width,
+        bytes=2.0 * batch * kv_heads * keys * (dim * width + scales),
         flops=4.0 * batch * kv_heads * groups * keys * dim,
     )
 
@@ -94,5 +99,10 @@ def cases() -> tuple[CompileCase, ...]:
         case("Llama-3-70B over 8", 131072, kv_heads=1, groups=8, features=_ALL),
         case("head_dim 96", 32768, dim=96, features=_ALL),
         case("SmolLM2-135M", 8192, kv_heads=3, groups=3, dim=64, features=_ALL),
+        case("8 bits", 131072, features=_ALL, dtype=jnp.int8),
+        case("8 bits", 131072, share=0.05, size=64, features=_ALL, dtype=jnp.int8),
+        case("8 bits", 131072, features=_ALL, dtype=jnp.float8_e4m3fn),
+        case("8 bits", 32768, dim=64, features=_ALL, dtype=jnp.int8),
+        case("8 bits", 32768, dim=96, features=_ALL, dtype=jnp.float8_e4m3fn),
         case("16 heads a group", 32768, kv_heads=2, groups=16, features=_ALL),
     )

@@ -49,6 +49,9 @@ from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode
 TILE = 64
 """Keys a tile: the rows of one wgmma."""
 
+WIDENED = {"int8": jnp.bfloat16, "float8_e4m3fn": jnp.float16}
+"""What 8-bit numbers become in shared memory: a type that holds each of them exactly."""
+
 _NOWHERE = 1 << 30  # a position that no sequence reaches
 
 
@@ -78,7 +81,11 @@ SIMULATED = Tuning(stages=2, splits=2)
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernel is compiled for. J: lists a sequence; N: padded heads of a kv head."""
+    """What the kernel is compiled for.
+
+    `lists` is J; `heads` is N, those of a kv head, padded; `dtype` is what wgmma multiplies,
+    `stored` what pages hold.
+    """
 
     rows: int
     kv_heads: int
@@ -89,6 +96,7 @@ class _Shape:
     splits: int
     stages: int
     dtype: Any
+    stored: Any
     scale: float
     starts: bool
     gap: bool
@@ -100,9 +108,16 @@ class _Shape:
         return TILE // self.page_size
 
     @property
-    def swizzle(self) -> int:
-        """Bytes of the swizzle: the widest that head_dim is a multiple of."""
-        return 128 if self.dim % 64 == 0 else 64
+    def quantized(self) -> bool:
+        """Whether pages hold 8-bit numbers, widened in shared memory before wgmma."""
+        return self.stored != self.dtype
+
+    def smem(self, *size: int, stored: bool = False) -> Any:
+        """Shared memory of rows of head_dim, or of keys, with the widest swizzle that fits both."""
+        dtype = jnp.dtype(self.stored if stored else self.dtype)
+        width = self.dim * dtype.itemsize
+        swizzle = next(s for s in (128, 64, 32) if width % s == 0)
+        return plgpu.SMEM(size, dtype, transforms=mosaic.swizzled(swizzle, dtype.itemsize))
 
     @property
     def d_blocks(self) -> tuple[tuple[int, int], ...]:
@@ -125,8 +140,6 @@ def paged_decode(
 ) -> PagedDecode:
     """See `paged_decode.paged_decode`."""
     tuning = tuning or (SIMULATED if target.interpret else Tuning())
-    assert k_scale is None
-    assert v_scale is None
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
     groups = heads // kv_heads
@@ -142,7 +155,8 @@ def paged_decode(
         page_size=size,
         splits=tuning.splits_of(rows, tiles),
         stages=tuning.stages,
-        dtype=k_pages.dtype,
+        dtype=WIDENED.get(jnp.dtype(k_pages.dtype).name, k_pages.dtype),
+        stored=k_pages.dtype,
         scale=scale,
         starts=keys.starts is not None,
         gap=keys.gap_low is not None,
@@ -161,13 +175,15 @@ def paged_decode(
     if keys.threshold is not None:
         floor = keys.threshold.astype(jnp.float32).reshape(rows, groups)
         operands.append(jnp.pad(floor, pad, constant_values=-jnp.inf))
-    acc, top, total, kept = _kernel(shape, target)(*operands, k_pages, v_pages)
+    scales = [] if k_scale is None else [k_scale, v_scale]
+    acc, top, total, kept = _kernel(shape, target)(*operands, *scales, k_pages, v_pages)
 
     # The second stage: splits of one row are parts of one softmax.
     best = jnp.max(top, axis=1, keepdims=True)
     weight = jnp.exp(scale * (top - best))  # [R, splits, N]
     total = jnp.sum(weight * total, axis=1)[:, :groups]
-    acc = jnp.einsum("rsn,rsdn->rnd", weight, acc)[:, :groups]
+    # Not as a matmul, which a GPU would do in TF32.
+    acc = jnp.sum(weight[:, :, None] * acc, axis=1).swapaxes(1, 2)[:, :groups]
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, scale * best[:, 0, :groups] + jnp.log(safe), -jnp.inf)
     out = acc / safe[..., None]
@@ -178,10 +194,24 @@ def paged_decode(
 
 
 def _kernel(shape: _Shape, target: Target) -> Any:
-    swizzled = mosaic.swizzled(shape.swizzle, jnp.dtype(shape.dtype).itemsize)
     per_split = (shape.rows, shape.splits)
-    kv_tiles = plgpu.SMEM((shape.stages, TILE, shape.dim), shape.dtype, transforms=swizzled)
-    arrives = functools.partial(plgpu.Barrier, num_arrivals=shape.pages, num_barriers=shape.stages)
+    tiles = shape.smem(shape.stages, TILE, shape.dim, stored=True)
+    arrives = plgpu.Barrier(
+        num_arrivals=shape.pages * (2 if shape.quantized else 1), num_barriers=shape.stages
+    )
+    scratch = {
+        "q_smem": shape.smem(shape.heads, shape.dim),
+        "k_smem": tiles,
+        "v_smem": tiles,
+        "p_smem": shape.smem(shape.heads, TILE),
+        "q_arrived": plgpu.Barrier(),
+        "k_arrived": arrives,
+        "v_arrived": arrives,
+    }
+    if shape.quantized:
+        for name in "kv":
+            scratch[f"{name}_wide"] = shape.smem(TILE, shape.dim)
+            scratch[f"{name}_scale"] = plgpu.SMEM((shape.stages, TILE), jnp.float32)
     per_head = jax.ShapeDtypeStruct((*per_split, shape.heads), jnp.float32)
     return plgpu.kernel(
         functools.partial(_body, shape),
@@ -191,15 +221,7 @@ def _kernel(shape: _Shape, target: Target) -> Any:
             per_head,
             per_head,
         ),
-        scratch_types={
-            "q_smem": plgpu.SMEM((shape.heads, shape.dim), shape.dtype, transforms=swizzled),
-            "k_smem": kv_tiles,
-            "v_smem": kv_tiles,
-            "p_smem": plgpu.SMEM((shape.heads, TILE), shape.dtype, transforms=swizzled),
-            "q_arrived": plgpu.Barrier(),
-            "k_arrived": arrives(),
-            "v_arrived": arrives(),
-        },
+        scratch_types=scratch,
         grid=per_split,
         grid_names=("row", "split"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -219,7 +241,8 @@ def _body(
 ) -> None:
     *optional, k_ref, v_ref, acc_ref, top_ref, total_ref, kept_ref = refs
     starts_ref = optional[0] if shape.starts else None
-    floor_ref = optional[-1] if shape.threshold else None
+    floor_ref = optional[int(shape.starts)] if shape.threshold else None
+    k_scale_ref, v_scale_ref = optional[-2:] if shape.quantized else (None, None)
     q_smem, k_smem, v_smem, p_smem = (scratch[f"{x}_smem"] for x in "qkvp")
     q_arrived, k_arrived, v_arrived = (scratch[f"{x}_arrived"] for x in "qkv")
 
@@ -242,7 +265,11 @@ def _body(
     def issue(step: Any, pages: list[Any]) -> None:
         """Starts the copies of one tile."""
         slot = lax.rem(step, shape.stages)
-        for smem, ref, arrived in ((k_smem, k_ref, k_arrived), (v_smem, v_ref, v_arrived)):
+        copies = [(k_ref, k_smem, k_arrived), (v_ref, v_smem, v_arrived)]
+        if shape.quantized:
+            copies.append((k_scale_ref, scratch["k_scale"], k_arrived))
+            copies.append((v_scale_ref, scratch["v_scale"], v_arrived))
+        for ref, smem, arrived in copies:
             for j, page in enumerate(pages):
                 rows = pl.ds(j * shape.page_size, shape.page_size)
                 plgpu.copy_gmem_to_smem(ref.at[head, page], smem.at[slot, rows], arrived.at[slot])
@@ -289,13 +316,31 @@ def _body(
             if shape.gap:
                 whole = whole & ((end <= gap_low) | (begin >= gap_high))
 
+        def operand(name: str, tiles: Any) -> Any:
+            """The tile as wgmma reads it; numbers of 8 bits are widened, exactly."""
+            if not shape.quantized:
+                return tiles.at[slot]
+            wide = scratch[f"{name}_wide"]
+            wide[...] = plgpu.load(tiles.at[slot], layout=wgmma).astype(shape.dtype)
+            return wide
+
+        def factors(name: str) -> Any:
+            """The scale of each key, for all heads."""
+            scale = plgpu.load(scratch[f"{name}_scale"].at[slot], layout=wgmma.reduce(1))
+            return lax.broadcast_in_dim(scale, tile_shape, [0])
+
         plgpu.barrier_wait(k_arrived.at[slot])
+        k_tile = operand("k", k_smem)
+        if shape.quantized:
+            plgpu.commit_smem()
 
         def score(acc_ref: Any) -> Any:
-            plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.transpose((1, 0)))
+            plgpu.wgmma(acc_ref, k_tile, q_smem.transpose((1, 0)))
             return acc_ref[...]
 
         scores = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef(tile_shape, jnp.float32))
+        if shape.quantized:
+            scores = scores * factors("k")
         keep = seen(per_key(tile_shape, 0, layout=wgmma))
         if floor is not None:
             keep = keep & (scores >= lax.broadcast_in_dim(floor, tile_shape, [1]))
@@ -304,14 +349,19 @@ def _body(
         log2e = shape.scale * math.log2(math.e)
         fade = jnp.exp2((top - new_top) * log2e)
         p = jnp.exp2((scores - lax.broadcast_in_dim(new_top, tile_shape, [1])) * log2e)
-        p_smem.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(shape.dtype), wgmma)
+        if not shape.quantized:
+            p_smem.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(shape.dtype), wgmma)
         plgpu.barrier_wait(v_arrived.at[slot])
+        v_tile = operand("v", v_smem)
+        if shape.quantized:  # a scale that is not seen may be NaN, too
+            weight = jnp.where(keep, p * factors("v"), 0.0)
+            p_smem.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(shape.dtype), wgmma)
 
         @pl.when(jnp.logical_not(whole))
         def _blank() -> None:
             keep_v = seen(per_key((TILE, shape.dim), 0, layout=wgmma))
-            v_tile = plgpu.load(v_smem.at[slot], layout=wgmma)
-            v_smem.at[slot][...] = jnp.where(keep_v, v_tile, jnp.zeros_like(v_tile))
+            values = plgpu.load(v_tile, layout=wgmma)
+            v_tile[...] = jnp.where(keep_v, values, jnp.zeros_like(values))
 
         plgpu.commit_smem()
         # Every warp is past its reads of the tile before this one: its slot is free.
@@ -322,7 +372,7 @@ def _body(
         kept = kept + jnp.where(keep, 1.0, 0.0)
 
         def weigh(begin: int, size: int, acc_ref: Any) -> Any:
-            v_block = v_smem.at[slot, :, pl.ds(begin, size)]
+            v_block = v_tile.at[:, pl.ds(begin, size)]
             plgpu.wgmma(acc_ref, v_block.transpose((1, 0)), p_smem.transpose((1, 0)))
             return acc_ref[...]
 

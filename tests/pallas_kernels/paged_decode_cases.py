@@ -90,8 +90,16 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
         for head in range(sizes.kv_heads):
             for page, position in listed_keys(arrays, row, head, j, z):
                 readable[head, page, position % z] |= visible(arrays, row, position)
-    arrays["k_pages"] = np.where(readable[..., None], k, np.nan)
-    arrays["v_pages"] = np.where(readable[..., None], v, np.nan)
+    if eight_bits(sizes):  # whole numbers, to be scaled
+        arrays["k_scale"], arrays["v_scale"] = (
+            np.where(readable, 0.01 + 0.01 * rng.random(pool[:3]), np.nan) for _ in "kv"
+        )
+        k, v = np.clip(np.round(50 * k), -127, 127), np.clip(np.round(50 * v), -127, 127)
+        hidden = np.nan if "float" in sizes.dtype else 127
+    else:
+        hidden = np.nan
+    arrays["k_pages"] = np.where(readable[..., None], k, hidden)
+    arrays["v_pages"] = np.where(readable[..., None], v, hidden)
     return {
         name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32)
         for name, x in arrays.items()
@@ -108,6 +116,20 @@ KINDS = (
     "equal",
     "minus infinity",
 )
+
+
+def eight_bits(sizes: Sizes) -> bool:
+    """Whether pages hold 8-bit numbers, with a scale for each key."""
+    return sizes.dtype in ("int8", "float8_e4m3fn")
+
+
+def dtype_of(name: str, sizes: Sizes) -> str | None:
+    """The type an argument is given in; None: as it is."""
+    if name in ("k_pages", "v_pages"):
+        return sizes.dtype
+    if name == "q":
+        return "bfloat16" if eight_bits(sizes) else sizes.dtype
+    return None
 
 
 def listed_keys(arrays: Any, row: int, head: int, lists: int, size: int) -> list[tuple[int, int]]:
@@ -136,6 +158,8 @@ def visible(arrays: Any, row: int, position: int) -> bool:
 def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """out, lse, kept: key by key, in float64."""
     q, k, v = (arrays[name].astype(np.float64) for name in ("q", "k_pages", "v_pages"))
+    if "k_scale" in arrays:
+        k, v = k * arrays["k_scale"][..., None], v * arrays["v_scale"][..., None]
     batch, heads, dim = q.shape
     groups = heads // k.shape[0]
     out, lse = np.zeros(q.shape), np.full((batch, heads), -INF)
@@ -168,6 +192,10 @@ VARIANTS = {
     ),
     "Z 64, 12 heads a group": Sizes(
         batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=5, features=("low",)
+    ),
+    "int8": Sizes(batch=1, dtype="int8"),
+    "fp8, D 128, Z 32": Sizes(
+        batch=1, kv_heads=1, lists=1, dim=128, size=32, listed=9, features=(), dtype="float8_e4m3fn"
     ),
 }
 """Static sizes that each get one plain case; `Sizes()` gets every kind."""

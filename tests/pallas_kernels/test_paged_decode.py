@@ -11,7 +11,7 @@ from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels.dispatch import H100, INTERPRET
 from alaya_jax.pallas_kernels.paged_decode import choose, mosaic_gpu, paged_decode
 
-from .paged_decode_cases import KINDS, VARIANTS, Sizes, make, truth
+from .paged_decode_cases import KINDS, VARIANTS, Sizes, dtype_of, make, truth
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "target"))
@@ -28,12 +28,11 @@ RUNS = {
 
 
 def rounded(arrays, sizes):
-    """The arrays in the type that the pages have, and the same as numpy sees them."""
+    """The arrays in the types of a call, and the same as numpy sees them."""
+    typed = {name: jnp.asarray(x, dtype_of(name, sizes)) for name, x in arrays.items()}
     floats = ("q", "k_pages", "v_pages")
-    typed = {n: jnp.asarray(x, sizes.dtype if n in floats else None) for n, x in arrays.items()}
-    return typed, {
-        n: np.asarray(x, np.float32) if n in floats else arrays[n] for n, x in typed.items()
-    }
+    seen = {n: np.asarray(x, np.float32) if n in floats else arrays[n] for n, x in typed.items()}
+    return typed, seen
 
 
 def check(got, expected, exact):
