@@ -59,6 +59,7 @@ class CompileCase:
       kernels: names of the Mosaic kernels it must contain.
       claims: of "wgmma", "tma" and "fences", what the first of the kernels must contain.
       work: for the roofline.
+      targets: names of the devices that the kernel is made for.
     """
 
     name: str
@@ -67,3 +68,4 @@ class CompileCase:
     kernels: tuple[str, ...]
     claims: frozenset[str]
     work: Work
+    targets: tuple[str, ...] = ("h100",)

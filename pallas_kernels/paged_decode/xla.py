@@ -1,8 +1,8 @@
 """`paged_decode` in XLA: gathers the listed pages block by block, with a running softmax.
 
 The loop's trip count follows the counts, so cost is that of what was selected, however long the
-list may be. On a CPU each sequence and kv head has a loop of its own, as long as its own list. On a
-GPU all go together, as long as the longest.
+list may be. On a CPU each list has a loop of its own, as long as it is. On a GPU all go together,
+as long as the longest.
 """
 
 import jax.numpy as jnp
@@ -98,12 +98,13 @@ def paged_decode(
 
     trips = -(-jnp.clip(count, 0, n) // block)
     if on_cpu:
+        together = kv_heads if keys.page_ids.shape[1] == 1 else 1  # heads with one list
 
-        def one(row: Array) -> tuple[Array, ...]:
-            which = row[None]
-            return lax.fori_loop(0, trips[row], lambda i, c: visit(which, i, c), start(1))
+        def one(first: Array) -> tuple[Array, ...]:
+            which = first + jnp.arange(together)
+            return lax.fori_loop(0, trips[first], lambda i, c: visit(which, i, c), start(together))
 
-        top, total, acc, kept = lax.map(one, jnp.arange(rows))
+        top, total, acc, kept = lax.map(one, jnp.arange(0, rows, together))
     else:
         which = jnp.arange(rows)
         top, total, acc, kept = lax.fori_loop(
