@@ -88,12 +88,14 @@ def lower_paged_decode(config: LlamaConfig, mesh: Any, x: dict[str, Any]) -> Any
         out = paged_decode(q, k, v, pages, count, length, implementation="mosaic_gpu").out
         return out.astype(q.dtype)
 
-    sharded = jax.shard_map(
-        attend_shard,
-        mesh=mesh,
-        in_specs=(by_head, pool, pool, PartitionSpec(), PartitionSpec(), PartitionSpec()),
-        out_specs=by_head,
-        check_vma=False,
+    sharded = jax.jit(  # so that it is lowered once, not once a layer
+        jax.shard_map(
+            attend_shard,
+            mesh=mesh,
+            in_specs=(by_head, pool, pool, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+            out_specs=by_head,
+            check_vma=False,
+        )
     )
 
     def step(params: Any, kv: PagedKV, table: PageTable, token: Any) -> Any:

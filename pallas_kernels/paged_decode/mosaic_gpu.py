@@ -69,9 +69,14 @@ class Tuning:
     splits: int | None = None
     blocks: int = 264
 
-    def splits_of(self, rows: int, tiles: int) -> int:
-        """How many blocks share one row of at most `tiles` tiles."""
-        wanted = self.splits or max(1, self.blocks // rows)
+    def splits_of(self, batch: int, kv_heads: int, tiles: int) -> int:
+        """How many blocks share one row of at most `tiles` tiles.
+
+        A single sequence gets one round of equal blocks. Several differ in length, and which is
+        the longest is not known here: with two rounds, those of the short ones make room early.
+        """
+        rounds = 1 if batch == 1 else 2
+        wanted = self.splits or max(1, rounds * self.blocks // (batch * kv_heads))
         return max(1, min(wanted, tiles))
 
 
@@ -153,7 +158,7 @@ def paged_decode(
         heads=padded,
         dim=dim,
         page_size=size,
-        splits=tuning.splits_of(rows, tiles),
+        splits=tuning.splits_of(batch, kv_heads, tiles),
         stages=tuning.stages,
         dtype=WIDENED.get(jnp.dtype(k_pages.dtype).name, k_pages.dtype),
         stored=k_pages.dtype,
@@ -249,7 +254,7 @@ def _body(
     row, split = lax.axis_index("row"), lax.axis_index("split")
     batch, head = lax.div(row, shape.kv_heads), lax.rem(row, shape.kv_heads)
     which = head if shape.lists > 1 else 0
-    count = count_ref[batch, which]
+    count = jnp.minimum(count_ref[batch, which], ids_ref.shape[2])
     tiles = lax.div(count + (shape.pages - 1), shape.pages)
     first = lax.div(tiles * split, shape.splits)
     steps = lax.div(tiles * (split + 1), shape.splits) - first
