@@ -31,6 +31,7 @@ from alaya_jax.models import LlamaConfig  # noqa: E402
 from alaya_jax.models.llama import abstract_params, forward, logical_axes  # noqa: E402
 from alaya_jax.pallas_kernels.paged_decode import paged_decode  # noqa: E402
 from alaya_jax.query import Full  # noqa: E402
+from alaya_jax.query.plan import Plan  # noqa: E402
 from alaya_jax.sampling import Greedy, init_sampler  # noqa: E402
 from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
@@ -75,7 +76,7 @@ def lower_engine(config: LlamaConfig, mesh: Any, x: dict[str, Any]) -> Any:
     """The program that decodes."""
     return programs.decode.lower(
         x["params"], x["kv"], x["table"], x["token"], x["running"], x["end_ids"], x["sampler"],
-        x["number"], Full(), config=config, processors=x["processors"], capacity=16,
+        x["number"], Plan(Full()), config=config, processors=x["processors"], capacity=16,
     )  # fmt: skip
 
 
