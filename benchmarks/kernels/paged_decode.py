@@ -74,6 +74,7 @@ class Shape:
     groups: int = 4
     dim: int = 128
     size: int = 16
+    bits: int = 16
 
     @property
     def listed(self) -> int:
@@ -95,10 +96,15 @@ ROWS = (
     Shape(32768, batch=16),
     Shape(131072, size=64),
     Shape(131072, share=0.05, size=64),
+    Shape(131072, bits=8),
 )
 """Most wanted first: what the time does not reach is named and left out."""
 
-QUICK = (Shape(256, kv_heads=2, dim=64), Shape(256, kv_heads=2, dim=64, share=0.25))
+QUICK = (
+    Shape(256, kv_heads=2, dim=64),
+    Shape(256, kv_heads=2, dim=64, share=0.25),
+    Shape(256, kv_heads=2, dim=64, bits=8),
+)
 
 
 def rows(
@@ -107,7 +113,12 @@ def rows(
     """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
     for shape in QUICK if quick else ROWS:
         work = compile_cases.work(
-            shape.batch, shape.kv_heads, shape.groups, shape.dim, shape.listed * shape.size, 2
+            shape.batch,
+            shape.kv_heads,
+            shape.groups,
+            shape.dim,
+            shape.listed * shape.size,
+            shape.bits // 8,
         )
         yield (
             shape.describe(),
@@ -131,10 +142,16 @@ def _calls(shape: Shape, quick: bool, sweep: bool) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     @jax.jit
-    def fresh(key: Any) -> tuple[Any, Any, Any]:
+    def fresh(key: Any) -> tuple[tuple[Any, Any, Any], tuple[Any, Any]]:
+        """Queries and pools; scales of both pools, where they have 8 bits."""
         kq, kk, kv = jax.random.split(key, 3)
-        make = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-        return make(kq, (shape.batch, heads, shape.dim)), make(kk, pool), make(kv, pool)
+        normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+        q = normal(kq, (shape.batch, heads, shape.dim))
+        if shape.bits == 16:
+            return (q, normal(kk, pool), normal(kv, pool)), (None, None)
+        k, v = (jax.random.randint(key, pool, -127, 128, jnp.int8) for key in (kk, kv))
+        scales = jax.random.uniform(kq, pool[:3], minval=0.005, maxval=0.015)
+        return (q, k, v), (scales, scales + 0.001)
 
     own = 1 + rng.permutation(pages).reshape(shape.batch, -1)  # as a pool in use: no run of pages
     inputs = []
@@ -144,26 +161,34 @@ def _calls(shape: Shape, quick: bool, sweep: bool) -> dict[str, Any]:
             order[row] = np.sort(rng.permutation(own.shape[1])[: shape.listed])
         ids = np.take_along_axis(own[:, None], order, axis=2)
         count = np.full(order.shape[:2], shape.listed, np.int32)
+        arrays, scales = fresh(jax.random.key(copy))
         inputs.append(
             (
-                *fresh(jax.random.key(copy)),
+                *arrays,
                 jnp.asarray(ids, jnp.int32),
                 jnp.asarray(count),
                 jnp.full(shape.batch, shape.keys, jnp.int32),
                 jnp.asarray(order * shape.size),
+                scales,
             )
         )
 
-    def call(implementation: str, q: Any, k: Any, v: Any, i: Any, c: Any, n: Any, s: Any) -> Any:
-        starts = None if dense else s
-        return paged_decode(q, k, v, i, c, n, starts=starts, implementation=implementation)[:2]
+    def call(implementation: str, *arrays: Any) -> Any:
+        *lists, starts, (k_scale, v_scale) = arrays
+        return paged_decode(
+            *lists,
+            starts=None if dense else starts,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            implementation=implementation,
+        )[:2]
 
     implementations = ("xla",) if quick else ("mosaic_gpu", "xla")  # simulating takes forever
     found = {name: (jax.jit(functools.partial(call, name)), inputs) for name in implementations}
     for tuning in SWEEP if sweep and not quick else ():
         name = f"mosaic_gpu {tuning.stages} stages {tuning.blocks} blocks"
         found[name] = (jax.jit(functools.partial(_tuned, shape, tuning)), inputs)
-    if dense and jax.default_backend() == "gpu":
+    if dense and shape.bits == 16 and jax.default_backend() == "gpu":
 
         @jax.jit
         def contiguous(q: Any, k: Any, v: Any, *_: Any) -> Any:
@@ -187,12 +212,12 @@ SWEEP = tuple(
 )
 
 
-def _tuned(
-    shape: Shape, tuning: Any, q: Any, k: Any, v: Any, i: Any, c: Any, n: Any, s: Any
-) -> Any:
-    listed = keys.Keys(i, c, None if shape.share == 1.0 else s, None, n, None, None, None)
+def _tuned(shape: Shape, tuning: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    ids, count, length, starts, scales = rest
+    starts = None if shape.share == 1.0 else starts
+    listed = keys.Keys(ids, count, starts, None, length, None, None, None)
     return mosaic_gpu.paged_decode(
-        q, k, v, listed, None, None, scale=shape.dim**-0.5, want_kept=False,
+        q, k, v, listed, *scales, scale=shape.dim**-0.5, want_kept=False,
         target=dispatch.current_target(), tuning=tuning,
     )[:2]  # fmt: skip
 
@@ -211,7 +236,7 @@ def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
         import torch
     except ImportError:
         return {}
-    if not torch.cuda.is_available() or shape["share"] != 1.0:
+    if not torch.cuda.is_available() or shape["share"] != 1.0 or shape["bits"] != 16:
         return {}
     size = (shape["batch"], shape["kv_heads"], shape["keys"], shape["dim"])
     heads = shape["kv_heads"] * shape["groups"]

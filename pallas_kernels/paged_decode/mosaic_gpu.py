@@ -26,6 +26,9 @@ about registers only as far as they keep a second block off a multiprocessor.
     loop    wait K(i)  S  mask  max  P  commit | issue tile i + stages - 1 | wait V(i)  O += ...
                                                ^ every warp has read tile i - 1 by now
 
+Pages of 8 bits are widened to bf16 in SMEM between their arrival and wgmma, a tile at a time; the
+scale of a key multiplies its scores, that of a value its weights.
+
 A tile with keys that are not seen (the end of a sequence, a hole) has their rows of V set to 0 in
 SMEM first: a page may hold NaN there, and 0 * NaN would reach the sum.
 """
@@ -49,8 +52,9 @@ from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode
 TILE = 64
 """Keys a tile: the rows of one wgmma."""
 
-WIDENED = {"int8": jnp.bfloat16, "float8_e4m3fn": jnp.float16}
-"""What 8-bit numbers become in shared memory: a type that holds each of them exactly."""
+WIDENED = {"int8": jnp.bfloat16, "float8_e4m3fn": jnp.bfloat16}
+"""What 8-bit numbers become in shared memory: a type that holds each of them exactly, and weights
+times a small scale of V as well, which float16 does not."""
 
 _NOWHERE = 1 << 30  # a position that no sequence reaches
 
@@ -326,7 +330,10 @@ def _body(
             if not shape.quantized:
                 return tiles.at[slot]
             wide = scratch[f"{name}_wide"]
-            wide[...] = plgpu.load(tiles.at[slot], layout=wgmma).astype(shape.dtype)
+            values = plgpu.load(tiles.at[slot], layout=wgmma)
+            if values.dtype != jnp.int8:
+                values = values.astype(jnp.float32)  # Hopper converts fp8 to no 16-bit type but f16
+            wide[...] = values.astype(shape.dtype)
             return wide
 
         def factors(name: str) -> Any:
