@@ -1,4 +1,4 @@
-"""The simulator prints a race and goes on; here it fails the test."""
+"""The simulator of jax 0.11 prints a race and goes on; here it fails the test."""
 
 from collections.abc import Iterator
 
