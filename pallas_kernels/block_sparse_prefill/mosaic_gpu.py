@@ -17,8 +17,9 @@ position or the chunk's end), and takes the rows' maxima. With `beta`, the tile 
 row's maximum is below that row's running maximum - beta: then neither the exponentials nor P v are
 computed. Its values come in all the same, since the other warpgroup may want them.
 
-Tokens behind a sequence's end may hold anything, NaN too. The last page is therefore read from
-`tail`, a copy with zeros there, and what lies behind it from a page of zeros; XLA makes both.
+Tokens behind a sequence's end may hold anything, NaN too. So the page that is not full is read
+from `tail`, a copy with zeros there that XLA makes; and again where a tile goes on behind it, since
+those keys have no weight whatever they are.
 
 `P v` takes P from registers, which the interpreter cannot; there, and where the configuration says
 so, P goes through SMEM.
@@ -263,7 +264,7 @@ def prefill(
 
                         @pl.when(n >= full)
                         def _(n=n, to=to):
-                            here = tail.at[kv_head, b, jnp.minimum(n - full, 1)]
+                            here = tail.at[kv_head, b]
                             plgpu.copy_gmem_to_smem(here, to, ready.at[slot])
 
                 @pl.when(i >= stages)
@@ -277,6 +278,13 @@ def prefill(
                     plgpu.barrier_wait(v_free.at[slot])
 
                 bring(v_ref, tail_v_ref, v_smem, v_ready)
+
+            # Whoever waits at a barrier has to see all its phases.
+            @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
+            def drain(i):
+                slot = lax.rem(i, jnp.int32(stages))
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
 
     tiled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
 
@@ -322,16 +330,13 @@ def _over_columns(x, shape):
 
 @functools.partial(jax.jit, inline=True)
 def _tails(k_pages, v_pages, pages, length):
-    """For each sequence the number of its whole pages, and [K, B, 2, Z, D]: what of the next page
-    is filled, zeros behind it; and a page of zeros.
+    """For each sequence the number of its whole pages, and keys and values [K, B, Z, D] of the next
+    page as far as it is filled, zeros behind.
     """
     page = k_pages.shape[2]
     whole = length // page
     ids = jnp.take_along_axis(pages, whole[:, None], axis=1, mode="clip")[:, 0]
     filled = jnp.arange(page) < (length - whole * page)[:, None]
-
-    def tail(pool):
-        last = jnp.where(filled[None, :, :, None], pool[:, ids], 0)
-        return jnp.stack([last, jnp.zeros_like(last)], axis=2)
-
-    return whole, tail(k_pages), tail(v_pages)
+    return whole, *(
+        jnp.where(filled[None, :, :, None], pool[:, ids], 0) for pool in (k_pages, v_pages)
+    )

@@ -15,6 +15,13 @@ from alaya_jax.pallas_kernels.dispatch import B200, CPU, H100, INTERPRET
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 
 
+@pytest.fixture(autouse=True)
+def no_races(capsys):
+    """The interpreter prints the races that it finds, and goes on."""
+    yield
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is compiled; the same case with other numbers is the same program."""
@@ -155,8 +162,7 @@ def check(case, implementation, request):
 def test_dense(implementation, rng):
     case = Case()
     check(case, implementation, request_of(case, rng, lengths=[45, 0], count=[130, 65]))
-    check(case, implementation, request_of(case, rng, lengths=[126, 113], count=[130, 0]))
-    check(case, implementation, request_of(case, rng, lengths=[64, 0], count=[1, 1], gain=30))
+    check(case, implementation, request_of(case, rng, lengths=[126, 113], count=[1, 0], gain=30))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -178,10 +184,10 @@ def test_lists_of_kv_heads(implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_lists_of_heads_in_float16_with_wide_tiles(implementation, rng):
-    case = Case(128, 32, 128, table=9, dtype="float16", lists=4, heads=4, kv_heads=2, tokens=90)
-    blocks = np.stack([rng.permutation(2) for _ in range(4)]).reshape(1, 4, 1, 2)
-    given = {"blocks": blocks, "block_counts": [[[1], [2], [2], [1]]]}
-    check(case, implementation, request_of(case, rng, [141], [90], **given))
+    case = Case(128, 32, 128, table=14, dtype="float16", lists=4, tokens=90)
+    blocks = np.stack([rng.permutation(4) for _ in range(4)]).reshape(1, 4, 1, 4)
+    given = {"blocks": blocks, "block_counts": [[[1], [4], [4], [2]]]}  # more tiles than stages
+    check(case, implementation, request_of(case, rng, [350], [90], **given))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
