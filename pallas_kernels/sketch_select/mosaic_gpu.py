@@ -21,7 +21,7 @@ done to a key on its way through shared memory.
               |
     regs    estimate = scale * (slope * . + offset) + centre; error; best = max(estimate - error)
               |
-    SMEM    upper [8 x 8 heads, 64 keys]      written transposed: 16 columns are a page
+    SMEM    upper [8 x 8 heads, 64 keys]      read transposed: 16 columns are a page
               |
     regs    max over each page             ->      GMEM: 4 bytes a page and head
 
@@ -234,6 +234,10 @@ def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> lis
         tiling = plgpu.TilingTransform((8, row // itemsize))
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row)))
 
+    def columns(*shape: int) -> Any:  # written eight float32 columns at a time
+        tiling = plgpu.TilingTransform((8, _HEADS))
+        return plgpu.SMEM(shape, jnp.float32, transforms=(tiling, plgpu.SwizzleTransform(32)))
+
     return [
         tiled(_COMPUTE, _HEADS, 2 * half, dtype=dtype),
         tiled(_COMPUTE, _HEADS, half),
@@ -248,8 +252,8 @@ def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> lis
         tiled(_COMPUTE, _ROWS, half),
         tiled(_COMPUTE, _ROWS, 2 * half, dtype=dtype),
         plgpu.SMEM((_COMPUTE, _ROWS, _HEADS), jnp.float32),
-        tiled(_COMPUTE, _ROWS, _ROWS, dtype=jnp.float32),
-        tiled(_COMPUTE, _ROWS if lse else 8, _ROWS, dtype=jnp.float32),
+        columns(_COMPUTE, _ROWS, _ROWS),
+        columns(_COMPUTE, _ROWS, _ROWS if lse else _HEADS),
         plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE),
         plgpu.Barrier(
             num_arrivals=3 * PAGES // _BOX + 1 + (1 if repeats == 1 else PAGES), num_barriers=stages
@@ -287,7 +291,7 @@ def _kernel(shape: _Shape, *refs: Any) -> None:
     @pl.when(wg < _COMPUTE)
     def _compute() -> None:
         ready = query_ready.at[wg]
-        # Both warpgroups bring the same to their own copies.
+        # Each of the two has copies of its own.
         plgpu.copy_gmem_to_smem(q_ref.at[b, k], q_smem.at[wg], ready)
         plgpu.copy_gmem_to_smem(integer_low_ref.at[b, k], integer_low.at[wg], ready)
         plgpu.copy_gmem_to_smem(integer_high_ref.at[b, k], integer_high.at[wg], ready)
@@ -432,18 +436,18 @@ def _compute_steps(
             position = step * _KEYS + t * _ROWS + row
             seen = (position >= low) & (position < high)
             upper = jnp.where(seen, estimate + error, -jnp.inf)
-            upper_smem.at[heads].transpose((1, 0))[...] = upper
+            upper_smem.at[:, heads][...] = upper
             if shape.to_log2 is not None:
                 scaled = jnp.where(seen, estimate * shape.to_log2, -jnp.inf)
-                estimate_smem.at[heads].transpose((1, 0))[...] = scaled
+                estimate_smem.at[:, heads][...] = scaled
             return jnp.maximum(best, jnp.where(seen, estimate - error, -jnp.inf))
 
         best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
         plgpu.barrier_arrive(free.at[slot])
         # A row for each head and 64 keys; 16 columns are a page.
-        uppers = plgpu.load(upper_smem, layout=layout)
+        uppers = load(upper_smem.transpose((1, 0)), layout)
         if shape.to_log2 is not None:
-            estimates = plgpu.load(estimate_smem, layout=layout)
+            estimates = load(estimate_smem.transpose((1, 0)), layout)
         for page in range(_ROWS // TOKENS):
             columns = slice(page * TOKENS, (page + 1) * TOKENS)
             outs[0][*where, step, page] = uppers[:, columns].max(axis=1)
