@@ -23,6 +23,7 @@ class ShardingRules:
       vocab, embed, heads, kv_heads, head_dim, ffn, norm: axes of parameters; `kv_heads` of the
         cache too.
       batch: sequences of a batch.
+      pages: pages of the cache and of its indexes.
     """
 
     vocab: str | None = "tensor"
@@ -33,6 +34,12 @@ class ShardingRules:
     ffn: str | None = "tensor"
     norm: str | None = None
     batch: str | None = "data"
+    pages: str | None = "context"
+
+    def axis(self, name: str, mesh: Mesh | None) -> str | None:
+        """The mesh axis that a logical axis is laid on; None when it is not split."""
+        axis = getattr(self, name)
+        return axis if mesh is not None and axis in mesh.axis_names else None
 
     def spec(self, mesh: Mesh, axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition spec of an array with these logical axes (None: replicated).
@@ -40,8 +47,7 @@ class ShardingRules:
         Raises:
           ConfigError: two logical axes of the array land on one mesh axis.
         """
-        physical = [getattr(self, axis) if axis else None for axis in axes]
-        physical = [axis if axis in mesh.axis_names else None for axis in physical]
+        physical = [self.axis(axis, mesh) if axis else None for axis in axes]
         used = [axis for axis in physical if axis is not None]
         if len(used) != len(set(used)):
             raise ConfigError(

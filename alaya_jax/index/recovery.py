@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from alaya_jax.attention.partial import across
+
 MARGIN = 0.2
 """Share of the mass that may be lost which is not spent, for the estimates' errors."""
 
@@ -36,6 +38,7 @@ def recover(
     recovery: float | jax.Array,
     head_dim: int,
     margin: float | jax.Array = MARGIN,
+    axis: str | None = None,
 ) -> Recovered:
     """The smallest `beta >= 0` whose keys, with the window's, hold `recovery` of the mass.
 
@@ -56,18 +59,21 @@ def recover(
       recovery: p in (0, 1]; 1 keeps every eligible key.
       head_dim: D.
       margin: see above; 0 trusts the estimates.
+      axis: mesh axis that the keys are split over; `window_lse` and `seed` are of all.
     """
     scale = head_dim**-0.5
-    best = jnp.maximum(jnp.max(estimate, axis=-1), seed)
+    best = jnp.maximum(across(lax.pmax, jnp.max(estimate, axis=-1), axis), seed)
     best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
     weight = jnp.exp(scale * (estimate - best[..., None]))
     window = jnp.exp(window_lse - scale * best)
-    total = window + jnp.sum(weight, axis=-1)
 
     def mass(beta: Array) -> Array:
         kept = estimate >= (best - beta)[..., None]
-        return window + jnp.sum(jnp.where(kept, weight, 0.0), axis=-1)
+        held = jnp.sum(jnp.where(kept, weight, 0.0), axis=-1)
+        return window + across(lax.psum, held, axis)
+
+    total = mass(jnp.full_like(best, jnp.inf))
 
     def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval
@@ -76,12 +82,12 @@ def recover(
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     # 2**-23: the smallest share that float32 tells from nothing.
-    widest = (jnp.log(estimate.shape[-1]) - jnp.log(jnp.maximum(1 - target, 2.0**-23))) / scale
+    keys = estimate.shape[-1] * (1 if axis is None else lax.axis_size(axis))
+    widest = (jnp.log(keys) - jnp.log(jnp.maximum(1 - target, 2.0**-23))) / scale
     _, beta = lax.fori_loop(
         0, _HALVINGS, halve, (jnp.zeros_like(best), jnp.broadcast_to(widest, best.shape))
     )
     beta = jnp.where(mass(jnp.zeros_like(best)) >= target * total, 0.0, beta)
     beta = jnp.where(target >= 1, jnp.inf, beta)
     kept = (estimate >= (best - beta)[..., None]) & (estimate > -jnp.inf)
-    share = (window + jnp.sum(jnp.where(kept, weight, 0.0), axis=-1)) / total
-    return Recovered(beta, jnp.where(total > 0, share, 1.0), kept)
+    return Recovered(beta, jnp.where(total > 0, mass(beta) / total, 1.0), kept)
