@@ -11,14 +11,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import KernelError
-from alaya_jax.pallas_kernels.block_sparse_prefill import mosaic_gpu, reference, xla
+from alaya_jax.pallas_kernels.block_sparse_prefill import reference, xla
 from alaya_jax.pallas_kernels.block_sparse_prefill.layout import (
     QUERY_BLOCK,
     ROWS,
     Lists,
     Prefill,
 )
-from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target
+from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
+
+_HEAD_DIMS = (64, 128)
+
+
+def _unfit_for_mosaic_gpu(
+    target: Target, q: Any, k_pages: Any, v_pages: Any, *_: Any, **named: Any
+) -> str | None:
+    """Why this kernel cannot run a call; None if it can."""
+    if (why := not_a_hopper(target)) is not None:
+        return why
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries are {q.dtype}; needs bfloat16 or float16"
+    if {k_pages.dtype, v_pages.dtype} != {q.dtype}:
+        return f"pages are {k_pages.dtype} and queries {q.dtype}; needs one dtype"
+    if q.shape[3] not in _HEAD_DIMS:
+        return f"head_dim is {q.shape[3]}; needs one of {_HEAD_DIMS}"
+    if named["block_kv"] not in (64, 128):
+        return f"block_kv is {named['block_kv']}; needs 64 or 128"
+    if k_pages.shape[2] % 8:
+        return f"the page size is {k_pages.shape[2]} tokens; needs a multiple of 8"
+    return None
+
+
+def _mosaic_gpu(*args: Any, **options: Any) -> Prefill:
+    from alaya_jax.pallas_kernels.block_sparse_prefill import mosaic_gpu  # slow to import
+
+    return mosaic_gpu.prefill(*args, **options)
 
 
 def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
@@ -29,7 +56,7 @@ def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
 OP = Op(
     "block_sparse_prefill",
     (
-        Candidate("mosaic_gpu", mosaic_gpu.unfit, mosaic_gpu.prefill, wants_target=True),
+        Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
         Candidate("xla", _fits, xla.prefill, wants_target=True),
         Candidate("reference", _fits, reference.prefill, automatic=False),
     ),

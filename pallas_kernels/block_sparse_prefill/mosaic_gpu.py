@@ -28,7 +28,6 @@ so, P goes through SMEM.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from alaya_jax.pallas_kernels import mosaic
 from alaya_jax.pallas_kernels.block_sparse_prefill.layout import (
     QUERY_BLOCK,
     ROWS,
@@ -44,9 +44,8 @@ from alaya_jax.pallas_kernels.block_sparse_prefill.layout import (
     Prefill,
     pad_queries,
 )
-from alaya_jax.pallas_kernels.dispatch import Target, not_a_hopper
+from alaya_jax.pallas_kernels.dispatch import Target
 
-HEAD_DIMS = (64, 128)
 _LOW = float(jnp.finfo(jnp.float32).min)  # a running maximum below every score; finite
 _COMPUTE = 2  # warpgroups
 _SWIZZLE = 128  # bytes: rows of 64 two-byte numbers
@@ -68,23 +67,6 @@ class Tuning:
 def tuning_of(head_dim: int) -> Tuning:
     """As many stages as shared memory holds with tiles of 128 keys."""
     return Tuning(stages=2 if head_dim > 64 else 4)
-
-
-def unfit(target: Target, q: Any, k_pages: Any, v_pages: Any, *_: Any, **named: Any) -> str | None:
-    """Why this kernel cannot run a call; None if it can."""
-    if (why := not_a_hopper(target)) is not None:
-        return why
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"queries are {q.dtype}; needs bfloat16 or float16"
-    if {k_pages.dtype, v_pages.dtype} != {q.dtype}:
-        return f"pages are {k_pages.dtype} and queries {q.dtype}; needs one dtype"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {q.shape[3]}; needs one of {HEAD_DIMS}"
-    if named["block_kv"] not in (64, 128):
-        return f"block_kv is {named['block_kv']}; needs 64 or 128"
-    if k_pages.shape[2] % 8:
-        return f"the page size is {k_pages.shape[2]} tokens; needs a multiple of 8"
-    return None
 
 
 def prefill(
@@ -286,7 +268,7 @@ def prefill(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-    tiled = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
+    tiled = mosaic.swizzled(_SWIZZLE, 2)
 
     def smem(*shape):
         return plgpu.SMEM(shape, dtype, transforms=tiled)
@@ -317,8 +299,9 @@ def prefill(
         grid_names=("head", "block", "batch"),
         num_threads=_COMPUTE + 1,
         thread_name="wg",
+        kernel_name="block_sparse_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if target.interpret else None,
+        interpret=mosaic.interpret(target),
     )(*operands)
     used = -(-tokens // ROWS)
     return Prefill(out[:, :tokens], lse[..., :tokens], skipped[..., :used])

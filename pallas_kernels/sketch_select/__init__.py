@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import KernelError
-from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target
-from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu, reference, xla
+from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
+from alaya_jax.pallas_kernels.sketch_select import reference, xla
 from alaya_jax.pallas_kernels.sketch_select.request import (
     Bounds,
     Codes,
@@ -22,6 +22,36 @@ from alaya_jax.pallas_kernels.sketch_select.request import (
     Selected,
     select,
 )
+
+_HEAD_DIMS = (64, 128)
+_PAGE_SIZES = (16, 32, 64, 128)
+_POOL_TOKENS = 512  # that the kernel may copy at once
+_GROUP = 8
+
+
+def _unfit_for_mosaic_gpu(
+    target: Target, query: Query, keys: Codes, *_: Any, **__: Any
+) -> str | None:
+    """Why this kernel cannot run a call; None if it can."""
+    if (why := not_a_hopper(target)) is not None:
+        return why
+    if query.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries are {query.q.dtype}; needs bfloat16 or float16"
+    if query.q.shape[2] not in _HEAD_DIMS:
+        return f"head_dim is {query.q.shape[2]}; needs one of {_HEAD_DIMS}"
+    if keys.codes.shape[2] not in _PAGE_SIZES:
+        return f"the page size is {keys.codes.shape[2]} tokens; needs one of {_PAGE_SIZES}"
+    if keys.codes.shape[1] * keys.codes.shape[2] < _POOL_TOKENS:
+        return f"the pool has {keys.codes.shape[1]} pages; needs at least {_POOL_TOKENS} tokens"
+    if query.q.shape[1] > _GROUP * keys.codes.shape[0]:
+        return f"{query.q.shape[1] // keys.codes.shape[0]} heads a kv head; needs at most {_GROUP}"
+    return None
+
+
+def _mosaic_gpu(*args: Any, **options: Any) -> Bounds:
+    from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu  # slow to import
+
+    return mosaic_gpu.bounds(*args, **options)
 
 
 def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
@@ -32,7 +62,7 @@ def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
 OP = Op(
     "sketch_select",
     (
-        Candidate("mosaic_gpu", mosaic_gpu.unfit, mosaic_gpu.bounds, wants_target=True),
+        Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
         Candidate("xla", _fits, xla.bounds),
         Candidate("reference", _fits, reference.bounds, automatic=False),
     ),

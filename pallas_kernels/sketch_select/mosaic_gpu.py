@@ -41,7 +41,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.pallas_kernels.dispatch import Target, not_a_hopper
+from alaya_jax.pallas_kernels import mosaic
+from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
 
 TOKENS = 16
@@ -50,8 +51,6 @@ TOKENS = 16
 PAGES = 32
 """Of a step."""
 
-HEAD_DIMS = (64, 128)
-PAGE_SIZES = (16, 32, 64, 128)
 _LOG2_E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -74,23 +73,6 @@ class Tuning:
 
     stages: int = 3
     blocks: int = 132
-
-
-def unfit(target: Target, query: Query, keys: Codes, *_: Any, **__: Any) -> str | None:
-    """Why this kernel cannot run a call; None if it can."""
-    if (why := not_a_hopper(target)) is not None:
-        return why
-    if query.q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"queries are {query.q.dtype}; needs bfloat16 or float16"
-    if query.q.shape[2] not in HEAD_DIMS:
-        return f"head_dim is {query.q.shape[2]}; needs one of {HEAD_DIMS}"
-    if keys.codes.shape[2] not in PAGE_SIZES:
-        return f"the page size is {keys.codes.shape[2]} tokens; needs one of {PAGE_SIZES}"
-    if keys.codes.shape[1] * keys.codes.shape[2] < _KEYS:
-        return f"the pool has {keys.codes.shape[1]} pages; needs at least {_KEYS} tokens"
-    if query.q.shape[1] > _HEADS * keys.codes.shape[0]:
-        return f"{query.q.shape[1] // keys.codes.shape[0]} heads a kv head; needs at most {_HEADS}"
-    return None
 
 
 def bounds(
@@ -173,8 +155,9 @@ def bounds(
         grid_names=("split", "head", "batch"),
         num_threads=_COMPUTE + 1,
         thread_name="wg",
+        kernel_name="sketch_select",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if target.interpret else None,
+        interpret=mosaic.interpret(target),
     )(
         padded(query.q),
         integers[..., :half],
@@ -231,12 +214,10 @@ def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> lis
     def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # as wgmma reads it
         itemsize = jnp.dtype(dtype).itemsize
         row = min(128, shape[-1] * itemsize)
-        tiling = plgpu.TilingTransform((8, row // itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row)))
+        return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(row, itemsize))
 
     def columns(*shape: int) -> Any:  # written eight float32 columns at a time
-        tiling = plgpu.TilingTransform((8, _HEADS))
-        return plgpu.SMEM(shape, jnp.float32, transforms=(tiling, plgpu.SwizzleTransform(32)))
+        return plgpu.SMEM(shape, jnp.float32, transforms=mosaic.swizzled(4 * _HEADS, 4))
 
     return [
         tiled(_COMPUTE, _HEADS, 2 * half, dtype=dtype),
@@ -443,6 +424,7 @@ def _compute_steps(
             return jnp.maximum(best, jnp.where(seen, estimate - error, -jnp.inf))
 
         best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
+        plgpu.commit_smem()  # reads by threads, before the next copy's writes
         plgpu.barrier_arrive(free.at[slot])
         # A row for each head and 64 keys; 16 columns are a page.
         uppers = load(upper_smem.transpose((1, 0)), layout)
