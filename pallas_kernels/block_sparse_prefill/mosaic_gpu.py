@@ -121,14 +121,17 @@ def prefill(
         # neighbourhood gives the running maximum that later tiles are judged by.
         last = length + jnp.minimum(start + QUERY_BLOCK, new) - 1
         visible = jnp.where(start < new, lax.div(last, jnp.int32(block_kv)) + 1, 0)
-        if n_ref is None:
+        if lists is None or n_ref is None or list_ref is None:
             tiles = visible
+
+            def tile_at(i):
+                return visible - 1 - i
         else:
-            of_list = head if list_ref.shape[1] == heads else kv_head
+            of_list = head if lists.blocks.shape[1] == heads else kv_head
             tiles = jnp.where(start < new, n_ref[b, of_list, block], 0)
 
-        def tile_at(i):
-            return visible - 1 - i if list_ref is None else list_ref[b, of_list, block, i]
+            def tile_at(i):
+                return list_ref[b, of_list, block, i]
 
         @pl.when(wg < _COMPUTE)
         def compute():
@@ -152,7 +155,7 @@ def prefill(
                     plgpu.wgmma(ref, q_tile, k_smem.at[slot].transpose((1, 0)))
                     return ref[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, block_kv), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, block_kv), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
 
                 def masked(s):
@@ -179,7 +182,7 @@ def prefill(
                         plgpu.wgmma(ref, p_smem[0].at[wg] if p_smem else p, v_smem.at[slot])
                         return ref[...]
 
-                    pv = pl.run_scoped(weigh, plgpu.ACC((ROWS, dim), jnp.float32))
+                    pv = pl.run_scoped(weigh, plgpu.WGMMAAccumulatorRef((ROWS, dim), jnp.float32))
                     return new_top, total, acc * _over_columns(fade, acc.shape) + pv
 
                 if beta_ref is None:

@@ -67,7 +67,9 @@ def prefill(
     first = lengths[:, None, None] + tile * ROWS
     ragged = ((block + 1) * block_kv > first + 1) | ((tile + 1) * ROWS > count[:, None, None])
 
-    def visit(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, ...], None]:
+    def visit(
+        carry: tuple[Array, Array, Array], i: Array
+    ) -> tuple[tuple[Array, Array, Array], None]:
         top, kept, skipped = carry
         j = order[..., i]
         valid = (i < n) & (j < blocks)

@@ -1,6 +1,7 @@
 """Shapes at which `aot` compiles `sketch_select`: those of Llama 3, and one of each feature."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def case(
 ) -> CompileCase:
     """A scan of `keys` keys of each sequence."""
 
-    def array(*shape: int, kind: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, kind: jax.typing.DTypeLike = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, kind)
 
     rows = (batch, kv_heads * groups)

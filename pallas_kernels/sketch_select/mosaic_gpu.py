@@ -244,9 +244,9 @@ def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> lis
     ]
 
 
-def _kernel(shape: _Shape, *refs: Any) -> None:
+def _kernel(shape: _Shape, *all_refs: Any) -> None:
     (q_ref, integer_low_ref, integer_high_ref, factor_ref, code_ref, scale_ref, spread_ref,
-     centre_ref, unit_ref, row_ref, run_ref, low_ref, high_ref, *refs) = refs  # fmt: skip
+     centre_ref, unit_ref, row_ref, run_ref, low_ref, high_ref, *refs) = all_refs  # fmt: skip
     outs, refs = (refs[:2], refs[2:]) if shape.to_log2 is None else (refs[:3], refs[3:])
     (q_smem, integer_low, integer_high, factor_smem, code_smem, scale_smem, spread_smem,
      centre_smem, unit_smem, *work, query_ready, run_ready, page_ready, free) = refs  # fmt: skip
@@ -376,7 +376,7 @@ def _compute_steps(
             plgpu.wgmma(ref, left, right.transpose((1, 0)))
             return ref[...]
 
-        return pl.run_scoped(run, plgpu.ACC(tile, dtype))
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(tile, dtype))
 
     slope, offset, of_spread, of_scale = (
         wide(load(factor_smem.at[i], of_head), 1) for i in range(4)
@@ -427,13 +427,13 @@ def _compute_steps(
         plgpu.commit_smem()  # reads by threads, before the next copy's writes
         plgpu.barrier_arrive(free.at[slot])
         # A row for each head and 64 keys; 16 columns are a page.
+        pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(_ROWS // TOKENS)]
         uppers = load(upper_smem.transpose((1, 0)), layout)
+        for page, columns in enumerate(pages):
+            outs[0][*where, step, page] = uppers[:, columns].max(axis=1)
         if shape.to_log2 is not None:
             estimates = load(estimate_smem.transpose((1, 0)), layout)
-        for page in range(_ROWS // TOKENS):
-            columns = slice(page * TOKENS, (page + 1) * TOKENS)
-            outs[0][*where, step, page] = uppers[:, columns].max(axis=1)
-            if shape.to_log2 is not None:
+            for page, columns in enumerate(pages):
                 scaled = estimates[:, columns]
                 top = jnp.maximum(scaled.max(axis=1), _LOWEST)
                 mass = jnp.exp2(scaled - lax.broadcast_in_dim(top, scaled.shape, [0])).sum(axis=1)
