@@ -21,8 +21,8 @@ Tokens behind a sequence's end may hold anything, NaN too. So the page that is n
 from `tail`, a copy with zeros there that XLA makes; and again where a tile goes on behind it, since
 those keys have no weight whatever they are.
 
-`P v` takes P from registers, which the interpreter cannot; there, and where the configuration says
-so, P goes through SMEM.
+P goes through SMEM: the simulator knows no register operand of wgmma, and what runs is what was
+proven. `Tuning(p_in_registers=True)` saves that way where a device has shown it to be right.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Tuning:
     """
 
     stages: int = 2
-    p_in_registers: bool = True
+    p_in_registers: bool = False
 
 
 def tuning_of(head_dim: int) -> Tuning:
