@@ -26,6 +26,7 @@ class Shape:
     groups: int = 4
     dim: int = 128
     size: int = 16
+    low: int = 0
 
     def describe(self) -> dict:
         return {"op": OP, **dataclasses.asdict(self)}
@@ -40,10 +41,10 @@ ROWS = (
 )
 QUICK = (Shape(1024, kv_heads=1, dim=64),)
 CHECKED = (
-    Shape(5000, batch=2, dim=64),
+    Shape(5000, batch=2, dim=64, low=700),
     Shape(5000, batch=2),
     Shape(5000, scattered=True),
-    Shape(8000, size=64, scattered=True),
+    Shape(8000, size=64, scattered=True, low=1),
 )
 
 
@@ -72,7 +73,7 @@ def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
         return Query(q, integers, some / 10, 10 * some, some), codes
 
     pages = jnp.asarray(ids[: shape.batch * table].reshape(shape.batch, table), jnp.int32)
-    low, high = (jnp.full(shape.batch, x, jnp.int32) for x in (shape.keys // 8, shape.keys))
+    low, high = (jnp.full(shape.batch, x, jnp.int32) for x in (shape.low, shape.keys))
     return *make(jax.random.key(seed)), pages, low, high
 
 
