@@ -102,7 +102,7 @@ def parse_mesh(text: str) -> Mesh:
         if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) < 1:
             raise ConfigError(f"mesh {text!r} is not understood; write it as data=2,tensor=4")
         axes[name.strip()] = int(size)
-    known = {field.default for field in dataclasses.fields(ShardingRules)} - {None}
+    known = {str(target) for target in dataclasses.astuple(ShardingRules()) if target is not None}
     if unknown := axes.keys() - known:
         raise ConfigError(
             f"mesh {text!r} has axes that no sharding rule uses: {', '.join(sorted(unknown))}; "

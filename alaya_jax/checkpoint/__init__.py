@@ -33,6 +33,7 @@ from alaya_jax.checkpoint.params import load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, identify
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.quantized import Scheme, check_scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
@@ -61,7 +62,8 @@ class Checkpoint:
       config: architecture.
       params: parameter pytree, as `alaya_jax.models.llama` takes it.
       tokenizer: None when the checkpoint has none.
-      fingerprint: sha256 (hex) of the config and of samples of every stored tensor.
+      fingerprint: sha256 (hex) of the config and of samples of every stored tensor; and how they
+        are quantized, if they are.
       source: the directory or file that was read.
     """
 
@@ -82,6 +84,7 @@ def read_checkpoint(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     dtype: Any = None,
+    quantize: Scheme | None = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Loads a model: a directory of HF, Orbax or Meta, a GGUF file, or a bundled model by name.
@@ -97,6 +100,8 @@ def read_checkpoint(
       dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
         by tensor, for HF; for GGUF it is the type of the matrices (their norms are always stored as
         float32), and quantized types become float32 on CPU and bfloat16 on other devices.
+      quantize: "int8" or "int4" keeps matrices and the embedding so, from the moment each is read;
+        see `models.quantized`. It is another model, with a fingerprint of its own.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -106,6 +111,7 @@ def read_checkpoint(
       TokenizerError: there is a tokenizer, and it is damaged.
     """
     cast = None if dtype is None else _check_dtype(dtype)
+    scheme = None if quantize is None else check_scheme(quantize)
     source = open_checkpoint(path_or_name)
     pairs = match(source)
     tokenizer = source.read_tokenizer()
@@ -120,19 +126,26 @@ def read_checkpoint(
         return tensor.dtype if cast is None else cast
 
     rules = rules or ShardingRules()
-    if source.format == "orbax":
+    if source.format == "orbax" and scheme is None:
         params = orbax.load_tree(
             source, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
         )
     else:
         params = load_params(
-            pairs, source.format, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+            pairs,
+            source.format,
+            mesh=mesh,
+            rules=rules,
+            dtype_of=dtype_of,
+            quantize=scheme,
+            progress=progress,
         )
+    identity = identify(source, (tensor for _, tensor in pairs))
     return Checkpoint(
         config=source.config,
         params=params,
         tokenizer=tokenizer,
-        fingerprint=identify(source, (tensor for _, tensor in pairs)),
+        fingerprint=identity if scheme is None else f"{identity}-{scheme}",
         source=source.path,
     )
 
@@ -223,6 +236,7 @@ def verify(
     b: str | os.PathLike[str],
     *,
     logits: bool = True,
+    quantize: Scheme | None = None,
     progress: bool = True,
 ) -> "Verification":
     """Compares two checkpoints of any formats: configs, tokenizers, every tensor, and logits.
@@ -232,6 +246,8 @@ def verify(
     Args:
       a, b: as `read_checkpoint` takes them.
       logits: also computes what both predict for a fixed prompt, in float32.
+      quantize: quantizes the weights of b before its logits are computed, as `read_checkpoint`
+        does: what "int8" or "int4" costs is the KL of `verify(a, a, quantize="int4")`.
       progress: shows progress bars on stderr when it is a terminal.
 
     Returns:
@@ -239,10 +255,16 @@ def verify(
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: one of them cannot be read.
+      RequestError: `quantize` without `logits`.
     """
     from alaya_jax.checkpoint.verification import compare  # imports flax, which takes a while
 
-    return compare(open_checkpoint(a), open_checkpoint(b), logits=logits, progress=progress)
+    scheme = None if quantize is None else check_scheme(quantize)
+    if scheme is not None and not logits:
+        raise RequestError("quantize changes the logits alone; leave it out, or ask for logits")
+    return compare(
+        open_checkpoint(a), open_checkpoint(b), logits=logits, quantize=scheme, progress=progress
+    )
 
 
 def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:

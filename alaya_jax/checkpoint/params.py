@@ -8,7 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
+from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
+from alaya_jax.models.quantized import Scheme
 from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
@@ -97,6 +99,7 @@ def load_params(
     mesh: Mesh | None,
     rules: ShardingRules,
     dtype_of: Callable[[StoredTensor], np.dtype],
+    quantize: Scheme | None,
     progress: bool,
 ) -> dict[str, Any]:
     """Reads the tensors one after another straight to where they will live.
@@ -110,27 +113,40 @@ def load_params(
       mesh: devices; None puts everything on the default device.
       rules: where each logical axis lies on the mesh.
       dtype_of: type a tensor is cast to.
+      quantize: how to keep matrices; None: as they are.
       progress: whether to show a progress bar on stderr.
 
     Raises:
+      CheckpointError: a matrix cannot be quantized.
       ConfigError: an axis does not divide over the mesh.
     """
-    shardings: list[NamedSharding | None] = [
-        None if mesh is None else rules.sharding(mesh, entry.logical_axes, entry.shape)
-        for entry, _ in pairs
-    ]
+
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding | None:
+        return None if mesh is None else rules.sharding(mesh, axes, shape)
+
+    def place(array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+        where = sharding(axes, array.shape)
+        return _place(array, where, array.dtype).block_until_ready()
+
+    for entry, _ in pairs:
+        sharding(entry.logical_axes, entry.shape)  # refused before anything is read
     params: dict[str, Any] = {}
     with progress_bar(
         "loading weights", sum(t.nbytes for _, t in pairs), "bytes", show=progress
     ) as advance:
-        for (entry, tensor), sharding in zip(pairs, shardings, strict=True):
-            view = entry.to_params(tensor.read(), fmt)
-            value = _place(view, sharding, dtype_of(tensor))
+        for entry, tensor in pairs:
+            view, dtype = entry.to_params(tensor.read(), fmt), dtype_of(tensor)
             node = params
             for key in entry.path[:-1]:
                 node = node.setdefault(key, {})
-            # Waiting keeps no more than one tensor's host buffers alive.
-            node[entry.path[-1]] = value.block_until_ready()
+            if quantize is not None and is_quantizable(entry):
+                value = quantized_kernel(entry, tensor, view, quantize, dtype, place)
+            else:
+                where = sharding(entry.logical_axes, entry.shape)
+                # Waiting keeps no more than one tensor's host buffers alive.
+                value = _place(view, where, dtype).block_until_ready()
+            node[entry.path[-1]] = value
+            del view, value
             tensor.release()
             advance(tensor.nbytes)
     return params

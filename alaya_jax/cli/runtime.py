@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from alaya_jax.db import DB, Budget, Context
     from alaya_jax.model import Model
+    from alaya_jax.models.quantized import Scheme
     from alaya_jax.query import Query
     from alaya_jax.sampling import Sampling
 
@@ -45,12 +46,12 @@ def start_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def load_model(name: str) -> "Model":
+def load_model(name: str, quantize: "Scheme | None" = None) -> "Model":
     """Loads a model, with a progress bar, ready to run."""
     start_jax()
     from alaya_jax.model import load
 
-    return load(name)
+    return load(name, quantize=quantize)
 
 
 def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budget":

@@ -83,3 +83,14 @@ def test_interrupted(alaya, tiny_model, tmp_path, monkeypatch, to):
     assert "continue with --resume" in said
     monkeypatch.undo()
     alaya("convert", tiny_model, out, "--to", to, "--resume", "--verify")
+
+
+def test_quantized(alaya, tiny_model):
+    found = json.loads(alaya("verify", tiny_model, "--quantize", "int8", "--json").stdout)
+    assert found["quantize"] == "int8"
+    assert found["same"]
+    assert 0 < found["logits"]["mean_kl"] < 0.01
+    assert "or --quantize" in alaya("verify", tiny_model, code=2).stderr
+    options = ("generate", "--model", tiny_model, "Who?", "--max-new-tokens", "3", "--json")
+    written = json.loads(alaya(*options, "--quantize", "int4").stdout)
+    assert written["finish_reason"] == "length"
