@@ -34,7 +34,7 @@ from alaya_jax.cli.terminal import help_text
 from alaya_jax.errors import RequestError
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.progress import progress_bar
-from alaya_jax.sharding import parse_mesh, tree_shardings
+from alaya_jax.sharding import parse_axes, tree_shardings
 
 Tree = dict[str, Any]
 SETTINGS, LOG, STEPS, MODEL = "settings.json", "log.jsonl", "steps", "model"
@@ -353,7 +353,7 @@ def run(
     targets = tuple(part.strip() for part in lora_targets.split(","))
     if unknown := set(targets) - set(LINEAR):
         raise RequestError(f"--lora-targets {sorted(unknown)}; there are {', '.join(LINEAR)}")
-    devices = None if mesh is None else parse_mesh(mesh)
+    devices = None if mesh is None else aj.make_mesh(**parse_axes(mesh))
     full = lora_rank == 0
     base = open_model(model, devices, dtype or ("float32" if full else None), seed)
     if (out / MODEL).exists():

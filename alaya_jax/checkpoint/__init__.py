@@ -11,7 +11,7 @@ print(verify("path/to/Llama-3.1-8B", "llama.orbax"))
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import ml_dtypes
@@ -29,7 +29,7 @@ from alaya_jax.checkpoint.conversion import (
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.meta import is_meta, open_meta
-from alaya_jax.checkpoint.params import load_params, match
+from alaya_jax.checkpoint.params import Memory, load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, identify
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
@@ -85,6 +85,7 @@ def read_checkpoint(
     rules: ShardingRules | None = None,
     dtype: Any = None,
     quantize: Scheme | None = None,
+    memory: Memory = "device",
     progress: bool = True,
 ) -> Checkpoint:
     """Loads a model: a directory of HF, Orbax or Meta, a GGUF file, or a bundled model by name.
@@ -102,6 +103,8 @@ def read_checkpoint(
         float32), and quantized types become float32 on CPU and bfloat16 on other devices.
       quantize: "int8" or "int4" keeps matrices and the embedding so, from the moment each is read;
         see `models.quantized`. It is another model, with a fingerprint of its own.
+      memory: "pinned_host" leaves the parameters in the host's memory, from where the devices can
+        fetch them.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -126,9 +129,11 @@ def read_checkpoint(
         return tensor.dtype if cast is None else cast
 
     rules = rules or ShardingRules()
+    if memory not in get_args(Memory):
+        raise ConfigError(f"memory = {memory!r} is not known; use one of {get_args(Memory)}")
     if source.format == "orbax" and scheme is None:
         params = orbax.load_tree(
-            source, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+            source, mesh=mesh, rules=rules, dtype_of=dtype_of, memory=memory, progress=progress
         )
     else:
         params = load_params(
@@ -138,6 +143,7 @@ def read_checkpoint(
             rules=rules,
             dtype_of=dtype_of,
             quantize=scheme,
+            memory=memory,
             progress=progress,
         )
     identity = identify(source, (tensor for _, tensor in pairs))
@@ -157,6 +163,8 @@ def convert(
     to: Target = "hf",
     dtype: Any = None,
     shard_size: int | str = SHARD_SIZE,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Conversion:
@@ -171,6 +179,10 @@ def convert(
       to: "hf" (safetensors, config, tokenizer: what transformers loads) or "orbax".
       dtype: float32, bfloat16 or float16; None keeps what is stored (float32 for quantized files).
       shard_size: most bytes of tensors in a safetensors file, such as "5GB".
+      mesh: for Orbax: stores each tensor in the parts that the devices of this mesh will hold, so
+        that each reads its own and nothing else. Any other mesh can restore it too. The devices
+        hold one tensor at a time; virtual ones of the CPU will do.
+      rules: where each logical axis lies on the mesh; default `ShardingRules()`.
       resume: continues a conversion that was cut off, and begins one where there is none.
       progress: shows a progress bar on stderr when it is a terminal.
 
@@ -179,13 +191,18 @@ def convert(
         or what is to be resumed was another conversion.
       ConfigError: a setting or the config is not understood.
       TokenizerError: there is a tokenizer, and it is damaged.
+      RequestError: the program has several processes.
     """
+    if jax.process_count() > 1:
+        raise RequestError("convert runs in one process: run `alaya convert` on one host")
     return write_checkpoint(
         open_checkpoint(source),
         Path(path),
         to=to,
         dtype=None if dtype is None else _check_dtype(dtype),
         shard_size=shard_size,
+        mesh=mesh,
+        rules=rules or ShardingRules(),
         resume=resume,
         progress=progress,
     )
@@ -204,6 +221,9 @@ def save(
 ) -> Conversion:
     """Writes parameters in memory as a checkpoint; they may be sharded over a mesh.
 
+    As Orbax also over one of several processes, which all call this, on a file system they share:
+    each writes what it holds.
+
     Args:
       path: a directory that does not exist yet; it appears when complete.
       config: their architecture.
@@ -213,12 +233,12 @@ def save(
 
     Raises:
       CheckpointError: `params` are not of this config, or `path` cannot be written.
-      RequestError: the parameters lie on devices of several processes.
+      RequestError: the program has several processes, and `to` is not "orbax".
     """
-    if any(not getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
+    if jax.process_count() > 1 and to != "orbax":
         raise RequestError(
-            "these parameters lie on devices of several processes, which save cannot gather; "
-            "replicate them first, or save them with orbax"
+            f"several processes can write one Orbax checkpoint, not to={to!r}; save it as orbax, "
+            "and convert that"
         )
     return write_checkpoint(
         params_source(config, params, tokenizer),
@@ -226,6 +246,8 @@ def save(
         to=to,
         dtype=None if dtype is None else _check_dtype(dtype),
         shard_size=shard_size,
+        mesh=None,
+        rules=ShardingRules(),
         resume=False,
         progress=progress,
     )

@@ -20,18 +20,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from alaya_jax.checkpoint import hf_write, orbax
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
+from alaya_jax.checkpoint.processes import first_does, whole
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
 from alaya_jax.checkpoint.weights import KINDS, Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
+from alaya_jax.sharding import ShardingRules
 
 Target = Literal["hf", "orbax"]
 SHARD_SIZE = "5GB"
@@ -77,6 +81,8 @@ def write_checkpoint(
     to: Target,
     dtype: np.dtype | None,
     shard_size: int | str,
+    mesh: Mesh | None,
+    rules: ShardingRules,
     resume: bool,
     progress: bool,
 ) -> Conversion:
@@ -86,7 +92,14 @@ def write_checkpoint(
     if to not in get_args(Target):
         raise ConfigError(f"to = {to!r} cannot be written; use one of {get_args(Target)}")
     shard_bytes = parse_size(shard_size)
+    if mesh is not None and to != "orbax":
+        raise ConfigError(f"mesh is for Orbax, whose files follow it; leave it out with to={to!r}")
     pairs = match(source)
+    parts = {
+        entry.path: rules.sharding(mesh, entry.logical_axes, entry.shape)
+        for entry, _ in pairs
+        if mesh is not None
+    }
     weights = [_weight(source, entry, tensor, dtype) for entry, tensor in pairs]
     matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
     source.read_tokenizer()  # a damaged one is refused before anything is written
@@ -99,6 +112,7 @@ def write_checkpoint(
         "to": to,
         "dtypes": sorted({w.dtype.name for w in weights}),
         "shard_size": shard_bytes,
+        "mesh": mesh and dict(mesh.shape),
     }
     total = sum(w.nbytes for w in weights)
     samples: list[Sample] = []
@@ -114,19 +128,25 @@ def write_checkpoint(
                 nonfinite[weight.entry.hf] = bad
             advance(weight.nbytes)
 
-        hf_write.write_beside(staging, source, config)
+        first_does(lambda: hf_write.write_beside(staging, source, config))
         if to == "hf":
             hf_write.write_weights(staging, weights, shard_bytes, wrote)
         else:
-            orbax.write_weights(staging, weights, wrote)
-            orbax.write_manifest(staging, config, fingerprint(config, samples))
-        result = open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
-        found = identify(result, [tensor for _, tensor in match(result)])
-        if result.config != config or found != fingerprint(config, samples):
-            raise CheckpointError(
-                f"{path} would not be the model of {source.path}: read back, its config or its "
-                "weights differ from what was written. Check the disk and convert again"
-            )
+            orbax.write_weights(staging, weights, parts, wrote)
+        identity = fingerprint(config, samples)
+
+        def finish() -> None:
+            if to == "orbax":
+                orbax.write_manifest(staging, config, identity)
+            result = open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
+            found = identify(result, [tensor for _, tensor in match(result)])
+            if result.config != config or found != identity:
+                raise CheckpointError(
+                    f"{path} would not be the model of {source.path}: read back, its config or its "
+                    "weights differ from what was written. Check the disk and convert again"
+                )
+
+        first_does(finish)
     return Conversion(
         source=source.path,
         path=path,
@@ -135,7 +155,7 @@ def write_checkpoint(
         tensors=len(weights),
         nbytes=total,
         seconds=time.monotonic() - started,
-        fingerprint=found,
+        fingerprint=identity,
         nonfinite=nonfinite,
     )
 
@@ -161,8 +181,26 @@ def parse_size(size: int | str) -> int:
 
 @contextlib.contextmanager
 def _staging(path: Path, job: dict[str, Any], *, resume: bool, needed: int) -> Iterator[Path]:
-    """A directory that becomes `path` when the block ends, and stays for a resume when it fails."""
-    staging = path.parent / f".{path.name}.unfinished"
+    """A directory that becomes `path` when the block ends, and stays for a resume when it fails.
+
+    The first process of a program makes and renames it.
+    """
+    with contextlib.ExitStack() as stack:
+        alone = _staging_of_one(path, job, resume=resume, needed=needed)
+        first_does(lambda: stack.enter_context(alone))
+        yield _unfinished(path)
+        first_does(stack.close)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.parent / f".{path.name}.unfinished"
+
+
+@contextlib.contextmanager
+def _staging_of_one(
+    path: Path, job: dict[str, Any], *, resume: bool, needed: int
+) -> Iterator[None]:
+    staging = _unfinished(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already; name another place, or remove it")
     try:
@@ -191,7 +229,7 @@ def _staging(path: Path, job: dict[str, Any], *, resume: bool, needed: int) -> I
             file.truncate(0)
             file.write(json.dumps(job, indent=2) + "\n")
             file.flush()
-            yield staging
+            yield
             (staging / _JOB).unlink()
             _sync(staging)
             staging.rename(path)
@@ -261,7 +299,8 @@ def params_source(
             dtype=dtype if dtype in KINDS else None,
             file=_MEMORY,
             data=None,
-            decode=functools.partial(lambda leaf, _: np.asarray(leaf), leaf),
+            decode=functools.partial(lambda leaf, _: whole(jnp.asarray(leaf)), leaf),
+            array=leaf if isinstance(leaf, jax.Array) else None,
         )
     return Source(
         format="orbax",

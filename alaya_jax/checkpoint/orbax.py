@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from alaya_jax.checkpoint.hf import has_tokenizer, read_config
 from alaya_jax.checkpoint.names import entries
+from alaya_jax.checkpoint.params import Memory, default_device, placement
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
 from alaya_jax.errors import CheckpointError, ConfigError
@@ -127,6 +128,7 @@ def load_tree(
     mesh: Mesh | None,
     rules: ShardingRules,
     dtype_of: Callable[[StoredTensor], np.dtype],
+    memory: Memory,
     progress: bool,
 ) -> dict[str, Any]:
     """Restores all parameters; each device reads only its own part of the files.
@@ -137,6 +139,7 @@ def load_tree(
         checkpoint was saved on.
       rules: where each logical axis lies on the mesh.
       dtype_of: type a tensor is cast to.
+      memory: of the devices, or the host's that they can reach.
       progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -145,10 +148,10 @@ def load_tree(
     """
     from orbax.checkpoint import v1 as ocp
 
-    default = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
+    default = SingleDeviceSharding(default_device())
     layers: dict[str, dict[tuple[str, ...], Any]] = {}
     for entry in entries(source.config):
-        sharding = mesh and rules.sharding(mesh, entry.logical_axes, entry.shape)
+        sharding = placement(mesh, rules, entry.logical_axes, entry.shape, memory)
         dtype = dtype_of(source.tensors[entry.name("orbax")])
         leaf = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=sharding or default)
         layers.setdefault(entry.path[0], {})[entry.path] = leaf
@@ -167,13 +170,18 @@ def load_tree(
 
 
 def write_weights(
-    directory: Path, weights: list[Weight], wrote: Callable[[Weight, Sample, int], None]
+    directory: Path,
+    weights: list[Weight],
+    parts: dict[tuple[str, ...], NamedSharding],
+    wrote: Callable[[Weight, Sample, int], None],
 ) -> None:
     """Writes all weights into a directory; what an interrupted run saved there is kept.
 
     Args:
       directory: an existing directory.
       weights: every parameter of the model.
+      parts: by path, into which parts to cut a parameter; one that is missing is stored as it lies
+        in memory, or in one part.
       wrote: told of each weight its fingerprint sample and how many of its values are not finite.
     """
     from orbax.checkpoint import v1 as ocp
@@ -183,7 +191,7 @@ def write_weights(
         done = {weight.entry.path for weight in weights}
     else:
         done = _recover(directory)
-    group: dict[tuple[str, ...], np.ndarray] = {}
+    group: dict[tuple[str, ...], np.ndarray | jax.Array] = {}
     read: list[Weight] = []
 
     def flush() -> None:
@@ -203,7 +211,7 @@ def write_weights(
             values = cast(view, weight.dtype)
             nonfinite = sum(map(count_nonfinite, blocks(values, values.dtype)))
             if weight.entry.path not in done:
-                group[weight.entry.path] = values
+                group[weight.entry.path] = _in_parts(weight, values, parts)
             del view, values
             weight.tensor.release()
             read.append(weight)
@@ -212,6 +220,17 @@ def write_weights(
         if not path.exists():
             with _as_os_error(path):
                 ocp.partial.finalize(str(path))
+
+
+def _in_parts(
+    weight: Weight, values: np.ndarray, parts: dict[tuple[str, ...], NamedSharding]
+) -> np.ndarray | jax.Array:
+    """What is saved: each process writes the parts that its devices hold."""
+    if weight.tensor.array is not None:
+        return weight.tensor.array.astype(weight.dtype)
+    if (sharding := parts.get(weight.entry.path)) is None:
+        return values
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def write_manifest(directory: Path, config: LlamaConfig, fingerprint: str) -> None:

@@ -1,11 +1,11 @@
 """From an opened checkpoint to the parameter pytree: check everything, then place each tensor."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
 from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
@@ -14,6 +14,7 @@ from alaya_jax.models.quantized import Scheme
 from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
+Memory = Literal["device", "pinned_host"]
 _STRIP = 16  # columns copied at once in a transposition: the fastest of 8 to 128
 _TIED_HEAD = "lm_head.weight"
 _HARMLESS = ".rotary_emb.inv_freq"  # a buffer that early transformers versions saved
@@ -100,6 +101,7 @@ def load_params(
     rules: ShardingRules,
     dtype_of: Callable[[StoredTensor], np.dtype],
     quantize: Scheme | None,
+    memory: Memory,
     progress: bool,
 ) -> dict[str, Any]:
     """Reads the tensors one after another straight to where they will live.
@@ -114,6 +116,7 @@ def load_params(
       rules: where each logical axis lies on the mesh.
       dtype_of: type a tensor is cast to.
       quantize: how to keep matrices; None: as they are.
+      memory: of the devices, or the host's that they can reach.
       progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -121,8 +124,8 @@ def load_params(
       ConfigError: an axis does not divide over the mesh.
     """
 
-    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding | None:
-        return None if mesh is None else rules.sharding(mesh, axes, shape)
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Sharding | None:
+        return placement(mesh, rules, axes, shape, memory)
 
     def place(array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         where = sharding(axes, array.shape)
@@ -152,7 +155,32 @@ def load_params(
     return params
 
 
-def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) -> jax.Array:
+def placement(
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    memory: Memory,
+) -> Sharding | None:
+    """Where an array goes; None: wherever JAX puts what is not told otherwise.
+
+    Raises:
+      ConfigError: an axis does not divide over the mesh.
+    """
+    if mesh is not None:
+        sharding = rules.sharding(mesh, axes, shape)
+        return sharding if memory == "device" else sharding.with_memory_kind(memory)
+    if memory == "device":
+        return None
+    return SingleDeviceSharding(default_device(), memory_kind=memory)
+
+
+def default_device() -> Any:
+    """Where JAX puts what is not told otherwise."""
+    return jax.config.jax_default_device or jax.local_devices()[0]
+
+
+def _place(view: np.ndarray, sharding: Sharding | None, dtype: np.dtype) -> jax.Array:
     if sharding is None:
         return jax.device_put(copy_as(view, dtype))
     slices: dict[str, np.ndarray] = {}  # replicas share one host copy

@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from alaya_jax.checkpoint.names import Format
@@ -31,6 +32,7 @@ class StoredTensor:
       file: where it lies.
       data: its stored bytes, a uint8 view of the memory map; None where the format scatters them.
       decode: reads the values, of `dtype` and `shape`.
+      array: the values where they lie on devices, when they are not on disk at all.
     """
 
     name: str
@@ -40,6 +42,7 @@ class StoredTensor:
     file: Path
     data: np.ndarray | None
     decode: Callable[["StoredTensor"], np.ndarray]
+    array: jax.Array | None = None
 
     def read(self) -> np.ndarray:
         """The values; a view of the memory map where the type allows it."""

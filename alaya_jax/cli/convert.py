@@ -48,6 +48,15 @@ def convert(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Most bytes of weights in a safetensors file.")
     ] = "5GB",
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="For orbax: store each tensor in the parts that the devices of such a mesh hold "
+            "(tensor=8: eight), so that each of them, or its host, later reads its own part alone. "
+            "Needs no devices now, and any other mesh can restore it too.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a conversion that was cut off.")
     ] = False,
@@ -64,12 +73,13 @@ def convert(
     chat template go along.
 
     Examples:
-      alaya convert ~/models/Llama-3.1-8B llama.orbax --to orbax
+      alaya convert ~/models/Llama-3.1-8B llama.orbax --to orbax --mesh tensor=8
       alaya convert smollm2-135m smollm2 --dtype bfloat16 --verify
       alaya convert ~/llama3/original llama3-hf --resume
     """
     from alaya_jax import checkpoint
 
+    devices = None if mesh is None else runtime.cpu_mesh(mesh)
     runtime.start_jax()
     with on_interrupt("What is done is kept; continue with --resume."):
         done = checkpoint.convert(
@@ -78,6 +88,7 @@ def convert(
             to=to.value,
             dtype=dtype and dtype.value,
             shard_size=shard_size,
+            mesh=devices,
             resume=resume,
         )
     for name, count in done.nonfinite.items():

@@ -11,6 +11,7 @@ from alaya_jax.errors import CacheFullError
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from alaya_jax.db import DB, Budget, Context
     from alaya_jax.model import Model
@@ -44,6 +45,25 @@ def start_jax() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def cpu_mesh(text: str) -> "Mesh":
+    """A mesh of virtual CPU devices, as many as the text asks for: "tensor=8".
+
+    Raises:
+        ConfigError: It is not understood, or this process has fewer CPU devices already.
+    """
+    import contextlib
+    import math
+
+    import jax
+
+    from alaya_jax.sharding import make_mesh, parse_axes
+
+    axes = parse_axes(text)
+    with contextlib.suppress(RuntimeError):  # JAX runs already: with the devices it has
+        jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
+    return make_mesh(devices=jax.devices("cpu"), **axes)
 
 
 def load_model(name: str, quantize: "Scheme | None" = None) -> "Model":
