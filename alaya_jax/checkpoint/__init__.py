@@ -165,6 +165,7 @@ def convert(
     shard_size: int | str = SHARD_SIZE,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    gguf_pre: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Conversion:
@@ -175,15 +176,20 @@ def convert(
 
     Args:
       source: as `read_checkpoint` takes it.
-      path: a directory that does not exist yet.
-      to: "hf" (safetensors, config, tokenizer: what transformers loads) or "orbax".
+      path: a directory, or a GGUF file, that does not exist yet.
+      to: "hf" (safetensors, config, tokenizer: what transformers loads), "orbax", or "gguf-f16",
+        "gguf-bf16", "gguf-f32" (one file; norms stay float32).
       dtype: float32, bfloat16 or float16; None keeps what is stored (float32 for quantized files).
+        Not for GGUF, whose type is in its name.
       shard_size: most bytes of tensors in a safetensors file, such as "5GB".
       mesh: for Orbax: stores each tensor in the parts that the devices of this mesh will hold, so
         that each reads its own and nothing else. Any other mesh can restore it too. The devices
         hold one tensor at a time; virtual ones of the CPU will do.
       rules: where each logical axis lies on the mesh; default `ShardingRules()`.
-      resume: continues a conversion that was cut off, and begins one where there is none.
+      gguf_pre: for GGUF: the name of how the tokenizer cuts text (`tokenizer.ggml.pre`), where it
+        cannot be found by comparing the tokenizer with those that are known.
+      resume: continues a conversion that was cut off, and begins one where there is none. A GGUF
+        file is begun anew.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -203,6 +209,7 @@ def convert(
         shard_size=shard_size,
         mesh=mesh,
         rules=rules or ShardingRules(),
+        gguf_pre=gguf_pre,
         resume=resume,
         progress=progress,
     )
@@ -248,6 +255,7 @@ def save(
         shard_size=shard_size,
         mesh=None,
         rules=ShardingRules(),
+        gguf_pre=None,
         resume=False,
         progress=progress,
     )

@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from alaya_jax.checkpoint import hf_write, orbax
+from alaya_jax.checkpoint import gguf_write, hf_write, orbax
+from alaya_jax.checkpoint.gguf import open_gguf
+from alaya_jax.checkpoint.gguf_tokenizer import same_ids
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
@@ -37,8 +39,11 @@ from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
-Target = Literal["hf", "orbax"]
+Target = Literal["hf", "orbax", "gguf-f16", "gguf-bf16", "gguf-f32"]
 SHARD_SIZE = "5GB"
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog. 3.14159 = π; naïve café, 你好 🙂\n\tdef f(x):"
+)
 _JOB = ".conversion.json"
 _MEMORY = Path("the parameters in memory")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -83,6 +88,7 @@ def write_checkpoint(
     shard_size: int | str,
     mesh: Mesh | None,
     rules: ShardingRules,
+    gguf_pre: str | None,
     resume: bool,
     progress: bool,
 ) -> Conversion:
@@ -94,18 +100,28 @@ def write_checkpoint(
     shard_bytes = parse_size(shard_size)
     if mesh is not None and to != "orbax":
         raise ConfigError(f"mesh is for Orbax, whose files follow it; leave it out with to={to!r}")
+    if gguf_write.is_gguf(to):
+        if dtype is not None:
+            raise ConfigError(f"dtype is in the name of to={to!r}; leave it out, or name another")
+        dtype = np.dtype(jnp.dtype(gguf_write.matrix_dtype(to)))
+    elif gguf_pre is not None:
+        raise ConfigError(f"gguf_pre belongs to GGUF files; leave it out with to={to!r}")
     pairs = match(source)
     parts = {
         entry.path: rules.sharding(mesh, entry.logical_axes, entry.shape)
         for entry, _ in pairs
         if mesh is not None
     }
-    weights = [_weight(source, entry, tensor, dtype) for entry, tensor in pairs]
+    weights = [_weight(source, entry, tensor, dtype, to) for entry, tensor in pairs]
     matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
     source.read_tokenizer()  # a damaged one is refused before anything is written
     config = source.config
     if len(matrices) == 1:
         config = dataclasses.replace(config, dtype=matrices.pop().name)
+    description = None
+    if gguf_write.is_gguf(to):  # what it cannot say is refused before anything is written
+        description = gguf_write.describe(source, config, gguf_pre)
+        config = description.config
     job = {
         "source": str(source.path.resolve()),
         "fingerprint": identify(source, (tensor for _, tensor in pairs)),
@@ -113,6 +129,7 @@ def write_checkpoint(
         "dtypes": sorted({w.dtype.name for w in weights}),
         "shard_size": shard_bytes,
         "mesh": mesh and dict(mesh.shape),
+        "gguf_pre": gguf_pre,
     }
     total = sum(w.nbytes for w in weights)
     samples: list[Sample] = []
@@ -128,23 +145,29 @@ def write_checkpoint(
                 nonfinite[weight.entry.hf] = bad
             advance(weight.nbytes)
 
-        first_does(lambda: hf_write.write_beside(staging, source, config))
-        if to == "hf":
-            hf_write.write_weights(staging, weights, shard_bytes, wrote)
+        if description is not None:
+            gguf_write.write_weights(staging, description, weights, wrote)
         else:
-            orbax.write_weights(staging, weights, parts, wrote)
+            first_does(lambda: hf_write.write_beside(staging, source, config))
+            if to == "hf":
+                hf_write.write_weights(staging, weights, shard_bytes, wrote)
+            else:
+                orbax.write_weights(staging, weights, parts, wrote)
         identity = fingerprint(config, samples)
 
         def finish() -> None:
             if to == "orbax":
                 orbax.write_manifest(staging, config, identity)
-            result = open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
+            result = _open(staging, to)
             found = identify(result, [tensor for _, tensor in match(result)])
             if result.config != config or found != identity:
                 raise CheckpointError(
                     f"{path} would not be the model of {source.path}: read back, its config or its "
                     "weights differ from what was written. Check the disk and convert again"
                 )
+
+            if description is not None and gguf_pre is None:
+                _check_tokenizer(source, result, path)
 
         first_does(finish)
     return Conversion(
@@ -160,8 +183,27 @@ def write_checkpoint(
     )
 
 
-def _weight(source: Source, entry: Entry, tensor: StoredTensor, dtype: np.dtype | None) -> Weight:
+def _open(staging: Path, to: Target) -> Source:
+    if gguf_write.is_gguf(to):
+        return open_gguf(staging / gguf_write.FILE)
+    return open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
+
+
+def _check_tokenizer(source: Source, result: Source, path: Path) -> None:
+    """Whether a tokenizer that changed its form still cuts text the same way."""
+    if not same_ids(source.read_tokenizer(), result.read_tokenizer(), PROMPT):
+        raise CheckpointError(
+            f"the tokenizer of {path} would give other ids than that of {source.path}; write --to "
+            "hf, and please report the model"
+        )
+
+
+def _weight(
+    source: Source, entry: Entry, tensor: StoredTensor, dtype: np.dtype | None, to: Target
+) -> Weight:
     own = source.dtype or tensor.dtype
+    if gguf_write.is_gguf(to) and len(entry.stored_shape) == 1:
+        dtype = np.dtype(np.float32)  # as llama.cpp wants norms and biases
     assert own is not None  # refused by match
     return Weight(entry, tensor, source.format, dtype or own)
 
@@ -232,7 +274,11 @@ def _staging_of_one(
             yield
             (staging / _JOB).unlink()
             _sync(staging)
-            staging.rename(path)
+            if (staging / gguf_write.FILE).exists():
+                (staging / gguf_write.FILE).rename(path)
+                staging.rmdir()
+            else:
+                staging.rename(path)
             _sync_entry(path.parent)
     except OSError as error:
         if error.errno is None or isinstance(error, BlockingIOError):

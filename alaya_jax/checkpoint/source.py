@@ -7,6 +7,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,6 +78,7 @@ class Source:
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
       fingerprint: what the checkpoint says it is, where that cannot be read off its bytes.
+      gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
     """
 
     format: Format
@@ -89,6 +91,7 @@ class Source:
     problems: tuple[str, ...] = ()
     unreadable: frozenset[str] = frozenset()
     fingerprint: str | None = None
+    gguf_tokenizer: dict[str, Any] | None = None
 
 
 def release(data: np.ndarray) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from alaya_jax.checkpoint.conversion import PROMPT
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
 from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
@@ -27,9 +28,6 @@ from alaya_jax.models.quantized import Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
 
-PROMPT = (
-    "The quick brown fox jumps over the lazy dog. 3.14159 = π; naïve café, 你好 🙂\n\tdef f(x):"
-)
 _TOKENS = 32  # of the prompt, where no tokenizer says how to write it
 _EQUAL, _DIFFERENT = "equal", "different"
 _ROUNDED = {
@@ -144,6 +142,7 @@ def compare(
         f.name: (getattr(a.config, f.name), getattr(b.config, f.name))
         for f in dataclasses.fields(LlamaConfig)
         if getattr(a.config, f.name) != getattr(b.config, f.name)
+        and not (f.name == "eos_token_ids" and _same_ends(a.config, b.config))
     }
     own = {entry.hf: _weight(a, entry, tensor) for entry, tensor in pairs_a}
     others = {entry.hf: _weight(b, entry, tensor) for entry, tensor in pairs_b}
@@ -179,6 +178,11 @@ def compare(
         logits=logits_difference,
         quantize=quantize,
     )
+
+
+def _same_ends(a: LlamaConfig, b: LlamaConfig) -> bool:
+    """Whether the same ids end a text; their order means nothing."""
+    return set(a.eos_token_ids) == set(b.eos_token_ids)
 
 
 def _weight(source: Source, entry: Entry, tensor: StoredTensor) -> Weight:
