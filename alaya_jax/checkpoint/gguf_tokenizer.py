@@ -78,6 +78,8 @@ def _from_tokenizer(tokenizer: Tokenizer, vocab_size: int, pre: str | None) -> d
             f"the tokenizer has ids up to {max(texts)}, the embedding {vocab_size} rows; they are "
             "not of the same model"
         )
+    if not model["merges"]:
+        raise ConfigError("the tokenizer has no merges, and a GGUF file must; write --to hf")
     whole = range(vocab_size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     values: dict[str, Any] = {
