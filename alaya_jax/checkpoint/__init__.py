@@ -11,7 +11,7 @@ print(verify("path/to/Llama-3.1-8B", "llama.orbax"))
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import ml_dtypes
@@ -38,6 +38,7 @@ from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
 if TYPE_CHECKING:
+    from alaya_jax.checkpoint.peer import PeerVerification
     from alaya_jax.checkpoint.verification import Verification
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "read_checkpoint",
     "save",
     "verify",
+    "verify_against",
 ]
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -295,6 +297,32 @@ def verify(
     return compare(
         open_checkpoint(a), open_checkpoint(b), logits=logits, quantize=scheme, progress=progress
     )
+
+
+def verify_against(
+    path: str | os.PathLike[str],
+    peer: Literal["transformers"] = "transformers",
+    *,
+    python: str | None = None,
+    progress: bool = True,
+) -> "PeerVerification":
+    """Compares the logits that this library and another program compute from one checkpoint.
+
+    Args:
+      path: a Hugging Face directory.
+      peer: the other program. It holds the whole model, in float32.
+      python: an interpreter that has torch and transformers; None: this one.
+      progress: shows a progress bar on stderr when it is a terminal.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be read.
+      RequestError: it is of another format, or the peer cannot run.
+    """
+    if peer != "transformers":
+        raise RequestError(f"cannot compare with {peer!r}; there is 'transformers'")
+    from alaya_jax.checkpoint.peer import against_transformers
+
+    return against_transformers(open_checkpoint(path), python, progress=progress)
 
 
 def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:

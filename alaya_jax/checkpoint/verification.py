@@ -71,6 +71,13 @@ class LogitsDifference:
     max_kl: float
     top1_agreement: float
 
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.tokens} tokens: largest difference {self.max_difference:.3g}, "
+            f"KL mean {self.mean_kl:.3g} max {self.max_kl:.3g} nats, "
+            f"same best token at {self.top1_agreement:.1%}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
@@ -122,13 +129,9 @@ class Verification:
             if d.relation not in _ROUNDED:
                 where = f": {d.count:,} values, by up to {d.max_difference:.3g}" if d.count else ""
                 lines.append(f"    {d.name} is {d.relation}{where}")
-        if x := self.logits:
-            kept = f", b quantized to {self.quantize}" if self.quantize else ""
-            lines.append(
-                f"  logits of {x.tokens} tokens{kept}: largest difference {x.max_difference:.3g}, "
-                f"KL mean {x.mean_kl:.3g} max {x.max_kl:.3g} nats, "
-                f"same best token at {x.top1_agreement:.1%}"
-            )
+        if self.logits:
+            kept = f" (b quantized to {self.quantize})" if self.quantize else ""
+            lines.append(f"  {self.logits}{kept}")
         return "\n".join(lines)
 
 
@@ -144,8 +147,8 @@ def compare(
         if getattr(a.config, f.name) != getattr(b.config, f.name)
         and not (f.name == "eos_token_ids" and _same_ends(a.config, b.config))
     }
-    own = {entry.hf: _weight(a, entry, tensor) for entry, tensor in pairs_a}
-    others = {entry.hf: _weight(b, entry, tensor) for entry, tensor in pairs_b}
+    own = {entry.hf: weight_of(a, entry, tensor) for entry, tensor in pairs_a}
+    others = {entry.hf: weight_of(b, entry, tensor) for entry, tensor in pairs_b}
     differences = [
         *(TensorDifference(name, "missing") for name in own.keys() - others.keys()),
         *(TensorDifference(name, "unexpected") for name in others.keys() - own.keys()),
@@ -160,11 +163,11 @@ def compare(
             advance(own[name].nbytes)
     logits_difference = None
     if logits and a.config.vocab_size == b.config.vocab_size:
-        tokens = _prompt(a.config, tokenizer_a)
+        tokens = fixed_prompt(a.config, tokenizer_a)
         total = sum(w.nbytes for w in (*own.values(), *others.values()))
         with progress_bar("computing logits", total, "bytes", show=progress) as advance:
             first = stream_logits(a.config, own, tokens, advance)
-            logits_difference = _compare_logits(
+            logits_difference = compare_logits(
                 first, stream_logits(b.config, others, tokens, advance, quantize)
             )
     return Verification(
@@ -185,7 +188,8 @@ def _same_ends(a: LlamaConfig, b: LlamaConfig) -> bool:
     return set(a.eos_token_ids) == set(b.eos_token_ids)
 
 
-def _weight(source: Source, entry: Entry, tensor: StoredTensor) -> Weight:
+def weight_of(source: Source, entry: Entry, tensor: StoredTensor) -> Weight:
+    """A stored tensor in its own type."""
     assert tensor.dtype is not None  # refused by match
     return Weight(entry, tensor, source.format, tensor.dtype)
 
@@ -227,7 +231,8 @@ def _is_rounding(x: np.ndarray, y: np.ndarray, relation: str) -> bool:
     return bool(_same(rounded(x), y).all() or _same(x, rounded(y)).all())
 
 
-def _prompt(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+def fixed_prompt(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The ids of `PROMPT`, int32 [T]; where no tokenizer says them, fixed random ones."""
     if tokenizer is not None:
         ids = tokenizer.encode(PROMPT)
         if ids.max() < config.vocab_size:
@@ -317,7 +322,8 @@ def _leaf(weight: Weight, quantize: Scheme | None) -> Any:
     return leaf
 
 
-def _compare_logits(a: np.ndarray, b: np.ndarray) -> LogitsDifference:
+def compare_logits(a: np.ndarray, b: np.ndarray) -> LogitsDifference:
+    """How far two models' logits, float32 [T, V], are apart."""
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)
     return LogitsDifference(
