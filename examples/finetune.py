@@ -188,10 +188,14 @@ def start_state(
 # --- what is trained, on what -------------------------------------------------------------------
 
 
-def open_model(name: str, mesh: Mesh | None, dtype: str | None, seed: int) -> aj.Model:
+def open_model(
+    name: str, mesh: Mesh | None, dtype: str | None, seed: int, quantize: Any = None
+) -> aj.Model:
     """A checkpoint of any format, or a config.json with random weights and bytes as tokens."""
     if not name.endswith(".json"):
-        return aj.load(name, mesh=mesh, dtype=dtype)
+        return aj.load(name, mesh=mesh, dtype=dtype, quantize=quantize)
+    if quantize is not None:
+        raise RequestError("--quantize is for a checkpoint; random weights have nothing to keep")
     config = LlamaConfig.from_hf(jsons.loads(Path(name).read_text()))
     make = functools.partial(llama.init_params, config, dtype=dtype or config.dtype)
     shardings = None
@@ -285,6 +289,14 @@ def finetune(
             show_default="as stored; float32 with --lora-rank 0",
         ),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="int8 or int4: keep the frozen base so while adapters are trained; they join "
+            "the weights as stored.",
+        ),
+    ] = None,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -342,6 +354,7 @@ def run(
     learning_rate: float,
     weight_decay: float,
     dtype: str | None,
+    quantize: str | None,
     mesh: str | None,
     every: int,
     seed: int,
@@ -355,7 +368,10 @@ def run(
         raise RequestError(f"--lora-targets {sorted(unknown)}; there are {', '.join(LINEAR)}")
     devices = None if mesh is None else aj.make_mesh(**parse_axes(mesh))
     full = lora_rank == 0
-    base = open_model(model, devices, dtype or ("float32" if full else None), seed)
+    if full and quantize is not None:
+        raise RequestError("--quantize needs --lora-rank of 1 or more: trained weights stay whole")
+    dtype = dtype or ("float32" if full else None)
+    base = open_model(model, devices, dtype, seed, quantize)
     if (out / MODEL).exists():
         raise RequestError(f"{out / MODEL} is there: this run is complete; name another --out")
     config, rules, tokenizer = base.config, base.rules, base.tokenizer
@@ -421,6 +437,8 @@ def run(
                     saved.save(step + 1, state)
     after = float(judge(state["params"], frozen, judged_by))
     seconds = time.perf_counter() - started
+    if quantize is not None:
+        frozen = open_model(model, devices, dtype, seed).params
     merged = jax.jit(lambda *trees: merge(assembled(*trees)))(state["params"], frozen)
     shutil.rmtree(out / f".{MODEL}.unfinished", ignore_errors=True)  # of a run killed right here
     checkpoint.save(out / MODEL, config, merged, tokenizer, to="hf")

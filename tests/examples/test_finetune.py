@@ -121,7 +121,23 @@ def test_adapters_on_a_converted_checkpoint(finetune, script, tiny_model, tmp_pa
     assert tuned.tokenizer.encode("People").tolist() == tiny_model.encode("People").tolist()
 
 
+@pytest.mark.slow
+def test_adapters_on_a_quantized_base(finetune, tiny_model, tmp_path):
+    config, params, tokenizer = tiny_model.config, tiny_model.params, tiny_model.tokenizer
+    checkpoint.save(tmp_path / "hf", config, params, tokenizer, to="hf", progress=False)
+    options = KINDS["lora"] | {"--quantize": "int4", "--lora-targets": "q,down"}
+    done = finetune(tmp_path / "hf", tmp_path / "run", options)
+    assert np.mean(done["losses"][-2:]) < np.mean(done["losses"][:2]) - 0.1
+    old = load_file(tmp_path / "hf" / "model.safetensors")
+    new = load_file(Path(done["model"]) / "model.safetensors")
+    changed = {name for name in old if not np.array_equal(old[name], new[name])}
+    parts = ("self_attn.q_proj", "mlp.down_proj")  # all else is as stored, not as quantized
+    assert changed == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in parts}
+
+
 def test_what_cannot_be_done(finetune, tmp_path):
+    full = {"--lora-rank": 0, "--quantize": "int4"}
+    assert "--lora-rank of 1 or more" in finetune(CONFIG, tmp_path / "a", full, code=1)
     short = tmp_path / "short.txt"
     short.write_text("A few words.")
     assert "--length 32" in finetune(CONFIG, tmp_path / "a", {}, code=1, text=short)
