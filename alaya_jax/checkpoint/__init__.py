@@ -28,6 +28,7 @@ from alaya_jax.checkpoint.conversion import (
 )
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.inspection import inspect_source
 from alaya_jax.checkpoint.meta import is_meta, open_meta
 from alaya_jax.checkpoint.params import Memory, load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, identify
@@ -45,6 +46,8 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "convert",
+    "inspect",
+    "load",
     "locate",
     "open_checkpoint",
     "read_checkpoint",
@@ -156,6 +159,28 @@ def read_checkpoint(
         fingerprint=identity if scheme is None else f"{identity}-{scheme}",
         source=source.path,
     )
+
+
+load = read_checkpoint
+"""The same under the name that stands beside `save`."""
+
+
+def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint is, as plain data: config, sizes, and where each parameter is stored.
+
+    Its files are checked as for loading; no weights are read but the samples of the fingerprint.
+
+    Args:
+      path_or_name: as `read_checkpoint` takes it.
+
+    Returns:
+      path, format, fingerprint, parameters, config, bytes, and by the path of each parameter its
+      name, shape and type in the file, its own shape and its logical axes.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: it cannot be loaded; all problems are named.
+    """
+    return inspect_source(open_checkpoint(path_or_name))
 
 
 def convert(

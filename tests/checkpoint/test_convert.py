@@ -23,6 +23,8 @@ from alaya_jax.checkpoint import (
     conversion,
     convert,
     hf_write,
+    inspect,
+    load,
     open_checkpoint,
     orbax,
     read_checkpoint,
@@ -274,6 +276,29 @@ def test_gguf_becomes_hf_that_reads_the_same(
     got, want = read(tmp_path / "hf"), read(source)
     assert_same(got.params, jax.device_get(want.params))
     assert got.config == want.config
+
+
+def test_inspect_says_where_each_parameter_is(hf, tmp_path):
+    source = hf(ml_dtypes.bfloat16)
+    run(source, tmp_path / "a.gguf", to="gguf-bf16")
+    there, here = inspect(tmp_path / "a.gguf"), inspect(source)
+    assert there["config"] == here["config"]
+    assert (
+        there["parameters"]
+        == here["parameters"]
+        == sum(x.size for x in jax.tree.leaves(read(source).params))
+    )
+    assert here["tensors"].keys() == there["tensors"].keys()
+    assert there["tensors"]["layers_1/attention/k/kernel"] == {
+        "stored_as": "blk.1.attn_k.weight",
+        "stored_shape": [32, 32],
+        "stored_dtype": "BF16",
+        "file": "a.gguf",
+        "shape": [32, 2, 16],
+        "axes": ["embed", "kv_heads", "head_dim"],
+    }
+    assert here["tensors"]["norm/scale"]["stored_as"] == "model.norm.weight"
+    assert load(source).fingerprint == here["fingerprint"]
 
 
 def test_published_spelling(make_config):
