@@ -35,7 +35,7 @@ MANIFEST = "alaya_checkpoint.json"
 _VERSION = 1
 _MARK = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
-_GROUP = 1 << 27  # bytes of small tensors saved at once: each time costs tens of milliseconds
+_GROUP = 3 << 25  # bytes of small tensors saved at once: each time costs tens of milliseconds
 _CHUNK = 1 << 27  # bytes of an array read and written at once
 
 

@@ -167,4 +167,5 @@ def _sample(tensor: StoredTensor) -> Sample:
     data = tensor.data
     assert data is not None  # a source without bytes states its fingerprint
     probes = tuple(data[a:b].tobytes() for a, b in probe_ranges(data.size))
+    tensor.release()  # where the system keeps a file in large pieces, a touch maps all of a piece
     return Sample(tensor.name, tensor.shape, tensor.stored_dtype, data.size, probes)
