@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from alaya_jax.db import Budget as Budget
     from alaya_jax.errors import AlayaError as AlayaError
     from alaya_jax.generation import generate as generate
+    from alaya_jax.index import Block as Block
+    from alaya_jax.index import Flat as Flat
+    from alaya_jax.index import Sketch as Sketch
     from alaya_jax.model import Model as Model
     from alaya_jax.model import load as load
     from alaya_jax.query import DIPR as DIPR
     from alaya_jax.query import Full as Full
+    from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
+    from alaya_jax.query.plan import Plan as Plan
     from alaya_jax.sampling import Greedy as Greedy
     from alaya_jax.sampling import Sampling as Sampling
     from alaya_jax.session import Session as Session
@@ -36,15 +41,20 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AlayaError": "errors",
+    "Block": "index",
     "Budget": "db",
     "DB": "db",
     "DIPR": "query",
+    "Flat": "index",
     "Full": "query",
     "Greedy": "sampling",
     "Model": "model",
+    "Plan": "query.plan",
     "Sampling": "sampling",
     "Session": "session",
     "ShardingRules": "sharding",
+    "Sketch": "index",
+    "Tiles": "query",
     "TopK": "query",
     "Window": "query",
     "generate": "generation",

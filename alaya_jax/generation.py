@@ -12,7 +12,7 @@ import numpy as np
 from alaya_jax import programs
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
-from alaya_jax.query import Full, check_queries
+from alaya_jax.query.plan import Attention
 from alaya_jax.sampling import Greedy, Sampling, StopText, init_sampler, sample
 from alaya_jax.session import Session
 
@@ -68,8 +68,8 @@ def generate(
     tokens: Any = (),
     *,
     max_new_tokens: int = 256,
-    attention: programs.Queries | None = None,
-    prefill: programs.Queries | None = None,
+    attention: Attention | None = None,
+    prefill: Attention | None = None,
     sampling: Sampling | list[Sampling] | None = None,
     progress: bool = False,
 ) -> "Generation":
@@ -87,7 +87,8 @@ def generate(
       tokens: ids that come first: what `create_session` left over, or the next turn of a
         conversation (a list of such for a batch).
       max_new_tokens: at most so many for each sequence.
-      attention: what decoding asks of the keys; default `Full()`.
+      attention: what decoding asks of the keys: a query or a `Plan`, or one a layer; default
+        `Full()`.
       prefill: what prefill asks of the keys; default `Full()`.
       sampling: default `Greedy()`; one for all sequences or one for each.
       progress: shows a bar for the prefill on stderr when it is a terminal.
@@ -101,8 +102,8 @@ def generate(
         session,
         tokens,
         max_new_tokens,
-        Full() if attention is None else attention,
-        Full() if prefill is None else prefill,
+        attention,
+        prefill,
         sampling or Greedy(),
         progress,
     )
@@ -123,8 +124,8 @@ class Generation(Iterator[Token]):
         session: Session,
         tokens: Any,
         max_new_tokens: int,
-        attention: programs.Queries,
-        prefill: programs.Queries,
+        attention: Attention | None,
+        prefill: Attention | None,
         sampling: Sampling | list[Sampling],
         progress: bool,
     ):
@@ -139,8 +140,6 @@ class Generation(Iterator[Token]):
                 "generate: every sequence needs at least one token to go on from; pass what "
                 "create_session left over"
             )
-        for query in (attention, prefill):
-            check_queries(query, model.config)
         each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
@@ -149,6 +148,7 @@ class Generation(Iterator[Token]):
         # Randomness goes by position: a session that was left goes on as if it had not been.
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
         self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
+        plans = [session.plans(asked, max(ends) + max_new_tokens) for asked in (attention, prefill)]
         # The last token sampled is never fed, so it needs no room.
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
 
@@ -160,7 +160,7 @@ class Generation(Iterator[Token]):
         self._turn = session.turn
         self._alternatives = [s.logprobs for s in each]
         self._max = max_new_tokens
-        self._attention, self._prefill = attention, prefill
+        self._attention, self._prefill = plans
         self._progress = progress
         eos = model.config.eos_token_ids
         if model.tokenizer is not None:
@@ -226,7 +226,6 @@ class Generation(Iterator[Token]):
     def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
         session = self.session
-        config = session.model.config
         width = max(1, *(len(ids) for ids in self._end_ids))
         end_ids = np.full((session.batch_size, width), -1, np.int32)
         for row, ids in zip(end_ids, self._end_ids, strict=True):
@@ -249,11 +248,11 @@ class Generation(Iterator[Token]):
                     sampler,
                     jnp.int32(steps),
                     self._attention,
+                    session.pool.cover(self._attention, session.sequences),
                     kv_result=1,
-                    config=config,
                     processors=self._processors,
                     capacity=BLOCK,
-                    rope_length=session.model.rope_length,
+                    **session.static,
                 )
                 on_device = decoded.running
                 under_way, left = (decoded, before, table.length), left - steps
@@ -273,7 +272,7 @@ class Generation(Iterator[Token]):
             self.session.count_reads(
                 "decode",
                 self._attention,
-                np.asarray(decoded.attended),
+                decoded.counts,
                 lengths.tolist(),
                 np.asarray(after) - lengths,
             )

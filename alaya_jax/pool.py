@@ -16,15 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import cache
-from alaya_jax.cache import PageAllocator, PagedKV, PageTable
+from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
 from alaya_jax.errors import DatabaseError
+from alaya_jax.index import Flat, Index, Indexed, LayerIndex
 from alaya_jax.model import Model
+from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.sharding import ShardingRules, laid, spread, whole
 
 TABLE_WIDTH = 512
 """Pages of the narrowest page table, wider ones are this times a power of four: a program is
 compiled for each width, and what it costs follows the true length."""
+
+INDEX_WIDTH = 8
+"""Pages indexed at once, at least; more are this times a power of four."""
 
 TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
@@ -65,12 +72,17 @@ class PagePool:
     """Device pages and the host's accounts of them."""
 
     def __init__(self, model: Model, num_pages: int, page_size: int, setting: str):
-        """Args: model; P; Z; the setting to name when the pool is exhausted."""
+        """Args: model; P, of which whole shards are used; Z; the setting to name when the pool is
+        exhausted.
+        """
+        self._shards = model.rules.page_shards(model.mesh)
+        self._place = model.rules.pool(model.mesh)
         self.page_size = page_size
-        self.num_pages = num_pages
+        self.num_pages = num_pages - num_pages % self._shards
         self._model = model
-        self._allocator = PageAllocator(num_pages, page_size, setting)
+        self._allocator = PageAllocator(self.num_pages, page_size, setting, self._shards)
         self._kv: PagedKV | None = None
+        self._indexes: dict[tuple[Index, int], _LayerState] = {}
         self.evict: Callable[[], bool] = lambda: False
         """Called when pages run out: frees some and says whether it could."""
 
@@ -113,6 +125,7 @@ class PagePool:
         Returns:
           the result without the cache.
         """
+        args = spread(args, self._model.mesh)
         with uninterrupted():
             result = program(self._model.params, self.kv, *args, **static)
             if kv_result is None:
@@ -138,7 +151,7 @@ class PagePool:
         fresh = self._allocate(needed + (tail is not None), after)
         if tail is not None:
             shared = sequence.pages[tail : tail + 1].copy()
-            self.run(_copy_pages, shared, fresh[:1], kv_result=None)
+            self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
             sequence.pages[tail], fresh = fresh[0], fresh[1:]
             self._allocator.release(shared)
         sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
@@ -146,7 +159,68 @@ class PagePool:
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
         while self._allocator.num_free < n and self.evict():
             pass
-        return self._allocator.allocate(n, after)
+        fresh = self._allocator.allocate(n, after)
+        for state in self._indexes.values():
+            state.built[fresh] = False
+        return fresh
+
+    def cover(self, plans: Plans, sequences: list[Sequence]) -> Indexed:
+        """Has the plans' indexes know the full pages of these sequences.
+
+        What was built once stays, for every sequence that shares the page.
+        """
+        size = self.page_size
+        layers = self._model.config.num_hidden_layers
+        full = [s.pages[: s.length // size] for s in sequences]
+        pages = np.unique(np.concatenate(full))
+        for layer, index in enumerate(indexes_of(plans, layers)):
+            if isinstance(index, Flat):
+                continue
+            state = self._indexes.get((index, layer))
+            if state is None:
+                m = self._model
+                made = index.create(m.config, self.num_pages, size, m.dtype, m.mesh, m.rules)
+                state = _LayerState(made, np.zeros(self.num_pages, bool))
+                self._indexes[index, layer] = state
+            missing = pages[~state.built[pages]]
+            if len(missing):
+                self._build(state, layer, missing)
+        states = (
+            self._indexes.get((index, i)) for i, index in enumerate(indexes_of(plans, layers))
+        )
+        return Indexed(
+            tuple(state.index if state else None for state in states),
+            jnp.asarray([len(p) * size for p in full], jnp.int32),
+        )
+
+    def index_bytes(self) -> dict[str, int]:
+        """Bytes that each index takes on the device, all layers."""
+        sizes: dict[str, int] = {}
+        for (index, _), state in self._indexes.items():
+            leaves = jax.tree.leaves(state.index)
+            sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
+        return sizes
+
+    def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
+        shard, local = np.divmod(missing, self.num_pages // self._shards)
+        by_shard = [local[shard == s] for s in range(self._shards)]
+        width = _bucket(max(map(len, by_shard)), INDEX_WIDTH, 4)
+        ids = np.full((self._shards, width), cache.NO_PAGE, np.int32)
+        for row, pages in zip(ids, by_shard, strict=True):
+            row[: len(pages)] = pages
+        filled = np.where(ids == cache.NO_PAGE, 0, self.page_size).astype(np.int32)
+        m, kv = self._model, self.kv
+        with uninterrupted():
+            state.index = _build_index(
+                state.index,
+                kv.k[layer],
+                kv.v[layer],
+                ids.ravel(),
+                filled.ravel(),
+                mesh=m.mesh,
+                rules=m.rules,
+            )
+            state.built[missing] = True
 
     @uninterrupted()
     def trim(self, sequence: Sequence, keep: int = 0) -> None:
@@ -169,8 +243,10 @@ class PagePool:
 
     def table(self, sequences: list[Sequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
+        if self._shards > 1:
+            return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
-        width = _bucket(longest, TABLE_WIDTH, 4)
+        width = min(_bucket(longest, TABLE_WIDTH, 4), self.num_pages - 1)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)
@@ -179,6 +255,33 @@ class PagePool:
             last = sequence.pages[-1] if n else -1
             row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
         return PageTable(jnp.asarray(pages), jnp.asarray([s.length for s in sequences], jnp.int32))
+
+    def _spread_table(self, sequences: list[Sequence]) -> PageTable:
+        """The table of pages that are spread over devices: for each, a list of its own."""
+        per_shard = self.num_pages // self._shards
+        placed = [np.divmod(s.pages, per_shard) for s in sequences]
+        longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
+        width = min(_bucket(longest, TABLE_WIDTH // self._shards or 1, 4), per_shard - 1)
+        shape = (len(sequences), self._shards, width)
+        pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
+        for b, (shard, local) in enumerate(placed):
+            for s in range(self._shards):
+                mine = np.flatnonzero(shard == s)
+                pages[b, s, : len(mine)] = local[mine]
+                start[b, s, : len(mine)] = mine * self.page_size
+                last = int(local[mine[-1]]) if len(mine) else -1
+                rest = np.arange(last + 1, last + 1 + width - len(mine))
+                pages[b, s, len(mine) :] = np.minimum(rest, per_shard - 1)
+        flat = (len(sequences), self._shards * width)
+        assert self._place is not None
+        place = NamedSharding(self._place.mesh, PartitionSpec(None, self._place.spec[1]))
+
+        def put(x: np.ndarray) -> jax.Array:
+            x = x.reshape(flat)
+            return jax.make_array_from_callback(flat, place, x.__getitem__)
+
+        length = jnp.asarray([s.length for s in sequences], jnp.int32)
+        return PageTable(put(pages), length, put(start))
 
     def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
@@ -195,17 +298,36 @@ class PagePool:
 
         with uninterrupted():
             old = self.kv
-            new_k, new_v = _write_pages(old.k[layer], old.v[layer], pages, paged(k), paged(v))
+            new_k, new_v = _write_pages(
+                old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
+            )
             self._kv = old.replace_layer(layer, new_k, new_v)
 
     def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of one layer, each [K, n, D], on the host."""
-        count = -(-sequence.length // self.page_size)
-        width = _bucket(count, TRANSFER_WIDTH, 2)
-        pages = np.zeros(width, np.int32)
+        k, v = (np.asarray(x) for x in self.gather(sequence, layer, sequence.length))
+        return k[:, : sequence.length], v[:, : sequence.length]
+
+    def gather(self, sequence: Sequence, layer: int, count: int) -> tuple[jax.Array, jax.Array]:
+        """The first `count` tokens of one layer and some more, each [K, n, D], on every device."""
+        count = -(-count // self.page_size)
+        pages = np.zeros(_bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[:count]
-        k, v = _read_tokens(self.kv.k[layer], self.kv.v[layer], pages)
-        return np.asarray(k)[:, : sequence.length], np.asarray(v)[:, : sequence.length]
+        place = whole(self._model.mesh)
+        return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
+
+
+@dataclasses.dataclass
+class _LayerState:
+    """An index of one layer, and which pages it knows.
+
+    Attributes:
+      index: what it holds.
+      built: bool [P].
+    """
+
+    index: LayerIndex
+    built: np.ndarray
 
 
 def _bucket(count: int, smallest: int, factor: int) -> int:
@@ -216,21 +338,60 @@ def _bucket(count: int, smallest: int, factor: int) -> int:
     return width
 
 
-@functools.partial(jax.jit, donate_argnames=("kv",))
-def _copy_pages(params: Any, kv: PagedKV, source: jax.Array, target: jax.Array) -> PagedKV:
+@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("index",))
+def _build_index(
+    index: LayerIndex,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    ids: jax.Array,
+    filled: jax.Array,
+    *,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+) -> LayerIndex:
+    if mesh is None:
+        return index.build(k_pages, v_pages, ids, filled)
+    pages = rules.axis("pages", mesh)
+    pool, some = PartitionSpec(rules.axis("kv_heads", mesh), pages), PartitionSpec(pages)
+    build = jax.shard_map(
+        lambda index, k, v, ids, filled: index.build(k, v, ids, filled),
+        mesh=mesh,
+        in_specs=(pool, pool, pool, some, some),
+        out_specs=pool,
+        check_vma=False,
+    )
+    return build(index, k_pages, v_pages, ids, filled)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))
+def _copy_pages(
+    params: Any,
+    kv: PagedKV,
+    source: jax.Array,
+    target: jax.Array,
+    *,
+    place: NamedSharding | None,
+) -> PagedKV:
     del params
-    return cache.copy_pages(kv, source, target)
+    return laid(cache.copy_pages(kv, source, target), place)
 
 
-@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"))
+@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"), static_argnames=("place",))
 def _write_pages(
-    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, k: jax.Array, v: jax.Array
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    place: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
-    return cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+    new = cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+    return laid(new, place)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("place",))
 def _read_tokens(
-    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array
+    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, *, place: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
-    return cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)
+    return laid((cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)), place)

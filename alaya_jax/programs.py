@@ -12,16 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax import attention, cache
+from alaya_jax.attention import engine
+from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.index import Indexed
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
-from alaya_jax.query import Query, of_layer
+from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
-
-Queries = Query | tuple[Query, ...]
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 
 def step(
@@ -31,9 +33,12 @@ def step(
     table: PageTable,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
-    query: Queries,
+    plans: Plans,
+    indexed: Indexed | None = None,
     rope_length: int | None = None,
-) -> tuple[Float[Array, "B V"], PagedKV, Int[Array, "L B H"]]:
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[Float[Array, "B V"], PagedKV, Counts]:
     """The model over `count[b]` new tokens of each sequence; pure, not compiled.
 
     Args:
@@ -42,24 +47,38 @@ def step(
       table: pages, and lengths before the new tokens.
       tokens: padded to T.
       count: how many of the T are real.
-      query: what attention asks of the keys; one, or one a layer.
+      plans: how attention is answered; one, or one a layer.
+      indexed: what the plans' indexes hold; None: nothing, and every key is scored.
       rope_length: see `models.rope.inverse_frequencies`.
+      mesh, rules: where the model and the cache lie.
 
     Returns:
-      logits of each sequence's last new token, float32; the cache with the new tokens; keys
-      attended to, summed over the new tokens.
+      logits of each sequence's last new token, float32; the cache with the new tokens; what was
+      read, [L, B, H], summed over the new tokens.
     """
-    positions = table.length[:, None] + jnp.arange(tokens.shape[1])
+    offset = jnp.arange(tokens.shape[1])
+    positions = table.length[:, None] + offset
+    real = (offset < count[:, None])[..., None]
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        kv, attended = state
-        kv = cache.append(kv, layer, k, v, table, count)
-        out, keys = attention.attend(
-            of_layer(query, layer), q, kv.k[layer], kv.v[layer], table, count
+        kv, counts = state
+        kv = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+        out, new = engine.attend(
+            of_layer(plans, layer),
+            q,
+            kv.k[layer],
+            kv.v[layer],
+            table,
+            count,
+            indexed and indexed.layers[layer],
+            indexed and indexed.covered,
+            mesh=mesh,
+            rules=rules,
         )
-        return out, (kv, (*attended, jnp.sum(keys, axis=1)))
+        new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
+        return out, (kv, (*counts, new))
 
-    logits, (kv, attended) = forward(
+    logits, (kv, counts) = forward(
         params,
         config,
         tokens,
@@ -69,23 +88,34 @@ def step(
         logits_at=jnp.maximum(count - 1, 0),
         rope_length=rope_length,
     )
-    return logits, kv, jnp.stack(attended)
+    return logits, kv, jax.tree.map(lambda *x: jnp.stack(x), *counts)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rope_length"), donate_argnames=("kv",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "rope_length", "mesh", "rules"),
+    donate_argnames=("kv",),
+)
 def extend(
     params: Params,
     kv: PagedKV,
     table: PageTable,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
-    query: Queries,
+    plans: Plans,
+    indexed: Indexed | None = None,
     *,
     config: LlamaConfig,
     rope_length: int | None = None,
-) -> tuple[Float[Array, "B V"], PagedKV, Int[Array, "L B H"]]:
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[Float[Array, "B V"], PagedKV, Counts]:
     """`step`, compiled: one chunk of a prefill."""
-    return step(params, config, kv, table, tokens, count, query, rope_length)
+    logits, kv, counts = step(
+        params, config, kv, table, tokens, count, plans, indexed, rope_length, mesh, rules
+    )
+    logits, counts = laid((logits, counts), whole(mesh))
+    return logits, laid(kv, (rules or ShardingRules()).pool(mesh)), counts
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +129,7 @@ class Decoded:
       alternatives: the likeliest tokens of each step, [N, B, n], or None.
       steps: how many steps ran: fewer than asked for when every sequence ended.
       running: bool [B], sequences that may go on.
-      attended: int32 [L, B, H], keys attended to, summed over steps.
+      counts: what was read, [L, B, H], summed over steps.
     """
 
     tokens: Int[Array, "N B"]
@@ -107,12 +137,12 @@ class Decoded:
     alternatives: Alternatives | None
     steps: Int[Array, ""]
     running: Bool[Array, " B"]
-    attended: Int[Array, "L B H"]
+    counts: Counts
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "processors", "capacity", "rope_length"),
+    static_argnames=("config", "processors", "capacity", "rope_length", "mesh", "rules"),
     donate_argnames=("kv", "sampler"),
 )
 def decode(
@@ -124,12 +154,15 @@ def decode(
     end_ids: Int[Array, "B M"],
     sampler: SamplerState,
     steps: Int[Array, ""],
-    query: Queries,
+    plans: Plans,
+    indexed: Indexed | None = None,
     *,
     config: LlamaConfig,
     processors: Processors,
     capacity: int,
     rope_length: int | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
 ) -> tuple[Decoded, PagedKV, PageTable, Int[Array, " B"], SamplerState]:
     """Up to `steps` tokens of every running sequence, without a host round trip.
 
@@ -137,7 +170,7 @@ def decode(
     sequence ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
 
     Args:
-      params, config, query, rope_length: as in `step`.
+      params, config, plans, indexed, rope_length, mesh, rules: as in `step`.
       kv, table: cache with pages allocated for `steps` more tokens of each sequence.
       token: last token of each sequence, sampled or given, not in the cache yet.
       running: sequences that are to go on.
@@ -151,6 +184,8 @@ def decode(
     """
     batch = token.shape[0]
     wanted = processors.logprobs
+    by_head = (config.num_hidden_layers, batch, config.num_attention_heads)
+    nothing = jnp.zeros(by_head, jnp.int32)
     out = Decoded(
         tokens=jnp.full((capacity, batch), -1, jnp.int32),
         logprobs=jnp.zeros((capacity, batch)),
@@ -161,18 +196,26 @@ def decode(
         else None,
         steps=jnp.int32(0),
         running=running,
-        attended=jnp.zeros(
-            (config.num_hidden_layers, batch, config.num_attention_heads), jnp.int32
-        ),
+        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head)),
     )
 
     def body(carry: Any) -> Any:
         out, kv, table, token, sampler = carry
         count = out.running.astype(jnp.int32)
-        logits, kv, attended = step(
-            params, config, kv, table, token[:, None], count, query, rope_length
+        logits, kv, counts = step(
+            params,
+            config,
+            kv,
+            table,
+            token[:, None],
+            count,
+            plans,
+            indexed,
+            rope_length,
+            mesh,
+            rules,
         )
-        table = PageTable(table.pages, table.length + count)
+        table = dataclasses.replace(table, length=table.length + count)
         new, logprob, alternatives, sampler = sample(processors, sampler, logits)
         new = jnp.where(out.running, new, -1)
         ended = (new < 0) | jnp.any(new[:, None] == end_ids, axis=1)
@@ -183,11 +226,14 @@ def decode(
             alternatives=put(out.alternatives, alternatives),
             steps=out.steps + 1,
             running=out.running & ~ended,
-            attended=out.attended + attended,
+            counts=jax.tree.map(jnp.add, out.counts, counts),
         )
         return out, kv, table, jnp.where(new >= 0, new, token), sampler
 
     def more(carry: Any) -> Array:
         return (carry[0].steps < jnp.minimum(steps, capacity)) & carry[0].running.any()
 
-    return lax.while_loop(more, body, (out, kv, table, token, sampler))
+    out, kv, new, token, sampler = lax.while_loop(more, body, (out, kv, table, token, sampler))
+    out, length, token, sampler = laid((out, new.length, token, sampler), whole(mesh))
+    kv = laid(kv, (rules or ShardingRules()).pool(mesh))
+    return out, kv, dataclasses.replace(table, length=length), token, sampler

@@ -1,5 +1,7 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
+import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -7,16 +9,20 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from alaya_jax import attention as engine
-from alaya_jax import cache, programs
+from alaya_jax import programs
+from alaya_jax.attention import engine
+from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
-from alaya_jax.query import Full, Query, check_queries
+from alaya_jax.query import Full
 from alaya_jax.query.explain import Explanation, Reads
+from alaya_jax.query.plan import Attention, Plans, of_layer, plan_for
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.db import Context
@@ -130,7 +136,7 @@ class Session:
     def prefill(
         self,
         tokens: Any,
-        attention: programs.Queries | None = None,
+        attention: Attention | None = None,
         *,
         on_chunk: Callable[[int], None] | None = None,
     ) -> Float[Array, "B V"]:
@@ -152,14 +158,19 @@ class Session:
         rows = self.rows(tokens)
         if not max(len(row) for row in rows):
             raise RequestError("prefill: there are no tokens to run the model over")
-        query = check_queries(Full() if attention is None else attention, self.model.config)
+        longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
+        plans = self.plans(attention, longest)
         self.make_room([len(row) for row in rows])
-        return self.feed(rows, query, on_chunk)
+        return self.feed(rows, plans, on_chunk)
+
+    def plans(self, attention: Attention | None, length: int) -> Plans:
+        """What answers `attention`, default `Full()`, in sequences of up to so many tokens."""
+        return plan_for(Full() if attention is None else attention, self.model.config, length)
 
     def feed(
         self,
         rows: list[np.ndarray],
-        query: programs.Queries,
+        plans: Plans,
         on_chunk: Callable[[int], None] | None = None,
     ) -> Float[Array, "B V"]:
         """`prefill` of what `rows` returned, for which room is made."""
@@ -169,31 +180,32 @@ class Session:
             left = max(len(row) for row in rows) - done
             width = next((c for c in CHUNKS if c >= left), CHUNKS[-1])
             chunk = np.zeros((self.batch_size, width), np.int32)
-            counts = np.zeros(self.batch_size, np.int32)
+            new = np.zeros(self.batch_size, np.int32)
             for b, row in enumerate(rows):
                 part = row[done : done + width]
-                chunk[b, : len(part)], counts[b] = part, len(part)
+                chunk[b, : len(part)], new[b] = part, len(part)
             table = self.pool.table(self.sequences)
-            part_logits, attended = self.pool.run(
+            indexed = self.pool.cover(plans, self.sequences)
+            part_logits, counts = self.pool.run(
                 programs.extend,
                 table,
                 jnp.asarray(chunk),
-                jnp.asarray(counts),
-                query,
+                jnp.asarray(new),
+                plans,
+                indexed,
                 kv_result=1,
-                config=self.model.config,
-                rope_length=self.model.rope_length,
+                **self.static,
             )
             # Only after its last chunk are a sequence's logits those of its last token.
-            fresh = jnp.asarray(counts > 0)[:, None]
+            fresh = jnp.asarray(new > 0)[:, None]
             logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
-            self.count_reads("prefill", query, np.asarray(attended), self.lengths, counts)
+            self.count_reads("prefill", plans, counts, self.lengths, new)
             with uninterrupted():
-                for b, count in enumerate(counts):
+                for b, count in enumerate(new):
                     self._commit(b, rows[b][done : done + count].tolist())
                 self.pending = [[] for _ in rows]  # was in front of the first chunk
             if on_chunk is not None:
-                on_chunk(int(counts.max()))
+                on_chunk(int(new.max()))
             done += width
         assert logits is not None
         return logits
@@ -236,19 +248,30 @@ class Session:
         self._tokens[b].extend(tokens)
         self.sequences[b].length += len(tokens)
 
+    @property
+    def static(self) -> dict[str, Any]:
+        """Static arguments of the programs that run the model."""
+        m = self.model
+        return {
+            "config": m.config,
+            "rope_length": m.rope_length,
+            "mesh": m.mesh,
+            "rules": m.rules,
+        }
+
     def count_reads(
-        self, phase: str, query: Any, attended: np.ndarray, lengths: list[int], counts: Any
+        self, phase: str, plans: Plans, counts: Counts, lengths: list[int], new: Any
     ) -> None:
-        """Adds what a program read to the account that `explain` shows."""
+        """Adds what a program read, [L, B, H], to the account that `explain` shows."""
         reads = self.reads.get(phase)
-        if reads is None or not reads.is_of(query):
-            reads = self.reads[phase] = Reads(query, self.model.config)
+        if reads is None or not reads.is_of(plans):
+            reads = self.reads[phase] = Reads(plans, self.model, self.pool.page_size)
         # Token i of n new ones sees the `length` before it, the i before it, and itself.
         visible = sum(
             int(n) * length + int(n) * (int(n) + 1) // 2
-            for length, n in zip(lengths, counts, strict=True)
+            for length, n in zip(lengths, new, strict=True)
         )
-        reads.add(attended, visible, int(np.sum(counts)))
+        reads.add(counts, visible, int(np.sum(new)))
 
     def update(
         self,
@@ -265,8 +288,7 @@ class Session:
         way: pass them to `DB.store`.
 
         Args:
-          q: queries of the new tokens, [B, T, H, D], or None. Indexes learn from them; the flat
-            index, the only one so far, does not.
+          q: queries of the new tokens, [B, T, H, D], or None; an index may learn from them.
           k: keys, after RoPE.
           v: values.
           layer: from 0.
@@ -300,7 +322,15 @@ class Session:
             self.pool.reserve(sequence, int(start) + t)
         table = self._table(layer)
         self.pool.run(
-            _append, table, jnp.full(batch, t, jnp.int32), k, v, kv_result=None, layer=layer
+            _append,
+            table,
+            jnp.full(batch, t, jnp.int32),
+            k,
+            v,
+            kv_result=None,
+            layer=layer,
+            mesh=self.model.mesh,
+            rules=self.model.rules,
         )
         self._ahead[layer] += t
         whole = int(self._ahead.min())
@@ -311,20 +341,18 @@ class Session:
         if not return_kv:
             return None, None
         n = self.lengths[0] + int(self._ahead[layer])
-        pages = jnp.asarray(self.sequences[0].pages)
-        kv = self.pool.kv
-        full_k, full_v = (cache.read_tokens(p[layer], pages) for p in (kv.k, kv.v))
+        full_k, full_v = self.pool.gather(self.sequences[0], layer, n)
         return full_k[:, :n], full_v[:, :n]
 
     def attention(
-        self, q: Float[Array, "B T H D"], layer: int, query: Query | None = None
+        self, q: Float[Array, "B T H D"], layer: int, query: Attention | None = None
     ) -> Float[Array, "B T H D"]:
         """Attention of the last T tokens of one layer, after `update` (AlayaDB, Table 2).
 
         Args:
           q: rotated queries of the T tokens that were appended last, not scaled.
           layer: from 0.
-          query: default `Full()`.
+          query: a query or a plan; default `Full()`.
 
         Raises:
           RequestError: wrong shape or layer, or more tokens than there are.
@@ -339,21 +367,35 @@ class Session:
                 f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
             )
         table = self._table(layer)
-        table = PageTable(table.pages, table.length - t)
+        table = dataclasses.replace(table, length=table.length - t)
         kv = self.pool.kv
         count = jnp.full(batch, t, jnp.int32)
-        query = check_queries(query or Full(), c)
-        out, attended = engine.attend(query, q, kv.k[layer], kv.v[layer], table, count)
-        by_head = np.zeros((self.model.config.num_hidden_layers, *attended.shape[::2]), np.int64)
-        by_head[layer] = np.asarray(attended.sum(1))
+        plans = self.plans(query, max(self.lengths) + t)
+        # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
+        indexed = self.pool.cover(plans, self.sequences)
+        out, counts = engine.attend(
+            of_layer(plans, layer),
+            q,
+            kv.k[layer],
+            kv.v[layer],
+            table,
+            count,
+            indexed.layers[layer],
+            indexed.covered,
+            mesh=self.model.mesh,
+            rules=self.model.rules,
+        )
+        by_layer = _of_layer(
+            counts, layer, layers=c.num_hidden_layers, place=whole(self.model.mesh)
+        )
         # The account is kept by token: the last layer closes it.
-        counted = [t] * batch if layer == self.model.config.num_hidden_layers - 1 else [0] * batch
-        self.count_reads("attention", query, by_head, np.asarray(table.length).tolist(), counted)
+        counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
+        self.count_reads("attention", plans, by_layer, np.asarray(table.length).tolist(), counted)
         return out
 
     def _table(self, layer: int) -> PageTable:
         table = self.pool.table(self.sequences)
-        return PageTable(table.pages, table.length + int(self._ahead[layer]))
+        return dataclasses.replace(table, length=table.length + int(self._ahead[layer]))
 
     def fork(self) -> "Session":
         """A second session with the same tokens. Pages are shared until one of the two writes."""
@@ -403,10 +445,29 @@ def _release(pool: PagePool, sequences: list[Sequence]) -> None:
 
 
 def _append_layer(
-    params: Any, kv: PagedKV, table: PageTable, count: Array, k: Array, v: Array, *, layer: int
+    params: Any,
+    kv: PagedKV,
+    table: PageTable,
+    count: Array,
+    k: Array,
+    v: Array,
+    *,
+    layer: int,
+    mesh: Mesh | None,
+    rules: ShardingRules,
 ) -> PagedKV:
     del params
-    return cache.append(kv, layer, k, v, table, count)
+    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    return laid(new, rules.pool(mesh))
 
 
-_append = jax.jit(_append_layer, static_argnames=("layer",), donate_argnames=("kv",))
+@functools.partial(jax.jit, static_argnames=("layers", "place"))
+def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
+    """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
+    here = (jnp.arange(layers) == layer)[:, None, None]
+    return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
+
+
+_append = jax.jit(
+    _append_layer, static_argnames=("layer", "mesh", "rules"), donate_argnames=("kv",)
+)

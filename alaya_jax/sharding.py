@@ -6,10 +6,12 @@ rules = dataclasses.replace(aj.ShardingRules(), vocab=None)         # another st
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax.errors import ConfigError
@@ -23,6 +25,7 @@ class ShardingRules:
       vocab, embed, heads, kv_heads, head_dim, ffn, norm: axes of parameters; `kv_heads` of the
         cache too.
       batch: sequences of a batch.
+      pages: pages of the cache and of its indexes.
     """
 
     vocab: str | None = "tensor"
@@ -33,6 +36,12 @@ class ShardingRules:
     ffn: str | None = "tensor"
     norm: str | None = None
     batch: str | None = "data"
+    pages: str | None = "context"
+
+    def axis(self, name: str, mesh: Mesh | None) -> str | None:
+        """The mesh axis that a logical axis is laid on; None when it is not split."""
+        axis = getattr(self, name)
+        return axis if mesh is not None and axis in mesh.axis_names else None
 
     def spec(self, mesh: Mesh, axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition spec of an array with these logical axes (None: replicated).
@@ -40,8 +49,7 @@ class ShardingRules:
         Raises:
           ConfigError: two logical axes of the array land on one mesh axis.
         """
-        physical = [getattr(self, axis) if axis else None for axis in axes]
-        physical = [axis if axis in mesh.axis_names else None for axis in physical]
+        physical = [self.axis(axis, mesh) if axis else None for axis in axes]
         used = [axis for axis in physical if axis is not None]
         if len(used) != len(set(used)):
             raise ConfigError(
@@ -67,6 +75,54 @@ class ShardingRules:
                     f"ShardingRules({axis}=None) to replicate it"
                 )
         return NamedSharding(mesh, spec)
+
+    def pool(self, mesh: Mesh | None) -> NamedSharding | None:
+        """Where an array [K, P, ...] of the cache or of an index lies; None without a mesh."""
+        if mesh is None:
+            return None
+        return NamedSharding(mesh, PartitionSpec(*self.spec(mesh, ("kv_heads", "pages"))))
+
+    def page_shards(self, mesh: Mesh | None) -> int:
+        """Into how many parts the pages of the cache are split."""
+        axis = self.axis("pages", mesh)
+        return mesh.shape[axis] if mesh is not None and axis is not None else 1
+
+
+def laid(tree: Any, place: NamedSharding | None) -> Any:
+    """Arrays of a program, to be laid so; as they are when there is no place.
+
+    What goes from one call of a program into the next is laid one way only: for another the program
+    would be compiled again.
+    """
+    if place is None:
+        return tree
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, place), tree)
+
+
+def whole(mesh: Mesh | None) -> NamedSharding | None:
+    """A copy on every device; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """A tree with the arrays of a single device copied to every device of a mesh; what lies on the
+    mesh stays where it is. Without a mesh nothing changes.
+    """
+    if mesh is None:
+        return tree
+
+    def is_alone(x: Any) -> bool:
+        return isinstance(x, jax.Array) and len(x.sharding.device_set) < mesh.size
+
+    leaves, structure = jax.tree.flatten(tree)
+    alone = [x for x in leaves if is_alone(x)]
+    copies = iter(_copied(whole(mesh))(alone) if alone else ())
+    return structure.unflatten([next(copies) if is_alone(x) else x for x in leaves])
+
+
+@functools.cache
+def _copied(place: NamedSharding | None) -> Any:
+    return jax.jit(lambda leaves: leaves, out_shardings=place)
 
 
 def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:

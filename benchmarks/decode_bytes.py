@@ -29,6 +29,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params
 from alaya_jax.query import DIPR, Full, Query, Window
+from alaya_jax.query.plan import Plan
 from alaya_jax.sampling import Greedy, init_sampler
 
 PAGE = 16
@@ -52,7 +53,7 @@ def compiled_step(config: LlamaConfig, query: Query, pages: int, context: int):
         ints(1, 1),
         sampler,
         ints(),
-        query,
+        Plan(query),
         config=config,
         processors=processors,
         capacity=16,

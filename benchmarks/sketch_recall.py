@@ -30,14 +30,19 @@ import machine
 import numpy as np
 
 import alaya_jax as aj
-from alaya_jax import attention, cache
+from alaya_jax import cache
+from alaya_jax.attention import engine
+from alaya_jax.attention.kept import Kept, scores_kept
 from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.attention.retrieve import pivot
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import MISS, Flat, Sketch, recover
 from alaya_jax.index.codes import quantize
 from alaya_jax.index.recovery import MARGIN
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
+from alaya_jax.query.plan import Plan
+from alaya_jax.query.select import in_range
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 PAGE, CHUNK, QUERIES = 16, 512, 8
@@ -54,7 +59,7 @@ def chunk(params, kv, table, tokens, config):
     def attend(layer, q, k, v, state):
         kv, queries = state
         kv = cache.append(kv, layer, k, v, table, count)
-        out, _ = attention.attend(Full(), q, kv.k[layer], kv.v[layer], table, count)
+        out, _ = engine.attend(Plan(Full()), q, kv.k[layer], kv.v[layer], table, count)
         last = q[0, -QUERIES:].reshape(QUERIES, k.shape[2], -1, k.shape[3])
         return out, (kv, (*queries, jnp.transpose(last, (1, 2, 0, 3))))
 
@@ -66,7 +71,7 @@ def chunk(params, kv, table, tokens, config):
 
 
 def prefill(model, tokens, lengths):
-    """Keys of all layers in pages 1, 2, ..., and queries by length."""
+    """The cache, of pages 1, 2, ..., and queries by length."""
     pages = len(tokens) // PAGE
     kv = PagedKV.create(model.config, pages + 1, PAGE, jnp.float32)
     queries = {}
@@ -76,7 +81,7 @@ def prefill(model, tokens, lengths):
         kv, last = chunk(model.params, kv, table, new, model.config)
         if start + CHUNK in lengths:
             queries[start + CHUNK] = last
-    return kv.k, queries
+    return kv, queries
 
 
 @functools.partial(jax.jit, static_argnames=("n", "low", "high", "miss"))
@@ -84,14 +89,18 @@ def scans(layer, q, k, n, low, high, miss=MISS):
     """True scores, estimates and errors of positions low..high; [K, G, T, n]."""
     pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
     keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
-    return (*Flat().scan(q, pages, keys), *layer.scan(q, pages, keys, miss))
+    true, scan = Flat().scan(q, pages, keys).estimate, layer.scan(q, pages, keys, miss)
+    return true, jnp.zeros_like(true), scan.estimate, scan.error
 
 
 @functools.partial(jax.jit, static_argnames=("n", "low", "high"))
 def range_scores(layer, q, k, n, low, high, beta, seed):
     pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
     keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
-    return layer.range_scores(q, pages, keys, beta, seed)
+    scan = layer.scan(q, pages, keys)
+    best = jnp.maximum(seed, pivot(q, pages, scan))
+    mask = in_range(scan.estimate + scan.error, best, beta)
+    return scores_kept(q, Kept(pages, keys, mask))
 
 
 recover_jit = jax.jit(recover, static_argnames="head_dim")
@@ -112,7 +121,7 @@ def in_window(true, n, window, dim):
 def bound(sketch, k, q, n):
     above, below, stated = [], [], (MISS, 0.05)
     spreads = {"page": 0.0, "context": 0.0, "none": 0.0}
-    for layer, keys, query in zip(sketch.layers, k, q, strict=True):
+    for layer, keys, query in zip(sketch, k, q, strict=True):
         for miss in stated:
             true, _, estimate, error = scans(layer, query, keys, n, 0, n, miss)
             above.append(np.mean(true > estimate + error))
@@ -137,7 +146,7 @@ def ranges(sketch, k, q, n):
         beta = -np.sqrt(q.shape[-1]) * np.log(alpha)
         for window in (None, WINDOW):
             critical = rescored = missed = visible = 0
-            for layer, keys, query in zip(sketch.layers, k, q, strict=True):
+            for layer, keys, query in zip(sketch, k, q, strict=True):
                 true = np.asarray(scans(layer, query, keys, n, 0, n)[0])
                 seed, _, low, high = in_window(true, n, window, q.shape[-1])
                 exact = range_scores(layer, query, keys, n, low, high, beta, seed)
@@ -164,7 +173,7 @@ def recoveries(sketch, k, q, n):
     for window in (None, WINDOW):
         layers = [
             Truth.of(*map(np.asarray, scans(layer, query, keys, n, 0, n)), n, window, q.shape[-1])
-            for layer, keys, query in zip(sketch.layers, k, q, strict=True)
+            for layer, keys, query in zip(sketch, k, q, strict=True)
         ]
         for p in (0.90, 0.95, 0.98):
             for margin in (0.0, MARGIN):
@@ -263,7 +272,8 @@ def main() -> None:
     tokens = model.encode(text)
     if max(lengths) > min(len(tokens), model.length_limit):
         parser.error(f"--lengths: the texts have {len(tokens)} tokens, {model!r} its own limit")
-    k, queries = prefill(model, tokens[: max(lengths)], lengths)
+    kv, queries = prefill(model, tokens[: max(lengths)], lengths)
+    k = kv.k
     if options.save_keys:
         save_keys(options.save_keys, k, queries)
         return
@@ -283,9 +293,11 @@ def main() -> None:
     )
     for bits in (int(b) for b in options.bits.split(",")):
         ids = jnp.arange(1, max(lengths) // PAGE + 1)
-        sketch = Sketch.create(model.config, len(ids) + 1, PAGE, bits)
-        build = jax.jit(lambda layer, k, ids=ids: layer.build(k, ids, jnp.full(len(ids), PAGE)))
-        sketch = Sketch(tuple(map(build, sketch.layers, k)))
+        empty = Sketch(bits).create(model.config, len(ids) + 1, PAGE)
+        build = jax.jit(
+            lambda k, ids=ids, empty=empty: empty.build(k, k, ids, jnp.full(len(ids), PAGE))
+        )
+        sketch = tuple(map(build, k))
         for n in lengths:
             for what in (bound, ranges, recoveries):
                 name = {"ranges": "range", "recoveries": "recovery"}.get(what.__name__, "bound")

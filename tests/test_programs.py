@@ -11,6 +11,7 @@ import pytest
 from alaya_jax import DIPR, Full, Greedy, Window, programs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.query.plan import Plan
 from alaya_jax.sampling import init_sampler
 
 GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
@@ -36,18 +37,18 @@ class Cache:
 
     def extend(self, tokens, counts, query=None, **options):
         lengths = jnp.asarray(self.lengths, jnp.int32)
-        logits, self.kv, attended = programs.extend(
+        logits, self.kv, read = programs.extend(
             self.params,
             self.kv,
             PageTable(self.pages, lengths),
             jnp.asarray(tokens, jnp.int32),
             jnp.asarray(counts, jnp.int32),
-            query or Full(),
+            Plan(query or Full()),
             config=self.config,
             **options,
         )
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
-        return np.asarray(logits), np.asarray(attended)
+        return np.asarray(logits), np.asarray(read.attended)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def decode(cache, token, steps, query=None, sampling=None, running=None, end_ids
         jnp.asarray([list(end_ids)] * batch, jnp.int32),
         sampler,
         jnp.int32(steps),
-        query or Full(),
+        Plan(query or Full()),
         config=cache.config,
         processors=processors,
         capacity=8,
@@ -133,8 +134,8 @@ def test_decode_feeds_each_token_and_ends_each_sequence(filled, greedy):
     np.testing.assert_array_equal(decoded.tokens[:5].T, expected[:, 1:6])
     np.testing.assert_array_equal(decoded.tokens[5:], -1)
     assert cache.lengths == [35, 16]
-    np.testing.assert_array_equal(decoded.attended[:, 0], sum(range(31, 36)))
-    np.testing.assert_array_equal(decoded.attended[:, 1], sum(range(12, 17)))
+    np.testing.assert_array_equal(decoded.counts.attended[:, 0], sum(range(31, 36)))
+    np.testing.assert_array_equal(decoded.counts.attended[:, 1], sum(range(12, 17)))
 
     end = int(expected[1, 6])
     assert end not in expected[0, 6:9], "another seed is needed"

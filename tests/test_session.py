@@ -281,7 +281,7 @@ def test_explain_counts_what_was_retrieved(db, prompt):
     query = aj.TopK(k=3, window=aj.Window(sink=1, recent=2))
     continued(session, rest, n=6, attention=query)
     account = session.explain().to_dict()["phases"]["decode"]
-    assert account["index"] == "flat"
+    assert account["index"] == "Flat()"
     assert account["keys_attended_per_step"] == 6  # 1 + 2 + 3, at every position
     assert account["keys_scanned_per_step"] == account["keys_visible_per_step"] == 40
     text = str(session.explain())

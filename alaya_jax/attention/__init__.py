@@ -1,6 +1,12 @@
-"""The engine that answers attention as a query over paged keys: select, attend, merge."""
+"""Attention as query processing over paged keys: select, attend, merge.
 
-from alaya_jax.attention.engine import attend
+engine    runs a plan for a batch, on one device or a mesh
+retrieve  what a plan keeps of the keys outside the window
+paged     attention and scores over a range of keys, tile by tile
+kept      attention over the keys that were kept
+partial   attention over parts of the keys, and their merge
+"""
+
 from alaya_jax.attention.partial import Partial, merge
 
-__all__ = ["Partial", "attend", "merge"]
+__all__ = ["Partial", "merge"]

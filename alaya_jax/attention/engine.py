@@ -1,98 +1,312 @@
-"""Attention of a batch, one layer, by a query: select, attend, merge (AlayaDB, section 7.2).
+"""Attention of a batch, one layer, by a plan: select, attend, merge (AlayaDB, section 7.2).
 
 Full          every key
 Window        first and last keys
-DIPR, TopK    window keys, and the retrieved ones: scored by the flat index, selected, attended;
+DIPR, TopK    window keys, and the retrieved ones: scored through the index, selected, attended;
               the two partial attentions are merged
+Tiles         blocks of keys for blocks of queries, of a prefill
+
+On a mesh each device works on the sequences (data), the heads (tensor) and the pages (context) that
+it holds. What crosses the context axis does not grow with the context: the best score, the partial
+attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DIPR(recovery)` the
+mass above some thresholds.
 """
+
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from alaya_jax.attention.paged import (
-    KeyRange,
-    Pages,
-    attend_range,
-    attend_scores,
-    over_query_blocks,
-    score_range,
-)
-from alaya_jax.attention.partial import merge
+from alaya_jax import cache
+from alaya_jax.attention.kept import attend_kept
+from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
+from alaya_jax.attention.partial import Partial, across, merge, merge_across
+from alaya_jax.attention.retrieve import Retrieved, retrieve
+from alaya_jax.attention.selection import select_tiles
+from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
-from alaya_jax.query import DIPR, Full, Query, TopK, Window
-from alaya_jax.query.select import select
+from alaya_jax.errors import RequestError
+from alaya_jax.index import LayerIndex, SketchLayer
+from alaya_jax.query import Full, Tiles, Window
+from alaya_jax.query.plan import Plan
+from alaya_jax.sharding import ShardingRules
 
 QUERY_BLOCK = 128
 """Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile or context]."""
 
+SCORES = 2**26
+"""Scores held at once, at most, where a query needs those of all keys: fewer query tokens then."""
 
-@jax.jit  # traced once, not once a layer
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What attention read, for each new token and query head.
+
+    Attributes:
+      attended: int32 [B, T, H], keys that the output is a mean of.
+      scored: int32 [B, T, H], keys (by page: of pages) that an index scored, and the window's.
+      read: int32 [B, T, H], keys outside the window whose K was read, once for a block of tokens
+        and the heads of a kv head: the sum over T and over the kv heads is what was read.
+      mass: float32 [B, T, H], estimated share of the attention mass attended to; NaN where it was
+        not estimated.
+    """
+
+    attended: Int[Array, "B T H"]
+    scored: Int[Array, "B T H"]
+    read: Int[Array, "B T H"]
+    mass: Float[Array, "B T H"]
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rules"))  # traced once, not once a layer
 def attend(
-    query: Query,
+    plan: Plan,
     q: Float[Array, "B T H D"],
     k_pages: Float[Array, "K P Z D"],
     v_pages: Float[Array, "K P Z D"],
     table: PageTable,
     count: Int[Array, " B"],
-) -> tuple[Float[Array, "B T H D"], Int[Array, "B T H"]]:
+    index: LayerIndex | None = None,
+    covered: Int[Array, " B"] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[Float[Array, "B T H D"], Counts]:
     """Attention of the last `count[b]` tokens of each sequence over its keys, causal.
 
     Args:
-      query: which keys to attend to.
+      plan: which keys to attend to, and how they are found.
       q: rotated, unscaled queries of T tokens; those past `count` give zeros.
       k_pages, v_pages: pool of one layer, the new tokens already written.
       table: pages, and the lengths *before* the new tokens.
       count: new tokens of each sequence, at most T.
+      index: what the plan's index holds of this layer; None: it scores all keys.
+      covered: keys of each sequence that the index knows, from the first on; default none.
+      mesh, rules: where all that lies.
 
     Returns:
-      the attention output, in q's dtype, and how many keys each query token and head attended to.
+      the attention output, in q's dtype, and what was read.
     """
+    if covered is None:
+        covered = jnp.zeros_like(table.length)
+    args = (plan, q, k_pages, v_pages, table, count, index, covered)
+    if mesh is None:
+        return _attend(*args, axis=None, head_axis=None)
+    return _on_mesh(_attend, mesh, rules or ShardingRules(), q.shape[0], args)
+
+
+def append(
+    kv: cache.PagedKV,
+    layer: int,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    table: PageTable,
+    count: Int[Array, " B"],
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> cache.PagedKV:
+    """`cache.append`, each device writing to the pages that it holds."""
+    rules = rules or ShardingRules()
+    if rules.axis("pages", mesh) is None or mesh is None:
+        return cache.append(kv, layer, k, v, table, count)
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
+    pool, new = PartitionSpec(heads, pages), PartitionSpec(None, None, heads)
+    write = jax.shard_map(
+        cache.append_layer,
+        mesh=mesh,
+        in_specs=(pool, pool, new, new, _table_spec(table, None, pages), PartitionSpec()),
+        out_specs=(pool, pool),
+        check_vma=False,
+    )
+    return kv.replace_layer(layer, *write(kv.k[layer], kv.v[layer], k, v, table, count))
+
+
+def _page_axis(mesh: Mesh, rules: ShardingRules, table: PageTable) -> str | None:
+    """The mesh axis of pages; the table must fit it."""
+    axis = rules.axis("pages", mesh)
+    if axis is not None and mesh.shape[axis] > 1 and table.start is None:
+        raise RequestError(
+            f"pages are spread over mesh axis {axis!r} of size {mesh.shape[axis]}, and the page "
+            "table does not say which positions each device holds; give PageTable(start=...), as "
+            "PagePool.table does, or use ShardingRules(pages=None)"
+        )
+    return axis
+
+
+def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
+    entries: Any = PartitionSpec(batch, pages)
+    length: Any = PartitionSpec(batch)
+    return PageTable(entries, length, None if table.start is None else entries)
+
+
+def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tuple) -> Any:
+    plan, _, _, _, table, _, index, _ = args
+    # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
+    numbers, structure = jax.tree.flatten(plan)
+    spec = PartitionSpec
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
+    data = rules.axis("batch", mesh)
+    if data is not None and batch % mesh.shape[data]:
+        data = None  # each device of that axis does the same
+    in_specs = (
+        [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
+        spec(data, None, heads),
+        spec(heads, pages),
+        spec(heads, pages),
+        _table_spec(table, data, pages),
+        spec(data),
+        jax.tree.map(lambda x: spec(heads, pages), index),
+        spec(data),
+    )
+    by_head: Any = spec(data, None, heads)
+    axis = pages if pages is not None and mesh.shape[pages] > 1 else None
+    run = jax.shard_map(
+        lambda numbers, *rest: attend(
+            jax.tree.unflatten(structure, numbers), *rest, axis=axis, head_axis=heads
+        ),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(by_head, Counts(by_head, by_head, by_head, by_head)),
+        check_vma=False,
+    )
+    return run(numbers, *args[1:])
+
+
+def _attend(
+    plan: Plan,
+    q: Float[Array, "B T H D"],
+    k_pages: Float[Array, "K P Z D"],
+    v_pages: Float[Array, "K P Z D"],
+    table: PageTable,
+    count: Int[Array, " B"],
+    index: LayerIndex | None,
+    covered: Int[Array, " B"],
+    axis: str | None,
+    head_axis: str | None,
+) -> tuple[Float[Array, "B T H D"], Counts]:
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))
     offset = jnp.arange(t)
     positions = jnp.where(offset < count[:, None], table.length[:, None] + offset, -1)
+    block = QUERY_BLOCK
+    if plan.retrieves:
+        held = heads * table.pages.shape[1] * k_pages.shape[2]
+        block = max(1, min(block, SCORES // held))
 
-    def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        row, position, ids = args
-        pages = Pages(k_pages, v_pages, ids)
+    def one(args: Any) -> tuple[Array, Counts]:
+        row, position, ids, start, covered = args
+        pages = Pages(k_pages, v_pages, ids, start)
+        if isinstance(plan.query, Tiles):
+            return _attend_tiles(plan.query, row, position, pages, axis)
         return over_query_blocks(
-            lambda q, p: _attend_rows(query, q, p, pages), row, position, QUERY_BLOCK
+            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis, head_axis),
+            row,
+            position,
+            block,
         )
 
+    each = (rows, positions, table.pages, table.start, covered)
     if batch == 1:
-        out, attended = one((rows[0], positions[0], table.pages[0]))
-        out, attended = out[None], attended[None]
+        out, counts = jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], each)))
     else:
         # One sequence after another: each costs its own length, whatever the others' lengths are.
-        out, attended = lax.map(one, (rows, positions, table.pages))
+        out, counts = lax.map(one, each)
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
-    attended = jnp.transpose(attended, (0, 3, 1, 2)).reshape(batch, t, heads)
-    return out.astype(q.dtype), attended
+    counts = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads), counts)
+    return out.astype(q.dtype), counts
+
+
+def _attend_tiles(
+    rule: Tiles,
+    q: Float[Array, "K G T D"],
+    positions: Int[Array, " T"],
+    pages: Pages,
+    axis: str | None,
+) -> tuple[Float[Array, "K G T D"], Counts]:
+    """One sequence, by blocks of queries and of keys."""
+    t = q.shape[2]
+    tiles = select_tiles(q, pages, positions, rule)
+    partial, attended, _ = attend_list(q, pages, positions, tiles, rule.beta)
+    block = jnp.arange(t) // tiles.q_block
+    listed = (tiles.count * tiles.kv_block)[:, None, block]  # [K, 1, T]
+    first = jnp.arange(t) % tiles.q_block == 0
+    scored, read = (jnp.broadcast_to(x, attended.shape) for x in (listed, listed * first))
+    attended, scored, read = (across(lax.psum, x, axis) for x in (attended, scored, read))
+    mass = tiles.mass[:, :, block] if rule.recovery is not None else jnp.full(q.shape[:-1], jnp.nan)
+    # Each device's share is of its own mass: the least of them is a bound for the whole.
+    mass = across(lax.pmin, mass, axis)
+    return merge_across(partial, axis).out, Counts(attended, scored, read, mass)
 
 
 def _attend_rows(
-    query: Query, q: Float[Array, "K G T D"], positions: Int[Array, " T"], pages: Pages
-) -> tuple[Float[Array, "K G T D"], Int[Array, "K G T"]]:
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    positions: Int[Array, " T"],
+    pages: Pages,
+    index: LayerIndex | None,
+    covered: Int[Array, ""],
+    axis: str | None,
+    head_axis: str | None,
+) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
+    rows, query = q.shape[:-1], plan.query
+
+    def counts(
+        attended: Array, scored: Array, read: Array | int = 0, mass: Any = jnp.nan
+    ) -> Counts:
+        return Counts(*(jnp.broadcast_to(x, rows) for x in (attended, scored, read, mass)))
+
     if isinstance(query, Full):
         partial, _ = attend_range(q, pages, KeyRange(zero, end))
-        return partial.out, jnp.broadcast_to(end, q.shape[:-1])
+        return merge_across(partial, axis).out, counts(end, end, mass=1.0)
 
     window = query if isinstance(query, Window) else query.window
     sink_end = jnp.minimum(window.sink, end)
     recent_start = jnp.maximum(sink_end, end - window.recent)
     inside, best = attend_range(q, pages, KeyRange(zero, end, sink_end, recent_start))
-    attended = jnp.broadcast_to(sink_end + end - recent_start, q.shape[:-1])
+    inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
+    in_window = sink_end + end - recent_start
     if isinstance(query, Window):
-        return inside.out, attended
+        return inside.out, counts(in_window, in_window)
 
-    assert isinstance(query, DIPR | TopK)
     outside = KeyRange(sink_end, recent_start)
-    scores = score_range(q, pages, outside)
-    kept = select(query, scores, best)
-    retrieved = attend_scores(jnp.where(kept, scores, -jnp.inf), pages, outside, q.shape[-1])
-    return merge(inside, retrieved).out, attended + jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
+    partial, attended, read = attend_kept(q, found.kept, found.floor)
+    parts = [inside, merge_across(partial, axis)]
+    mass = found.mass
+    if plan.tail:
+        unread, mass = _tail(q, found, index, parts, axis)
+        parts.append(unread)
+    # What was read is read for the block: it is put down to its first token.
+    read = jnp.where(jnp.arange(rows[2]) == 0, read[:, None, None], 0)
+    attended, read = (across(lax.psum, x, axis) for x in (attended, read))
+    mass = jnp.nan if mass is None else mass
+    return merge(*parts).out, counts(attended + in_window, end, read, mass)
+
+
+def _tail(
+    q: Float[Array, "K G T D"],
+    found: Retrieved,
+    index: LayerIndex | None,
+    parts: list[Partial],
+    axis: str | None,
+) -> tuple[Partial, Float[Array, "K G T"]]:
+    """An estimate of the attention over the keys that were not read, by page means of values.
+
+    Returns:
+      the partial attention, and the estimated share of the mass that `parts` have.
+    """
+    assert isinstance(index, SketchLayer)
+    assert found.scan is not None
+    unread = jnp.where(found.kept.mask, -jnp.inf, found.scan.estimate)
+    partial = merge_across(index.attend_means(q, found.kept.pages, unread), axis)
+    read = merge(*parts).lse
+    return partial, 1 / (1 + jnp.exp(partial.lse - read))

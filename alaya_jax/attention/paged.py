@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.partial import Partial
+from alaya_jax.cache import UNUSED
 
 TILE_TOKENS = 512
 """Keys a tile: large enough for the loop's overhead, small enough to stay in a core's cache."""
@@ -37,68 +38,145 @@ class KeyRange:
     gap_low: Int[Array, " T"] | None = None
     gap_high: Int[Array, " T"] | None = None
 
-    def mask(self, positions: Int[Array, " S"]) -> Array:
-        """bool [T, S]: whether the key at each position is in the row's range."""
-        seen = (positions >= self.low[:, None]) & (positions < self.high[:, None])
+    def mask(self, positions: Int[Array, "... S"]) -> Array:
+        """bool [..., T, S]: whether the key at each position is in the row's range."""
+        at = positions[..., None, :]
+        seen = (at >= self.low[:, None]) & (at < self.high[:, None])
         if self.gap_low is None or self.gap_high is None:
             return seen
-        return seen & ((positions < self.gap_low[:, None]) | (positions >= self.gap_high[:, None]))
+        return seen & ((at < self.gap_low[:, None]) | (at >= self.gap_high[:, None]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """One layer's keys and values of one sequence: where the tiles are.
+    """One layer's keys and values of one sequence, as far as a device holds them.
+
+    Tokens are numbered by *column*: the one in slot z of entry i has column i * Z + z. Arrays of
+    scores go by column, S of them. Columns ascend with positions, and equal them where the device
+    holds all pages of the sequence.
 
     Attributes:
       k, v: [K, P, Z, D], the pool.
       ids: int32 [N], the sequence's pages.
+      start: int32 [N], position of each page's first token; None: i * Z.
+      tile: tokens a tile, about; None: `TILE_TOKENS`. Static.
     """
 
     k: Float[Array, "K P Z D"]
     v: Float[Array, "K P Z D"]
     ids: Int[Array, " N"]
+    start: Int[Array, " N"] | None = None
+    tile: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Z, tokens a page."""
+        return self.k.shape[2]
+
+    @property
+    def columns(self) -> int:
+        """S, tokens of the whole table."""
+        return self.ids.shape[0] * self.size
 
     @property
     def tile_pages(self) -> int:
         """Pages a tile."""
-        return max(1, min(TILE_TOKENS // self.k.shape[2], self.ids.shape[0]))
+        return max(1, min((self.tile or TILE_TOKENS) // self.size, self.ids.shape[0]))
 
     @property
     def tile_tokens(self) -> int:
         """Tokens a tile."""
-        return self.tile_pages * self.k.shape[2]
+        return self.tile_pages * self.size
 
     @property
     def num_tiles(self) -> int:
         """Tiles of the whole table."""
         return -(-self.ids.shape[0] // self.tile_pages)
 
+    def first_page(self, tile: Array) -> Array:
+        """Entry that a tile begins with: the last tile may reach back into the one before."""
+        return jnp.minimum(tile * self.tile_pages, self.ids.shape[0] - self.tile_pages)
+
+    def tile_ids(self, tile: Array) -> Int[Array, " n"]:
+        """Ids of a tile's pages."""
+        return lax.dynamic_slice_in_dim(self.ids, self.first_page(tile), self.tile_pages)
+
+    def first_column(self, tile: Array) -> Array:
+        """Column that a tile begins with."""
+        return self.first_page(tile) * self.size
+
     def positions(self, tile: Array) -> Int[Array, " S"]:
         """Positions of the tokens of a tile."""
-        return self._first(tile) * self.k.shape[2] + jnp.arange(self.tile_tokens)
+        if self.start is None:
+            return self.first_column(tile) + jnp.arange(self.tile_tokens)
+        start = lax.dynamic_slice_in_dim(self.start, self.first_page(tile), self.tile_pages)
+        return (start[:, None] + jnp.arange(self.size)).ravel()
+
+    def starts(self) -> Int[Array, " N"]:
+        """Position of each entry's first token."""
+        return jnp.arange(self.ids.shape[0]) * self.size if self.start is None else self.start
+
+    def position_of(self, column: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Position of the token in each column."""
+        if self.start is None:
+            return column
+        return jnp.take(self.start, column // self.size, mode="clip") + column % self.size
+
+    def all_positions(self) -> Int[Array, " S"]:
+        """Position of every column."""
+        return self.position_of(jnp.arange(self.columns))
+
+    def before(self, position: Array) -> Int[Array, ""]:
+        """How many entries begin before a position."""
+        if self.start is None:
+            return jnp.clip(-(-position // self.size), 0, self.ids.shape[0])
+        return jnp.sum(self.start < position, dtype=jnp.int32)
 
     def fresh(self, tile: Array) -> Array:
         """bool [S]: tokens of a tile that no earlier tile holds (the last tile may reach back)."""
-        return self.positions(tile) >= tile * self.tile_tokens
+        column = self.first_column(tile) + jnp.arange(self.tile_tokens)
+        return column >= tile * self.tile_tokens
 
-    def _first(self, tile: Array) -> Array:
-        return jnp.minimum(tile * self.tile_pages, self.ids.shape[0] - self.tile_pages)
+    def is_run(self, end: Array) -> Array:
+        """Whether the tiles up to entry `end` can be read as slices of the pool."""
+        n, entry = self.tile_pages, jnp.arange(self.ids.shape[0])
+        last = self.first_page(jnp.maximum(-(-end // n) - 1, 0))
+        in_order = (self.ids == self.ids[0] + entry) | (entry >= end)
+        return jnp.all(in_order) & (self.ids[0] + last + n <= self.k.shape[1])
+
+    def read_run(self, pool: Array, tile: Array) -> Array:
+        """A tile [K, n, ...] of any pool of these pages, where `is_run`."""
+        return lax.dynamic_slice_in_dim(
+            pool, self.ids[0] + self.first_page(tile), self.tile_pages, axis=1
+        )
 
     def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
-        ids = lax.dynamic_slice_in_dim(self.ids, self._first(tile), self.tile_pages)
+        ids = self.tile_ids(tile)
         on_cpu = jax.default_backend() == "cpu"
         pages = read_on_cpu(pool, ids) if on_cpu else pool[:, ids]
         tokens = pages.reshape(pages.shape[0], -1, pages.shape[3])
         return tokens.astype(jnp.float32) if on_cpu else tokens
 
+    def gather(self, pool: Array, column: Int[Array, "K C"]) -> Float[Array, "K C D"]:
+        """Keys or values in these columns, in `operand_dtype`; a column past S reads any."""
+        page = jnp.take(self.ids, column // self.size, mode="clip")
+        rows = jax.vmap(lambda pool, p, z: pool[p, z])(pool, page, column % self.size)
+        return rows.astype(self.operand_dtype)
 
-def read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
-    """Pages `ids`, copied as one slice if they are a run, else page by page.
+    @property
+    def operand_dtype(self) -> jnp.dtype:
+        """The dtype that scores are computed in, from queries as well as keys."""
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else self.k.dtype)
 
-    A gather is no faster, and the compiler would account for it as a read of the whole pool.
+
+def read_on_cpu(pool: Array, ids: Array) -> Array:
+    """Pages `ids` of a pool [K, P, ...], copied as one slice if they are a run, else page by page.
+
+    A gather is no faster, and the compiler would account for it as a read of the whole pool. The
+    pool must come as it is: reshaped here, it would be copied whole into the branches.
     """
-    heads, num_pages, size, dim = pool.shape
+    heads, num_pages, *page_shape = pool.shape
     n = ids.shape[0]
 
     def run() -> Array:
@@ -109,7 +187,7 @@ def read_on_cpu(pool: Array, ids: Array) -> Float[Array, "K N Z D"]:
             page = lax.dynamic_slice_in_dim(pool, ids[i], 1, axis=1)
             return lax.dynamic_update_slice_in_dim(tile, page, i, axis=1)
 
-        return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, size, dim), pool.dtype))
+        return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, *page_shape), pool.dtype))
 
     if n > num_pages:  # a table wider than the pool repeats pages past a sequence's end
         return page_by_page()
@@ -162,55 +240,34 @@ def attend_range(
 
 
 def score_range(
-    q: Float[Array, "K G T D"], pages: Pages, keys: KeyRange
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    into: Float[Array, "K G T S"] | None = None,
 ) -> Float[Array, "K G T S"]:
-    """Raw inner products with every key in range, -inf elsewhere; S covers the whole page table."""
-    width = pages.num_tiles * pages.tile_tokens
+    """Raw inner products with every key in range; elsewhere what `into` holds, or -inf."""
 
     def visit(tile: Array, scores: Array) -> Array:
         seen = keys.mask(pages.positions(tile))
-        tile_scores = jnp.where(seen, _scores(q, pages.read(pages.k, tile)), -jnp.inf)
-        start = pages.positions(tile)[0]
-        return lax.dynamic_update_slice_in_dim(scores, tile_scores, start, axis=-1)
+        start, n = pages.first_column(tile), pages.tile_tokens
+        new = _scores(q, pages.read(pages.k, tile))
+        old = lax.dynamic_slice_in_dim(scores, start, n, axis=-1)
+        return lax.dynamic_update_slice_in_dim(scores, jnp.where(seen, new, old), start, axis=-1)
 
-    return over_tiles(pages, keys, visit, jnp.full((*q.shape[:-1], width), -jnp.inf))
-
-
-def attend_scores(
-    scores: Float[Array, "K G T S"], pages: Pages, keys: KeyRange, head_dim: int
-) -> Partial:
-    """Softmax attention over the keys with a raw score; tiles where all are -inf are not read."""
-    scores = scores * head_dim**-0.5
-    top = jnp.max(scores, axis=-1)
-    p = jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top)[..., None])
-    total = jnp.sum(p, axis=-1)
-
-    def visit(tile: Array, acc: Array) -> Array:
-        first = pages.positions(tile)[0]
-        weights = lax.dynamic_slice_in_dim(p, first, pages.tile_tokens, axis=-1)
-        weights = jnp.where(pages.fresh(tile), weights, 0.0)
-        used = jnp.any(weights > 0, axis=(0, 1, 2))
-
-        def add() -> Array:
-            v = jnp.where(used[:, None], pages.read(pages.v, tile), 0)
-            return acc + _weigh(weights, v)
-
-        return lax.cond(used.any(), add, lambda: acc)
-
-    acc = over_tiles(pages, keys, visit, jnp.zeros((*scores.shape[:-1], head_dim)))
-    safe = jnp.where(total > 0, total, 1.0)
-    return Partial(acc / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf))
+    nothing = jnp.full((*q.shape[:-1], pages.columns), -jnp.inf) if into is None else into
+    return over_tiles(pages, keys, visit, nothing)
 
 
 def over_tiles(pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any) -> Any:
     """Folds `visit` over the tiles that hold a key in some row's range."""
-    size, some = pages.tile_tokens, keys.high > keys.low
-    never = jnp.iinfo(jnp.int32).max
+    n, some = pages.tile_pages, keys.high > keys.low
 
     def tiles(low: Array, high: Array) -> tuple[Array, Array]:
-        first = jnp.min(jnp.where(some, low, never)) // size
-        last = -(-jnp.max(jnp.where(some, high, 0)) // size)
-        return jnp.minimum(first, pages.num_tiles), jnp.minimum(last, pages.num_tiles)
+        # A page that begins `size` or more before the lowest position ends before it.
+        lowest = jnp.min(jnp.where(some, low, UNUSED))
+        first = pages.before(lowest - pages.size + 1) // n
+        last = -(-pages.before(jnp.max(jnp.where(some, high, 0))) // n)
+        return first, last
 
     if keys.gap_low is None or keys.gap_high is None:
         return lax.fori_loop(*tiles(keys.low, keys.high), visit, start)
@@ -252,4 +309,4 @@ def over_query_blocks(
     return jax.tree.map(join, out)
 
 
-__all__ = ["KeyRange", "Pages", "attend_range", "attend_scores", "over_query_blocks", "score_range"]
+__all__ = ["KeyRange", "Pages", "attend_range", "over_query_blocks", "score_range"]

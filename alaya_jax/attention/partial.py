@@ -7,9 +7,11 @@ function serves window and retrieved keys, shards of a mesh, tiers, and chunks.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -25,6 +27,23 @@ class Partial:
 
     out: Float[Array, "... D"]
     lse: Float[Array, "..."]
+
+
+def across(collective: Callable[..., Array], x: Array, axis: str | None) -> Array:
+    """`collective` (`lax.pmax`, `lax.psum`) over a mesh axis, or x itself where there is none."""
+    return x if axis is None else collective(x, axis)
+
+
+def merge_across(part: Partial, axis: str | None) -> Partial:
+    """Attention over the keys of all devices along a mesh axis, each of which holds a part."""
+    if axis is None:
+        return part
+    top = lax.pmax(part.lse, axis)
+    weight = jnp.exp(part.lse - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = lax.psum(weight, axis)
+    out = lax.psum(weight[..., None] * part.out, axis)
+    safe = jnp.where(total > 0, total, 1.0)
+    return Partial(out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), -jnp.inf))
 
 
 def merge(*parts: Partial) -> Partial:

@@ -9,25 +9,40 @@ import numpy as np
 from alaya_jax.cache.paged import NO_PAGE
 from alaya_jax.errors import CacheFullError
 
+STRIPE = 32
+"""Consecutive pages of a sequence that lie on one device, where its pages are spread over several:
+a tile's worth at 16 tokens a page.
+"""
+
 
 class PageAllocator:
     """Reference counts of a pool of pages.
 
     Pages are handed out in runs of consecutive ids where possible: attention reads a run as one
-    slice.
+    slice. Where the pool is split over devices, a sequence's pages are spread over them in stripes.
     """
 
-    def __init__(self, num_pages: int, page_size: int, setting: str = "Budget(device=...)"):
-        """Args: the pool's size; tokens a page; what to name when the pool is exhausted."""
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        setting: str = "Budget(device=...)",
+        shards: int = 1,
+    ):
+        """Args: the pool's size; tokens a page; what to name when the pool is exhausted; into how
+        many equal parts the pool is split.
+        """
         self._refs = np.zeros(num_pages, np.int32)
-        self._refs[NO_PAGE] = 1  # never handed out
+        self._shard_pages = num_pages // shards
+        self._refs[NO_PAGE :: self._shard_pages] = 1  # of each shard one is never handed out
+        self._shards = shards
         self._page_size = page_size
         self._setting = setting
 
     @property
     def capacity(self) -> int:
         """Pages that can be handed out in all."""
-        return self._refs.size - 1
+        return self._refs.size - self._shards
 
     @property
     def num_free(self) -> int:
@@ -52,9 +67,38 @@ class PageAllocator:
                 f"{self.capacity} are free ({self.capacity * z} tokens in all); close sessions, "
                 f"or raise {self._setting}"
             )
-        taken = _best_run(free, n, after)
+        taken = _best_run(free, n, after) if self._shards == 1 else self._spread(free, n, after)
         self._refs[taken] = 1
         return taken
+
+    def _spread(self, free: np.ndarray, n: int, after: int | None) -> np.ndarray:
+        """`n` of the free pages, from all shards, so that what is left free is even."""
+        by_shard = np.split(free, np.searchsorted(free, self._first_pages()[1:]))
+        sizes = np.asarray([len(pages) for pages in by_shard])
+        # The level that taking n pages brings the shards with most free pages down to.
+        left = np.sort(sizes)[::-1]
+        levels = (np.cumsum(left) - n) / np.arange(1, len(left) + 1)
+        below = np.append(left[1:], 0)
+        level = levels[np.argmax(levels >= below)] if n else left[0]
+        take = np.maximum(sizes - int(np.ceil(level)), 0)
+        for shard in np.argsort(take - sizes, kind="stable")[: n - take.sum()]:
+            take[shard] += 1
+        runs = [
+            _best_run(pages, count, after if after in range(*bounds) else None)
+            for pages, count, bounds in zip(by_shard, take, self._bounds(), strict=True)
+        ]
+        stripes = [
+            run[i : i + STRIPE]
+            for i in range(0, max(map(len, runs), default=0), STRIPE)
+            for run in runs
+        ]
+        return np.concatenate([free[:0], *stripes])
+
+    def _first_pages(self) -> np.ndarray:
+        return np.arange(self._shards) * self._shard_pages
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        return [(int(first), int(first) + self._shard_pages) for first in self._first_pages()]
 
     def share(self, pages: np.ndarray) -> None:
         """Adds one reference to each page."""

@@ -18,6 +18,9 @@ NO_PAGE = 0
 condition: a conditional write reads the page first, and looks to the compiler like the whole pool.
 """
 
+UNUSED = 2**30
+"""The `start` of a table's entry that holds no page: past every position."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +47,11 @@ class PagedKV:
         mesh: jax.sharding.Mesh | None = None,
         rules: ShardingRules | None = None,
     ) -> "PagedKV":
-        """An empty cache of `num_pages` pages; kv heads sharded by `rules` when there is a mesh."""
-        shape = (config.num_key_value_heads, num_pages, page_size, config.head_dim)
-        sharding = None
-        if mesh is not None:
-            axes = ("kv_heads", None, None, "head_dim")
-            sharding = (rules or ShardingRules()).sharding(mesh, axes, shape)
+        """An empty cache of `num_pages` pages; on a mesh, kv heads and pages sharded by `rules`."""
+        shape = (page_size, config.head_dim)
         zeros = tuple(
-            jnp.zeros(shape, dtype, device=sharding) for _ in range(2 * config.num_hidden_layers)
+            page_zeros(config, num_pages, mesh, rules, shape, dtype)
+            for _ in range(2 * config.num_hidden_layers)
         )
         return cls(zeros[::2], zeros[1::2])
 
@@ -79,6 +79,20 @@ class PagedKV:
         )
 
 
+def page_zeros(
+    config: LlamaConfig,
+    num_pages: int,
+    mesh: jax.sharding.Mesh | None,
+    rules: ShardingRules | None,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+) -> Array:
+    """An array [K, P, *shape] of zeros, where the cache of this mesh lies."""
+    rules, shape = rules or ShardingRules(), (config.num_key_value_heads, num_pages, *shape)
+    place = rules.sharding(mesh, ("kv_heads", "pages"), shape) if mesh is not None else None
+    return jnp.zeros(shape, dtype, device=place)
+
+
 def _replaced(arrays: tuple[Array, ...], i: int, new: Array) -> tuple[Array, ...]:
     return (*arrays[:i], new, *arrays[i + 1 :])
 
@@ -92,10 +106,15 @@ class PageTable:
       pages: int32 [B, N], page ids in order; entries past a sequence's last page are never read as
         keys.
       length: int32 [B], tokens that each sequence holds.
+      start: int32 [B, N], position of each page's first token, ascending; `UNUSED` for entries past
+        the last page. None: entry i starts at i * Z. It is given when pages are spread over the
+        context axis of a mesh, where a device holds some of a sequence's pages: N is then split
+        over that axis like the pool's P, and ids count from the first page of the device.
     """
 
     pages: Int[Array, "B N"]
     length: Int[Array, " B"]
+    start: Int[Array, "B N"] | None = None
 
 
 def append(
@@ -111,8 +130,19 @@ def append(
     The pages that are written must be in the table and owned by that sequence alone; tokens past
     `count` are not written.
     """
-    new_k = _append(kv.k[layer], k, table, count)
-    return kv.replace_layer(layer, new_k, _append(kv.v[layer], v, table, count))
+    return kv.replace_layer(layer, *append_layer(kv.k[layer], kv.v[layer], k, v, table, count))
+
+
+def append_layer(
+    k_pages: Float[Array, "K P Z D"],
+    v_pages: Float[Array, "K P Z D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    table: PageTable,
+    count: Int[Array, " B"],
+) -> tuple[Array, Array]:
+    """`append` to the pages of one layer."""
+    return _append(k_pages, k, table, count), _append(v_pages, v, table, count)
 
 
 def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
@@ -120,7 +150,7 @@ def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
     new = new.astype(pool.dtype)
     t = new.shape[1]
     if t == 1:
-        page = jnp.take_along_axis(table.pages, (table.length // size)[:, None], axis=1)[:, 0]
+        page = _page_at(table, (table.length // size)[:, None], size)[:, 0]
         page = jnp.where(count > 0, page, NO_PAGE)
         return _put(pool, (page, table.length % size), new[:, 0].swapaxes(0, 1))
     # Whole pages at a time (an update a page, not an update a token): the touched pages are read,
@@ -128,7 +158,7 @@ def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
     touched = -(-t // size) + 1
     first = table.length // size
     index = first[:, None] + jnp.arange(touched)  # [B, touched]
-    page = jnp.take_along_axis(table.pages, index, axis=1, mode="clip")
+    page = _page_at(table, index, size)
     position = index[:, :, None] * size + jnp.arange(size)  # [B, touched, Z]
     source = position - table.length[:, None, None]
     fresh = (source >= 0) & (source < count[:, None, None])
@@ -136,6 +166,17 @@ def _append(pool: Array, new: Array, table: PageTable, count: Array) -> Array:
     values = jnp.take_along_axis(new, source, axis=1).reshape(*position.shape, *new.shape[2:])
     values = jnp.where(fresh[None, ..., None], jnp.moveaxis(values, 3, 0), pool[:, page])
     return _put(pool, (jnp.where(fresh.any(-1), page, NO_PAGE),), values)
+
+
+def _page_at(table: PageTable, index: Int[Array, "B n"], size: int) -> Int[Array, "B n"]:
+    """Ids of a sequence's pages number `index`; `NO_PAGE` for those of other devices."""
+    if table.start is None:
+        return jnp.take_along_axis(table.pages, index, axis=1, mode="clip")
+    entry = jax.vmap(jnp.searchsorted)(table.start, index * size)
+    start, page = (
+        jnp.take_along_axis(x, entry, axis=1, mode="clip") for x in (table.start, table.pages)
+    )
+    return jnp.where(start == index * size, page, NO_PAGE)
 
 
 def _put(pool: Array, where: tuple[Array, ...], values: Array) -> Array:

@@ -34,6 +34,7 @@ own centre never goes stale, whoever shares the page and whatever is appended be
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
 from alaya_jax.attention.paged import KeyRange, Pages, over_tiles, read_on_cpu
-from alaya_jax.cache import NO_PAGE, PageTable
+from alaya_jax.attention.partial import Partial
+from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,
@@ -54,14 +56,19 @@ from alaya_jax.index.codes import (
     to_half_above,
     unpack,
 )
-from alaya_jax.index.exact import operand_dtype, rescore, score_at
+from alaya_jax.index.scan import Scan
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
 
 MISS = 1e-4
-"""Probability that a key which DIPR wants is not rescored, at most."""
+"""Probability that a score is above its estimate plus error, at most; below likewise."""
 
+SCAN_TOKENS = 2048
+"""Keys scanned at once, for few queries: enough that starting an operation costs little."""
+
+_FEW_ROWS = 16
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
+_HUGE = 1e30  # above every score, and zero times it is zero
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
 
 
@@ -76,6 +83,7 @@ class SketchLayer:
       scale: float16 [K, P, Z], s above.
       spread: float16 [K, P, Z], standard deviation of the error for |q| = 1.
       centre: int8 [K, P, D], of a page, not rotated; times `centre_scale` float16 [K, P].
+      value, value_scale: likewise the mean of the page's values.
     """
 
     codes: UInt8[Array, "K P Z D*bits/8"]
@@ -83,48 +91,33 @@ class SketchLayer:
     spread: Float16[Array, "K P Z"]
     centre: Int8[Array, "K P D"]
     centre_scale: Float16[Array, "K P"]
+    value: Int8[Array, "K P D"]
+    value_scale: Float16[Array, "K P"]
 
     @property
     def bits(self) -> int:
         """Bits a channel."""
         return 8 * self.codes.shape[-1] // self.centre.shape[-1]
 
-    def extend(
+    def build(
         self,
         k_pages: Float[Array, "K P Z D"],
-        table: PageTable,
-        count: Int[Array, " B"],
-        new_tokens: int,
-    ) -> "SketchLayer":
-        """Sketches the pages that an append wrote to.
-
-        A page that is not full is sketched as far as it is filled, and again when it is extended:
-        so all keys are covered at any time, and the result does not depend on how they came.
-
-        Args:
-          k_pages: the layer's keys, the new ones written.
-          table: pages, and lengths *before* the new tokens, as `cache.append` takes them.
-          count: new tokens of each sequence.
-          new_tokens: at most this many are new; static.
-        """
-        size = k_pages.shape[2]
-        touched = 1 if new_tokens == 1 else -(-new_tokens // size) + 1
-        index = table.length[:, None] // size + jnp.arange(touched)  # [B, touched]
-        page = jnp.take_along_axis(table.pages, index, axis=1, mode="clip")
-        filled = (table.length + count)[:, None] - index * size
-        fresh = (filled > 0) & (count > 0)[:, None]
-        return self.build(k_pages, jnp.where(fresh, page, NO_PAGE).ravel(), filled.ravel())
-
-    def build(
-        self, k_pages: Float[Array, "K P Z D"], ids: Int[Array, " N"], filled: Int[Array, " N"]
+        v_pages: Float[Array, "K P Z D"],
+        ids: Int[Array, " N"],
+        filled: Int[Array, " N"],
     ) -> "SketchLayer":
         """Sketches the first `filled[i]` tokens of pages `ids[i]`; what was there before is gone.
 
         `NO_PAGE` may be among them any number of times; other pages once.
+
+        Args:
+          k_pages, v_pages: the layer's pool.
+          ids: pages.
+          filled: tokens that each holds.
         """
 
         def write(layer: "SketchLayer", ids: Array, filled: Array) -> "SketchLayer":
-            new = _sketch(k_pages[:, ids], filled, self.bits)
+            new = _sketch(k_pages[:, ids], v_pages[:, ids], filled, self.bits)
             return jax.tree.map(lambda pool, pages: cache.write_pages(pool, ids, pages), layer, new)
 
         if ids.shape[0] <= _BLOCK:
@@ -142,7 +135,7 @@ class SketchLayer:
         pages: Pages,
         keys: KeyRange,
         miss: float = MISS,
-    ) -> tuple[Float[Array, "K G T S"], Float[Array, "K G T S"]]:
+    ) -> Scan:
         """Estimates the raw scores of all keys in range, without reading a key.
 
         Args:
@@ -151,9 +144,6 @@ class SketchLayer:
           keys: positions that each query may see.
           miss: probability that a score lies above `estimate + error`, at most; and that it lies
             below `estimate - error`. Static.
-
-        Returns:
-          estimate (-inf out of range) and error (0 there), S as in `score_range`.
         """
         q = q.astype(jnp.float32)
         heads, group, t, dim = q.shape
@@ -174,204 +164,185 @@ class SketchLayer:
         of_spread = sure * norm + math.sqrt(dim - 1) * lost
         of_scale = sure * norm_bound(self.bits, dim) / math.sqrt(dim - 1) * lost
 
-        def visit(tile: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            read = functools.partial(_read, ids=_tile_ids(pages, tile))
+        if group * t <= _FEW_ROWS:
+            pages = dataclasses.replace(pages, tile=SCAN_TOKENS)
+
+        def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            read = functools.partial(read_page, tile=tile)
             codes = unpack(read(self.codes), self.bits)
-            codes = codes.reshape(heads, -1, dim)
             levels = jnp.einsum(
-                "krd,ksd->krs", integers, codes, preferred_element_type=jnp.int32
+                "krd,ksd->krs",
+                integers,
+                codes.reshape(heads, -1, dim),
+                preferred_element_type=jnp.int32,
             ).astype(jnp.float32)
             scale, spread = (
-                read(pool).astype(jnp.float32).reshape(heads, 1, -1)
+                read(pool).astype(jnp.float32).reshape(heads, -1)
                 for pool in (self.scale, self.spread)
             )
-            centre = jnp.einsum(
-                "krd,kpd->krp",
-                rows,
-                read(self.centre).astype(jnp.float32),
-                precision=lax.Precision.HIGHEST,
-            ) * read(self.centre_scale).astype(jnp.float32).reshape(heads, 1, -1)
-            tile_estimate = scale * (step * (2 * levels + total)) + jnp.repeat(centre, size, -1)
-            # A key too large for float16 has an infinite spread; a query of zeros errs by nothing.
-            tile_error = jnp.where(norm > 0, of_spread * spread + of_scale * scale, 0.0)
-            position = pages.positions(tile)
-            seen = keys.mask(position)
+            # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
+            spread = jnp.minimum(spread, _HUGE)
+            centre = (
+                jnp.einsum(
+                    "krd,kpd->krp",
+                    rows,
+                    read(self.centre).astype(jnp.float32),
+                    precision=lax.Precision.HIGHEST,
+                )
+                * read(self.centre_scale).astype(jnp.float32)[:, None]
+            )
+            estimate = scale[:, None] * (step * (2 * levels + total))
+            estimate = estimate.reshape(*centre.shape, size) + centre[..., None]
+            seen = keys.mask(pages.positions(tile))
             new = (
-                jnp.where(seen, _split(tile_estimate, group, t), -jnp.inf),
-                jnp.where(seen, _split(tile_error, group, t), 0.0),
+                jnp.where(seen, estimate.reshape(heads, group, t, -1), -jnp.inf),
+                *(jnp.where(seen.any(0), term, 0.0) for term in (spread, scale)),
             )
-            return jax.tree.map(
-                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, position[0], -1),
-                carry,
-                new,
+            at = pages.first_column(tile)
+            return tuple(
+                lax.dynamic_update_slice_in_dim(whole, part, at, -1)
+                for whole, part in zip(carry, new, strict=True)
             )
 
-        shape = (heads, group, t, pages.num_tiles * pages.tile_tokens)
-        return over_tiles(pages, keys, visit, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
+        start = (
+            jnp.full((heads, group, t, pages.columns), -jnp.inf),
+            *(jnp.zeros((heads, pages.columns)) for _ in range(2)),
+        )
 
-    def range_scores(
-        self,
-        q: Float[Array, "K G T D"],
-        pages: Pages,
-        keys: KeyRange,
-        beta: float | jax.Array,
-        seed: Float[Array, "K G T"],
-        miss: float = MISS,
-    ) -> Float[Array, "K G T S"]:
-        """Exact raw scores of the keys that may be in DIPR's answer, -inf elsewhere.
+        def fold(read_page: Any) -> tuple[Array, ...]:
+            return over_tiles(pages, keys, functools.partial(visit, read_page), start)
 
-        `query.select` then answers `DIPR(beta)` as from the scores of all keys: each key of the
-        answer is there with probability at least 1 - miss, and no other key is, unless the best
-        key is the one that was missed.
+        # Sliced where they are used, codes are never copied: worth a second version of the loop.
+        end = pages.before(jnp.max(keys.high))
+        estimate, *of_key = lax.cond(
+            pages.is_run(end),
+            lambda: fold(pages.read_run),
+            lambda: fold(lambda pool, tile: _read(pool, pages.tile_ids(tile))),
+        )
+        of_row = tuple(
+            jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
+            for x in (of_spread, of_scale)
+        )
+        return Scan(estimate, of_row, tuple(of_key))
+
+    def attend_means(
+        self, q: Float[Array, "K G T D"], pages: Pages, scores: Float[Array, "K G T S"]
+    ) -> Partial:
+        """Attention over keys of these raw scores, each with its page's mean value.
 
         Args:
-          q, pages, keys, miss: as in `scan`.
-          beta: the range, a number or [H].
-          seed: best raw score of the window, or -inf.
+          q: only its shape matters.
+          pages: which pages; its keys and values are not read.
+          scores: by column; -inf for keys that are not meant.
         """
-        q = q.astype(operand_dtype(pages))
-        estimate, error = self.scan(q, pages, keys, miss)
-        best = jnp.maximum(seed, pivot(q, pages, estimate))
-        return rescore(q, pages, candidates(estimate, error, beta, best))
+        heads, group, t, dim = q.shape
+        scale = dim**-0.5
+        top = jnp.max(scores, axis=-1)
+        weights = jnp.exp(scale * (scores - jnp.where(top > -jnp.inf, top, 0.0)[..., None]))
+        by_page = jnp.sum(weights.reshape(heads, group * t, -1, pages.size), axis=-1)
+
+        def visit(tile: Array, acc: Array) -> Array:
+            first, ids = pages.first_page(tile), pages.tile_ids(tile)
+            w = lax.dynamic_slice_in_dim(by_page, first, pages.tile_pages, -1)
+            fresh = pages.fresh(tile).reshape(-1, pages.size)[:, 0]
+            w = jnp.where(fresh, w, 0.0) * _read(self.value_scale, ids).astype(jnp.float32).reshape(
+                heads, 1, -1
+            )
+            value = _read(self.value, ids).astype(jnp.float32)
+            return acc + jnp.einsum("krn,knd->krd", w, value)
+
+        end = jnp.max(
+            jnp.where(jnp.any(scores > -jnp.inf, axis=(0, 1, 2)), 1 + pages.all_positions(), 0)
+        )
+        keys = KeyRange(jnp.zeros(1, jnp.int32), end[None])
+        acc = over_tiles(pages, keys, visit, jnp.zeros((heads, group * t, dim)))
+        total = jnp.sum(by_page, axis=-1).reshape(heads, group, t)
+        safe = jnp.where(total > 0, total, 1.0)
+        lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
+        return Partial(acc.reshape(q.shape) / safe[..., None], lse)
 
 
-def pivot(
-    q: Float[Array, "K G T D"], pages: Pages, estimate: Float[Array, "K G T S"]
-) -> Float[Array, "K G T"]:
-    """The exact raw score of the key of best estimate; -inf where no key is in range.
-
-    One key read for each query, and a best score that is surely attained. It stands in for
-    `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
-    """
-    top = jnp.max(estimate, axis=-1)
-    # The first of the largest. XLA vectorises this on CPU, and argmax not.
-    position = jnp.arange(estimate.shape[-1])
-    first = jnp.min(
-        jnp.where(estimate == top[..., None], position, estimate.shape[-1] - 1), axis=-1
-    )
-    return jnp.where(top > -jnp.inf, score_at(q, pages, first), -jnp.inf)
-
-
-def candidates(
-    estimate: Float[Array, "K G T S"],
-    error: Float[Array, "K G T S"],
-    beta: float | jax.Array,
-    best: Float[Array, "K G T"],
-) -> jax.Array:
-    """bool [K, G, T, S]: keys that may score at least `best - beta`.
-
-    Args:
-      estimate, error: of a scan.
-      beta: a number, [H], or [K, G, T].
-      best: a score that some visible key attains (`pivot`, the window's best): then no more is
-        asked of a key than DIPR asks, and a key of DIPR's answer is missed only if its own bound
-        fails.
-    """
-    beta = jnp.asarray(beta, jnp.float32)
-    if beta.ndim == 1:
-        beta = beta.reshape(*estimate.shape[:2], 1)
-    return (estimate + error >= (best - beta)[..., None]) & (estimate > -jnp.inf)
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """The sketch of every layer's keys.
+    """The index of keys at a few bits a channel.
 
     Attributes:
-      layers: L sketches.
+      bits: a channel: 2, 4 or 8.
     """
 
-    layers: tuple[SketchLayer, ...]
+    bits: int = 4
 
-    @classmethod
+    def __post_init__(self):
+        if self.bits not in STEPS:
+            raise ConfigError(f"Sketch(bits={self.bits}): use one of {sorted(STEPS)}")
+
     def create(
-        cls,
+        self,
         config: LlamaConfig,
         num_pages: int,
         page_size: int,
-        bits: int = 4,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         mesh: jax.sharding.Mesh | None = None,
         rules: ShardingRules | None = None,
-    ) -> "Sketch":
-        """The sketch of an empty cache; kv heads sharded like `PagedKV.create`'s.
+    ) -> SketchLayer:
+        """The sketch of one layer's empty cache; sharded like `PagedKV.create`'s arrays.
 
         Raises:
-          ConfigError: `bits` is not 2, 4 or 8, or the codes of a key do not fill whole bytes.
+          ConfigError: the codes of a key do not fill whole bytes.
         """
-        heads, dim = config.num_key_value_heads, config.head_dim
-        if bits not in STEPS:
-            raise ConfigError(f"Sketch(bits={bits}): use one of {sorted(STEPS)}")
+        del dtype
+        dim, bits = config.head_dim, self.bits
         if dim * bits % 8 or dim < 4:
             raise ConfigError(
                 f"Sketch(bits={bits}): {dim} channels (head_dim) do not fill whole bytes; use 8"
             )
-
-        def zeros(dtype: jax.typing.DTypeLike, *shape: int) -> Array:
-            shape = (heads, num_pages, *shape)
-            axes = ("kv_heads", *(None,) * (len(shape) - 1))
-            place = (rules or ShardingRules()).sharding(mesh, axes, shape) if mesh else None
-            return jnp.zeros(shape, dtype, device=place)
-
-        return cls(
-            tuple(
-                SketchLayer(
-                    codes=zeros(jnp.uint8, page_size, dim * bits // 8),
-                    scale=zeros(jnp.float16, page_size),
-                    spread=zeros(jnp.float16, page_size),
-                    centre=zeros(jnp.int8, dim),
-                    centre_scale=zeros(jnp.float16),
-                )
-                for _ in range(config.num_hidden_layers)
-            )
+        zeros = functools.partial(page_zeros, config, num_pages, mesh, rules)
+        return SketchLayer(
+            codes=zeros((page_size, dim * bits // 8), jnp.uint8),
+            scale=zeros((page_size,), jnp.float16),
+            spread=zeros((page_size,), jnp.float16),
+            centre=zeros((dim,), jnp.int8),
+            centre_scale=zeros((), jnp.float16),
+            value=zeros((dim,), jnp.int8),
+            value_scale=zeros((), jnp.float16),
         )
 
-    def replace_layer(self, layer: int, new: SketchLayer) -> "Sketch":
-        """The same index with another sketch of one layer."""
-        return Sketch((*self.layers[:layer], new, *self.layers[layer + 1 :]))
-
-    def __repr__(self) -> str:
-        first = self.layers[0]
-        if not isinstance(first.codes, jax.Array | jax.ShapeDtypeStruct):
-            return "Sketch(...)"  # a tree of something else, while jax transforms it
-        heads, pages, size, _ = first.codes.shape
-        page = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in jax.tree.leaves(first))
-        return (
-            f"Sketch({len(self.layers)} layers, {pages} pages of {size} tokens, {heads} kv heads, "
-            f"{first.bits} bits a channel, {page / size:.1f} bytes a key)"
-        )
+    def page_bytes(self, config: LlamaConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
+        """Bytes of one page, one layer."""
+        del dtype
+        dim = config.head_dim
+        page = page_size * (dim * self.bits // 8 + 4) + 2 * (dim + 2)
+        return config.num_key_value_heads * page
 
 
-def _sketch(k: Float[Array, "K N Z D"], filled: Int[Array, " N"], bits: int) -> SketchLayer:
+def _sketch(
+    k: Float[Array, "K N Z D"], v: Float[Array, "K N Z D"], filled: Int[Array, " N"], bits: int
+) -> SketchLayer:
     """The sketch of N pages."""
     size = k.shape[2]
     valid = (jnp.arange(size) < filled[:, None])[None, :, :, None]
-    k = jnp.where(valid, k.astype(jnp.float32), 0.0)  # a page holds whatever was there before
-    mean = jnp.sum(k, axis=2) / jnp.maximum(jnp.minimum(filled, size), 1)[None, :, None]
-    unit = to_half(jnp.max(jnp.abs(mean), axis=-1) / 127)
-    step = unit.astype(jnp.float32)[..., None]
-    centre = jnp.clip(jnp.round(mean / jnp.where(step > 0, step, 1.0)), -127, 127)
-    residual = jnp.where(valid, k - (centre * step)[:, :, None], 0.0)
+    # A page holds whatever was there before.
+    k, v = (jnp.where(valid, x.astype(jnp.float32), 0.0) for x in (k, v))
+    count = jnp.maximum(jnp.minimum(filled, size), 1)[None, :, None]
+    centre, unit = _to_int8(jnp.sum(k, axis=2) / count)
+    value, value_unit = _to_int8(jnp.sum(v, axis=2) / count)
+    middle = centre.astype(jnp.float32) * unit.astype(jnp.float32)[..., None]
+    residual = jnp.where(valid, k - middle[:, :, None], 0.0)
 
     codes, scale, spread = quantize(residual, bits)
     spread = to_half_above(spread + _EPSILON * jnp.sqrt(jnp.sum(k * k, axis=-1)))
-    return SketchLayer(
-        codes, scale, jnp.where(valid[..., 0], spread, 0), centre.astype(jnp.int8), unit
-    )
+    spread = jnp.where(valid[..., 0], spread, 0)
+    return SketchLayer(codes, scale, spread, centre, unit, value, value_unit)
 
 
-def _tile_ids(pages: Pages, tile: Array) -> Int[Array, " n"]:
-    first = pages.positions(tile)[0] // pages.k.shape[2]
-    return lax.dynamic_slice_in_dim(pages.ids, first, pages.tile_pages)
+def _to_int8(x: Float[Array, "K N D"]) -> tuple[Int8[Array, "K N D"], Float16[Array, "K N"]]:
+    """Vectors as integers, and the unit of each."""
+    unit = to_half(jnp.max(jnp.abs(x), axis=-1) / 127)
+    step = unit.astype(jnp.float32)[..., None]
+    whole = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1.0)), -127, 127)
+    return whole.astype(jnp.int8), unit
 
 
 def _read(pool: Array, ids: Int[Array, " n"]) -> Array:
     """Pages `ids` of a pool [K, P, ...]."""
-    if jax.default_backend() != "cpu":
-        return pool[:, ids]
-    flat = pool.reshape(*pool.shape[:2], 1, -1)
-    return read_on_cpu(flat, ids).reshape(pool.shape[0], -1, *pool.shape[2:])
-
-
-def _split(x: Float[Array, "K GT S"], group: int, t: int) -> Float[Array, "K G T S"]:
-    return x.reshape(x.shape[0], group, t, -1)
+    return read_on_cpu(pool, ids) if jax.default_backend() == "cpu" else pool[:, ids]

@@ -1,26 +1,36 @@
 """What attention may ask of the keys. A query is a small pytree: its class is structure, its
 numbers are data, so another beta does not compile another program.
 
-All but `Full` include the window (the first and the last tokens), counted once. A query may differ
-by
-layer: wherever one is taken, a tuple with one query a layer is taken too.
+All but `Full` include the window (the first and the last tokens), counted once. How a query is
+answered is a plan (`plan.py`).
 """
 
 import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from alaya_jax.errors import RequestError
-from alaya_jax.models.config import LlamaConfig
+
+
+def _is_number(value: Any) -> bool:
+    """Tracers and other placeholders are none: jax rebuilds queries from their leaves."""
+    return isinstance(value, int | float)
 
 
 def _check(query: Any, field: str, low: float) -> None:
     value = getattr(query, field)
-    # Tracers and other placeholders pass: jax rebuilds queries from their leaves.
-    if isinstance(value, int | float) and not value >= low:
+    if _is_number(value) and not value >= low:
         raise RequestError(f"{type(query).__name__}({field}={value}): must be at least {low}")
+
+
+def _check_share(query: Any, field: str) -> None:
+    value = getattr(query, field)
+    if _is_number(value) and not 0 < value <= 1:
+        raise RequestError(
+            f"{type(query).__name__}({field}={value}): a share of the attention mass, above 0 and "
+            "at most 1"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -54,16 +64,30 @@ class DIPR:
     The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
     whose attention weight is at least alpha times the largest.
 
+    Give one of the two: `DIPR(beta=50.0)`, or `DIPR(recovery=0.95)`, which takes, for each query
+    and head, the smallest beta whose keys hold that share of the attention mass, by the estimated
+    scores of the scan (see `index.recover`).
+
     Attributes:
       beta: range, at least 0. A number, or an array [H] (one a query head).
       window: tokens that are always attended.
+      recovery: share of the attention mass to keep, above 0 and at most 1; a number or [H].
+      before: only keys at positions below this are retrieved; None: all.
     """
 
-    beta: float | jax.Array
+    beta: float | jax.Array | None = None
     window: Window = Window()
+    recovery: float | jax.Array | None = None
+    before: int | jax.Array | None = None
 
     def __post_init__(self):
+        if self.beta is None and self.recovery is None:
+            raise RequestError("DIPR(): give beta=..., or recovery=...")
+        if _is_number(self.beta) and self.recovery is not None:
+            raise RequestError("DIPR(beta=..., recovery=...): give one of the two")
         _check(self, "beta", 0.0)
+        _check_share(self, "recovery")
+        _check(self, "before", 0)
 
 
 @jax.tree_util.register_dataclass
@@ -71,39 +95,71 @@ class DIPR:
 class TopK:
     """Of the keys outside the window, the `k` of largest inner product, for each query head; of
     equal ones the earlier. `k` is structure: another k compiles another program.
+
+    Attributes:
+      k: how many, at least 1.
+      window: tokens that are always attended.
+      before: only keys at positions below this are retrieved; None: all.
     """
 
     k: int = dataclasses.field(metadata={"static": True})
     window: Window = Window()
+    before: int | jax.Array | None = None
 
     def __post_init__(self):
         _check(self, "k", 1)
+        _check(self, "before", 0)
 
 
-Query = Full | Window | DIPR | TopK
+NEAR = Window(sink=16, recent=256)
+"""The window of a block of queries. On real keys, that much of the recent ones improves the worst
+queries more than as many blocks chosen elsewhere would; a longer sink does not
+(benchmarks/sparse_prefill.py)."""
 
 
-def check_queries(query: Any, config: LlamaConfig) -> Any:
-    """The query, or the tuple of one a layer, as it is given.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block-sparse attention of many queries: two rules, alone or together.
 
-    Raises:
-      RequestError: it is none, or does not fit the model's layers or heads.
+    `beta` skips what is not worth its softmax. Keys are scored tile by tile; a tile in which every
+    query's best score is below that query's best so far minus beta is left there: no softmax, no V
+    (BSFA, arXiv 2512.07011, with DIPR's range in place of a calibrated threshold). Exact: of the
+    keys that are scored, none within beta of its query's best is ever lost. Infinite: none is
+    skipped.
+
+    `recovery` chooses the blocks that are scored at all, from the attention of a few queries of the
+    block (`samples`, spread evenly): in order of the share of mass that these give them, as many as
+    it takes for each of these to hold `recovery` of its mass. An estimate: on keys of
+    SmolLM2-135M 93% to 97% of all queries hold it then (benchmarks/sparse_prefill.py). 1 leaves
+    nothing out, and only sets the order; with None there is no estimate, and keys come in order of
+    position.
+
+    The window's keys are always attended, but by blocks: those of the sink and those within
+    `recent` of a query of the block.
+
+    Attributes:
+      beta: range in raw products, at least 0; a number, or an array [H].
+      recovery: in (0, 1], or None.
+      window: the first and last keys; `recent` counts back from the first query of a block.
+      q_block: queries that share one list of key blocks. Static.
+      kv_block: keys chosen together, a multiple of the page size; None: a page. Static.
+      samples: queries of a block that are asked. Static.
     """
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    each = query if isinstance(query, tuple) else (query,) * layers
-    if len(each) != layers:
-        raise RequestError(f"attention: {len(each)} queries, and the model has {layers} layers")
-    for one in each:
-        if not isinstance(one, Query):
-            raise RequestError(
-                f"attention={one!r}: use Full(), Window(), DIPR(beta=...) or TopK(k)"
-            )
-        shape = np.shape(one.beta) if isinstance(one, DIPR) else ()
-        if shape not in ((), (heads,)):
-            raise RequestError(f"DIPR(beta of shape {shape}): the model has {heads} query heads")
-    return query
+
+    beta: float | jax.Array = float("inf")
+    recovery: float | jax.Array | None = None
+    window: Window = NEAR
+    q_block: int = dataclasses.field(default=128, metadata={"static": True})
+    kv_block: int | None = dataclasses.field(default=None, metadata={"static": True})
+    samples: int = dataclasses.field(default=8, metadata={"static": True})
+
+    def __post_init__(self):
+        _check(self, "beta", 0.0)
+        _check_share(self, "recovery")
+        for name in ("q_block", "kv_block", "samples"):
+            if getattr(self, name) is not None:
+                _check(self, name, 1)
 
 
-def of_layer(query: Query | tuple[Query, ...], layer: int) -> Query:
-    """The query of one layer, of a query for all or a tuple with one a layer."""
-    return query[layer] if isinstance(query, tuple) else query
+Query = Full | Window | DIPR | TopK | Tiles

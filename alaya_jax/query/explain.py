@@ -6,60 +6,122 @@ from typing import Any
 import jax
 import numpy as np
 
-from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import DIPR, TopK
+from alaya_jax.attention.engine import Counts
+from alaya_jax.index import Flat
+from alaya_jax.model import Model
+from alaya_jax.query.plan import Plan, Plans, of_layer
 
 
 class Reads:
-    """Keys attended to by one kind of query in one phase, by layer and query head.
+    """What one kind of plan read in one phase, by layer and query head.
 
     Attributes:
-      query: what was asked.
+      plans: how attention was answered.
       queries: query tokens so far, over the batch.
       visible: keys that those could see, summed over them; the same for each layer and head.
-      attended: int64 [L, H], keys attended to, summed over them.
+      attended, scored, read: int64 [L, H], summed over them; see `engine.Counts`.
+      mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
     """
 
-    def __init__(self, query: Any, config: LlamaConfig):
+    def __init__(self, plans: Plans, model: Model, page_size: int):
         """Starts at nothing."""
-        self.query = query
+        c = model.config
+        self.plans = plans
         self.queries = 0
         self.visible = 0
-        self.attended = np.zeros((config.num_hidden_layers, config.num_attention_heads), np.int64)
+        self.attended, self.scored, self.read = (
+            np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(3)
+        )
+        self.mass = np.zeros(self.read.shape)
+        self._model, self._page_size = model, page_size
+        self._pending: list[Counts] = []
 
-    def add(self, attended: np.ndarray, visible: int, queries: int) -> None:
-        """Adds int [L, B, H] sums of one program call."""
-        self.attended += attended.astype(np.int64).sum(1)
+    def add(self, counts: Counts, visible: int, queries: int) -> None:
+        """Adds [L, B, H] sums of one program call; does not wait for it."""
+        self._pending.append(counts)
         self.visible += visible
         self.queries += queries
+        if len(self._pending) > 64:
+            self._settle()
 
-    def is_of(self, query: Any) -> bool:
-        """Whether this is the account of an equal query; a beta may be an array."""
-        (ours, shape), (theirs, other) = jax.tree.flatten(self.query), jax.tree.flatten(query)
+    def _settle(self) -> None:
+        for counts in self._pending:
+            attended, scored, read, mass = (
+                np.asarray(x).sum(1)
+                for x in (counts.attended, counts.scored, counts.read, counts.mass)
+            )
+            self.attended += attended
+            self.scored += scored
+            self.read += read
+            self.mass += mass
+        self._pending = []
+
+    def is_of(self, plans: Plans) -> bool:
+        """Whether this is the account of equal plans; a beta may be an array."""
+        (ours, shape), (theirs, other) = jax.tree.flatten(self.plans), jax.tree.flatten(plans)
         return shape == other and all(map(np.array_equal, ours, theirs))
 
-    @property
-    def index(self) -> str | None:
-        """The index that scored the keys; None where none is asked."""
-        queries = self.query if isinstance(self.query, tuple) else (self.query,)
-        return "flat" if any(isinstance(q, DIPR | TopK) for q in queries) else None
+    def layer(self, layer: int) -> dict[str, Any]:
+        """What one layer read, per query token; lists have one number a query head."""
+        self._settle()
+        n, c = max(self.queries, 1), self._model.config
+        plan = of_layer(self.plans, layer)
+        group = c.num_attention_heads // c.num_key_value_heads
+        mass = self.mass[layer] / n
+        # Each head of a group has the count of the kv head.
+        read = float(self.read[layer].sum() / group / n)
+        return {
+            "layer": layer,
+            "query": repr(plan.query),
+            "index": _index_name(plan),
+            "by": plan.by if plan.retrieves else None,
+            "share": plan.share if plan.retrieves else None,
+            "keys_scanned": (self.scored[layer] / n).tolist(),
+            "keys_attended": (self.attended[layer] / n).tolist(),
+            "keys_read": read,
+            "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
+            "bytes": self._bytes(plan, layer, read),
+        }
+
+    def _bytes(self, plan: Plan, layer: int, read: float) -> float:
+        """Bytes of keys, values and index that a query token reads, from the counts."""
+        n, c = max(self.queries, 1), self._model.config
+        key = c.head_dim * self._model.dtype.itemsize
+        heads = c.num_key_value_heads
+        seen = self.visible / n
+        if not plan.retrieves:
+            return 2 * key * heads * float(self.attended[layer].mean() / n)
+        window = min(_window_size(plan), seen)
+        if plan.index is None or isinstance(plan.index, Flat):
+            index = key * heads * (seen - window)
+        else:
+            page = plan.index.page_bytes(c, self._page_size, self._model.dtype)
+            index = (seen - window) * page / self._page_size
+        return index + 2 * key * (read + heads * window)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers; per-step figures are means over query tokens (and layers and heads)."""
+        self._settle()
         n = max(self.queries, 1)
-        seen, by_layer = self.visible / n, self.attended.mean(1) / n
+        by_layer = self.attended.mean(1) / n
+        layers = range(len(by_layer))
+        rows = [self.layer(i) for i in layers]
+        indexes = [row["index"] for row in rows if row["index"]]
+        masses = [row["mass_estimated"] for row in rows if row["mass_estimated"]]
         return {
-            "query": _describe(self.query),
-            "index": self.index,
+            "query": _describe(self.plans),
+            "index": ", ".join(dict.fromkeys(indexes)) or None,
             "implementation": "xla",
             "tier": "device",
             "steps": self.queries,
-            "keys_visible_per_step": seen,
-            # The flat index scores every key that is not in the window, and the window is scored
-            # too.
-            "keys_scanned_per_step": seen if self.index else float(by_layer.mean()),
+            "keys_visible_per_step": self.visible / n,
+            "keys_scanned_per_step": float(self.scored.mean() / n),
+            "keys_read_per_step": float(np.mean([row["keys_read"] for row in rows])),
             "keys_attended_per_step": float(by_layer.mean()),
+            "bytes_per_step": float(sum(row["bytes"] for row in rows)),
+            "mass_estimated": float(np.mean(masses)) if masses else None,
             "layers": by_layer.tolist(),
+            "by_layer": rows,
         }
 
 
@@ -102,6 +164,8 @@ class Explanation:
                 f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
                 f"attended ({share:.1%})"
             )
+            if d["mass_estimated"] is not None and d["index"]:
+                lines.append(f"  attention mass kept, by estimate: {d['mass_estimated']:.3f}")
             low, high = int(np.argmin(d["layers"])), int(np.argmax(d["layers"]))
             if d["layers"][low] != d["layers"][high]:
                 lines.append(
@@ -113,7 +177,16 @@ class Explanation:
     __repr__ = __str__
 
 
-def _describe(query: Any) -> str:
-    if isinstance(query, tuple):
-        return "by layer: " + ", ".join(dict.fromkeys(_describe(q) for q in query))
-    return repr(query)
+def _index_name(plan: Plan) -> str | None:
+    return repr(plan.index or Flat()) if plan.retrieves else None
+
+
+def _window_size(plan: Plan) -> float:
+    window = getattr(plan.query, "window", None)
+    return float(window.sink) + float(window.recent) if window else 0.0
+
+
+def _describe(plans: Plans) -> str:
+    each = plans if isinstance(plans, tuple) else (plans,)
+    words = list(dict.fromkeys(repr(plan.query) for plan in each))
+    return words[0] if len(words) == 1 else "by layer: " + ", ".join(words)

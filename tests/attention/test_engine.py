@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alaya_jax.attention import attend, merge
-from alaya_jax.attention.partial import Partial
+from alaya_jax.attention import Partial, merge
+from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.query import DIPR, Full, TopK, Window
+from alaya_jax.query.plan import Plan
 
 KV_HEADS, DIM, PAGE = 2, 8, 4
 
@@ -97,13 +98,13 @@ def test_equals_definition(query, lengths, t, rng, small_blocks):
     q, ks, vs, k_pages, v_pages, pages = make_batch(rng, lengths, t, group=3)
     table = PageTable(pages, jnp.asarray(lengths, jnp.int32))
     count = jnp.full(len(lengths), t, jnp.int32)
-    out, attended = attend(query, q, k_pages, v_pages, table, count)
+    out, counts = attend(Plan(query), q, k_pages, v_pages, table, count)
     for b, start in enumerate(lengths):
         want, want_count = expected(
             query, *(x.astype(np.float64) for x in (q[b], ks[b], vs[b])), start
         )
         np.testing.assert_allclose(out[b], want, atol=2e-6)
-        np.testing.assert_array_equal(attended[b], want_count)
+        np.testing.assert_array_equal(counts.attended[b], want_count)
 
 
 @settings(max_examples=12, deadline=None)
@@ -119,21 +120,23 @@ def test_dipr_any_shape(lengths, group, consecutive, beta, seed):
     query = DIPR(beta=beta, window=Window(2, 3))
     q, ks, vs, k_pages, v_pages, pages = make_batch(rng, lengths, 1, group, consecutive=consecutive)
     table = PageTable(pages, jnp.asarray(lengths, jnp.int32))
-    out, attended = attend(query, q, k_pages, v_pages, table, jnp.ones(len(lengths), jnp.int32))
+    out, counts = attend(Plan(query), q, k_pages, v_pages, table, jnp.ones(len(lengths), jnp.int32))
     for b, start in enumerate(lengths):
         # float32 scores, so that a key on the very edge falls on the same side
         want, want_count = expected(query, q[b], ks[b], vs[b], start)
-        if np.array_equal(attended[b], want_count):
+        if np.array_equal(counts.attended[b], want_count):
             np.testing.assert_allclose(out[b], want, atol=1e-5)
         else:  # a score within rounding of the threshold
-            assert np.abs(np.asarray(attended[b]) - want_count).max() <= 1
+            assert np.abs(np.asarray(counts.attended[b]) - want_count).max() <= 1
 
 
 def test_infinite_beta_is_full_attention(rng):
     q, _, _, k_pages, v_pages, pages = make_batch(rng, [90, 13], 1, group=2)
     table, ones = PageTable(pages, jnp.asarray([90, 13], jnp.int32)), jnp.ones(2, jnp.int32)
-    full, _ = attend(Full(), q, k_pages, v_pages, table, ones)
-    dipr, _ = attend(DIPR(beta=float("inf"), window=Window(4, 4)), q, k_pages, v_pages, table, ones)
+    full, _ = attend(Plan(Full()), q, k_pages, v_pages, table, ones)
+    dipr, _ = attend(
+        Plan(DIPR(beta=float("inf"), window=Window(4, 4))), q, k_pages, v_pages, table, ones
+    )
     np.testing.assert_allclose(dipr, full, atol=1e-6)
 
 
@@ -141,12 +144,12 @@ def test_rows_past_count_are_zero_and_others_unchanged(rng):
     q, _, _, k_pages, v_pages, pages = make_batch(rng, [10, 20], 6, group=2)
     table = PageTable(pages, jnp.asarray([10, 20], jnp.int32))
     query = DIPR(beta=3.0, window=Window(2, 2))
-    ragged, attended = attend(query, q, k_pages, v_pages, table, jnp.asarray([6, 2]))
-    whole, _ = attend(query, q, k_pages, v_pages, table, jnp.asarray([6, 6]))
+    ragged, counts = attend(Plan(query), q, k_pages, v_pages, table, jnp.asarray([6, 2]))
+    whole, _ = attend(Plan(query), q, k_pages, v_pages, table, jnp.asarray([6, 6]))
     np.testing.assert_allclose(ragged[0], whole[0], atol=1e-6)
     np.testing.assert_allclose(ragged[1, :2], whole[1, :2], atol=1e-6)
     assert not np.any(ragged[1, 2:])
-    assert not np.any(attended[1, 2:])
+    assert not np.any(counts.attended[1, 2:])
 
 
 def test_new_beta_does_not_recompile(rng):
@@ -154,7 +157,7 @@ def test_new_beta_does_not_recompile(rng):
     table, one = PageTable(pages, jnp.asarray([30], jnp.int32)), jnp.ones(1, jnp.int32)
     before = attend._cache_size()
     for query in (DIPR(beta=1.0), DIPR(beta=9.0), DIPR(beta=2.0, window=Window(5, 7))):
-        attend(query, q, k_pages, v_pages, table, one)
+        attend(Plan(query), q, k_pages, v_pages, table, one)
     assert attend._cache_size() - before == 1
 
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alaya_jax.attention.kept import Kept, scores_kept
 from alaya_jax.attention.paged import KeyRange, Pages
-from alaya_jax.cache import PageTable
+from alaya_jax.attention.retrieve import pivot
 from alaya_jax.index import MISS, Flat, SketchLayer
+from alaya_jax.query.select import in_range
 
-compiled_extend = jax.jit(SketchLayer.extend, static_argnames="new_tokens")
+compiled_build = jax.jit(SketchLayer.build)
 
 
 @functools.partial(jax.jit, static_argnames="miss")
@@ -21,11 +23,12 @@ def compiled_answers(layer, k_pages, ids, q, low, high, beta, seed, miss):
     """All that a test asks, in one program a shape."""
     pages = Pages(k_pages, k_pages, ids)
     keys = KeyRange(low, high)
-    return Answers(
-        Flat().range_scores(q, pages, keys, beta, seed),
-        *layer.scan(q, pages, keys, miss),
-        layer.range_scores(q, pages, keys, beta, seed, miss),
-    )
+    scan = layer.scan(q, pages, keys, miss)
+    best = jnp.maximum(seed, pivot(q, pages, scan))
+    error = jnp.broadcast_to(scan.error, scan.estimate.shape)
+    kept = Kept(pages, keys, in_range(scan.estimate + error, best, beta))
+    true = Flat().scan(q, pages, keys).estimate
+    return Answers(true, scan.estimate, error, scores_kept(q, kept))
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +67,9 @@ class Paged:
     def length(self) -> int:
         return self.k.shape[1]
 
-    def table(self, length):
-        return PageTable(self.ids[None], jnp.full(1, length, jnp.int32))
+    def filled(self, length):
+        """Tokens that each page holds once the sequence has so many."""
+        return jnp.clip(length - self.page_size * jnp.arange(len(self.ids)), 0, self.page_size)
 
     def empty(self, bits):
         heads, pages, size, dim = self.k_pages.shape
@@ -79,11 +83,16 @@ class Paged:
             stale(jnp.float16, size),
             stale(jnp.int8, dim),
             stale(jnp.float16),
+            stale(jnp.int8, dim),
+            stale(jnp.float16),
         )
 
     def sketch(self, bits=4):
-        count = jnp.full(1, self.length, jnp.int32)
-        return compiled_extend(self.empty(bits), self.k_pages, self.table(0), count, self.length)
+        return self.build(self.empty(bits), self.ids, self.filled(self.length))
+
+    def build(self, layer, ids, filled, k_pages=None):
+        k_pages = self.k_pages if k_pages is None else k_pages
+        return compiled_build(layer, k_pages, k_pages, ids, filled)
 
     def ask(self, layer, beta=0.0, seed=-np.inf, low=0, high=None, miss=MISS):
         """Of keys low..high: true scores, estimates, errors, and candidates' exact scores."""
@@ -157,9 +166,9 @@ def all_keys():
 
 
 @pytest.fixture(scope="session")
-def extend():
-    """`SketchLayer.extend`, compiled."""
-    return compiled_extend
+def build():
+    """`SketchLayer.build`, compiled."""
+    return compiled_build
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,187 @@
+"""Attention over the few keys that a selection kept, at a cost that follows how many there are.
+
+Kept keys are counted off by prefix sums over pages and read in blocks, each once for all queries of
+its kv head. The loops run as many blocks as are filled: no buffer could overflow.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.attention.partial import Partial
+
+BLOCK = 256
+"""Keys read at once, of each kv head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Which keys, or whole pages, each query row wants.
+
+    Attributes:
+      pages: of the sequence.
+      keys: positions that a row may see; of a page that is kept, only those count.
+      mask: bool [K, G, T, S] by key, or [K, G, T, N] by page.
+      by_page: which of the two.
+    """
+
+    pages: Pages
+    keys: KeyRange
+    mask: Bool[Array, "K G T M"]
+    by_page: bool = False
+
+    def blocks(self) -> tuple["Walk", Int[Array, " K"]]:
+        """Blocks of the keys that any row of a kv head wants, and how many keys that are."""
+        wanted = jnp.any(self.mask, axis=(1, 2))
+        size = self.pages.size
+        if self.by_page:
+            slots = jnp.broadcast_to(wanted[..., None], (*wanted.shape, size))
+        else:
+            slots = wanted.reshape(wanted.shape[0], -1, size)
+        ends = jnp.cumsum(jnp.sum(slots, axis=-1, dtype=jnp.int32), axis=-1)
+        return Walk(slots, ends), ends[:, -1]
+
+    def rows(self, column: Int[Array, "K C"], valid: Bool[Array, "K C"]) -> Bool[Array, "K G T C"]:
+        """Which rows want the keys in these columns."""
+        at = column // self.pages.size if self.by_page else column
+        at = jnp.minimum(at, self.mask.shape[-1] - 1)
+        chosen = jax.vmap(lambda mask, i: mask[..., i])(self.mask, at)
+        chosen &= valid[:, None, None]
+        if self.by_page:
+            chosen &= self.keys.mask(self.pages.position_of(column))[:, None]
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The wanted keys of each kv head, by rank.
+
+    Attributes:
+      slots: bool [K, N, Z], wanted.
+      ends: int32 [K, N], wanted keys up to and with each page.
+    """
+
+    slots: Bool[Array, "K N Z"]
+    ends: Int[Array, "K N"]
+
+    def block(self, i: Array) -> tuple[Int[Array, "K C"], Bool[Array, "K C"]]:
+        """Columns of the wanted keys from rank i * BLOCK on, and which of them there are."""
+        rank = i * BLOCK + jnp.arange(BLOCK)
+        size = self.slots.shape[-1]
+
+        def head(slots: Array, ends: Array) -> tuple[Array, Array]:
+            page = jnp.searchsorted(ends, rank, side="right")
+            here = jnp.take(slots, page, axis=0, mode="clip")  # [C, Z]
+            count = jnp.cumsum(here, axis=-1, dtype=jnp.int32)
+            skipped = jnp.take(ends, page, mode="clip") - count[:, -1]
+            slot = jnp.argmax(count > (rank - skipped)[:, None], axis=-1)
+            return page * size + slot, rank < ends[-1]
+
+        return jax.vmap(head)(self.slots, self.ends)
+
+
+def _walk(
+    q: Float[Array, "K G T D"], kept: Kept, visit: Callable[..., Any], start: Any
+) -> tuple[Any, Int[Array, " K"]]:
+    """Folds `visit(columns, valid, raw scores (-inf: not wanted) [K, G, T, C], carry)`."""
+    walk, count = kept.blocks()
+    pages = kept.pages
+    rows = q.astype(pages.operand_dtype)
+
+    def block(i: Array, carry: Any) -> Any:
+        column, valid = walk.block(i)
+        scores = jnp.einsum(
+            "kgtd,kcd->kgtc",
+            rows,
+            pages.gather(pages.k, column),
+            preferred_element_type=jnp.float32,
+        )
+        scores = jnp.where(kept.rows(column, valid), scores, -jnp.inf)
+        return visit(column, valid, scores, carry)
+
+    return lax.fori_loop(0, -(-jnp.max(count) // BLOCK), block, start), count
+
+
+def best_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
+    """The largest raw score of a row's kept keys, -inf where there is none."""
+
+    def visit(column: Array, valid: Array, scores: Array, best: Array) -> Array:
+        del column, valid
+        return jnp.maximum(best, jnp.max(scores, axis=-1))
+
+    return _walk(q, kept, visit, jnp.full(q.shape[:-1], -jnp.inf))[0]
+
+
+def attend_kept(
+    q: Float[Array, "K G T D"], kept: Kept, floor: Float[Array, "K G T"] | None = None
+) -> tuple[Partial, Int[Array, "K G T"], Int[Array, " K"]]:
+    """Softmax attention over the kept keys whose raw score is at least `floor`.
+
+    Returns:
+      the partial attention; keys attended to by each row; keys read for each kv head.
+    """
+    scale = q.shape[-1] ** -0.5
+    rows = q.shape[:-1]
+
+    def visit(column: Array, valid: Array, scores: Array, carry: Any) -> Any:
+        top, total, acc, attended = carry
+        if floor is not None:
+            scores = jnp.where(scores >= floor[..., None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        p = jnp.exp(scale * (scores - new_top[..., None]))
+        fade = jnp.exp(scale * (top - new_top))
+        # A block past the last key repeats any key, whose page may hold anything.
+        v = jnp.where(valid[..., None], kept.pages.gather(kept.pages.v, column), 0)
+        weighed = jnp.einsum(
+            "kgtc,kcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return (
+            new_top,
+            total * fade + jnp.sum(p, axis=-1),
+            acc * fade[..., None] + weighed,
+            attended + jnp.sum(scores > -jnp.inf, axis=-1, dtype=jnp.int32),
+        )
+
+    low = -1e30  # below every score, and finite: differences stay defined
+    start = (jnp.full(rows, low), jnp.zeros(rows), jnp.zeros(q.shape), jnp.zeros(rows, jnp.int32))
+    (top, total, acc, attended), read = _walk(q, kept, visit, start)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
+    return Partial(acc / safe[..., None], lse), attended, read
+
+
+def scores_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T S"]:
+    """Raw scores of the kept keys by column, -inf elsewhere."""
+    walk, count = kept.blocks()
+    pages = kept.pages
+    heads, group, t, _ = q.shape
+    rows = q.astype(pages.operand_dtype)
+
+    def block(i: Array, scores: Array) -> Array:
+        column, valid = walk.block(i)
+        k = pages.gather(pages.k, column)
+        new = jnp.einsum("kgtd,kcd->kcgt", rows, k, preferred_element_type=jnp.float32)
+        at = jnp.where(valid, column, pages.columns)
+        return jax.vmap(lambda s, c, x: s.at[c].set(x, mode="drop"))(
+            scores, at, new.reshape(heads, BLOCK, -1)
+        )
+
+    start = jnp.zeros((heads, pages.columns, group * t))
+    scores = lax.fori_loop(0, -(-jnp.max(count) // BLOCK), block, start)
+    scores = jnp.moveaxis(scores, 1, 2).reshape(heads, group, t, -1)
+    return jnp.where(kept.mask, scores, -jnp.inf)
+
+
+def scores_at(
+    q: Float[Array, "K G T D"], pages: Pages, column: Int[Array, "K G T C"]
+) -> Float[Array, "K G T C"]:
+    """Raw inner products of each row with the keys in its own columns."""
+    heads = q.shape[0]
+    k = pages.gather(pages.k, column.reshape(heads, -1)).reshape(*column.shape, -1)
+    return jnp.einsum("kgtd,kgtcd->kgtc", q.astype(k.dtype), k, preferred_element_type=jnp.float32)

@@ -1,0 +1,209 @@
+"""What a plan keeps of the keys outside the window: scan, select, and the exact scores where the
+index only estimates (AlayaDB, section 6).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from alaya_jax.attention.kept import Kept, best_kept, scores_at, scores_kept
+from alaya_jax.attention.paged import KeyRange, Pages, score_range
+from alaya_jax.attention.partial import Partial, across
+from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, recover
+from alaya_jax.index.flat import Flat
+from alaya_jax.query import DIPR, TopK
+from alaya_jax.query.plan import Plan
+from alaya_jax.query.select import by_row, in_range, top
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """Keys to attend to.
+
+    Attributes:
+      kept: by key or by page.
+      floor: attend only to kept keys that score at least this; None: to all.
+      mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept
+        keys; None where it was not estimated.
+      scan: the estimates, where there are such.
+    """
+
+    kept: Kept
+    floor: Float[Array, "K G T"] | None = None
+    mass: Float[Array, "K G T"] | None = None
+    scan: Scan | None = None
+
+
+def retrieve(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    index: LayerIndex | None,
+    covered: Array,
+    window: Partial,
+    best: Float[Array, "K G T"],
+    axis: str | None,
+    head_axis: str | None,
+) -> Retrieved:
+    """Keys in range that the plan's query keeps.
+
+    Args:
+      plan: a DIPR or TopK.
+      q: rotated, unscaled.
+      pages: of the sequence, as far as this device holds them.
+      keys: positions outside the window.
+      index: what the plan's index holds; None: `Flat`.
+      covered: the index knows the keys at positions below this.
+      window: attention over the window, of all devices.
+      best: best raw score there; -inf if it is empty.
+      axis: mesh axis that the sequence's pages are split over.
+      head_axis: mesh axis that the heads are split over.
+    """
+    query = plan.query
+    assert isinstance(query, DIPR | TopK)
+    if query.before is not None:
+        keys = dataclasses.replace(keys, high=jnp.minimum(keys.high, query.before))
+    if plan.by == "page":
+        return _by_page(plan, q, pages, keys, index, covered, window, best, axis, head_axis)
+    q = q.astype(pages.operand_dtype)
+    scan = _scan(q, pages, keys, index, covered)
+    floor, mass = None, None
+    if isinstance(query, TopK):
+        scores = scan.estimate
+        if not scan.exact:
+            scores = scores_kept(q, Kept(pages, keys, _may_be_top(query.k, q, pages, scan, axis)))
+        if plan.share == "group":
+            scores = jnp.max(scores, axis=1, keepdims=True)
+        mask = top(scores, query.k, pages.all_positions(), axis)
+        mask = mask & (scan.estimate > -jnp.inf)
+    elif query.recovery is not None:
+        recovery = by_row(query.recovery, q)
+        found = recover(scan.estimate, window.lse, best, recovery, q.shape[-1], axis=axis)
+        mask, mass = found.kept, found.mass
+    else:
+        assert query.beta is not None
+        sure = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan, axis)
+        best = jnp.maximum(best, across(lax.pmax, sure, axis))
+        upper = scan.estimate + scan.error
+        mask = in_range(upper, best, query.beta)
+        if not scan.exact and not plan.tail:
+            # The best of all keys is among those that may be in range: none other can beat it.
+            exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
+            floor = jnp.maximum(best, exact) - by_row(query.beta, q)
+    if plan.tail:  # what the index does not cover has no mean value
+        mask |= pages.all_positions() >= covered
+        mask &= scan.estimate > -jnp.inf
+    if plan.share == "group":
+        mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
+        mask, floor = mask & (scan.estimate > -jnp.inf), None
+    return Retrieved(Kept(pages, keys, mask), floor, mass, scan)
+
+
+def _scan(
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    index: LayerIndex | None,
+    covered: Array,
+) -> Scan:
+    """Estimates of all scores in range; those that the index does not cover are exact."""
+    if index is None:
+        return Flat().scan(q, pages, keys)
+    assert isinstance(index, SketchLayer)
+    scan = index.scan(q, pages, KeyRange(keys.low, jnp.minimum(keys.high, covered)))
+    behind = KeyRange(jnp.maximum(keys.low, covered), keys.high)
+    return dataclasses.replace(scan, estimate=score_range(q, pages, behind, scan.estimate))
+
+
+def pivot(
+    q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None = None
+) -> Float[Array, "K G T"]:
+    """The exact raw score of the key of best estimate; -inf where no key is in range, and on those
+    devices along `axis` that do not hold it.
+
+    One key read for each query, and a best score that is surely attained. It stands in for
+    `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
+    """
+    best = jnp.max(scan.estimate, axis=-1)
+    # The first of the largest. XLA vectorises this on CPU, and argmax not.
+    column = jnp.arange(pages.columns)
+    is_best = scan.estimate == best[..., None]
+    first = jnp.min(jnp.where(is_best, column, pages.columns - 1), axis=-1)
+    exact = scores_at(q, pages, first[..., None])[..., 0]
+    # The best of several devices' own would be a tighter bound, but what is read would depend on
+    # the mesh.
+    here = (best > -jnp.inf) & (best == across(lax.pmax, best, axis))
+    return jnp.where(here, exact, -jnp.inf)
+
+
+def _may_be_top(
+    k: int, q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None
+) -> Bool[Array, "K G T S"]:
+    """Keys that may be among the k best: no worse, by their error bars, than the least exact score
+    of the k keys of best estimate.
+    """
+    estimate, column = lax.top_k(scan.estimate, min(k, pages.columns))
+    exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
+    if axis is not None:
+        found = -estimate, pages.position_of(column), exact
+        found = (lax.all_gather(x, axis, axis=-1, tiled=True) for x in found)
+        exact = lax.sort(tuple(found), num_keys=2)[2][..., :k]
+    least = jnp.min(exact, axis=-1, keepdims=True)
+    return (scan.estimate + scan.error >= least) & (scan.estimate > -jnp.inf)
+
+
+def _by_page(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    index: LayerIndex | None,
+    covered: Array,
+    window: Partial,
+    best: Float[Array, "K G T"],
+    axis: str | None,
+    head_axis: str | None,
+) -> Retrieved:
+    query, mass = plan.query, None
+    assert isinstance(query, DIPR | TopK)
+    by_page = (*q.shape[:-1], pages.ids.shape[0], pages.size)
+    if isinstance(index, BlockLayer):
+        indexed = KeyRange(keys.low, jnp.minimum(keys.high, covered))
+        scores = index.scan_pages(q, pages, indexed)
+        behind = KeyRange(jnp.maximum(keys.low, covered), keys.high)
+        uncovered = score_range(q, pages, behind).reshape(by_page).max(-1)
+        scores = upper = jnp.maximum(scores, uncovered)
+    else:
+        q = q.astype(pages.operand_dtype)
+        scan = _scan(q, pages, keys, index, covered)
+        scores = scan.estimate.reshape(by_page).max(-1)
+        upper = (scan.estimate + scan.error).reshape(by_page).max(-1) if index else scores
+        if isinstance(query, DIPR) and query.recovery is not None:
+            # A page counts with the mass of its keys.
+            scale = q.shape[-1] ** -0.5
+            scores = jax.nn.logsumexp(scale * scan.estimate.reshape(by_page), axis=-1) / scale
+    eligible = scores > -jnp.inf
+    if plan.share == "layer":
+        mean = jnp.mean(jnp.where(eligible, scores, 0.0), axis=(0, 1), keepdims=True)
+        scores = jnp.where(eligible, across(lax.pmean, mean, head_axis), -jnp.inf)
+    if isinstance(query, TopK):
+        if plan.share == "group":
+            scores = jnp.max(scores, axis=1, keepdims=True)
+        count = max(1, query.k // pages.size)
+        mask = top(scores, count, pages.starts(), axis) & eligible
+    elif query.recovery is not None:
+        recovery = by_row(query.recovery, q)
+        found = recover(scores, window.lse, best, recovery, q.shape[-1], axis=axis)
+        mask, mass = found.kept, found.mass
+    else:
+        assert query.beta is not None
+        if index is None:  # else no score is surely attained, but the window's
+            best = jnp.maximum(best, across(lax.pmax, scores.max(-1), axis))
+        mask = in_range(upper, best, query.beta)
+    if plan.share == "group":
+        mask = jnp.broadcast_to(mask.any(1, keepdims=True), eligible.shape) & eligible
+    return Retrieved(Kept(pages, keys, mask, by_page=True), mass=mass)

@@ -1,0 +1,167 @@
+"""How a query is answered: through which index, by key or by page, for each head or a group.
+
+A plan is a pytree like the query in it: numbers are data, choices are structure. Wherever attention
+is asked for, a query, a plan, or a tuple with one of either a layer is taken.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from alaya_jax.errors import RequestError
+from alaya_jax.index import Block, Flat, Index, Sketch
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
+
+SKETCH_FROM = 4096
+"""Tokens from which a plan without an index asks the sketch; below, scoring all keys is as fast
+(benchmarks/decode_attention.py).
+"""
+
+STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to answer a query.
+
+    Attributes:
+      query: what is wanted.
+      index: what finds it; None chooses by length: `Flat()` for short contexts, else `Sketch()`.
+      by: "key", or "page": a page is kept whole, by its best key's score or, with `Block`, by its
+        summary's. `TopK(k)` then keeps k / Z pages.
+      share: "head": each query head has its own keys. "group": the heads of a kv head share one
+        selection, for `DIPR` the union of theirs, for `TopK` the keys best for any of them.
+        "layer": all heads of the layer share one, by the mean of their scores (InfLLM); by page
+        only.
+      tail: adds an estimate of what was not read: each unread key's estimated weight times its
+        page's mean value. `Sketch` only, by key.
+    """
+
+    query: Query
+    index: Index | None = field(default=None, metadata=STATIC)
+    by: Literal["key", "page"] = field(default="key", metadata=STATIC)
+    share: Literal["head", "group", "layer"] = field(default="head", metadata=STATIC)
+    tail: bool = field(default=False, metadata=STATIC)
+
+    def __post_init__(self):
+        if not isinstance(self.query, Query):
+            return  # jax puts placeholders into trees
+        if self.index is not None and not isinstance(self.index, Index):
+            raise RequestError(
+                f"Plan(index={self.index!r}): use Flat(), Sketch(bits=...) or Block(summary=...)"
+            )
+        for name, options in (("by", ("key", "page")), ("share", ("head", "group", "layer"))):
+            if getattr(self, name) not in options:
+                raise RequestError(f"Plan({name}={getattr(self, name)!r}): use one of {options}")
+        if self.share == "layer" and self.by != "page":
+            raise RequestError("Plan(share='layer'): heads of one layer share pages; use by='page'")
+        if isinstance(self.index, Block) and self.by != "page":
+            raise RequestError("Plan(index=Block(...)): it scores whole pages; use by='page'")
+        if isinstance(self.index, Block) and isinstance(self.query, DIPR) and self.query.recovery:
+            raise RequestError(
+                "Plan(DIPR(recovery=...), Block(...)): page summaries do not estimate the mass of "
+                "a page; use Sketch() or Flat()"
+            )
+        if (self.tail and not (self.index is None or isinstance(self.index, Sketch))) or (
+            self.tail and self.by != "key"
+        ):
+            raise RequestError(
+                "Plan(tail=True): needs estimates of every score; use Sketch() and by='key'"
+            )
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether keys outside the window are looked for."""
+        return isinstance(self.query, DIPR | TopK)
+
+    def __str__(self) -> str:
+        if not self.retrieves:
+            return repr(self.query)
+        words = [f"{self.query!r} through {self.index!r}"]
+        if self.by == "page":
+            words.append("by page")
+        if self.share != "head":
+            words.append(f"one selection a {self.share}")
+        if self.tail:
+            words.append("tail estimated")
+        return ", ".join(words)
+
+
+Plans = Plan | tuple[Plan, ...]
+"""What every layer does, or one for each layer."""
+
+Attention = Query | Plan | Sequence[Query | Plan]
+"""What a user may ask for."""
+
+
+def plan_for(attention: Any, config: LlamaConfig, length: int) -> Plans:
+    """The plans that answer what was asked.
+
+    Args:
+      attention: a query or plan, or a sequence with one a layer.
+      config: of the model.
+      length: tokens there will be; decides where a plan leaves the index open.
+
+    Raises:
+      RequestError: it is none, or does not fit the model's layers or heads.
+    """
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+
+    def one(asked: Any) -> Plan:
+        if isinstance(asked, Query):
+            asked = Plan(asked)
+        if not isinstance(asked, Plan):
+            raise RequestError(
+                f"attention={asked!r}: use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), "
+                "TopK(k), Tiles(...), or a Plan of one"
+            )
+        query = asked.query
+        for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():
+            shape = np.shape(getattr(query, number))
+            if shape and (shape != (heads,) or (isinstance(query, Tiles) and number == "recovery")):
+                raise RequestError(
+                    f"{type(query).__name__}({number} of shape {shape}): the model has {heads} "
+                    "query heads; give one number, or for a range one a head"
+                )
+        if not asked.retrieves:
+            return Plan(query)
+        if asked.index is None:
+            wants_sketch = asked.tail or length >= SKETCH_FROM
+            asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
+        return asked
+
+    if isinstance(attention, Query | Plan):
+        return one(attention)
+    each = tuple(attention) if isinstance(attention, Sequence) else (one(attention),)
+    if len(each) != layers:
+        raise RequestError(f"attention: {len(each)} queries, and the model has {layers} layers")
+    return tuple(map(one, each))
+
+
+def of_layer(plans: Plans, layer: int) -> Plan:
+    """The plan of one layer."""
+    return plans[layer] if isinstance(plans, tuple) else plans
+
+
+def indexes_of(plans: Plans, layers: int) -> tuple[Index, ...]:
+    """The index that each layer asks; `Flat()` where none holds anything."""
+    return tuple(of_layer(plans, i).index or Flat() for i in range(layers))
+
+
+__all__ = [
+    "SKETCH_FROM",
+    "Attention",
+    "Full",
+    "Plan",
+    "Plans",
+    "Window",
+    "indexes_of",
+    "of_layer",
+    "plan_for",
+]
