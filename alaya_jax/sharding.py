@@ -146,6 +146,27 @@ def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:
     )
 
 
+def parse_axes(text: str) -> dict[str, int]:
+    """The axes that "data=2,tensor=4" means, as command lines take it, for `make_mesh`.
+
+    Raises:
+      ConfigError: it is no list of names and sizes.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) < 1:
+            raise ConfigError(f"mesh {text!r} is not understood; write it as data=2,tensor=4")
+        axes[name.strip()] = int(size)
+    known = {str(target) for target in dataclasses.astuple(ShardingRules()) if target is not None}
+    if unknown := axes.keys() - known:
+        raise ConfigError(
+            f"mesh {text!r} has axes that no sharding rule uses: {', '.join(sorted(unknown))}; "
+            f"use {', '.join(sorted(known))}"
+        )
+    return axes
+
+
 def tree_shardings(mesh: Mesh, rules: ShardingRules, axes: Any, shapes: Any) -> Any:
     """Shardings of a whole pytree.
 
