@@ -160,7 +160,7 @@ def test_verify_says_what_it_costs(hf):
     found = {s: verify(source, source, quantize=s, progress=False) for s in ("int8", "int4")}
     assert exact.logits.max_kl < 1e-5 < found["int8"].logits.mean_kl < found["int4"].logits.mean_kl
     assert found["int4"].same
-    assert "tokens, b quantized to int4:" in str(found["int4"])
+    assert "(b quantized to int4)" in str(found["int4"])
     model = read(source, quantize="int4")
     opened = open_checkpoint(source)
     weights = {e.hf: Weight(e, t, "hf", t.dtype) for e, t in match(opened)}

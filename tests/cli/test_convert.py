@@ -122,7 +122,11 @@ def test_quantized(alaya, tiny_model):
     assert found["quantize"] == "int8"
     assert found["same"]
     assert 0 < found["logits"]["mean_kl"] < 0.01
-    assert "or --quantize" in alaya("verify", tiny_model, code=2).stderr
+    assert "--quantize or --against" in alaya("verify", tiny_model, code=2).stderr
+    both = ("verify", tiny_model, tiny_model, "--against", "transformers")
+    assert "compares A alone" in alaya(*both, code=2).stderr
+    python = ("verify", tiny_model, tiny_model, "--peer-python", "python")
+    assert "is for --against" in alaya(*python, code=2).stderr
     options = ("generate", "--model", tiny_model, "Who?", "--max-new-tokens", "3", "--json")
     written = json.loads(alaya(*options, "--quantize", "int4").stdout)
     assert written["finish_reason"] == "length"
