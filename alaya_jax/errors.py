@@ -35,3 +35,7 @@ class DatabaseError(AlayaError):
 
 class PlanError(RequestError):
     """A goal for attention that no plan reaches on this machine; says which ones are reached."""
+
+
+class KernelError(AlayaError):
+    """An operation that no implementation can run as asked: says why for each."""

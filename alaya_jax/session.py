@@ -1,6 +1,7 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from alaya_jax import cache, programs
+from alaya_jax import programs
 from alaya_jax.attention import engine
 from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
@@ -25,7 +26,7 @@ from alaya_jax.query.optimizer import Choice
 from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.db import Context
@@ -357,9 +358,7 @@ class Session:
         if not return_kv:
             return None, None
         n = self.lengths[0] + int(self._ahead[layer])
-        pages = jnp.asarray(self.sequences[0].pages)
-        kv = self.pool.kv
-        full_k, full_v = (cache.read_tokens(p[layer], pages) for p in (kv.k, kv.v))
+        full_k, full_v = self.pool.gather(self.sequences[0], layer, n)
         return full_k[:, :n], full_v[:, :n]
 
     def attention(
@@ -403,8 +402,9 @@ class Session:
             mesh=self.model.mesh,
             rules=self.model.rules,
         )
-        in_layer = (jnp.arange(c.num_hidden_layers) == layer)[:, None, None]
-        by_layer = jax.tree.map(lambda x: jnp.where(in_layer, x.sum(1), 0), counts)
+        by_layer = _of_layer(
+            counts, layer, layers=c.num_hidden_layers, place=whole(self.model.mesh)
+        )
         # The account is kept by token: the last layer closes it.
         counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
         self.count_reads("attention", plans, by_layer, np.asarray(table.length).tolist(), counted)
@@ -490,7 +490,15 @@ def _append_layer(
     rules: ShardingRules,
 ) -> PagedKV:
     del params
-    return engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    return laid(new, rules.pool(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "place"))
+def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
+    """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
+    here = (jnp.arange(layers) == layer)[:, None, None]
+    return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
 
 
 _append = jax.jit(

@@ -7,8 +7,9 @@ DIPR, TopK    window keys, and the retrieved ones: scored through the index, sel
 Tiles         blocks of keys for blocks of queries, of a prefill
 
 On a mesh each device works on the sequences (data), the heads (tensor) and the pages (context) that
-it holds. What crosses the context axis is as large as the output, however long the context: the
-best score, and the partial attentions' log-sum-exp and sum.
+it holds. What crosses the context axis does not grow with the context: the best score, the partial
+attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DIPR(recovery)` the
+mass above some thresholds.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from alaya_jax.attention.retrieve import Retrieved, retrieve
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
+from alaya_jax.errors import RequestError
 from alaya_jax.index import LayerIndex, SketchLayer
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
@@ -94,7 +96,7 @@ def attend(
         covered = jnp.zeros_like(table.length)
     args = (plan, q, k_pages, v_pages, table, count, index, covered)
     if mesh is None:
-        return _attend(*args, axis=None)
+        return _attend(*args, axis=None, head_axis=None)
     return _on_mesh(_attend, mesh, rules or ShardingRules(), q.shape[0], args)
 
 
@@ -113,7 +115,7 @@ def append(
     rules = rules or ShardingRules()
     if rules.axis("pages", mesh) is None or mesh is None:
         return cache.append(kv, layer, k, v, table, count)
-    heads, pages = rules.axis("kv_heads", mesh), rules.axis("pages", mesh)
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     pool, new = PartitionSpec(heads, pages), PartitionSpec(None, None, heads)
     write = jax.shard_map(
         cache.append_layer,
@@ -125,6 +127,18 @@ def append(
     return kv.replace_layer(layer, *write(kv.k[layer], kv.v[layer], k, v, table, count))
 
 
+def _page_axis(mesh: Mesh, rules: ShardingRules, table: PageTable) -> str | None:
+    """The mesh axis of pages; the table must fit it."""
+    axis = rules.axis("pages", mesh)
+    if axis is not None and mesh.shape[axis] > 1 and table.start is None:
+        raise RequestError(
+            f"pages are spread over mesh axis {axis!r} of size {mesh.shape[axis]}, and the page "
+            "table does not say which positions each device holds; give PageTable(start=...), as "
+            "PagePool.table does, or use ShardingRules(pages=None)"
+        )
+    return axis
+
+
 def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
     entries: Any = PartitionSpec(batch, pages)
     length: Any = PartitionSpec(batch)
@@ -133,13 +147,15 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
 
 def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tuple) -> Any:
     plan, _, _, _, table, _, index, _ = args
+    # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
+    numbers, structure = jax.tree.flatten(plan)
     spec = PartitionSpec
-    heads, pages = rules.axis("kv_heads", mesh), rules.axis("pages", mesh)
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     data = rules.axis("batch", mesh)
     if data is not None and batch % mesh.shape[data]:
         data = None  # each device of that axis does the same
     in_specs = (
-        jax.tree.map(lambda x: spec(heads) if jnp.ndim(x) else spec(), plan),
+        [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
         spec(data, None, heads),
         spec(heads, pages),
         spec(heads, pages),
@@ -151,13 +167,15 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     by_head: Any = spec(data, None, heads)
     axis = pages if pages is not None and mesh.shape[pages] > 1 else None
     run = jax.shard_map(
-        functools.partial(attend, axis=axis),
+        lambda numbers, *rest: attend(
+            jax.tree.unflatten(structure, numbers), *rest, axis=axis, head_axis=heads
+        ),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=(by_head, Counts(by_head, by_head, by_head, by_head)),
         check_vma=False,
     )
-    return run(*args)
+    return run(numbers, *args[1:])
 
 
 def _attend(
@@ -170,6 +188,7 @@ def _attend(
     index: LayerIndex | None,
     covered: Int[Array, " B"],
     axis: str | None,
+    head_axis: str | None,
 ) -> tuple[Float[Array, "B T H D"], Counts]:
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
@@ -187,7 +206,7 @@ def _attend(
         if isinstance(plan.query, Tiles):
             return _attend_tiles(plan.query, row, position, pages, axis)
         return over_query_blocks(
-            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis),
+            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis, head_axis),
             row,
             position,
             block,
@@ -234,6 +253,7 @@ def _attend_rows(
     index: LayerIndex | None,
     covered: Int[Array, ""],
     axis: str | None,
+    head_axis: str | None,
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
@@ -258,7 +278,7 @@ def _attend_rows(
         return inside.out, counts(in_window, in_window)
 
     outside = KeyRange(sink_end, recent_start)
-    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis)
+    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
     parts = [inside, merge_across(partial, axis)]
     mass = found.mass

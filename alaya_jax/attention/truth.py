@@ -90,7 +90,16 @@ def truth(
         if plan.retrieves:
             outside = KeyRange(sink_end, recent_start)
             found = retrieve(
-                plan, rows, held, outside, index, covered, inside, best_inside, axis=None
+                plan,
+                rows,
+                held,
+                outside,
+                index,
+                covered,
+                inside,
+                best_inside,
+                axis=None,
+                head_axis=None,
             )
             mask = found.kept.mask
             if found.kept.by_page:

@@ -1,5 +1,6 @@
 """Options that several verbs share, and what their texts mean."""
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
+    from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention as Asked
     from alaya_jax.sampling import Sampling
 
@@ -82,6 +84,24 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Equal seeds give eq
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")
 ]
+
+
+class Quantization(enum.StrEnum):
+    """What weights can be quantized to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(
+        help="Keep the weights in 8 or 4 bits, for a host that has no room for more. It is slower "
+        "on a CPU, and another model, with contexts of its own; alaya verify MODEL --quantize int4 "
+        "shows how far off.",
+        show_default="as stored",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, not text.")]
 
 
@@ -92,6 +112,11 @@ Recovery = Annotated[
     float,
     typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of the attention to keep."),
 ]
+
+
+def scheme(quantize: Quantization | None) -> "Scheme | None":
+    """The scheme that a --quantize option means."""
+    return None if quantize is None else quantize.value
 
 
 def attention(text: str) -> "Asked":
