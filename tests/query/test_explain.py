@@ -1,8 +1,10 @@
 """EXPLAIN: what would run, what ran, and one token's attention against numpy."""
 
+import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -241,3 +243,19 @@ def test_a_plot_without_matplotlib(session, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RequestError, match=r"pip install 'alaya_jax\[plot\]'"):
         session.explain(analyze=True, attention=WINDOW).plot()
+
+
+def test_a_mesh_gives_the_analysis_of_one_device(session, open_db, tiny_model, prompt):
+    """Pages over the context axis, heads over tensor."""
+    mesh = aj.make_mesh(context=2, tensor=2, devices=jax.devices()[:4])
+    spread = dataclasses.replace(tiny_model, mesh=mesh)
+    other, rest = open_db(spread, path="spread", pages=64).create_session(prompt)
+    other.prefill(rest)
+    query = aj.Plan(aj.DIPR(beta=6.0, window=WINDOW), aj.Sketch())
+    one, many = (s.explain(analyze=True, attention=query) for s in (session, other))
+    for layer in range(2):
+        for head in range(4):
+            np.testing.assert_array_equal(one.selected(layer, head), many.selected(layer, head))
+    np.testing.assert_allclose(many.analysis.recovery, one.analysis.recovery, atol=1e-5)
+    np.testing.assert_allclose(many.analysis.error, one.analysis.error, atol=1e-4)
+    np.testing.assert_array_equal(many.analysis.attended, one.analysis.attended)
