@@ -26,13 +26,23 @@ def test_the_tour_runs_as_printed(tmp_path, monkeypatch, capsys):
     for block in python_blocks(tour):
         exec(compile(block, "README.md", "exec"), names)
         said.append(capsys.readouterr().out)
-    load, first, policies, forks = said
+    load, first, policies, plan, explained, forks = said
     assert load == ""
     assert len(first.split()) > 3
     assert policies.count("\n") >= 4
+    assert "Sketch(bits=4)" in plan
+    assert "recovery" in explained
     assert forks.count("\n") >= 2
     # The document was imported, so no prompt about it has more left to prefill than its question.
     assert len(names["rest"]) < 100
+
+
+@pytest.mark.slow
+def test_a_policy_of_ones_own_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks((ROOT / "docs" / "add-a-policy.md").read_text())
+    exec(compile(block, "add-a-policy.md", "exec"), {})
+    assert "Sketch(bits=4)" in capsys.readouterr().out
 
 
 def test_every_file_the_documents_link_to_exists():
