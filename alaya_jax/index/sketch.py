@@ -212,13 +212,15 @@ class SketchLayer:
         def fold(read_page: Any) -> tuple[Array, ...]:
             return over_tiles(pages, keys, functools.partial(visit, read_page), start)
 
-        # Sliced where they are used, codes are never copied: worth a second version of the loop.
-        end = pages.before(jnp.max(keys.high))
-        estimate, *of_key = lax.cond(
-            pages.is_run(end),
-            lambda: fold(pages.read_run),
-            lambda: fold(lambda pool, tile: _read(pool, pages.tile_ids(tile))),
-        )
+        def by_page() -> tuple[Array, ...]:
+            return fold(lambda pool, tile: _read(pool, pages.tile_ids(tile)))
+
+        if pages.tile_pages > self.codes.shape[1]:  # the table is wider than the pool
+            estimate, *of_key = by_page()
+        else:
+            # Sliced where they are used, codes are never copied: worth a second version of the loop.
+            run = pages.is_run(pages.before(jnp.max(keys.high)))
+            estimate, *of_key = lax.cond(run, lambda: fold(pages.read_run), by_page)
         of_row = tuple(
             jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
             for x in (of_spread, of_scale)
