@@ -218,7 +218,7 @@ class SketchLayer:
         if pages.tile_pages > self.codes.shape[1]:  # the table is wider than the pool
             estimate, *of_key = by_page()
         else:
-            # Sliced where they are used, codes are never copied: worth a second version of the loop.
+            # Sliced where they are used, codes are not copied: worth a second version of the loop.
             run = pages.is_run(pages.before(jnp.max(keys.high)))
             estimate, *of_key = lax.cond(run, lambda: fold(pages.read_run), by_page)
         of_row = tuple(
