@@ -24,6 +24,9 @@ from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.cache import PageTable
 from alaya_jax.index.exact import rescore
 from alaya_jax.index.flat import Flat
+from alaya_jax.index.found import Found
+from alaya_jax.index.graph import GraphLayer
+from alaya_jax.index.graph_build import GraphSpec
 from alaya_jax.index.recovery import Recovered, recover
 from alaya_jax.index.sketch import MISS, Sketch, SketchLayer
 
@@ -62,6 +65,9 @@ class LayerIndex(Protocol):
 __all__ = [
     "MISS",
     "Flat",
+    "Found",
+    "GraphLayer",
+    "GraphSpec",
     "LayerIndex",
     "Recovered",
     "Sketch",
