@@ -65,12 +65,12 @@ def _say(line: str) -> None:
 
 
 class PeerProcess:
-    """transformers_peer.py as a child that computes only while `ask` waits for it."""
+    """A script of this folder as a child that computes only while `ask` waits for it."""
 
-    def __init__(self, interpreter: Path, log: Path):
+    def __init__(self, interpreter: Path, log: Path, script: str = "transformers_peer.py"):
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            [str(interpreter), str(Path(__file__).with_name("transformers_peer.py"))],
+            [str(interpreter), str(Path(__file__).with_name(script))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
