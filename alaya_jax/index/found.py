@@ -45,9 +45,9 @@ def to_front(
     )
 
 
-def per_row(beta: float | jax.Array, shape: tuple[int, int, int]) -> Float[Array, "K G T"]:
+def per_row(beta: float | jax.Array, q: Float[Array, "K G T D"]) -> Float[Array, "K G T"]:
     """beta of each query row, given a number, [H] or [K, G, T]."""
     beta = jnp.asarray(beta, jnp.float32)
     if beta.ndim == 1:
-        beta = beta.reshape(*shape[:2], 1)
-    return jnp.broadcast_to(beta, shape)
+        beta = beta.reshape(q.shape[0], q.shape[1], 1)
+    return jnp.broadcast_to(beta, q.shape[:3])

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from alaya_jax.attention.paged import Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.found import Found, per_row, to_front
-from alaya_jax.index.graph_search import Goal, Terrain, search
+from alaya_jax.index.graph_search import Goal, Read, Terrain, search
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +69,7 @@ class GraphLayer:
         Raises:
           ConfigError: K * N does not fit 32 bits, or a setting is not positive.
         """
-        beta = per_row(beta, q.shape[:3])
+        beta = per_row(beta, q)
         return self._each(q, pages, limit, low, beta, seed, l0, None, capacity, shared)
 
     def search_top(
@@ -178,8 +178,8 @@ class GraphLayer:
             of_row(walked.overflow),
         )
 
-    def _starts(self, q: Array, read: object, low: Array, limit: Array, walks: int) -> Array:
-        """Start nodes of each walk [W, E + 1], best first; the first eligible key is one of them."""
+    def _starts(self, q: Array, read: Read, low: Array, limit: Array, walks: int) -> Array:
+        """Start nodes of each walk [W, E + 1], best first; the first eligible key is one."""
         heads = self.starts.shape[0]
         first = jnp.minimum(low, self.neighbours.shape[1] - 1).astype(jnp.int32)
         starts = jnp.concatenate([self.starts, jnp.broadcast_to(first, (heads, 1))], axis=1)

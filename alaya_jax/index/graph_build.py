@@ -5,9 +5,9 @@ tree over its list: the key at place i with the one at place (i - 1) // fanout, 
 prefix of a list, which is what DIPR answers for some beta, hangs together and begins with the best
 key. A key keeps the edges that most lists ask for.
 
-With a fanout as long as a list, the tree is RoarGraph's star (arXiv 2408.08933): the query's best key
-linked with all others. Its best key then has as many neighbours as it may, and the rest one. The
-measurements that the tree was chosen by are in docs/decisions.md.
+With a fanout as long as a list, the tree is the star of RoarGraph (arXiv 2408.08933): the query's
+best key linked with all others. That key then has more edges than it may keep, and the rest hang on
+it alone. docs/decisions.md says what was measured.
 
 Connectivity. A key that no list holds would be unreachable. So `beside` edges a side go to the next
 positions: neighbouring tokens are alike, and the graph is connected whatever the queries were.
@@ -19,13 +19,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.graph import GraphLayer
 
-_CHUNK = 128  # scores of which only the best is looked at first
+_CHUNK = 32  # scores of which only the best is looked at first
 _SCORES = 2**26  # float32 held at once
 
 
@@ -45,7 +46,7 @@ class GraphSpec:
     """
 
     degree: int = 32
-    listed: int = 128
+    listed: int = 512
     fanout: int = 2
     beside: int = 1
     starts: int = 64
@@ -59,24 +60,25 @@ class GraphSpec:
 
 def build(
     keys: Float[Array, "K N D"],
-    length: int | Array,
+    length: int,
     queries: Float[Array, "K Q D"],
     positions: Int[Array, "K Q"] | None = None,
     *,
-    low: int | Array = 0,
+    low: int = 0,
     spec: GraphSpec | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> GraphLayer:
     """The graph of one layer of one context.
 
-    A few jitted steps, one kv head after another; between them the host only counts. Of scores,
-    256 MiB are held at once; of edges, 24 * Q * `listed` bytes and the sort's copy of it.
+    One kv head after another. The exact search for a query's best keys, nearly all of the work, is
+    a jitted step a block of queries, with 256 MiB of scores at a time. Linking is done by the host,
+    with about 64 * Q * `listed` bytes.
 
     Args:
       keys: after RoPE; what is past `length` is not looked at.
       length: keys of the context.
       queries: rotated, unscaled; some of those that the prefill asked, of all heads of a group (of
-        one head for a graph of its own). AlayaDB takes 0.4 N of them; a tenth does too.
+        one head for a graph of its own). AlayaDB takes 0.4 N of them; see graph_recall.py for less.
       positions: where each query was asked: it lists only keys before it, as it attended. None:
         all keys. -1 marks a query that is not there (padding).
       low: keys before it get no edges from lists (the sink, which is attended to anyway, and would
@@ -85,6 +87,20 @@ def build(
       on_block: called with blocks done and blocks in all.
     """
     spec = spec or GraphSpec()
+    lists = query_lists(keys, length, queries, spec.listed, positions, low, on_block)
+    return link(lists, length, keys.shape[1], spec)
+
+
+def query_lists(
+    keys: Float[Array, "K N D"],
+    length: int,
+    queries: Float[Array, "K Q D"],
+    listed: int,
+    positions: Int[Array, "K Q"] | None = None,
+    low: int = 0,
+    on_block: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Best keys of each query, int32 [K, Q, listed]; arguments as in `build`."""
     heads, n, _ = keys.shape
     count = queries.shape[1]
     if positions is None:
@@ -95,21 +111,16 @@ def build(
     pad = blocks * block - count
     queries = jnp.pad(queries, ((0, 0), (0, pad), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1)
-    neighbours, starts = [], []
+    out = np.empty((heads, blocks * block, listed), np.int32)
     for head in range(heads):
-        lists = []
         for i in range(blocks):
             rows = slice(i * block, (i + 1) * block)
-            lists.append(
-                best_keys(keys[head], queries[head, rows], low, positions[head, rows], spec.listed)
+            out[head, rows] = best_keys(
+                keys[head], queries[head, rows], low, positions[head, rows], listed
             )
             if on_block is not None:
-                jax.block_until_ready(lists[-1])
                 on_block(head * blocks + i + 1, heads * blocks)
-        near, start = _link(jnp.concatenate(lists), jnp.asarray(length), n, spec)
-        neighbours.append(near)
-        starts.append(start)
-    return GraphLayer(jnp.stack(neighbours), jnp.stack(starts), jnp.asarray(length, jnp.int32))
+    return out[:, :count]
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -142,49 +153,42 @@ def best_keys(
     return jnp.pad(found, ((0, 0), (0, count - found.shape[1])), constant_values=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "spec"))
-def _link(
-    lists: Int[Array, "Q C"], length: Array, n: int, spec: GraphSpec
-) -> tuple[Int[Array, "N R"], Int[Array, " E"]]:
-    """Neighbours and starts from the queries' lists."""
-    child = jnp.arange(1, spec.listed)
-    parent = (child - 1) // spec.fanout
-    down, up = lists[:, parent].ravel(), lists[:, child].ravel()
-    linked = most_asked(
-        jnp.concatenate([down, up]),
-        jnp.concatenate([up, down]),
-        n,
-        spec.degree - 2 * spec.beside,
-    )
-    position = jnp.arange(n)
+def link(lists: np.ndarray, length: int, n: int, spec: GraphSpec) -> GraphLayer:
+    """The graph from the queries' lists, int32 [K, Q, listed]."""
+    heads = len(lists)
+    position = np.arange(n, dtype=np.int32)[:, None]
     side = [step for i in range(1, spec.beside + 1) for step in (i, -i)]
-    beside = position[:, None] + jnp.asarray(side, jnp.int32)
-    beside = jnp.where((beside >= 0) & (beside < length), beside, -1)
-    near = jnp.concatenate([linked, beside], axis=1)
-    near = jnp.where((position < length)[:, None], near, -1)
+    beside = position + np.asarray(side, np.int32)
+    beside[(beside < 0) | (beside >= length)] = -1
+    near = np.empty((heads, n, spec.degree), np.int32)
+    starts = np.full((heads, spec.starts), -1, np.int32)
+    child = np.arange(1, spec.listed)
+    parent = (child - 1) // spec.fanout
+    for head, best in enumerate(lists):
+        down, up = best[:, parent].ravel(), best[:, child].ravel()
+        real = up >= 0  # a list that ends does so for both ends of its later edges
+        ends = np.stack([down[real], up[real]])
+        linked = most_asked(ends.ravel(), ends[::-1].ravel(), n, spec.degree - len(side))
+        near[head] = np.concatenate([linked, beside], axis=1)
+        asked = np.bincount(best[best[:, 0] >= 0, 0], minlength=n)
+        most = np.argsort(-asked, kind="stable")[: spec.starts]
+        starts[head, : len(most)] = np.where(asked[most] > 0, most, -1)
+    near[:, length:] = -1
+    return GraphLayer(jnp.asarray(near), jnp.asarray(starts), jnp.asarray(length, jnp.int32))
 
-    first = lists[:, 0]
-    asked = jnp.zeros(n, jnp.int32).at[jnp.where(first >= 0, first, n)].add(1, mode="drop")
-    times, start = lax.top_k(asked, min(spec.starts, n))
-    start = jnp.where(times > 0, start, -1)
-    return near, jnp.pad(start, (0, spec.starts - start.shape[0]), constant_values=-1)
 
+def most_asked(source: np.ndarray, target: np.ndarray, n: int, width: int) -> np.ndarray:
+    """Each node's most frequent targets, most frequent first: int32 [N, width], -1 where none.
 
-def most_asked(
-    source: Int[Array, " E"], target: Int[Array, " E"], n: int, width: int
-) -> Int[Array, "N width"]:
-    """Each node's most frequent targets, most frequent first; an edge with an end of -1 is none."""
-    real = (source >= 0) & (target >= 0)
-    source, target = lax.sort((jnp.where(real, source, n), target), num_keys=2)
-    index = jnp.arange(source.shape[0])
-    before = jnp.roll(source, 1).at[0].set(-1)
-    first = (source != before) | (target != jnp.roll(target, 1))
-    # Copies of an edge stand together: they end where the next edge begins.
-    begin = jnp.where(first, index, source.shape[0])
-    end = lax.cummin(jnp.roll(begin, -1).at[-1].set(source.shape[0]), reverse=True)
-    source = jnp.where(first, source, n)
-    source, _, target = lax.sort((source, index - end, target), num_keys=2)
-    before = jnp.roll(source, 1).at[0].set(-1)
-    place = index - lax.cummax(jnp.where(source != before, index, 0))
-    place = jnp.where(source < n, place, width)
-    return jnp.full((n, width), -1, jnp.int32).at[source, place].set(target, mode="drop")
+    By sorting edges as single integers: numpy does that several times as fast as XLA sorts pairs.
+    """
+    edge, times = np.unique(source.astype(np.int64) * n + target, return_counts=True)
+    source, target = np.divmod(edge, n)
+    most = 2**62 // (n * n)  # so that what follows fits 63 bits
+    rank = most - 1 - np.minimum(times, most - 1)
+    source, rest = np.divmod(np.sort((source * most + rank) * n + target), most * n)
+    place = np.arange(len(source)) - np.searchsorted(source, source)
+    fits = place < width
+    out = np.full((n, width), -1, np.int32)
+    out[source[fits], place[fits]] = (rest % n)[fits]
+    return out

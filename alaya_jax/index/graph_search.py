@@ -18,10 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 BLOCK = 256
 """Nodes expanded in an iteration, of all walks together."""
 
-TILE = 256
+TILE = 1024
 """Keys read and scored at once."""
-
-_UNSEEN = jnp.iinfo(jnp.int32).max
 
 Read = Callable[[Array, Array], Array]
 """(kv head [N], position [N]) -> keys [N, D]."""
@@ -56,7 +54,7 @@ class _State:
 
     Attributes:
       turn: iterations done.
-      seen: int32 [W * N], the mark that a node got when it was met.
+      seen: int16 or int32 [W * N], the mark that a node got when it was met, or the largest number.
       queue: int32, nodes (walk * N + position) to expand, between `head` and `tail`; the
         complement of a node that is only passed through. `slots` says where each is listed.
       count: int32 [W], lengths of the lists.
@@ -145,17 +143,24 @@ def search(
     starts = jnp.where(terrain.starts.ravel() < 0, -1, walk * n + terrain.starts.ravel())
     starts = jnp.pad(starts, (0, -starts.shape[0] % width), constant_values=-1)
     start_turns = starts.shape[0] // width
+    # What was met is marked; marks are small numbers where they may be, since the marks are many.
+    mark_dtype = jnp.int16 if width < jnp.iinfo(jnp.int16).max else jnp.int32
+    unseen = jnp.iinfo(mark_dtype).max
     room = 2 * walks * capacity  # of the queue: as many to pass through as are listed
 
     def met_from_queue(state: _State) -> tuple[Array, Array]:
         nodes = lax.dynamic_slice_in_dim(state.queue, state.head, BLOCK)
+        waiting = jnp.arange(BLOCK) < state.tail - state.head
+        # A walk's nodes together, in the order they were listed in.
+        walk = jnp.where(waiting, jnp.where(nodes < 0, ~nodes, nodes) // n, walks)
+        walk, order = lax.sort((walk, jnp.arange(BLOCK)), num_keys=1)
+        waiting, nodes = waiting[order], nodes[order]
         passing = nodes < 0
-        nodes = jnp.where(passing, ~nodes, nodes)
-        walk, position = nodes // n, nodes % n
+        position = jnp.where(passing, ~nodes, nodes) % n
         near = terrain.neighbours[walk // per_head, position]  # [BLOCK, R]
-        there = (near >= 0) & (jnp.arange(BLOCK) < state.tail - state.head)[:, None]
+        there = (near >= 0) & waiting[:, None]
         if goal.keep is not None:
-            slots = lax.dynamic_slice_in_dim(state.slots, state.head, BLOCK)
+            slots = lax.dynamic_slice_in_dim(state.slots, state.head, BLOCK)[order]
             above = jnp.any(state.scores[slots] >= state.bar[walk], axis=-1)
             there &= (passing | above)[:, None]
         # What is met while passing through must be eligible itself.
@@ -173,8 +178,8 @@ def search(
         else:
             starting = jnp.bool_(False)
         # Each node once: the first to leave its mark has it.
-        mark = jnp.arange(width, dtype=jnp.int32)
-        new = there & (state.seen[jnp.maximum(met, 0)] == _UNSEEN)
+        mark = jnp.arange(width, dtype=mark_dtype)
+        new = there & (state.seen[jnp.maximum(met, 0)] == unseen)
         seen = state.seen.at[jnp.where(new, met, walks * n)].min(mark, mode="drop")
         new &= seen[jnp.maximum(met, 0)] == mark
         eligible = terrain.eligible(met % n)
@@ -194,7 +199,7 @@ def search(
     zero = jnp.int32(0)
     start = _State(
         turn=zero,
-        seen=jnp.full(walks * n, _UNSEEN, jnp.int32),
+        seen=jnp.full(walks * n, unseen, mark_dtype),
         queue=jnp.zeros(room + BLOCK, jnp.int32),
         slots=jnp.zeros(room + BLOCK, jnp.int32),
         head=zero,
@@ -252,40 +257,36 @@ def _try_append(
 
     def tile(i: Array, state: _State) -> _State:
         nodes = lax.dynamic_slice_in_dim(packed, i * TILE, TILE)
-        valid = i * TILE + jnp.arange(TILE) < total
+        index = jnp.arange(TILE)
+        valid = i * TILE + index < total
         walk, position = nodes // n, nodes % n
         keys = terrain.read(walk // (walks // heads), position)
         scores = jnp.einsum("md,mgd->mg", keys, q[walk], preferred_element_type=jnp.float32)
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
         best = state.best.at[walk].max(scores)
-        # Of [TILE, walks]: whose each key is. Running sums give each its place among its walk's.
-        mine = (walk[:, None] == jnp.arange(walks)) & valid[:, None]
+        # A walk's keys stand together, from `begin` of it to that of the next.
+        begin = jnp.searchsorted(jnp.where(valid, walk, walks), jnp.arange(walks + 1))
+        before = begin[walk]
         # Up to l0 all are appended; so have those been that are ahead of it in this tile.
-        listed = state.count[walk] + _running(mine, walk)
+        listed = state.count[walk] + index - before
         bar = jnp.maximum(best - goal.beta, state.bar)
         close = jnp.any(scores >= bar[walk], axis=-1)
         append = valid & ((listed <= goal.l0) | close)
-        ours = mine & append[:, None]
-        place = state.count[walk] + _running(ours, walk)
+        upto = jnp.pad(jnp.cumsum(append, dtype=jnp.int32), (1, 0))
+        place = state.count[walk] + upto[index] - upto[before]
         fits = append & (place < capacity)
         at = walk * capacity + place
         state = _enqueue(state, nodes, at, fits, walk, room)
         at = jnp.where(fits, at, walks * capacity)
-        count = state.count + jnp.sum(ours, axis=0, dtype=jnp.int32)
+        count = state.count + jnp.diff(upto[begin])
         return dataclasses.replace(
             state,
             count=jnp.minimum(count, capacity),
             positions=state.positions.at[at].set(position, mode="drop"),
             scores=state.scores.at[at].set(scores, mode="drop"),
             best=best,
-            visited=state.visited + jnp.sum(mine, axis=0, dtype=jnp.int32),
+            visited=state.visited + jnp.diff(begin),
             overflow=state.overflow | (count > capacity),
         )
 
     return lax.fori_loop(0, -(-total // TILE), tile, state)
-
-
-def _running(mine: Bool[Array, "M W"], walk: Int[Array, " M"]) -> Int[Array, " M"]:
-    """How many of its walk come before each."""
-    upto = jnp.cumsum(mine, axis=0, dtype=jnp.int32)
-    return jnp.take_along_axis(upto, walk[:, None], axis=1)[:, 0] - 1
