@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from alaya_jax.model import load as load
     from alaya_jax.query import DIPR as DIPR
     from alaya_jax.query import Full as Full
+    from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
     from alaya_jax.query.plan import Plan as Plan
@@ -55,6 +56,7 @@ _HOME = {
     "Session": "session",
     "ShardingRules": "sharding",
     "Sketch": "index",
+    "Tiles": "query",
     "TopK": "query",
     "Window": "query",
     "generate": "generation",

@@ -37,9 +37,8 @@ from alaya_jax.attention import engine, tiles
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.models.llama import forward
-from alaya_jax.query import Full, Window
+from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
-from alaya_jax.query.tiles import Tiles
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 PAGE, CHUNK, PREFILLED = 16, 512, 7

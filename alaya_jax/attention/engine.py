@@ -4,6 +4,7 @@ Full          every key
 Window        first and last keys
 DIPR, TopK    window keys, and the retrieved ones: scored through the index, selected, attended;
               the two partial attentions are merged
+Tiles         blocks of keys for blocks of queries, of a prefill
 
 On a mesh each device works on the sequences (data), the heads (tensor) and the pages (context) that
 it holds. What crosses the context axis is as large as the output, however long the context: the
@@ -25,9 +26,11 @@ from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
 from alaya_jax.attention.partial import Partial, across, merge, merge_across
 from alaya_jax.attention.retrieve import Retrieved, retrieve
+from alaya_jax.attention.selection import select_tiles
+from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
 from alaya_jax.index import LayerIndex, SketchLayer
-from alaya_jax.query import Full, Window
+from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import ShardingRules
 
@@ -181,6 +184,8 @@ def _attend(
     def one(args: Any) -> tuple[Array, Counts]:
         row, position, ids, start, covered = args
         pages = Pages(k_pages, v_pages, ids, start)
+        if isinstance(plan.query, Tiles):
+            return _attend_tiles(plan.query, row, position, pages, axis)
         return over_query_blocks(
             lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis),
             row,
@@ -197,6 +202,28 @@ def _attend(
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
     counts = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads), counts)
     return out.astype(q.dtype), counts
+
+
+def _attend_tiles(
+    rule: Tiles,
+    q: Float[Array, "K G T D"],
+    positions: Int[Array, " T"],
+    pages: Pages,
+    axis: str | None,
+) -> tuple[Float[Array, "K G T D"], Counts]:
+    """One sequence, by blocks of queries and of keys."""
+    t = q.shape[2]
+    tiles = select_tiles(q, pages, positions, rule)
+    partial, attended, _ = attend_list(q, pages, positions, tiles, rule.beta)
+    block = jnp.arange(t) // tiles.q_block
+    listed = (tiles.count * tiles.kv_block)[:, None, block]  # [K, 1, T]
+    first = jnp.arange(t) % tiles.q_block == 0
+    scored, read = (jnp.broadcast_to(x, attended.shape) for x in (listed, listed * first))
+    attended, scored, read = (across(lax.psum, x, axis) for x in (attended, scored, read))
+    mass = tiles.mass[:, :, block] if rule.recovery is not None else jnp.full(q.shape[:-1], jnp.nan)
+    # Each device's share is of its own mass: the least of them is a bound for the whole.
+    mass = across(lax.pmin, mass, axis)
+    return merge_across(partial, axis).out, Counts(attended, scored, read, mass)
 
 
 def _attend_rows(

@@ -18,7 +18,7 @@ from alaya_jax.attention import paged
 from alaya_jax.attention.paged import KeyRange, Pages, over_tiles
 from alaya_jax.cache import UNUSED
 from alaya_jax.errors import RequestError
-from alaya_jax.query.tiles import Tiles
+from alaya_jax.query import Tiles
 
 
 @jax.tree_util.register_dataclass

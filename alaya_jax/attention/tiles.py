@@ -26,7 +26,7 @@ from alaya_jax.attention.paged import Pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
 from alaya_jax.cache import UNUSED
-from alaya_jax.query.tiles import Tiles
+from alaya_jax.query import Tiles
 
 VISIT_TOKENS = 256
 """Keys a visit: many make large matmuls, few waste little where a list ends inside a visit

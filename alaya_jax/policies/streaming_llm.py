@@ -1,7 +1,7 @@
 """StreamingLLM (arXiv 2309.17453): the first and the last keys, nothing is retrieved.
 
-The sizes are those that AlayaDB compares with ([128] + 8K, Table 5). Positions stay as they are: the
-original numbers them anew inside its cache.
+The sizes are those that AlayaDB compares with ([128] + 8K, Table 5). Positions stay as they are:
+the original numbers them anew inside its cache.
 """
 
 from alaya_jax.models.config import LlamaConfig

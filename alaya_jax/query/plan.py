@@ -15,7 +15,7 @@ import numpy as np
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Graph, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import DIPR, Full, Query, TopK, Window
+from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
 
 SKETCH_FROM = 4096
 """Tokens from which a plan without an index asks the sketch; below, scoring all keys is as fast
@@ -134,14 +134,15 @@ def plan_for(attention: Any, config: LlamaConfig, length: int) -> Plans:
         if not isinstance(asked, Plan):
             raise RequestError(
                 f"attention={asked!r}: use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), "
-                "TopK(k), or a Plan of one"
+                "TopK(k), Tiles(...), or a Plan of one"
             )
         query = asked.query
-        for number in ("beta", "recovery") if isinstance(query, DIPR) else ():
+        for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():
             shape = np.shape(getattr(query, number))
-            if shape not in ((), (heads,)):
+            if shape and (shape != (heads,) or (isinstance(query, Tiles) and number == "recovery")):
                 raise RequestError(
-                    f"DIPR({number} of shape {shape}): the model has {heads} query heads"
+                    f"{type(query).__name__}({number} of shape {shape}): the model has {heads} "
+                    "query heads; give one number, or for a range one a head"
                 )
         if not asked.retrieves:
             return Plan(query)

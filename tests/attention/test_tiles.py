@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from alaya_jax.attention import merge, paged, tiles
+from alaya_jax.attention.engine import attend
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range
 from alaya_jax.attention.tiles import attend_list, attend_tiles, select_tiles
-from alaya_jax.cache import UNUSED
+from alaya_jax.cache import UNUSED, PageTable
 from alaya_jax.errors import RequestError
-from alaya_jax.query import Window
-from alaya_jax.query.tiles import Tiles
+from alaya_jax.query import Tiles, Window
+from alaya_jax.query.plan import Plan
 
 HEADS, DIM, PAGE, POOL, TABLE, VISIT, TILE, Q_BLOCK = 2, 16, 4, 48, 43, 8, 16, 8
 small = functools.partial(Tiles, window=Window(3, 5), q_block=Q_BLOCK, samples=3)
@@ -343,3 +344,34 @@ def test_blocks_that_do_not_fit_pages_are_refused(kv_block, rng):
     q, _, _, pages, positions = make(rng, 93)
     with pytest.raises(RequestError, match=f"kv_block={kv_block}.*page size, 4, that divides 16"):
         select_tiles(q, Pages(*pages), positions, Tiles(kv_block=kv_block))
+
+
+@pytest.mark.parametrize("rule", [Tiles(), Tiles(recovery=0.9), Tiles(beta=8.0, recovery=1)])
+def test_the_engine_runs_tiles_for_ragged_batches(rng, rule):
+    """What `attend_tiles` gives each sequence alone; padding attends to nothing."""
+    lengths, counts, t, dim, size = [37, 0], [9, 5], 9, 8, 4
+    pages = [-(-(n + c) // size) for n, c in zip(lengths, counts, strict=True)]
+    ids = 1 + rng.permutation(sum(pages))
+    table = np.zeros((2, max(pages)), np.int32)
+    table[0, : pages[0]], table[1, : pages[1]] = ids[: pages[0]], ids[pages[0] :]
+    k, v = jnp.asarray(rng.standard_normal((2, 2, sum(pages) + 1, size, dim)), jnp.float32)
+    q = jnp.asarray(rng.standard_normal((2, t, 6, dim)), jnp.float32)
+    out, read = attend(
+        Plan(rule),
+        q,
+        k,
+        v,
+        PageTable(jnp.asarray(table), jnp.asarray(lengths, jnp.int32)),
+        jnp.asarray(counts, jnp.int32),
+    )
+    for b in range(2):
+        rows = jnp.moveaxis(q[b].reshape(t, 2, 3, dim), 0, 2)
+        positions = jnp.where(jnp.arange(t) < counts[b], lengths[b] + jnp.arange(t), -1)
+        want, attended = attend_tiles(rows, Pages(k, v, jnp.asarray(table[b])), positions, rule)
+        got = jnp.moveaxis(out[b].reshape(t, 2, 3, dim), 0, 2)
+        np.testing.assert_allclose(got, want.out, atol=1e-6)
+        np.testing.assert_array_equal(
+            np.moveaxis(np.asarray(read.attended[b]).reshape(t, 2, 3), 0, 2), attended
+        )
+        assert not np.any(out[b, counts[b] :])
+        assert np.all(read.scored[b] >= read.attended[b])
