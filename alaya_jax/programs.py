@@ -192,7 +192,7 @@ def decode(
         else None,
         steps=jnp.int32(0),
         running=running,
-        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head)),
+        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head), nothing),
     )
 
     def body(carry: Any) -> Any:
