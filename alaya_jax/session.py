@@ -11,20 +11,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from alaya_jax import cache, programs
+from alaya_jax import cache, graphs, programs
 from alaya_jax.attention import engine
 from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import CacheFullError, RequestError
+from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.plan import Attention, Plans, of_layer, plan_for
+from alaya_jax.query.plan import Attention, Plans, indexes_of, of_layer, plan_for
 from alaya_jax.sharding import ShardingRules
 
 if TYPE_CHECKING:
-    from alaya_jax.db import Context
+    from alaya_jax.context import Context
 
 CHUNKS = (8, 64, 512)
 """Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
@@ -69,6 +70,8 @@ class Session:
         first.
         """
         self.reads: dict[str, Reads] = {}
+        self._graphs: dict[tuple[int, Any], tuple[GraphLayer, ...]] = {}
+        """By sequence and building settings; kept as the session's pages are."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -164,7 +167,44 @@ class Session:
 
     def plans(self, attention: Attention | None, length: int) -> Plans:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens."""
-        return plan_for(Full() if attention is None else attention, self.model.config, length)
+        config = self.model.config
+        plans = plan_for(Full() if attention is None else attention, config, length)
+        for index in indexes_of(plans, config.num_hidden_layers):
+            if isinstance(index, Graph):  # missing, it is refused before anything runs
+                for b in range(self.batch_size):
+                    self._graph(b, index)
+        return plans
+
+    def cover(self, plans: Plans) -> Indexed:
+        """What the plans' indexes know of the keys in the cache.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+        """
+        indexed = self.pool.cover(plans, self.sequences)
+        wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        layers = (
+            tuple(self._graph(b, index)[i] for b in range(self.batch_size))
+            if isinstance(index, Graph)
+            else indexed.layers[i]
+            for i, index in enumerate(wanted)
+        )
+        return dataclasses.replace(indexed, layers=tuple(layers))
+
+    def _graph(self, b: int, index: Graph) -> tuple[GraphLayer, ...]:
+        """The graphs of a sequence's context, as far as the sequence has reused it."""
+        key = b, tuple(index.built.items())
+        if key not in self._graphs:
+            graphs.require_no_context_axis(self.model, index)
+            context = self.contexts[b]
+            if context is None:
+                raise RequestError(
+                    f"sequence {b} was opened on no stored context, and a graph index belongs to "
+                    "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
+                    "aj.Graph()) before create_session"
+                )
+            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model), self.reused[b])
+        return self._graphs[key]
 
     def feed(
         self,
@@ -184,7 +224,7 @@ class Session:
                 part = row[done : done + width]
                 chunk[b, : len(part)], new[b] = part, len(part)
             table = self.pool.table(self.sequences)
-            indexed = self.pool.cover(plans, self.sequences)
+            indexed = self.cover(plans)
             part_logits, counts = self.pool.run(
                 programs.extend,
                 table,
@@ -373,7 +413,7 @@ class Session:
         count = jnp.full(batch, t, jnp.int32)
         plans = self.plans(query, max(self.lengths) + t)
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-        indexed = self.pool.cover(plans, self.sequences)
+        indexed = self.cover(plans)
         out, counts = engine.attend(
             of_layer(plans, layer),
             q,
@@ -406,6 +446,7 @@ class Session:
             self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
         )
         other.reused = list(self.reused)
+        other._graphs = dict(self._graphs)
         other.pending = [list(p) for p in self.pending]
         return other
 

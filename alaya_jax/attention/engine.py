@@ -30,6 +30,7 @@ from alaya_jax.attention.retrieve import Retrieved, retrieve
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
+from alaya_jax.errors import RequestError
 from alaya_jax.index import Graph, GraphLayer, Graphs, LayerIndex, SketchLayer
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
@@ -138,13 +139,15 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
 
 def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tuple) -> Any:
     plan, _, _, _, table, _, index, _ = args
+    # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
+    numbers, structure = jax.tree.flatten(plan)
     spec = PartitionSpec
     heads, pages = rules.axis("kv_heads", mesh), rules.axis("pages", mesh)
     data = rules.axis("batch", mesh)
     if data is not None and (batch % mesh.shape[data] or isinstance(index, tuple)):
         data = None  # each device of that axis does the same
     in_specs = (
-        jax.tree.map(lambda x: spec(heads) if jnp.ndim(x) else spec(), plan),
+        [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
         spec(data, None, heads),
         spec(heads, pages),
         spec(heads, pages),
@@ -156,13 +159,13 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     by_head: Any = spec(data, None, heads)
     axis = pages if pages is not None and mesh.shape[pages] > 1 else None
     run = jax.shard_map(
-        functools.partial(attend, axis=axis),
+        lambda numbers, *rest: attend(jax.tree.unflatten(structure, numbers), *rest, axis=axis),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=(by_head, Counts(*(by_head,) * 5)),
         check_vma=False,
     )
-    return run(*args)
+    return run(numbers, *args[1:])
 
 
 def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str | None) -> Any:
@@ -183,6 +186,8 @@ def _attend(
     covered: Int[Array, " B"],
     axis: str | None,
 ) -> tuple[Float[Array, "B T H D"], Counts]:
+    if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
+        raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))

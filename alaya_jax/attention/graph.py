@@ -6,7 +6,6 @@ answered by the flat scan of all keys instead, and counted.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int

@@ -15,8 +15,9 @@ Of one layer, an index answers
 
 `Flat` holds nothing and estimates without error. `Sketch` reads a few bits a channel.
 
-`Graph` is another kind: of a whole stored context, not of pages; it is built once (`DB.build_index`)
-and lives as long as its context. It scores few keys and finds, approximately, what is asked.
+`Graph` is another kind: of a whole stored context, not of pages; it is built once
+(`DB.build_index`) and lives as long as its context. It scores few keys and finds, approximately,
+what is asked.
 """
 
 import dataclasses

@@ -41,9 +41,7 @@ class Graph:
             raise ConfigError(f"Graph(queries={self.queries}): a share of the tokens, above 0")
         for name, least in (("listed", 2), ("sink", 0), ("l0", 1), ("capacity", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(
-                    f"Graph({name}={getattr(self, name)}): must be at least {least}"
-                )
+                raise ConfigError(f"Graph({name}={getattr(self, name)}): must be at least {least}")
         _ = self.spec  # checks the degree
 
     @property

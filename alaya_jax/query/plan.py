@@ -81,8 +81,8 @@ class Plan:
     def _check_graph(self) -> None:
         if self.by != "key" or self.share != "head":
             raise RequestError(
-                f"Plan(index=Graph(), by={self.by!r}, share={self.share!r}): a graph finds keys, for "
-                "each head its own; use by='key' and share='head', or Sketch() or Flat()"
+                f"Plan(index=Graph(), by={self.by!r}, share={self.share!r}): a graph finds keys, "
+                "for each head its own; use by='key' and share='head', or Sketch() or Flat()"
             )
         if isinstance(self.query, DIPR) and self.query.recovery is not None:
             raise RequestError(

@@ -107,6 +107,12 @@ class DirectoryStore:
             problems += index.check()
         return problems
 
+    def check_index(self, id: str, kind: str) -> Sequence[str]:
+        """See `ContextStore.check_index`."""
+        self._context(id)
+        index = stored_indexes(self._directory / id).get(kind)
+        return [f"there is no {kind} index"] if index is None else index.check()
+
     def indexes(self, id: str) -> Mapping[str, IndexRecord]:
         """See `ContextStore.indexes`."""
         self._context(id)

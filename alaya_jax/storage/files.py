@@ -248,12 +248,14 @@ def _write_half(file: io.BufferedWriter, array: np.ndarray) -> list[int]:
 
 
 def write_array(path: Path, array: np.ndarray) -> list[int]:
+    """Write an array as a new .npy file, and return its size and CRC-32."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return write_bytes(path, buffer.getvalue())
 
 
 def write_bytes(path: Path, data: bytes) -> list[int]:
+    """Write a new file, and return its size and CRC-32."""
     with path.open("xb") as file:
         file.write(data)
         _flush(file)
@@ -270,4 +272,5 @@ def _layer_name(layer: int) -> str:
 
 
 def meta_checksum(meta: dict[str, Any]) -> int:
+    """CRC-32 of a meta.json without its own checksum."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())

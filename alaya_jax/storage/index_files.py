@@ -1,4 +1,4 @@
-"""The files of an index of a stored context, in a directory `index_<kind>` beside the context's own.
+"""The files of an index of a stored context, in its directory, in `index_<kind>`.
 
     meta.json              version, kind, settings, size and CRC-32 of each file below, and a CRC-32
                            of itself

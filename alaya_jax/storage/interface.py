@@ -192,6 +192,10 @@ class ContextStore(Protocol):
         """
         ...
 
+    def check_index(self, id: str, kind: str) -> Sequence[str]:
+        """Read all of an index; every problem found, in words."""
+        ...
+
     def check(self, id: str) -> Sequence[str]:
         """Read all of a context and its indexes; every problem found, in words."""
         ...

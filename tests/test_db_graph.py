@@ -1,0 +1,218 @@
+"""Graph indexes of stored contexts: built, kept on disk, lent to sessions, gone with their context."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import alaya_jax as aj
+from alaya_jax.attention import engine
+from alaya_jax.errors import ContextError, DatabaseError, RequestError
+
+WINDOW = aj.Window(sink=2, recent=8)
+GRAPH = aj.Graph(degree=8, listed=16, sink=0, l0=512, capacity=512)
+"""So long a list takes everything that can be reached, which is every key: neighbours by position
+hang together."""
+
+RANGE = aj.DIPR(beta=6.0, window=WINDOW)
+THROUGH = aj.Plan(RANGE, index=GRAPH)
+
+
+@pytest.fixture
+def document(rng):
+    return rng.integers(3, 256, 70)
+
+
+@pytest.fixture
+def context(db, document):
+    return db.build_index(db.import_context(document), GRAPH)
+
+
+def ids(session, rest, attention, n=6):
+    return [t.id for t in aj.generate(session, rest, max_new_tokens=n, attention=attention)]
+
+
+def answer(db, prompt, attention):
+    session, rest = db.create_session(prompt)
+    with session:
+        return ids(session, rest, attention), session.reused[0]
+
+
+def directory(db, context):
+    return db._store.path / "contexts" / context.id / "index_graph"
+
+
+def flat_with_the_same_window(session, layer, q, covered):
+    """The flat answer where all tokens from `covered` on are in the window."""
+    recent = max(WINDOW.recent, session.length - covered)
+    query = aj.DIPR(beta=RANGE.beta, window=aj.Window(WINDOW.sink, recent))
+    return session.attention(q, layer, aj.Plan(query, index=aj.Flat()))
+
+
+def compare(session, covered, rng):
+    """One query in each layer, by the graph and by the flat scan."""
+    for layer in range(2):
+        q = 3 * rng.standard_normal((1, 1, 4, 16), np.float32)
+        got = session.attention(q, layer, THROUGH)
+        want = flat_with_the_same_window(session, layer, q, covered)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_long_list_gives_the_flat_answer(db, context, document, rng):
+    """Whole and in part: of a context that is reused up to token 41, only those before it count."""
+    assert context.indexes == (aj.Graph(degree=8, listed=16, sink=0),)
+    for shared in (70, 41):
+        prompt = np.concatenate([document[:shared], rng.integers(3, 256, 9)])
+        prompt[shared] = (document[shared] + 1) % 256 if shared < 70 else prompt[shared]
+        session, rest = db.create_session(prompt)
+        assert session.reused == [shared]
+        session.prefill(rest)
+        compare(session, shared, rng)
+        assert [int(g.length) for g in session.cover(THROUGH).layers[1]] == [shared]
+        # A fork that has gone further, and its account.
+        fork = session.fork()
+        fork.prefill([5, 6, 7])
+        compare(fork, shared, rng)
+        d = session.explain().to_dict()["phases"]["attention"]
+        assert d["searches_widened"] == 0
+    assert answer(db, [*document, 77], THROUGH)[0] == answer(db, [*document, 77], RANGE)[0]
+
+
+def test_explain_says_what_was_scored_and_what_overflowed(db, context, document):
+    session, rest = db.create_session([*document, 77, 78])
+    narrow = aj.Graph(degree=8, listed=16, sink=0, l0=1, capacity=2)
+    ids(session, rest, aj.Plan(aj.DIPR(beta=np.inf, window=WINDOW), index=narrow))
+    explained = session.explain()
+    d = explained.to_dict()["phases"]["decode"]
+    assert d["index"] == repr(narrow)
+    assert d["searches_widened"] == d["steps"] * 2 * 4  # of each layer and head
+    assert d["by_layer"][0]["widened"] == [d["steps"]] * 4
+    assert d["keys_attended_per_step"] == d["keys_visible_per_step"]
+    assert d["bytes_per_step"] > 0
+    assert "raise Graph(capacity=" in str(explained)
+
+
+def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, rng):
+    db = open_db()
+    id = db.build_index(db.import_context(document), GRAPH).id
+    db.close()
+    again = open_db(read_only=True)
+    (context,) = again.contexts
+    assert context._graph is None
+    session, rest = again.create_session([*document, 9])
+    session.prefill(rest)
+    compare(session, 70, rng)
+    built = context._graph[1][1]
+    assert built.neighbours.shape == (2, 256, 8)
+    assert (np.asarray(built.neighbours)[:, 70:] == -1).all()
+    assert again._evict()
+    assert context._graph is None
+    compare(session, 70, rng)  # as its pages, a session keeps its graph
+    with pytest.raises(DatabaseError, match="read_only"):
+        again.build_index(id, GRAPH)
+
+
+def test_a_graph_belongs_to_one_context(db, context, document):
+    """Storing the longer session makes a context without one; removing the context ends its own."""
+    session, rest = db.create_session([*document, 40, 41, 42])
+    ids(session, rest, THROUGH)
+    longer = db.store(session)
+    assert longer.indexes == ()
+    other, _ = db.create_session([*document, 40, 41, 42, 43])
+    assert other.context is longer
+    with pytest.raises(ContextError, match=r"db\.build_index\(context, aj\.Graph"):
+        other.attention(np.zeros((1, 1, 4, 16), np.float32), 0, THROUGH)
+    place = directory(db, context)
+    assert place.exists()
+    db.remove(context)
+    assert not place.exists()
+    session.prefill([4])  # sessions go on
+    ids(session, [5], THROUGH, n=2)
+
+
+def test_sequences_without_a_graph_are_refused_before_anything_runs(db, context, document, rng):
+    fresh, rest = db.create_session(rng.integers(3, 256, 9))
+    with pytest.raises(RequestError, match="sequence 0 was opened on no stored context"):
+        aj.generate(fresh, rest, attention=THROUGH)
+    other = aj.Plan(RANGE, index=aj.Graph(degree=16))
+    session, rest = db.create_session([*document, 5])
+    with pytest.raises(RequestError, match="was built with.*'degree': 8.*'degree': 16"):
+        aj.generate(session, rest, attention=other)
+    batch, rests = db.create_session([[*document, 5], [*document[:50], 6, 7]])
+    assert batch.reused == [70, 50]
+    both = [t.id for t in aj.generate(batch, rests, max_new_tokens=1, attention=THROUGH)]
+    alone = [answer(db, p, THROUGH)[0][0] for p in ([*document, 5], [*document[:50], 6, 7])]
+    assert both == alone
+    with pytest.raises(RequestError, match="only aj.Graph"):
+        db.build_index(context, aj.Sketch())
+    with pytest.raises(ContextError, match="no context"):
+        db.build_index("nothing", GRAPH)
+
+
+def test_damage_is_named_and_mended(db, context, document):
+    """The context itself stays usable; building again replaces what is damaged."""
+    before = {path.name: path.read_bytes() for path in directory(db, context).iterdir()}
+    file = directory(db, context) / "layer_001_neighbours.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (problem,) = db.check(context)
+    assert "graph index" in problem
+    assert "layer_001_neighbours.npy does not match its checksum" in problem
+    with pytest.raises(ContextError, match="layer_001_neighbours.npy"):
+        answer(db, [*document, 5], THROUGH)
+    assert answer(db, [*document, 5], RANGE)[1] == 70
+    db.build_index(context, GRAPH)
+    assert db.check(context) == []
+    assert {p.name: p.read_bytes() for p in directory(db, context).iterdir()} == before
+    (directory(db, context) / "meta.json").write_text(json.dumps({"version": 99}))
+    assert context.indexes == ()
+    with pytest.raises(ContextError, match="version 99"):
+        answer(db, [*document, 5], THROUGH)
+
+
+def test_an_interrupted_build_leaves_the_context_as_it_was(db, context, document, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    free = db.pool.free_tokens
+    monkeypatch.setattr("alaya_jax.index.graph_build.link", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        db.build_index(context, aj.Graph(degree=4, listed=4))
+    assert db.pool.free_tokens == free
+    assert context.indexes == (aj.Graph(degree=8, listed=16, sink=0),)
+    assert not list((db._store.path / "contexts").glob(".tmp-*"))
+
+
+def test_the_model_is_asked_what_it_asked(db, tiny_model, document, monkeypatch):
+    """The queries that a graph is built from are those of the prefill, of evenly chosen tokens."""
+    seen = []
+    monkeypatch.setattr(
+        "alaya_jax.index.graph_build.build",
+        lambda keys, length, queries, positions, **rest: (
+            seen.append((keys, queries, positions)) or real(keys, length, queries, positions, **rest)
+        ),
+    )
+    kept = []
+
+    def attend(layer, q, k, v, state):
+        kept.append((q, k))
+        return engine_free(layer, q, k, v, state)
+
+    from alaya_jax.index import graph_build
+    from alaya_jax.models import llama
+
+    real = build_of(graph_build)
+    engine_free = llama.causal_attend
+    with jax.disable_jit(False):
+        llama.forward(
+            tiny_model.params, tiny_model.config, document[None], np.arange(70)[None], attend
+        )
+    db.build_index(db.import_context(document), GRAPH)
+    for (keys, queries, positions), (q, k) in zip(seen, kept, strict=True):
+        np.testing.assert_allclose(keys, np.moveaxis(k[0], 0, 1), atol=1e-4)
+        tokens = np.arange(4, 70, 5)  # 2 heads of a group, 0.4 of the tokens: every fifth
+        np.testing.assert_array_equal(positions, [np.repeat(tokens, 2)] * 2)
+        want = np.asarray(q)[0, tokens].reshape(len(tokens), 2, 2, 16)
+        np.testing.assert_allclose(queries, np.moveaxis(want, 1, 0).reshape(2, -1, 16), atol=1e-4)
