@@ -251,9 +251,10 @@ class DB:
     ) -> Context:
         """Builds an index that a context keeps, on disk beside its keys and values.
 
-        Only `Graph` is such an index: the others are of pages, and grow with them. The model runs over the context once more; then each layer's graph is built. An index that is
-        there with the same settings is kept; one with others, or a damaged one, is replaced.
-        Interrupted, the context is as it was.
+        Only `Graph` is such an index: the others are of pages, and grow with them. The model runs
+        over the context once more; then each layer's graph is built. An index that is there with
+        the same settings is kept; one with others, or a damaged one, is replaced. Interrupted, the
+        context is as it was.
 
         Args:
           context: or its id.

@@ -1,14 +1,15 @@
-"""Graph indexes of stored contexts: built, kept on disk, lent to sessions, gone with their context."""
+"""Graphs of stored contexts: built, kept on disk, lent to sessions, gone with their context."""
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax.attention import engine
+from alaya_jax import graphs
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
+from alaya_jax.index import graph_build
+from alaya_jax.models import llama
 
 WINDOW = aj.Window(sink=2, recent=8)
 GRAPH = aj.Graph(degree=8, listed=16, sink=0, l0=512, capacity=512)
@@ -137,14 +138,14 @@ def test_sequences_without_a_graph_are_refused_before_anything_runs(db, context,
         aj.generate(fresh, rest, attention=THROUGH)
     other = aj.Plan(RANGE, index=aj.Graph(degree=16))
     session, rest = db.create_session([*document, 5])
-    with pytest.raises(RequestError, match="was built with.*'degree': 8.*'degree': 16"):
+    with pytest.raises(RequestError, match=r"was built with.*'degree': 8.*'degree': 16"):
         aj.generate(session, rest, attention=other)
     batch, rests = db.create_session([[*document, 5], [*document[:50], 6, 7]])
     assert batch.reused == [70, 50]
     both = [t.id for t in aj.generate(batch, rests, max_new_tokens=1, attention=THROUGH)]
     alone = [answer(db, p, THROUGH)[0][0] for p in ([*document, 5], [*document[:50], 6, 7])]
     assert both == alone
-    with pytest.raises(RequestError, match="only aj.Graph"):
+    with pytest.raises(RequestError, match=r"only aj\.Graph"):
         db.build_index(context, aj.Sketch())
     with pytest.raises(ContextError, match="no context"):
         db.build_index("nothing", GRAPH)
@@ -160,7 +161,7 @@ def test_damage_is_named_and_mended(db, context, document):
     (problem,) = db.check(context)
     assert "graph index" in problem
     assert "layer_001_neighbours.npy does not match its checksum" in problem
-    with pytest.raises(ContextError, match="layer_001_neighbours.npy"):
+    with pytest.raises(ContextError, match=r"layer_001_neighbours\.npy"):
         answer(db, [*document, 5], THROUGH)
     assert answer(db, [*document, 5], RANGE)[1] == 70
     db.build_index(context, GRAPH)
@@ -187,32 +188,40 @@ def test_an_interrupted_build_leaves_the_context_as_it_was(db, context, document
 
 def test_the_model_is_asked_what_it_asked(db, tiny_model, document, monkeypatch):
     """The queries that a graph is built from are those of the prefill, of evenly chosen tokens."""
-    seen = []
-    monkeypatch.setattr(
-        "alaya_jax.index.graph_build.build",
-        lambda keys, length, queries, positions, **rest: (
-            seen.append((keys, queries, positions)) or real(keys, length, queries, positions, **rest)
-        ),
-    )
-    kept = []
+    seen, kept, real = [], [], graph_build.build
+
+    def build(keys, length, queries, positions, **rest):
+        seen.append((keys, queries, positions))
+        return real(keys, length, queries, positions, **rest)
 
     def attend(layer, q, k, v, state):
         kept.append((q, k))
-        return engine_free(layer, q, k, v, state)
+        return llama.causal_attend(layer, q, k, v, state)
 
-    from alaya_jax.index import graph_build
-    from alaya_jax.models import llama
-
-    real = build_of(graph_build)
-    engine_free = llama.causal_attend
-    with jax.disable_jit(False):
-        llama.forward(
-            tiny_model.params, tiny_model.config, document[None], np.arange(70)[None], attend
-        )
+    monkeypatch.setattr(graph_build, "build", build)
     db.build_index(db.import_context(document), GRAPH)
+    llama.forward(tiny_model.params, tiny_model.config, document[None], np.arange(70)[None], attend)
+    tokens = np.arange(4, 70, 5)  # 2 heads of a group, and 0.4 of the tokens: of every fifth
     for (keys, queries, positions), (q, k) in zip(seen, kept, strict=True):
         np.testing.assert_allclose(keys, np.moveaxis(k[0], 0, 1), atol=1e-4)
-        tokens = np.arange(4, 70, 5)  # 2 heads of a group, 0.4 of the tokens: every fifth
         np.testing.assert_array_equal(positions, [np.repeat(tokens, 2)] * 2)
         want = np.asarray(q)[0, tokens].reshape(len(tokens), 2, 2, 16)
         np.testing.assert_allclose(queries, np.moveaxis(want, 1, 0).reshape(2, -1, 16), atol=1e-4)
+
+
+def test_long_documents_are_asked_chunk_by_chunk(open_db, rng, monkeypatch):
+    """The same tokens are chosen, and they ask the same, however they are cut."""
+    db = open_db()
+    document, found = rng.integers(3, 256, 70), []
+    context = db.import_context(document)
+    for chunk in (512, 16):
+        monkeypatch.setattr(graphs, "CHUNK", chunk)
+        sequence = db.pool.share(context._resident, 70)
+        parts = list(graphs._asked(db.model, db.pool, sequence, document, aj.Graph(queries=0.3)))
+        found.append(
+            [np.concatenate(x, axis=-3 if x[0].ndim > 1 else 0) for x in zip(*parts, strict=True)]
+        )
+        db.pool.release(sequence)
+    np.testing.assert_array_equal(found[0][1], np.arange(6, 70, 7))
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4)
