@@ -55,7 +55,13 @@ def check(
     with _open(db, read_only=True) as store:
         chosen = _find(store, ids) if ids else store.list()
         problems = {record.id: list(store.check(record.id)) for record in chosen}
-    damaged = [id for id, found in problems.items() if found]
+        damaged = [id for id, found in problems.items() if found]
+        # A damaged index is built again, which its problem says; its context need not go.
+        of_indexes = {
+            id: sum(len(store.check_index(id, kind)) for kind in store.indexes(id))
+            for id in damaged
+        }
+    lost = [id for id in damaged if len(problems[id]) > of_indexes[id]]
     if json:
         report({"database": str(store.path), "contexts": problems, "damaged": damaged})
     else:
@@ -66,8 +72,8 @@ def check(
         if not problems:
             note(f"There is no context in {store.path}.")
     if damaged:
-        if not json:
-            note(f"Remove what is damaged: alaya db rm {' '.join(damaged)} --db {store.path}")
+        if lost and not json:
+            note(f"Remove what is damaged: alaya db rm {' '.join(lost)} --db {store.path}")
         raise typer.Exit(1)
 
 
