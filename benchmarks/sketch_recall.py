@@ -71,7 +71,7 @@ def chunk(params, kv, table, tokens, config):
 
 
 def prefill(model, tokens, lengths):
-    """Keys of all layers in pages 1, 2, ..., and queries by length."""
+    """The cache, of pages 1, 2, ..., and queries by length."""
     pages = len(tokens) // PAGE
     kv = PagedKV.create(model.config, pages + 1, PAGE, jnp.float32)
     queries = {}
@@ -81,7 +81,7 @@ def prefill(model, tokens, lengths):
         kv, last = chunk(model.params, kv, table, new, model.config)
         if start + CHUNK in lengths:
             queries[start + CHUNK] = last
-    return kv.k, queries
+    return kv, queries
 
 
 @functools.partial(jax.jit, static_argnames=("n", "low", "high", "miss"))
@@ -272,7 +272,8 @@ def main() -> None:
     tokens = model.encode(text)
     if max(lengths) > min(len(tokens), model.length_limit):
         parser.error(f"--lengths: the texts have {len(tokens)} tokens, {model!r} its own limit")
-    k, queries = prefill(model, tokens[: max(lengths)], lengths)
+    kv, queries = prefill(model, tokens[: max(lengths)], lengths)
+    k = kv.k
     if options.save_keys:
         save_keys(options.save_keys, k, queries)
         return
