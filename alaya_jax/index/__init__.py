@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.cache import PageTable
+from alaya_jax.index.cluster import ClusterLayer
 from alaya_jax.index.exact import rescore
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.found import Found
@@ -64,6 +65,7 @@ class LayerIndex(Protocol):
 
 __all__ = [
     "MISS",
+    "ClusterLayer",
     "Flat",
     "Found",
     "GraphLayer",
