@@ -6,8 +6,9 @@
 benchmarks/results/graph_recall.jsonl holds what they print. `planted`: synthetic keys with planted
 critical sets (planted.py), one layer of 8 kv heads of 4 query heads, D 128; queries to build from
 and to ask with are drawn apart. `real`: keys of SmolLM2-135M, prefilled with long texts; the graph
-covers all but the last 1,024 tokens of the context, is built from queries that were asked before its end, and is asked with the context's last 8 queries, whose
-window (128 first keys, and what the graph does not cover) is attended anyway and seeds the search.
+covers all but the last 1,024 tokens of the context, is built from queries that were asked before
+its end, and is asked with the context's last 8 queries, whose window (128 first keys, and what the
+graph does not cover) is attended anyway and seeds the search.
 
 Prints JSON lines, alpha 0.0144 throughout:
 
@@ -17,7 +18,7 @@ Prints JSON lines, alpha 0.0144 throughout:
              share of the keys covered (where a group shares the work: of all its rows, each read
              once); mass: of attention, in what is found and the window, beside that of exact DIPR
     filter   the same for positions < limit, and the cost beside the unfiltered search's
-    time     medians in ms of one decode step, all heads, and of a flat scan (scores alone), in turns
+    time     medians in ms of a decode step, all heads, and of a flat scan (scores alone), in turns
     layers   the mean over layers of what `search` says
 
 The index "clusters" is alaya_jax.index.cluster, by its setting z.
@@ -292,9 +293,9 @@ def real(options):
 def mean(rows):
     """Of each number, over the rows that have it."""
     return {
-        name: round(float(np.mean([row[name] for row in rows if row[name] is not None])), 5)
+        name: round(float(np.mean([row[name] for row in rows if row.get(name) is not None])), 5)
         for name in rows[0]
-        if any(row[name] is not None for row in rows)
+        if any(row.get(name) is not None for row in rows)
     }
 
 
