@@ -118,7 +118,7 @@ class Truth:
         mass = [np.sum(self.weight * (x | self.attended), -1) for x in (found, self.critical)]
         return {
             "critical": round(float(self.critical.sum(-1).mean() / covered), 5),
-            "recall": round(float(hit.sum() / max(self.critical.sum(), 1)), 4),
+            "recall": round(float(hit.sum() / self.critical.sum()), 4) if some.any() else None,
             "recall_rows": round(float((hit.sum(-1)[some] / self.critical.sum(-1)[some]).mean()), 4)
             if some.any()
             else None,
