@@ -87,7 +87,7 @@ def algorithm_1(neighbours, scores, starts, l0, beta, seed, low, limit):
                 continue
             if low <= key < limit:
                 try_append(key)
-            elif two_hops:
+            elif two_hops:  # no key here has more than FIRST_HOP neighbours
                 seen.add(key)
                 meet(eligible(neighbours[key][:SECOND_HOP]), two_hops=False)
 
