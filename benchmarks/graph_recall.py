@@ -1,25 +1,27 @@
 """How much of DIPR's answer the graph finds, how many keys it scores for that, and in what time.
 
-    python benchmarks/graph_recall.py planted [--keys 131072] >> benchmarks/results/graph_recall.jsonl
-    python benchmarks/graph_recall.py real >> benchmarks/results/graph_recall.jsonl
+    python benchmarks/graph_recall.py planted [--keys 131072] [--queries 0.05]
+    python benchmarks/graph_recall.py real [--queries 0.4]
 
-`planted`: synthetic keys with planted critical sets (planted.py), one layer of 8 kv heads of 4 query
-heads, D 128; queries to build from and to ask with are drawn apart. `real`: keys of SmolLM2-135M,
-prefilled with long texts; the graph covers all but the last 1,024 tokens of the context, is built
-from queries that were asked before its end, and is asked with the context's last 8 queries, whose
-window (128 first keys, and what the graph does not cover) is attended anyway and seeds the search.
+benchmarks/results/graph_recall.jsonl holds what they print. `planted`: synthetic keys with planted
+critical sets (planted.py), one layer of 8 kv heads of 4 query heads, D 128; queries to build from
+and to ask with are drawn apart. `real`: keys of SmolLM2-135M, prefilled with long texts; the graph
+covers all but the last 1,024 tokens of the context, is built from queries that were asked before
+its end, and is asked with the context's last 8 queries, whose window (128 first keys, and what the
+graph does not cover) is attended anyway and seeds the search.
 
 Prints JSON lines, alpha 0.0144 throughout:
 
     build    seconds for the queries' exact lists and for linking, bytes of the graph
     search   critical: their share of the keys covered; recall of critical keys, pooled and as the
-             mean over rows that have some; scanned: keys scored, a share of the keys covered
-             ("read" for a walk that the group shares: keys read, over the keys that its heads would
-             read); mass: of attention, in what is found and the window, beside that of exact DIPR
+             mean over rows that have some; scanned: keys scored for a row, centroids included, as a
+             share of the keys covered (where a group shares the work: of all its rows, each read
+             once); mass: of attention, in what is found and the window, beside that of exact DIPR
     filter   the same for positions < limit, and the cost beside the unfiltered search's
-    time     medians in ms of one decode step (all heads), and of a flat scan (scores alone), by turns
-    cluster  DIPR through clusters of 16 keys in their place (segmented spherical k-means, RetroInfer):
-             clusters whose centroid scores within `beta + z |q| spread` of the best are read
+    time     medians in ms of a decode step, all heads, and of a flat scan (scores alone), in turns
+    layers   the mean over layers of what `search` says
+
+The index "clusters" is alaya_jax.index.cluster, by its setting z.
 
 Timed on a machine that does other things, numbers in ms mean little; their ratio to the flat scan
 in the same run means more.
@@ -36,10 +38,17 @@ import machine
 import numpy as np
 from planted import Planted
 
+import alaya_jax as aj
+from alaya_jax import attention, cache
 from alaya_jax.attention.paged import Pages
-from alaya_jax.index import GraphSpec
+from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.index import GraphSpec, cluster
 from alaya_jax.index.graph_build import link, query_lists
+from alaya_jax.models.llama import forward
+from alaya_jax.query import Full
 
+TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
+CHUNK, SINK = 512, 128
 PAGE, ALPHA, CAPACITY, L0 = 16, 0.0144, 4096, 8
 LAYERS = (1, 4, 10, 16, 22, 28)
 
@@ -68,6 +77,13 @@ def graph_search(layer, q, pool, ids, limit, low, beta, seed, shared, l0=L0):
         capacity=CAPACITY,
         shared=shared,
     )
+
+
+@functools.partial(jax.jit, static_argnames="z")
+def cluster_search(layer, q, pool, ids, limit, low, beta, seed, z):
+    pages = Pages(pool, pool, ids)
+    limit = jnp.full(q.shape[2], limit)
+    return layer.search_range(q, pages, limit, low, beta, seed, z=z, capacity=CAPACITY)
 
 
 @jax.jit
@@ -102,7 +118,7 @@ class Truth:
         mass = [np.sum(self.weight * (x | self.attended), -1) for x in (found, self.critical)]
         return {
             "critical": round(float(self.critical.sum(-1).mean() / covered), 5),
-            "recall": round(float(hit.sum() / max(self.critical.sum(), 1)), 4),
+            "recall": round(float(hit.sum() / self.critical.sum()), 4) if some.any() else None,
             "recall_rows": round(float((hit.sum(-1)[some] / self.critical.sum(-1)[some]).mean()), 4)
             if some.any()
             else None,
@@ -114,11 +130,17 @@ class Truth:
         out = graph_search(
             layer, self.q, pool, ids, self.high, self.low, self.beta, self.seed, shared, l0
         )
+        return self.result(out, int(layer.length))
+
+    def clusters(self, layer, pool, ids, z):
+        out = cluster_search(layer, self.q, pool, ids, self.high, self.low, self.beta, self.seed, z)
+        return self.result(out, int(layer.length))
+
+    def result(self, out, covered):
         out = jax.tree.map(np.asarray, out)
         found = np.zeros(self.critical.shape, bool)
         for row in np.ndindex(found.shape[:3]):
             found[row][out.positions[row][out.scores[row] > -np.inf]] = True
-        covered = int(layer.length)
         scanned = float(out.visited.mean() / covered)
         return {
             **self.of(found, covered),
@@ -215,6 +237,102 @@ def planted(options):
              ms=ms, unfiltered_ms=full, cost=round(ms / full, 2))  # fmt: skip
 
 
+def real(options):
+    lengths = [int(n) for n in options.lengths.split(",")]
+    model = aj.load("smollm2-135m", dtype="float32", progress=False)
+    text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
+    tokens = model.encode(text)[: max(lengths)]
+    k, q = prefill(model, tokens)
+    kv_heads, group, _, dim = q[0].shape
+    for n in lengths:
+        covered = n - 1024
+        positions = np.tile(np.arange(covered), group)
+        pick = np.random.default_rng(0).permutation(len(positions))
+        pick = pick[: int(options.queries * covered)]
+        at = jnp.broadcast_to(positions[pick], (kv_heads, len(pick)))
+        rows, spec = {}, GraphSpec()
+        for i, layer in enumerate(LAYERS):
+            keys = jnp.asarray(k[i][:, :n])
+            pool, ids = pages_of(keys)
+            sample = jnp.asarray(q[i][:, :, :covered].reshape(kv_heads, -1, dim)[:, pick])
+            lists = query_lists(keys[:, :covered], covered, sample, spec.listed, at, SINK)
+            own = pick // covered
+            asked = q[i][:, :, n - 8 : n]
+            truth = Truth(np.asarray(keys), asked, SINK, covered, window=True)
+            graph = link(lists, covered, covered, spec)
+            several = cluster.build(keys[:, :covered], covered)
+            heads = []
+            for g in range(group):
+                mine = link(lists[:, own == g], covered, covered, spec)
+                alone = Truth(np.asarray(keys), asked[:, g : g + 1], SINK, covered, window=True)
+                heads.append(alone.search(mine, pool, ids, False))
+            results = {
+                ("graph of a group", "each head walks"): truth.search(graph, pool, ids, False),
+                ("graph of a group", "the group walks"): truth.search(graph, pool, ids, True),
+                ("graphs of each head", "each head walks"): mean(heads),
+                ("star of each list", "each head walks"): truth.search(
+                    link(lists, covered, covered, GraphSpec(fanout=spec.listed - 1)),
+                    pool,
+                    ids,
+                    False,
+                ),
+                **{
+                    ("clusters", f"z {z}"): truth.clusters(several, pool, ids, z)
+                    for z in (1.0, 2.0, 3.0)
+                },
+            }
+            for name, result in results.items():
+                show("search", data=repr(model), context=n, layer=layer, index=name[0], by=name[1],
+                     **result)  # fmt: skip
+                rows.setdefault(name, []).append(result)
+        for name, results in rows.items():
+            show("layers", data=repr(model), context=n, queries=len(pick), index=name[0],
+                 by=name[1], **mean(results))  # fmt: skip
+
+
+def mean(rows):
+    """Of each number, over the rows that have it."""
+    return {
+        name: round(float(np.mean([row[name] for row in rows if row.get(name) is not None])), 5)
+        for name in rows[0]
+        if any(row.get(name) is not None for row in rows)
+    }
+
+
+def prefill(model, tokens):
+    """Keys [K, N, D] and queries [K, G, N, D] of `LAYERS`."""
+    pages = len(tokens) // PAGE
+    kv = PagedKV.create(model.config, pages + 1, PAGE, jnp.float32)
+    queries = []
+    for start in range(0, len(tokens), CHUNK):
+        table = PageTable(jnp.arange(1, pages + 1)[None], jnp.full(1, start))
+        new = jnp.asarray(tokens[start : start + CHUNK])
+        kv, asked = chunk(model.params, kv, table, new, model.config)
+        queries.append(jax.tree.map(np.asarray, asked))
+    keys = [np.asarray(kv.k[i][:, 1:]) for i in LAYERS]
+    keys = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in keys]
+    return keys, [np.concatenate(parts, axis=2) for parts in zip(*queries, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="kv")
+def chunk(params, kv, table, tokens, config):
+    """A chunk of a prefill; the queries of `LAYERS` [K, G, T, D]."""
+    count = jnp.full(1, tokens.shape[0])
+
+    def attend(layer, q, k, v, state):
+        kv, queries = state
+        kv = cache.append(kv, layer, k, v, table, count)
+        out, _ = attention.attend(Full(), q, kv.k[layer], kv.v[layer], table, count)
+        rows = q[0].reshape(q.shape[1], k.shape[2], -1, k.shape[3])
+        kept = (*queries, jnp.transpose(rows, (1, 2, 0, 3))) if layer in LAYERS else queries
+        return out, (kv, kept)
+
+    positions = table.length[:, None] + jnp.arange(tokens.shape[0])
+    at = jnp.zeros(1, jnp.int32)
+    _, state = forward(params, config, tokens[None], positions, attend, (kv, ()), logits_at=at)
+    return state
+
+
 def walk(shared):
     return "shared by the group" if shared else "each head"
 
@@ -231,7 +349,7 @@ def main() -> None:
     options = parser.parse_args()
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
     print(json.dumps({"benchmark": "graph_recall", **vars(options), **facts}), flush=True)
-    {"planted": planted}[options.what](options)
+    {"planted": planted, "real": real}[options.what](options)
 
 
 if __name__ == "__main__":

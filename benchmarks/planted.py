@@ -1,7 +1,7 @@
 """Synthetic keys and queries with planted critical sets: what a long context might look like.
 
-Keys and queries of one layer, K kv heads of G query heads, made in blocks from a seed. A kv head has
-topics. A topic has a direction u, which topics of one field share in part, and a set of keys at
+Keys and queries of one layer, K kv heads of G query heads, made in blocks from a seed. A kv head
+has topics. A topic has a direction u, which topics of one field share in part, and a set of keys at
 random positions, whose size is drawn between `SIZES` (evenly in its logarithm). Half of the keys
 belong to a topic, the rest to a field alone, and weakly.
 
@@ -9,8 +9,8 @@ A query of the topic is `TAU u` plus noise and an offset of its head; so queries
 keys, as in attention: their noise is smaller, their offset is their own. A key of the topic is
 `x u` plus noise at right angles to u, of a length that spreads. So its score is `TAU x`, up to what
 the two noises make, and it is made to lie within `SPREAD` of the set's best: inside the range of
-alpha 0.0144 (48 at D = 128). The mean of x is as large as it must be for the set to hold at
-least 0.99 of the attention mass against all other keys of the context, so small sets stand out more.
+alpha 0.0144 (48 at D = 128). The mean of x is as large as it must be for the set to hold some 0.99
+of the attention mass against all other keys of the context, so small sets stand out more.
 
 Every head asks mostly for its own share of the topics, and sometimes for any.
 """
@@ -110,7 +110,7 @@ class Planted:
         return (np.sqrt(self.dim) * scaled).astype(np.float32)
 
     def key_block(self, start: int) -> np.ndarray:
-        """float32 [K, BLOCK or what is left, D]: keys from position `start`, a multiple of BLOCK."""
+        """float32 [K, BLOCK or what is left, D]: keys from `start`, a multiple of BLOCK."""
         topic = self.topic[:, start : start + BLOCK]
         key = jax.random.fold_in(jax.random.key(self.seed), start)
         return np.asarray(

@@ -26,6 +26,7 @@ import jax
 from jaxtyping import Array, Int
 
 from alaya_jax.index.block import Block, BlockLayer
+from alaya_jax.index.cluster import ClusterLayer
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.found import Found
 from alaya_jax.index.graph import GraphLayer
@@ -62,6 +63,7 @@ __all__ = [
     "MISS",
     "Block",
     "BlockLayer",
+    "ClusterLayer",
     "Flat",
     "Found",
     "Graph",

@@ -21,6 +21,12 @@ BLOCK = 256
 TILE = 1024
 """Keys read and scored at once."""
 
+FIRST_HOP = 8
+"""Neighbours of a node, the first of its list, that are passed through if they are not eligible."""
+
+SECOND_HOP = 4
+"""Neighbours tried, the first of its list, of a node that is passed through."""
+
 Read = Callable[[Array, Array], Array]
 """(kv head [N], position [N]) -> keys [N, D]."""
 
@@ -127,9 +133,10 @@ def search(
     be higher than in a loop over single keys, never above the final one, so a key that is turned
     down is not in the answer either way.
 
-    A neighbour that is not eligible is not scored. It is passed through: its own neighbours are
-    tried, those of them that are not eligible are left (section 7.1: neighbours and their
-    neighbours; here the second hop is taken where the first one fails).
+    A neighbour that is not eligible is not scored; its key need not be in the session's pages. It
+    is passed through: its own neighbours are tried, those of them that are not eligible are left
+    (section 7.1: neighbours and their neighbours). The second hop is taken where the first one
+    fails, and both along the edges that most queries asked for: `FIRST_HOP`, `SECOND_HOP`.
 
     With `keep`, the same walk finds the best `keep` of each row: the bar is then the score of the
     worst of the best `keep` on the list. It only rises, too.
@@ -164,7 +171,10 @@ def search(
             above = jnp.any(state.scores[slots] >= state.bar[walk], axis=-1)
             there &= (passing | above)[:, None]
         # What is met while passing through must be eligible itself.
-        there &= ~passing[:, None] | terrain.eligible(near)
+        eligible, place = terrain.eligible(near), jnp.arange(degree)
+        there &= jnp.where(
+            passing[:, None], eligible & (place < SECOND_HOP), eligible | (place < FIRST_HOP)
+        )
         return jnp.where(there, walk[:, None] * n + near, -1).ravel(), there.ravel()
 
     def turn(state: _State) -> _State:

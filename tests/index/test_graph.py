@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from alaya_jax.attention.paged import Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index import GraphLayer, GraphSpec, graph_build
+from alaya_jax.index.graph_search import SECOND_HOP
 
 
 @functools.partial(jax.jit, static_argnames=("l0", "capacity", "shared"))
@@ -77,15 +78,18 @@ def algorithm_1(neighbours, scores, starts, l0, beta, seed, low, limit):
         if len(listed) <= l0 or scores[key] >= best - beta:
             listed.append(key)
 
+    def eligible(keys):
+        return [key for key in keys if low <= key < limit]
+
     def meet(keys, two_hops=True):
         for key in keys:
             if key < 0 or key in seen:
                 continue
             if low <= key < limit:
                 try_append(key)
-            elif two_hops:
+            elif two_hops:  # no key here has more than FIRST_HOP neighbours
                 seen.add(key)
-                meet([j for j in neighbours[key] if low <= j < limit], two_hops=False)
+                meet(eligible(neighbours[key][:SECOND_HOP]), two_hops=False)
 
     meet(starts)
     i = 0
