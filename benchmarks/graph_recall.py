@@ -39,13 +39,15 @@ import numpy as np
 from planted import Planted
 
 import alaya_jax as aj
-from alaya_jax import attention, cache
+from alaya_jax import cache
+from alaya_jax.attention.engine import attend as attend_pages
 from alaya_jax.attention.paged import Pages
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import GraphSpec, cluster
 from alaya_jax.index.graph_build import link, query_lists
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
+from alaya_jax.query.plan import Plan
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 CHUNK, SINK = 512, 128
@@ -322,7 +324,7 @@ def chunk(params, kv, table, tokens, config):
     def attend(layer, q, k, v, state):
         kv, queries = state
         kv = cache.append(kv, layer, k, v, table, count)
-        out, _ = attention.attend(Full(), q, kv.k[layer], kv.v[layer], table, count)
+        out, _ = attend_pages(Plan(Full()), q, kv.k[layer], kv.v[layer], table, count)
         rows = q[0].reshape(q.shape[1], k.shape[2], -1, k.shape[3])
         kept = (*queries, jnp.transpose(rows, (1, 2, 0, 3))) if layer in LAYERS else queries
         return out, (kv, kept)

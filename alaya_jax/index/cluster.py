@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.paged import Pages
 from alaya_jax.errors import ConfigError
-from alaya_jax.index.exact import operand_dtype
 from alaya_jax.index.found import Found, per_row, to_front
 
 SEGMENT = 8192
@@ -106,7 +105,7 @@ class ClusterLayer:
     ) -> Found:
         """One query token: fields without the axis T."""
         heads, group, dim = q.shape
-        dtype = operand_dtype(pages)
+        dtype = pages.operand_dtype
         q = q.astype(dtype).astype(jnp.float32)
         begin, size = self.first[:, :-1], jnp.diff(self.first)
         ends = (begin, jnp.maximum(self.first[:, 1:] - 1, 0))
