@@ -1,7 +1,9 @@
 """Graphs of stored contexts: built, kept on disk, lent to sessions, gone with their context."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from alaya_jax import graphs
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
 from alaya_jax.index import graph_build
 from alaya_jax.models import llama
+from alaya_jax.sharding import tree_shardings
 
 WINDOW = aj.Window(sink=2, recent=8)
 GRAPH = aj.Graph(degree=8, listed=16, sink=0, l0=512, capacity=512)
@@ -171,6 +174,30 @@ def test_damage_is_named_and_mended(db, context, document):
     assert context.indexes == ()
     with pytest.raises(ContextError, match="version 99"):
         answer(db, [*document, 5], THROUGH)
+
+
+def test_heads_are_split_over_a_mesh_and_pages_are_not(open_db, tiny_model, document):
+    """What one device built, a mesh reads, and the other way round; a context axis is refused."""
+    mesh = aj.make_mesh(tensor=2)
+    shardings = tree_shardings(
+        mesh, aj.ShardingRules(), llama.logical_axes(tiny_model.config), tiny_model.params
+    )
+    params = jax.device_put(tiny_model.params, shardings)
+    split = dataclasses.replace(tiny_model, params=params, mesh=mesh)
+    db = open_db(split)
+    context = db.build_index(db.import_context(document), GRAPH)
+    got, _ = answer(db, [*document, 5], THROUGH)
+    (graph,) = {g.neighbours.sharding.spec[0] for g in context._graph[1]}
+    assert graph == "tensor"
+    db.close()
+    alone = open_db()
+    assert answer(alone, [*document, 5], THROUGH)[0] == got
+    alone.close()
+    spread = open_db(dataclasses.replace(tiny_model, mesh=aj.make_mesh(context=2)))
+    with pytest.raises(RequestError, match="spread over mesh axis 'context'"):
+        spread.build_index(context.id, GRAPH)
+    with pytest.raises(RequestError, match="spread over mesh axis 'context'"):
+        spread.create_session([3, 4])[0].plans(THROUGH, 4)
 
 
 def test_an_interrupted_build_leaves_the_context_as_it_was(db, context, document, monkeypatch):
