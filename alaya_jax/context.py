@@ -57,6 +57,11 @@ class Context:
             if record.kind == graphs.KIND and record.problem is None
         )
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
+        return self._graph is not None or graphs.KIND in self._store.indexes(self.id)
+
     def graph(self, wanted: Graph, model: Model) -> tuple[GraphLayer, ...]:
         """Its graph of each layer, on the device; read when first asked for.
 

@@ -211,6 +211,7 @@ class DB:
             raise
         tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
         session = Session(self.model, self.pool, sequences, tokens, found, batched=batched)
+        session.lender = self._lender
         rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
         return session, rest if batched else rest[0]
 
@@ -388,18 +389,30 @@ class DB:
         for context in self._contexts.values():
             if context.problem is not None:
                 continue
-            n = min(context.num_tokens, len(tokens) - 1)
-            if n <= length:
+            if min(context.num_tokens, len(tokens) - 1) <= length:
                 continue
-            try:
-                differ = context.tokens[:n] != tokens[:n]
-            except ContextError as error:  # not known to be a prefix: the others serve
-                context.problem = str(error)
-                continue
-            shared = int(np.argmax(differ)) if differ.any() else n
+            shared = self._shared(context, tokens[:-1])
             if shared > length:
                 best, length = context, shared
         return best, length
+
+    def _shared(self, context: Context, tokens: np.ndarray) -> int:
+        """How many tokens a context and a prompt have in common; 0 if the context is damaged."""
+        n = min(context.num_tokens, len(tokens))
+        try:
+            differ = context.tokens[:n] != tokens[:n]
+        except ContextError as error:  # not known to be a prefix: the others serve
+            context.problem = str(error)
+            return 0
+        return int(np.argmax(differ)) if differ.any() else n
+
+    def _lender(self, tokens: np.ndarray, wanted: Graph) -> tuple[Context | None, int]:
+        """Of the contexts that have such a graph the one that shares most tokens, and how many."""
+        usable = [c for c in self._contexts.values() if c.problem is None]
+        having = [c for c in usable if any(wanted.fits(graph) for graph in c.indexes)]
+        shared = [self._shared(context, tokens) for context in having]
+        most = max(shared, default=0)
+        return (having[shared.index(most)], most) if most else (None, 0)
 
     def _attach(self, context: Context, length: int) -> Sequence:
         """A share of the first tokens of a context, read from disk if they are not in memory."""

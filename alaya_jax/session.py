@@ -72,6 +72,11 @@ class Session:
         self.reads: dict[str, Reads] = {}
         self._graphs: dict[tuple[int, Any], tuple[GraphLayer, ...]] = {}
         """By sequence and building settings; kept as the session's pages are."""
+        self.lender: Callable[[np.ndarray, Graph], tuple[Context | None, int]] = lambda *_: (
+            None,
+            0,
+        )
+        """Finds another context's graph where a sequence's own has none, and how far it goes."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -196,14 +201,18 @@ class Session:
         key = b, tuple(index.built.items())
         if key not in self._graphs:
             graphs.require_no_context_axis(self.model, index)
-            context = self.contexts[b]
+            context, known = self.contexts[b], self.reused[b]
+            if context is None or not context.has_graph:
+                # Keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
+                lent, shared = self.lender(self.tokens[b][:known], index)
+                context, known = (lent, shared) if lent is not None else (context, known)
             if context is None:
                 raise RequestError(
                     f"sequence {b} was opened on no stored context, and a graph index belongs to "
                     "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
                     "aj.Graph()) before create_session"
                 )
-            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model), self.reused[b])
+            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model), known)
         return self._graphs[key]
 
     def feed(
@@ -446,7 +455,7 @@ class Session:
             self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
         )
         other.reused = list(self.reused)
-        other._graphs = dict(self._graphs)
+        other._graphs, other.lender = dict(self._graphs), self.lender
         other.pending = [list(p) for p in self.pending]
         return other
 
