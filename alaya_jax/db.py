@@ -8,7 +8,6 @@ session, rest = db.create_session(document + question)
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
@@ -22,13 +21,8 @@ from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
+from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, DirectoryStore
-
-_UNITS = {"": 1, "B": 1, "kB": 1000} | {
-    f"{prefix}{ending}": base**power
-    for ending, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +30,9 @@ class Budget:
     """Memory the database may use.
 
     Attributes:
-      device: for the KV pages of all contexts in use and all sessions, over all devices; bytes, or
-        a string such as "8GiB".
+      device: for the KV pages of all contexts in use and all sessions, over all devices that the
+        pages are split over; bytes, or a string such as "8GiB". What a mesh holds in copies (one
+        for each step of its `data` axis) is counted once.
     """
 
     device: int | str = "2GiB"
@@ -49,17 +44,7 @@ class Budget:
         Raises:
           RequestError: not a size.
         """
-        if isinstance(self.device, int | np.integer):
-            size = int(self.device)
-        else:
-            number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)\s*"
-            match = re.fullmatch(number, self.device) if isinstance(self.device, str) else None
-            if not match or match[2] not in _UNITS:
-                raise RequestError(f"Budget(device={self.device!r}): use bytes, or e.g. '8GiB'")
-            size = int(float(match[1]) * _UNITS[match[2]])
-        if size <= 0:
-            raise RequestError(f"Budget(device={self.device!r}): must be positive")
-        return size
+        return bytes_of(self.device, "Budget(device=...)")
 
 
 class DB:
@@ -95,10 +80,13 @@ class DB:
             raise RequestError(f"DB(page_size={page_size}): must be at least 1 token")
         page_bytes = self.token_bytes * page_size
         num_pages = self.budget.device_bytes // page_bytes
-        if num_pages < 2:  # one belongs to nobody
+        shards = model.rules.page_shards(model.mesh)
+        if num_pages < 2 * shards:  # of each part one belongs to nobody
+            parts = "" if shards == 1 else f" for each of {shards} devices"
             raise RequestError(
-                f"Budget(device={self.budget.device!r}) holds no page: a page of {page_size} "
-                f"tokens of {model.name} takes {page_bytes:,} bytes; raise the budget"
+                f"Budget(device={self.budget.device!r}) holds no page{parts}: a page of "
+                f"{page_size} tokens of {model.name} takes {page_bytes:,} bytes, and one{parts} "
+                f"stays empty; raise the budget to at least {2 * shards * page_bytes:,} bytes"
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self.pool.evict = self._evict
@@ -345,7 +333,9 @@ class DB:
             )
         room = self.pool.capacity_tokens
         if len(tokens) > room:
-            pages = math.ceil(len(tokens) / self.pool.page_size) + 1  # one belongs to nobody
+            pages = math.ceil(len(tokens) / self.pool.page_size)
+            shards = self.model.rules.page_shards(self.model.mesh)
+            pages = (math.ceil(pages / shards) + 1) * shards  # of each part one belongs to nobody
             needed = pages * self.pool.page_size
             raise CacheFullError(
                 f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "

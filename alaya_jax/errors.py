@@ -31,3 +31,11 @@ class ContextError(AlayaError):
 
 class DatabaseError(AlayaError):
     """A database path that cannot be opened: unwritable, locked, or not a database."""
+
+
+class PlanError(RequestError):
+    """A goal for attention that no plan reaches on this machine; says which ones are reached."""
+
+
+class KernelError(AlayaError):
+    """An operation that no implementation can run as asked: says why for each."""

@@ -148,7 +148,8 @@ class Generation(Iterator[Token]):
         # Randomness goes by position: a session that was left goes on as if it had not been.
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
         self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
-        plans = [session.plans(asked, max(ends) + max_new_tokens) for asked in (attention, prefill)]
+        longest = max(ends) + max_new_tokens
+        plans = session.plans(attention, longest), session.plans(prefill, longest, prefill=True)
         # The last token sampled is never fed, so it needs no room.
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
 

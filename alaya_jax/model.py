@@ -13,6 +13,7 @@ from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
+from alaya_jax.models.quantized import QuantizedKernel, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
@@ -29,6 +30,7 @@ class Model:
       name: for people.
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
+      directory: of the checkpoint's files; None where it is one file, or was not read from any.
     """
 
     config: LlamaConfig
@@ -39,6 +41,7 @@ class Model:
     mesh: Mesh | None = None
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
     max_length: int | None = None
+    directory: Path | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -91,12 +94,19 @@ class Model:
         return ids.astype(np.int32)
 
     def __repr__(self) -> str:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_quantized)
+        kinds = sorted({leaf.scheme for leaf in leaves if _is_quantized(leaf)})
+        count = sum(leaf.size for leaf in leaves)
         place = f"mesh {dict(self.mesh.shape)}" if self.mesh else str(jax.devices()[0])
+        kept = f", weights in {', '.join(kinds)}" if kinds else ""
         return (
-            f"Model({self.name}, {count / 1e6:,.1f}M parameters, {self.dtype.name}, "
+            f"Model({self.name}, {count / 1e6:,.1f}M parameters, {self.dtype.name}{kept}, "
             f"up to {self.length_limit:,} tokens, on {place})"
         )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedKernel)
 
 
 def load(
@@ -104,6 +114,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     *,
+    quantize: Scheme | None = None,
     rules: ShardingRules | None = None,
     max_length: int | None = None,
     progress: bool = True,
@@ -114,6 +125,8 @@ def load(
       path_or_name: an HF directory, a GGUF file, or a bundled name such as "smollm2-135m".
       mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
       dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
+      quantize: "int8" or "int4" keeps the weights so; another model than the dense one, with stored
+        contexts of its own.
       rules: which axis goes where; default `ShardingRules()`.
       max_length: longest sequence to serve, tokens; default what the checkpoint declares. Dynamic
         RoPE is stretched for it: choose it as short as will do.
@@ -128,13 +141,13 @@ def load(
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
         auto = (AxisType.Auto,) * len(mesh.axis_names)
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-    read = read_checkpoint(path_or_name, mesh=mesh, rules=rules, dtype=dtype, progress=progress)
+    read = read_checkpoint(
+        path_or_name, mesh=mesh, rules=rules, dtype=dtype, quantize=quantize, progress=progress
+    )
     declared = read.config.max_length
     if max_length is not None and not 1 <= max_length <= declared:
         raise RequestError(f"load: max_length={max_length}; {path_or_name} declares {declared:,}")
-    fingerprint = read.fingerprint
-    if read.config.rope.rope_type == "dynamic":  # its keys depend on the length
-        fingerprint += f"-rope{max_length or declared}"
+    fingerprint = served_as(read.fingerprint, read.config, max_length)
     return Model(
         config=read.config,
         params=read.params,
@@ -144,4 +157,12 @@ def load(
         mesh=mesh,
         rules=rules,
         max_length=max_length,
+        directory=read.source if read.source.is_dir() else None,
     )
+
+
+def served_as(fingerprint: str, config: LlamaConfig, max_length: int | None = None) -> str:
+    """The fingerprint of a checkpoint's keys: with dynamic RoPE they depend on the length."""
+    if config.rope.rope_type != "dynamic":
+        return fingerprint
+    return f"{fingerprint}-rope{max_length or config.max_length}"

@@ -24,7 +24,7 @@ from alaya_jax.errors import DatabaseError
 from alaya_jax.index import Flat, Graph, Index, Indexed, LayerIndex
 from alaya_jax.model import Model
 from alaya_jax.query.plan import Plans, indexes_of
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, laid, spread, whole
 
 TABLE_WIDTH = 512
 """Pages of the narrowest page table, wider ones are this times a power of four: a program is
@@ -75,8 +75,8 @@ class PagePool:
         """Args: model; P, of which whole shards are used; Z; the setting to name when the pool is
         exhausted.
         """
-        self._axis = model.rules.axis("pages", model.mesh)
-        self._shards = model.mesh.shape[self._axis] if model.mesh and self._axis else 1
+        self._shards = model.rules.page_shards(model.mesh)
+        self._place = model.rules.pool(model.mesh)
         self.page_size = page_size
         self.num_pages = num_pages - num_pages % self._shards
         self._model = model
@@ -125,6 +125,7 @@ class PagePool:
         Returns:
           the result without the cache.
         """
+        args = spread(args, self._model.mesh)
         with uninterrupted():
             result = program(self._model.params, self.kv, *args, **static)
             if kv_result is None:
@@ -150,7 +151,7 @@ class PagePool:
         fresh = self._allocate(needed + (tail is not None), after)
         if tail is not None:
             shared = sequence.pages[tail : tail + 1].copy()
-            self.run(_copy_pages, shared, fresh[:1], kv_result=None)
+            self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
             sequence.pages[tail], fresh = fresh[0], fresh[1:]
             self._allocator.release(shared)
         sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
@@ -245,7 +246,7 @@ class PagePool:
         if self._shards > 1:
             return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
-        width = min(_bucket(longest, TABLE_WIDTH, 4), self.num_pages - 1)
+        width = min(table_width(longest), self.num_pages - 1)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)
@@ -260,7 +261,7 @@ class PagePool:
         per_shard = self.num_pages // self._shards
         placed = [np.divmod(s.pages, per_shard) for s in sequences]
         longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
-        width = _bucket(longest, TABLE_WIDTH // self._shards or 1, 4)
+        width = min(table_width(longest, self._shards), per_shard - 1)
         shape = (len(sequences), self._shards, width)
         pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
         for b, (shard, local) in enumerate(placed):
@@ -272,11 +273,15 @@ class PagePool:
                 rest = np.arange(last + 1, last + 1 + width - len(mine))
                 pages[b, s, len(mine) :] = np.minimum(rest, per_shard - 1)
         flat = (len(sequences), self._shards * width)
-        assert self._model.mesh is not None
-        place = NamedSharding(self._model.mesh, PartitionSpec(None, self._axis))
-        put = functools.partial(jax.device_put, device=place)
+        assert self._place is not None
+        place = NamedSharding(self._place.mesh, PartitionSpec(None, self._place.spec[1]))
+
+        def put(x: np.ndarray) -> jax.Array:
+            x = x.reshape(flat)
+            return jax.make_array_from_callback(flat, place, x.__getitem__)
+
         length = jnp.asarray([s.length for s in sequences], jnp.int32)
-        return PageTable(put(pages.reshape(flat)), length, put(start.reshape(flat)))
+        return PageTable(put(pages), length, put(start))
 
     def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
@@ -293,17 +298,23 @@ class PagePool:
 
         with uninterrupted():
             old = self.kv
-            new_k, new_v = _write_pages(old.k[layer], old.v[layer], pages, paged(k), paged(v))
+            new_k, new_v = _write_pages(
+                old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
+            )
             self._kv = old.replace_layer(layer, new_k, new_v)
 
     def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of one layer, each [K, n, D], on the host."""
-        count = -(-sequence.length // self.page_size)
-        width = _bucket(count, TRANSFER_WIDTH, 2)
-        pages = np.zeros(width, np.int32)
+        k, v = (np.asarray(x) for x in self.gather(sequence, layer, sequence.length))
+        return k[:, : sequence.length], v[:, : sequence.length]
+
+    def gather(self, sequence: Sequence, layer: int, count: int) -> tuple[jax.Array, jax.Array]:
+        """The first `count` tokens of one layer and some more, each [K, n, D], on every device."""
+        count = -(-count // self.page_size)
+        pages = np.zeros(_bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[:count]
-        k, v = _read_tokens(self.kv.k[layer], self.kv.v[layer], pages)
-        return np.asarray(k)[:, : sequence.length], np.asarray(v)[:, : sequence.length]
+        place = whole(self._model.mesh)
+        return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
 
 
 @dataclasses.dataclass
@@ -317,6 +328,11 @@ class _LayerState:
 
     index: LayerIndex
     built: np.ndarray
+
+
+def table_width(pages: int, shards: int = 1) -> int:
+    """Entries of a page table for so many pages; of each device's, with so many devices."""
+    return _bucket(pages, TABLE_WIDTH // shards or 1, 4)
 
 
 def _bucket(count: int, smallest: int, factor: int) -> int:
@@ -352,21 +368,35 @@ def _build_index(
     return build(index, k_pages, v_pages, ids, filled)
 
 
-@functools.partial(jax.jit, donate_argnames=("kv",))
-def _copy_pages(params: Any, kv: PagedKV, source: jax.Array, target: jax.Array) -> PagedKV:
+@functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))
+def _copy_pages(
+    params: Any,
+    kv: PagedKV,
+    source: jax.Array,
+    target: jax.Array,
+    *,
+    place: NamedSharding | None,
+) -> PagedKV:
     del params
-    return cache.copy_pages(kv, source, target)
+    return laid(cache.copy_pages(kv, source, target), place)
 
 
-@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"))
+@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"), static_argnames=("place",))
 def _write_pages(
-    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, k: jax.Array, v: jax.Array
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    place: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
-    return cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+    new = cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+    return laid(new, place)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("place",))
 def _read_tokens(
-    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array
+    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, *, place: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
-    return cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)
+    return laid((cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)), place)

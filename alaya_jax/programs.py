@@ -24,7 +24,7 @@ from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 
 def step(
@@ -112,7 +112,11 @@ def extend(
     rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B V"], PagedKV, Counts]:
     """`step`, compiled: one chunk of a prefill."""
-    return step(params, config, kv, table, tokens, count, plans, indexed, rope_length, mesh, rules)
+    logits, kv, counts = step(
+        params, config, kv, table, tokens, count, plans, indexed, rope_length, mesh, rules
+    )
+    logits, counts = laid((logits, counts), whole(mesh))
+    return logits, laid(kv, (rules or ShardingRules()).pool(mesh)), counts
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rope_length", "mesh", "rules"))
@@ -277,4 +281,7 @@ def decode(
     def more(carry: Any) -> Array:
         return (carry[0].steps < jnp.minimum(steps, capacity)) & carry[0].running.any()
 
-    return lax.while_loop(more, body, (out, kv, table, token, sampler))
+    out, kv, new, token, sampler = lax.while_loop(more, body, (out, kv, table, token, sampler))
+    out, length, token, sampler = laid((out, new.length, token, sampler), whole(mesh))
+    kv = laid(kv, (rules or ShardingRules()).pool(mesh))
+    return out, kv, dataclasses.replace(table, length=length), token, sampler

@@ -1,6 +1,7 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from alaya_jax import cache, graphs, programs
+from alaya_jax import graphs, programs
 from alaya_jax.attention import engine
 from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
@@ -20,9 +21,13 @@ from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
+from alaya_jax.query.auto import Auto
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.plan import Attention, Plans, indexes_of, of_layer, plan_for
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.query.optimizer import Choice
+from alaya_jax.query.plan import Attention, Plan, Plans, indexes_of, of_layer, plan_for
+from alaya_jax.query.report import report
+from alaya_jax.query.situation import choose_for
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -77,6 +82,8 @@ class Session:
             0,
         )
         """Finds another context's graph where a sequence's own has none, and how far it goes."""
+        self.choice: Choice | None = None
+        """What `Auto` chose last, and why."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -166,15 +173,28 @@ class Session:
         if not max(len(row) for row in rows):
             raise RequestError("prefill: there are no tokens to run the model over")
         longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
-        plans = self.plans(attention, longest)
+        plans = self.plans(attention, longest, prefill=True)
         self.make_room([len(row) for row in rows])
         return self.feed(rows, plans, on_chunk)
 
-    def plans(self, attention: Attention | None, length: int) -> Plans:
-        """What answers `attention`, default `Full()`, in sequences of up to so many tokens."""
-        config = self.model.config
-        plans = plan_for(Full() if attention is None else attention, config, length)
-        for index in indexes_of(plans, config.num_hidden_layers):
+    def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
+        """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
+
+        A prefill reads each key for many queries at once, so `Auto` has it read every key.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+        """
+
+        def choose(auto: Auto) -> Plans:
+            if prefill:
+                return Plan(Full())
+            self.choice = choose_for(auto, self, length)
+            return self.choice.plans
+
+        asked = Full() if attention is None else attention
+        plans = plan_for(asked, self.model.config, length, choose)
+        for index in indexes_of(plans, self.model.config.num_hidden_layers):
             if isinstance(index, Graph):  # missing, it is refused before anything runs
                 for b in range(self.batch_size):
                     self._graph(b, index)
@@ -389,9 +409,7 @@ class Session:
         if not return_kv:
             return None, None
         n = self.lengths[0] + int(self._ahead[layer])
-        pages = jnp.asarray(self.sequences[0].pages)
-        kv = self.pool.kv
-        full_k, full_v = (cache.read_tokens(p[layer], pages) for p in (kv.k, kv.v))
+        full_k, full_v = self.pool.gather(self.sequences[0], layer, n)
         return full_k[:, :n], full_v[:, :n]
 
     def attention(
@@ -420,7 +438,7 @@ class Session:
         table = dataclasses.replace(table, length=table.length - t)
         kv = self.pool.kv
         count = jnp.full(batch, t, jnp.int32)
-        plans = self.plans(query, max(self.lengths) + t)
+        plans = self.plans(query, max(self.lengths) + t, prefill=t > 1)
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
         indexed = self.cover(plans)
         out, counts = engine.attend(
@@ -435,8 +453,9 @@ class Session:
             mesh=self.model.mesh,
             rules=self.model.rules,
         )
-        in_layer = (jnp.arange(c.num_hidden_layers) == layer)[:, None, None]
-        by_layer = jax.tree.map(lambda x: jnp.where(in_layer, x.sum(1), 0), counts)
+        by_layer = _of_layer(
+            counts, layer, layers=c.num_hidden_layers, place=whole(self.model.mesh)
+        )
         # The account is kept by token: the last layer closes it.
         counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
         self.count_reads("attention", plans, by_layer, np.asarray(table.length).tolist(), counted)
@@ -459,16 +478,32 @@ class Session:
         other.pending = [list(p) for p in self.pending]
         return other
 
-    def explain(self) -> Explanation:
-        """What this session asked of its keys and what was really read, by phase and layer."""
+    def explain(
+        self,
+        analyze: bool = False,
+        attention: Attention | None = None,
+        *,
+        sequence: int = 0,
+    ) -> Explanation:
+        """What this session asked of its keys and what was really read, by phase and layer.
+
+        Args:
+          analyze: also runs the last cached token's attention again, each layer timed and held
+            against full attention: the true share of the mass, the error of the output, the keys
+            attended to. The cache is only read.
+          attention: the plan to show and to analyze; default what decoding did last (or the
+            prefill, or `Full()`).
+          sequence: of a batch, which to analyze.
+
+        Raises:
+          RequestError: there is nothing to analyze, or the session is closed.
+          PlanError: what an `Auto` asks cannot be had.
+        """
         if not self._release.alive:
+            if analyze or attention is not None:
+                raise RequestError("the session is closed; what it read is explain() without more")
             return self._explanation
-        return Explanation(
-            tokens=self.lengths,
-            reused=self.reused,
-            contexts=[c.id if c else None for c in self.contexts],
-            phases=dict(self.reads),
-        )
+        return report(self, analyze, attention, sequence)
 
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""
@@ -507,7 +542,15 @@ def _append_layer(
     rules: ShardingRules,
 ) -> PagedKV:
     del params
-    return engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    return laid(new, rules.pool(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "place"))
+def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
+    """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
+    here = (jnp.arange(layers) == layer)[:, None, None]
+    return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
 
 
 _append = jax.jit(

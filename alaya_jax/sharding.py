@@ -6,10 +6,12 @@ rules = dataclasses.replace(aj.ShardingRules(), vocab=None)         # another st
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax.errors import ConfigError
@@ -74,6 +76,54 @@ class ShardingRules:
                 )
         return NamedSharding(mesh, spec)
 
+    def pool(self, mesh: Mesh | None) -> NamedSharding | None:
+        """Where an array [K, P, ...] of the cache or of an index lies; None without a mesh."""
+        if mesh is None:
+            return None
+        return NamedSharding(mesh, PartitionSpec(*self.spec(mesh, ("kv_heads", "pages"))))
+
+    def page_shards(self, mesh: Mesh | None) -> int:
+        """Into how many parts the pages of the cache are split."""
+        axis = self.axis("pages", mesh)
+        return mesh.shape[axis] if mesh is not None and axis is not None else 1
+
+
+def laid(tree: Any, place: NamedSharding | None) -> Any:
+    """Arrays of a program, to be laid so; as they are when there is no place.
+
+    What goes from one call of a program into the next is laid one way only: for another the program
+    would be compiled again.
+    """
+    if place is None:
+        return tree
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, place), tree)
+
+
+def whole(mesh: Mesh | None) -> NamedSharding | None:
+    """A copy on every device; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """A tree with the arrays of a single device copied to every device of a mesh; what lies on the
+    mesh stays where it is. Without a mesh nothing changes.
+    """
+    if mesh is None:
+        return tree
+
+    def is_alone(x: Any) -> bool:
+        return isinstance(x, jax.Array) and len(x.sharding.device_set) < mesh.size
+
+    leaves, structure = jax.tree.flatten(tree)
+    alone = [x for x in leaves if is_alone(x)]
+    copies = iter(_copied(whole(mesh))(alone) if alone else ())
+    return structure.unflatten([next(copies) if is_alone(x) else x for x in leaves])
+
+
+@functools.cache
+def _copied(place: NamedSharding | None) -> Any:
+    return jax.jit(lambda leaves: leaves, out_shardings=place)
+
 
 def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:
     """A mesh with named axes, e.g. `make_mesh(data=2, tensor=4)`.
@@ -94,6 +144,27 @@ def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:
     return jax.make_mesh(
         tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices[:n]
     )
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """The axes that "data=2,tensor=4" means, as command lines take it, for `make_mesh`.
+
+    Raises:
+      ConfigError: it is no list of names and sizes.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) < 1:
+            raise ConfigError(f"mesh {text!r} is not understood; write it as data=2,tensor=4")
+        axes[name.strip()] = int(size)
+    known = {str(target) for target in dataclasses.astuple(ShardingRules()) if target is not None}
+    if unknown := axes.keys() - known:
+        raise ConfigError(
+            f"mesh {text!r} has axes that no sharding rule uses: {', '.join(sorted(unknown))}; "
+            f"use {', '.join(sorted(known))}"
+        )
+    return axes
 
 
 def tree_shardings(mesh: Mesh, rules: ShardingRules, axes: Any, shapes: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import cache
@@ -302,3 +303,37 @@ _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 _IGNORE_MERGES = set(LLAMA3_PRES)
 _NFC = {"qwen2"}
+PRES = tuple(_PRE_TOKENIZERS)
+"""The names of `tokenizer.ggml.pre` that are known here."""
+
+
+def known_pre(
+    pre_tokenizer: Mapping[str, Any] | None,
+    normalizer: Mapping[str, Any] | None,
+    *,
+    ignore_merges: bool,
+) -> str | None:
+    """llama.cpp's name of the way a tokenizer.json cuts text; the inverse of `byte_level_bpe`.
+
+    Args:
+        pre_tokenizer, normalizer: Those parts of the file.
+        ignore_merges: Whether a word that is a token is taken whole.
+
+    Returns:
+        The first name that means exactly this, None where no known one does.
+    """
+    for name, cut in _PRE_TOKENIZERS.items():
+        same = _steps(pre_tokenizer) == _steps(json.loads(cut().__getstate__()))
+        forms = [step.get("type") for step in _steps(normalizer)]
+        same = same and ignore_merges == (name in _IGNORE_MERGES)
+        if same and forms == (["NFC"] if name in _NFC else []):
+            return name
+    return None
+
+
+def _steps(state: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A pre-tokenizer's or normalizer's steps, without what does not change the pieces."""
+    if state is None:
+        return []
+    steps = state.get("pretokenizers") or state.get("normalizers") or [state]
+    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.kernels import Kernel
 
 Params = dict[str, Any]
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -41,7 +42,7 @@ def forward(
     """Runs the model over T new tokens of each sequence.
 
     Args:
-      params: pytree as made by `init_params` or a checkpoint reader.
+      params: pytree as made by `init_params` or a checkpoint reader; a matrix may be a `Kernel`.
       config: architecture (static under jit).
       tokens: token ids.
       positions: position of each token in its sequence, from 0.
@@ -113,13 +114,7 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, attend, state, logits_at=None, rope_length=None):
         cfg = self.config
-        embed = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            param_dtype=self.param_dtype,
-            embedding_init=_partitioned(nn.initializers.normal(0.02), "vocab", "embed"),
-            name="embed",
-        )
+        embed = _Embed(cfg.vocab_size, cfg.hidden_size, self.param_dtype, name="embed")
         x = embed(tokens)
         rotary = rope.rotation(positions, *rope.inverse_frequencies(cfg, rope_length))
         for layer in range(cfg.num_hidden_layers):
@@ -130,9 +125,7 @@ class Llama(nn.Module):
         x = RMSNorm(cfg.rms_norm_eps, self.param_dtype, name="norm")(x)
         with jax.named_scope("logits"):
             if cfg.tie_word_embeddings:
-                logits = jnp.einsum(
-                    "...e,ve->...v", x, embed.embedding, preferred_element_type=jnp.float32
-                )
+                logits = embed.logits(x)
             else:
                 head = _Linear(
                     (cfg.vocab_size,), ("embed", "vocab"), self.param_dtype, name="lm_head"
@@ -214,6 +207,30 @@ class RMSNorm(nn.Module):
         return scale * y.astype(x.dtype)
 
 
+class _Embed(nn.Module):
+    """The embedding table [V, E]: rows by token id, and logits where the head is tied to it."""
+
+    rows: int
+    width: int
+    param_dtype: Any
+
+    def setup(self):
+        init = _partitioned(nn.initializers.normal(0.02), "vocab", "embed")
+        shape = (self.rows, self.width)
+        self.embedding = _kernel(self, "embedding", init, shape, self.param_dtype)
+
+    def __call__(self, tokens):
+        if isinstance(self.embedding, Kernel):
+            return self.embedding.rows(tokens)
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def logits(self, x):
+        """Logits float32 [..., V] of x [..., E]."""
+        if isinstance(self.embedding, Kernel):
+            return self.embedding.contract_last(x)
+        return jnp.einsum("...e,ve->...v", x, self.embedding, preferred_element_type=jnp.float32)
+
+
 class _Linear(nn.Module):
     """Contracts the trailing axes of x with a kernel of logical axes `axes`; optional bias."""
 
@@ -233,14 +250,24 @@ class _Linear(nn.Module):
             in_axis=tuple(range(n_in)),
             out_axis=tuple(range(n_in, len(self.axes))),
         )
-        kernel = self.param(
-            "kernel", _partitioned(init, *self.axes), in_shape + self.features, self.param_dtype
-        )
-        y = jnp.tensordot(x, kernel, n_in, preferred_element_type=preferred_element_type)
+        init = _partitioned(init, *self.axes)
+        kernel = _kernel(self, "kernel", init, in_shape + self.features, self.param_dtype)
+        if isinstance(kernel, Kernel):
+            y = kernel.contract(x, n_in, preferred_element_type)
+        else:
+            y = jnp.tensordot(x, kernel, n_in, preferred_element_type=preferred_element_type)
         if self.use_bias:
             init = _partitioned(nn.initializers.zeros_init(), *self.axes[n_in:])
             y = y + self.param("bias", init, self.features, self.param_dtype)
         return y
+
+
+def _kernel(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any):
+    """A parameter of a module, or the `Kernel` that stands in its place."""
+    given = module.get_variable("params", name)
+    if isinstance(given, Kernel):
+        return given
+    return module.param(name, init, shape, dtype)
 
 
 def _partitioned(init: Callable, *axes: str) -> Callable:

@@ -1,13 +1,18 @@
 """The pool: page tables of any width, transfers of any size, and Ctrl-C while the cache is away."""
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 import alaya_jax as aj
-from alaya_jax.errors import DatabaseError
+from alaya_jax.cache import UNUSED
+from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.pool import PagePool, Sequence
 
 
@@ -30,6 +35,47 @@ def test_a_table_is_as_wide_as_its_longest_sequence_needs(narrow, pages, width):
     np.testing.assert_array_equal(table.pages[0, :pages], sequences[0].pages)
     assert 0 <= table.pages.min() <= table.pages.max() < 65
     assert table.length.tolist() == [sequences[0].length, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 90), st.booleans()), max_size=12),
+)
+def test_the_table_of_a_spread_pool_says_where_each_page_is(steps):
+    """Whatever was reserved and released before: each device's entries, in order, by position."""
+    model = SimpleNamespace(
+        mesh=aj.make_mesh(data=2, context=4), rules=aj.ShardingRules(), config=None
+    )
+    pool = PagePool(model, 67, 16, "Budget()")  # of which 64 are used: 4 parts of 16
+    assert pool.num_pages == 64
+    assert pool.capacity_tokens == 60 * 16
+    sequences = [Sequence() for _ in range(3)]
+    for which, tokens, release in steps:
+        sequence = sequences[which]
+        if release:
+            pool.release(sequence)
+            continue
+        try:
+            pool.reserve(sequence, tokens)
+        except CacheFullError:
+            continue
+        # Inside a page only while nobody shares it; a shared one would be copied on the device.
+        sequence.length += tokens
+    table = pool.table(sequences)
+    assert table.length.tolist() == [s.length for s in sequences]
+    assert table.pages.sharding.spec == PartitionSpec(None, "context")
+    ids, start = (np.asarray(x).reshape(3, 4, -1) for x in (table.pages, table.start))
+    assert ids.min() >= 0
+    assert ids.max() < 16
+    assert np.all(np.diff(start, axis=-1) >= 0)
+    for b, sequence in enumerate(sequences):
+        shard, entry = np.nonzero(start[b] < UNUSED)
+        order = np.argsort(start[b][shard, entry])
+        got = (16 * shard + ids[b][shard, entry])[order]
+        np.testing.assert_array_equal(got, sequence.pages)
+        np.testing.assert_array_equal(
+            start[b][shard, entry][order], 16 * np.arange(len(sequence.pages))
+        )
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 37, 90])

@@ -11,7 +11,7 @@ import alaya_jax as aj
 from alaya_jax import configs
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
-from alaya_jax.sharding import tree_shardings
+from alaya_jax.sharding import parse_axes, tree_shardings
 
 TOLERANCE = 2e-4  # absolute, on logits; float32
 
@@ -135,3 +135,12 @@ def test_an_axis_that_the_mesh_lacks_is_ignored():
     mesh = aj.make_mesh(data=2)
     spec = aj.ShardingRules().spec(mesh, ("batch", "kv_heads", None))
     assert spec == PartitionSpec("data", None, None)
+
+
+def test_axes_of_a_text():
+    assert parse_axes("data=2, tensor=4") == {"data": 2, "tensor": 4}
+    for text in ("", "tensor", "tensor=", "tensor=0", "tensor=x", "tensor=2;data=2"):
+        with pytest.raises(ConfigError, match="write it as data=2,tensor=4"):
+            parse_axes(text)
+    with pytest.raises(ConfigError, match=r"no sharding rule uses: heads; use data, tensor"):
+        parse_axes("heads=2")

@@ -7,8 +7,9 @@ DIPR, TopK    window keys, and the retrieved ones: scored through the index, sel
 Tiles         blocks of keys for blocks of queries, of a prefill
 
 On a mesh each device works on the sequences (data), the heads (tensor) and the pages (context) that
-it holds. What crosses the context axis is as large as the output, however long the context: the
-best score, and the partial attentions' log-sum-exp and sum.
+it holds. What crosses the context axis does not grow with the context: the best score, the partial
+attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DIPR(recovery)` the
+mass above some thresholds.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ def attend(
         covered = jnp.zeros_like(table.length)
     args = (plan, q, k_pages, v_pages, table, count, index, covered)
     if mesh is None:
-        return _attend(*args, axis=None)
+        return _attend(*args, axis=None, head_axis=None)
     return _on_mesh(_attend, mesh, rules or ShardingRules(), q.shape[0], args)
 
 
@@ -119,7 +120,7 @@ def append(
     rules = rules or ShardingRules()
     if rules.axis("pages", mesh) is None or mesh is None:
         return cache.append(kv, layer, k, v, table, count)
-    heads, pages = rules.axis("kv_heads", mesh), rules.axis("pages", mesh)
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     pool, new = PartitionSpec(heads, pages), PartitionSpec(None, None, heads)
     write = jax.shard_map(
         cache.append_layer,
@@ -129,6 +130,18 @@ def append(
         check_vma=False,
     )
     return kv.replace_layer(layer, *write(kv.k[layer], kv.v[layer], k, v, table, count))
+
+
+def _page_axis(mesh: Mesh, rules: ShardingRules, table: PageTable) -> str | None:
+    """The mesh axis of pages; the table must fit it."""
+    axis = rules.axis("pages", mesh)
+    if axis is not None and mesh.shape[axis] > 1 and table.start is None:
+        raise RequestError(
+            f"pages are spread over mesh axis {axis!r} of size {mesh.shape[axis]}, and the page "
+            "table does not say which positions each device holds; give PageTable(start=...), as "
+            "PagePool.table does, or use ShardingRules(pages=None)"
+        )
+    return axis
 
 
 def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
@@ -142,7 +155,7 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
     numbers, structure = jax.tree.flatten(plan)
     spec = PartitionSpec
-    heads, pages = rules.axis("kv_heads", mesh), rules.axis("pages", mesh)
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     data = rules.axis("batch", mesh)
     if data is not None and (batch % mesh.shape[data] or isinstance(index, tuple)):
         data = None  # each device of that axis does the same
@@ -159,7 +172,9 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     by_head: Any = spec(data, None, heads)
     axis = pages if pages is not None and mesh.shape[pages] > 1 else None
     run = jax.shard_map(
-        lambda numbers, *rest: attend(jax.tree.unflatten(structure, numbers), *rest, axis=axis),
+        lambda numbers, *rest: attend(
+            jax.tree.unflatten(structure, numbers), *rest, axis=axis, head_axis=heads
+        ),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=(by_head, Counts(*(by_head,) * 5)),
@@ -185,6 +200,7 @@ def _attend(
     index: LayerIndex | Graphs | None,
     covered: Int[Array, " B"],
     axis: str | None,
+    head_axis: str | None,
 ) -> tuple[Float[Array, "B T H D"], Counts]:
     if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
         raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
@@ -205,7 +221,7 @@ def _attend(
         if isinstance(plan.query, Tiles):
             return _attend_tiles(plan.query, row, position, pages, axis)
         return over_query_blocks(
-            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis),
+            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis, head_axis),
             row,
             position,
             block,
@@ -260,6 +276,7 @@ def _attend_rows(
     index: LayerIndex | GraphLayer | None,
     covered: Int[Array, ""],
     axis: str | None,
+    head_axis: str | None,
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
@@ -297,7 +314,7 @@ def _attend_rows(
         attended, scored = found.attended + in_window, found.scored + in_window
         total = counts(attended, scored, found.read, widened=found.widened)
         return merge(inside, found.partial).out, total
-    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis)
+    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
     parts = [inside, merge_across(partial, axis)]
     mass = found.mass

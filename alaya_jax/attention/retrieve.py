@@ -47,6 +47,7 @@ def retrieve(
     window: Partial,
     best: Float[Array, "K G T"],
     axis: str | None,
+    head_axis: str | None,
 ) -> Retrieved:
     """Keys in range that the plan's query keeps.
 
@@ -60,13 +61,14 @@ def retrieve(
       window: attention over the window, of all devices.
       best: best raw score there; -inf if it is empty.
       axis: mesh axis that the sequence's pages are split over.
+      head_axis: mesh axis that the heads are split over.
     """
     query = plan.query
     assert isinstance(query, DIPR | TopK)
     if query.before is not None:
         keys = dataclasses.replace(keys, high=jnp.minimum(keys.high, query.before))
     if plan.by == "page":
-        return _by_page(plan, q, pages, keys, index, covered, window, best, axis)
+        return _by_page(plan, q, pages, keys, index, covered, window, best, axis, head_axis)
     q = q.astype(pages.operand_dtype)
     scan = _scan(q, pages, keys, index, covered)
     floor, mass = None, None
@@ -84,8 +86,8 @@ def retrieve(
         mask, mass = found.kept, found.mass
     else:
         assert query.beta is not None
-        top_estimate = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan)
-        best = jnp.maximum(best, across(lax.pmax, top_estimate, axis))
+        sure = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan, axis)
+        best = jnp.maximum(best, across(lax.pmax, sure, axis))
         upper = scan.estimate + scan.error
         mask = in_range(upper, best, query.beta)
         if not scan.exact and not plan.tail:
@@ -117,8 +119,11 @@ def _scan(
     return dataclasses.replace(scan, estimate=score_range(q, pages, behind, scan.estimate))
 
 
-def pivot(q: Float[Array, "K G T D"], pages: Pages, scan: Scan) -> Float[Array, "K G T"]:
-    """The exact raw score of the key of best estimate; -inf where no key is in range.
+def pivot(
+    q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None = None
+) -> Float[Array, "K G T"]:
+    """The exact raw score of the key of best estimate; -inf where no key is in range, and on those
+    devices along `axis` that do not hold it.
 
     One key read for each query, and a best score that is surely attained. It stands in for
     `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
@@ -129,7 +134,10 @@ def pivot(q: Float[Array, "K G T D"], pages: Pages, scan: Scan) -> Float[Array, 
     is_best = scan.estimate == best[..., None]
     first = jnp.min(jnp.where(is_best, column, pages.columns - 1), axis=-1)
     exact = scores_at(q, pages, first[..., None])[..., 0]
-    return jnp.where(best > -jnp.inf, exact, -jnp.inf)
+    # The best of several devices' own would be a tighter bound, but what is read would depend on
+    # the mesh.
+    here = (best > -jnp.inf) & (best == across(lax.pmax, best, axis))
+    return jnp.where(here, exact, -jnp.inf)
 
 
 def _may_be_top(
@@ -141,9 +149,9 @@ def _may_be_top(
     estimate, column = lax.top_k(scan.estimate, min(k, pages.columns))
     exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
     if axis is not None:
-        estimate, exact = (lax.all_gather(x, axis, axis=-1, tiled=True) for x in (estimate, exact))
-        _, best = lax.top_k(estimate, min(k, estimate.shape[-1]))
-        exact = jnp.take_along_axis(exact, best, axis=-1)
+        found = -estimate, pages.position_of(column), exact
+        found = (lax.all_gather(x, axis, axis=-1, tiled=True) for x in found)
+        exact = lax.sort(tuple(found), num_keys=2)[2][..., :k]
     least = jnp.min(exact, axis=-1, keepdims=True)
     return (scan.estimate + scan.error >= least) & (scan.estimate > -jnp.inf)
 
@@ -158,6 +166,7 @@ def _by_page(
     window: Partial,
     best: Float[Array, "K G T"],
     axis: str | None,
+    head_axis: str | None,
 ) -> Retrieved:
     query, mass = plan.query, None
     assert isinstance(query, DIPR | TopK)
@@ -180,7 +189,7 @@ def _by_page(
     eligible = scores > -jnp.inf
     if plan.share == "layer":
         mean = jnp.mean(jnp.where(eligible, scores, 0.0), axis=(0, 1), keepdims=True)
-        scores = jnp.where(eligible, mean, -jnp.inf)
+        scores = jnp.where(eligible, across(lax.pmean, mean, head_axis), -jnp.inf)
     if isinstance(query, TopK):
         if plan.share == "group":
             scores = jnp.max(scores, axis=1, keepdims=True)

@@ -88,9 +88,8 @@ def page_zeros(
     dtype: jax.typing.DTypeLike,
 ) -> Array:
     """An array [K, P, *shape] of zeros, where the cache of this mesh lies."""
-    shape = (config.num_key_value_heads, num_pages, *shape)
-    axes = ("kv_heads", "pages", *(None,) * (len(shape) - 2))
-    place = (rules or ShardingRules()).sharding(mesh, axes, shape) if mesh is not None else None
+    rules, shape = rules or ShardingRules(), (config.num_key_value_heads, num_pages, *shape)
+    place = rules.sharding(mesh, ("kv_heads", "pages"), shape) if mesh is not None else None
     return jnp.zeros(shape, dtype, device=place)
 
 

@@ -11,7 +11,7 @@ print(verify("path/to/Llama-3.1-8B", "llama.orbax"))
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import ml_dtypes
@@ -28,26 +28,32 @@ from alaya_jax.checkpoint.conversion import (
 )
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.inspection import inspect_source
 from alaya_jax.checkpoint.meta import is_meta, open_meta
-from alaya_jax.checkpoint.params import load_params, match
+from alaya_jax.checkpoint.params import Memory, load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, identify
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.quantized import Scheme, check_scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.sharding import ShardingRules
 
 if TYPE_CHECKING:
+    from alaya_jax.checkpoint.peer import PeerVerification
     from alaya_jax.checkpoint.verification import Verification
 
 __all__ = [
     "Checkpoint",
     "Conversion",
     "convert",
+    "inspect",
+    "load",
     "locate",
     "open_checkpoint",
     "read_checkpoint",
     "save",
     "verify",
+    "verify_against",
 ]
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -61,7 +67,8 @@ class Checkpoint:
       config: architecture.
       params: parameter pytree, as `alaya_jax.models.llama` takes it.
       tokenizer: None when the checkpoint has none.
-      fingerprint: sha256 (hex) of the config and of samples of every stored tensor.
+      fingerprint: sha256 (hex) of the config and of samples of every stored tensor; and how they
+        are quantized, if they are.
       source: the directory or file that was read.
     """
 
@@ -82,6 +89,8 @@ def read_checkpoint(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     dtype: Any = None,
+    quantize: Scheme | None = None,
+    memory: Memory = "device",
     progress: bool = True,
 ) -> Checkpoint:
     """Loads a model: a directory of HF, Orbax or Meta, a GGUF file, or a bundled model by name.
@@ -97,6 +106,10 @@ def read_checkpoint(
       dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
         by tensor, for HF; for GGUF it is the type of the matrices (their norms are always stored as
         float32), and quantized types become float32 on CPU and bfloat16 on other devices.
+      quantize: "int8" or "int4" keeps matrices and the embedding so, from the moment each is read;
+        see `models.quantized`. It is another model, with a fingerprint of its own.
+      memory: "pinned_host" leaves the parameters in the host's memory, from where the devices can
+        fetch them.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -106,6 +119,7 @@ def read_checkpoint(
       TokenizerError: there is a tokenizer, and it is damaged.
     """
     cast = None if dtype is None else _check_dtype(dtype)
+    scheme = None if quantize is None else check_scheme(quantize)
     source = open_checkpoint(path_or_name)
     pairs = match(source)
     tokenizer = source.read_tokenizer()
@@ -120,21 +134,53 @@ def read_checkpoint(
         return tensor.dtype if cast is None else cast
 
     rules = rules or ShardingRules()
-    if source.format == "orbax":
+    if memory not in get_args(Memory):
+        raise ConfigError(f"memory = {memory!r} is not known; use one of {get_args(Memory)}")
+    if source.format == "orbax" and scheme is None:
         params = orbax.load_tree(
-            source, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+            source, mesh=mesh, rules=rules, dtype_of=dtype_of, memory=memory, progress=progress
         )
     else:
         params = load_params(
-            pairs, source.format, mesh=mesh, rules=rules, dtype_of=dtype_of, progress=progress
+            pairs,
+            source.format,
+            mesh=mesh,
+            rules=rules,
+            dtype_of=dtype_of,
+            quantize=scheme,
+            memory=memory,
+            progress=progress,
         )
+    identity = identify(source, (tensor for _, tensor in pairs))
     return Checkpoint(
         config=source.config,
         params=params,
         tokenizer=tokenizer,
-        fingerprint=identify(source, (tensor for _, tensor in pairs)),
+        fingerprint=identity if scheme is None else f"{identity}-{scheme}",
         source=source.path,
     )
+
+
+load = read_checkpoint
+"""The same under the name that stands beside `save`."""
+
+
+def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint is, as plain data: config, sizes, and where each parameter is stored.
+
+    Its files are checked as for loading; no weights are read but the samples of the fingerprint.
+
+    Args:
+      path_or_name: as `read_checkpoint` takes it.
+
+    Returns:
+      path, format, fingerprint, parameters, config, bytes, and by the path of each parameter its
+      name, shape and type in the file, its own shape and its logical axes.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: it cannot be loaded; all problems are named.
+    """
+    return inspect_source(open_checkpoint(path_or_name))
 
 
 def convert(
@@ -144,6 +190,9 @@ def convert(
     to: Target = "hf",
     dtype: Any = None,
     shard_size: int | str = SHARD_SIZE,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    gguf_pre: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Conversion:
@@ -154,11 +203,20 @@ def convert(
 
     Args:
       source: as `read_checkpoint` takes it.
-      path: a directory that does not exist yet.
-      to: "hf" (safetensors, config, tokenizer: what transformers loads) or "orbax".
+      path: a directory, or a GGUF file, that does not exist yet.
+      to: "hf" (safetensors, config, tokenizer: what transformers loads), "orbax", or "gguf-f16",
+        "gguf-bf16", "gguf-f32" (one file; norms stay float32).
       dtype: float32, bfloat16 or float16; None keeps what is stored (float32 for quantized files).
+        Not for GGUF, whose type is in its name.
       shard_size: most bytes of tensors in a safetensors file, such as "5GB".
-      resume: continues a conversion that was cut off, and begins one where there is none.
+      mesh: for Orbax: stores each tensor in the parts that the devices of this mesh will hold, so
+        that each reads its own and nothing else. Any other mesh can restore it too. The devices
+        hold one tensor at a time; virtual ones of the CPU will do.
+      rules: where each logical axis lies on the mesh; default `ShardingRules()`.
+      gguf_pre: for GGUF: the name of how the tokenizer cuts text (`tokenizer.ggml.pre`), where it
+        cannot be found by comparing the tokenizer with those that are known.
+      resume: continues a conversion that was cut off, and begins one where there is none. A GGUF
+        file is begun anew.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -166,13 +224,19 @@ def convert(
         or what is to be resumed was another conversion.
       ConfigError: a setting or the config is not understood.
       TokenizerError: there is a tokenizer, and it is damaged.
+      RequestError: the program has several processes.
     """
+    if jax.process_count() > 1:
+        raise RequestError("convert runs in one process: run `alaya convert` on one host")
     return write_checkpoint(
         open_checkpoint(source),
         Path(path),
         to=to,
         dtype=None if dtype is None else _check_dtype(dtype),
         shard_size=shard_size,
+        mesh=mesh,
+        rules=rules or ShardingRules(),
+        gguf_pre=gguf_pre,
         resume=resume,
         progress=progress,
     )
@@ -191,6 +255,9 @@ def save(
 ) -> Conversion:
     """Writes parameters in memory as a checkpoint; they may be sharded over a mesh.
 
+    As Orbax also over one of several processes, which all call this, on a file system they share:
+    each writes what it holds.
+
     Args:
       path: a directory that does not exist yet; it appears when complete.
       config: their architecture.
@@ -200,12 +267,12 @@ def save(
 
     Raises:
       CheckpointError: `params` are not of this config, or `path` cannot be written.
-      RequestError: the parameters lie on devices of several processes.
+      RequestError: the program has several processes, and `to` is not "orbax".
     """
-    if any(not getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
+    if jax.process_count() > 1 and to != "orbax":
         raise RequestError(
-            "these parameters lie on devices of several processes, which save cannot gather; "
-            "replicate them first, or save them with orbax"
+            f"several processes can write one Orbax checkpoint, not to={to!r}; save it as orbax, "
+            "and convert that"
         )
     return write_checkpoint(
         params_source(config, params, tokenizer),
@@ -213,6 +280,9 @@ def save(
         to=to,
         dtype=None if dtype is None else _check_dtype(dtype),
         shard_size=shard_size,
+        mesh=None,
+        rules=ShardingRules(),
+        gguf_pre=None,
         resume=False,
         progress=progress,
     )
@@ -223,6 +293,7 @@ def verify(
     b: str | os.PathLike[str],
     *,
     logits: bool = True,
+    quantize: Scheme | None = None,
     progress: bool = True,
 ) -> "Verification":
     """Compares two checkpoints of any formats: configs, tokenizers, every tensor, and logits.
@@ -232,6 +303,8 @@ def verify(
     Args:
       a, b: as `read_checkpoint` takes them.
       logits: also computes what both predict for a fixed prompt, in float32.
+      quantize: quantizes the weights of b before its logits are computed, as `read_checkpoint`
+        does: what "int8" or "int4" costs is the KL of `verify(a, a, quantize="int4")`.
       progress: shows progress bars on stderr when it is a terminal.
 
     Returns:
@@ -239,10 +312,42 @@ def verify(
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: one of them cannot be read.
+      RequestError: `quantize` without `logits`.
     """
     from alaya_jax.checkpoint.verification import compare  # imports flax, which takes a while
 
-    return compare(open_checkpoint(a), open_checkpoint(b), logits=logits, progress=progress)
+    scheme = None if quantize is None else check_scheme(quantize)
+    if scheme is not None and not logits:
+        raise RequestError("quantize changes the logits alone; leave it out, or ask for logits")
+    return compare(
+        open_checkpoint(a), open_checkpoint(b), logits=logits, quantize=scheme, progress=progress
+    )
+
+
+def verify_against(
+    path: str | os.PathLike[str],
+    peer: Literal["transformers"] = "transformers",
+    *,
+    python: str | None = None,
+    progress: bool = True,
+) -> "PeerVerification":
+    """Compares the logits that this library and another program compute from one checkpoint.
+
+    Args:
+      path: a Hugging Face directory.
+      peer: the other program. It holds the whole model, in float32.
+      python: an interpreter that has torch and transformers; None: this one.
+      progress: shows a progress bar on stderr when it is a terminal.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be read.
+      RequestError: it is of another format, or the peer cannot run.
+    """
+    if peer != "transformers":
+        raise RequestError(f"cannot compare with {peer!r}; there is 'transformers'")
+    from alaya_jax.checkpoint.peer import against_transformers
+
+    return against_transformers(open_checkpoint(path), python, progress=progress)
 
 
 def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:

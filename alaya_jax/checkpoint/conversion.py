@@ -20,21 +20,30 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from alaya_jax.checkpoint import hf_write, orbax
+from alaya_jax.checkpoint import gguf_write, hf_write, orbax
+from alaya_jax.checkpoint.gguf import open_gguf
+from alaya_jax.checkpoint.gguf_tokenizer import same_ids
 from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
+from alaya_jax.checkpoint.processes import first_does, whole
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
 from alaya_jax.checkpoint.weights import KINDS, Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
+from alaya_jax.sharding import ShardingRules
 
-Target = Literal["hf", "orbax"]
+Target = Literal["hf", "orbax", "gguf-f16", "gguf-bf16", "gguf-f32"]
 SHARD_SIZE = "5GB"
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog. 3.14159 = π; naïve café, 你好 🙂\n\tdef f(x):"
+)
 _JOB = ".conversion.json"
 _MEMORY = Path("the parameters in memory")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -77,6 +86,9 @@ def write_checkpoint(
     to: Target,
     dtype: np.dtype | None,
     shard_size: int | str,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    gguf_pre: str | None,
     resume: bool,
     progress: bool,
 ) -> Conversion:
@@ -86,19 +98,38 @@ def write_checkpoint(
     if to not in get_args(Target):
         raise ConfigError(f"to = {to!r} cannot be written; use one of {get_args(Target)}")
     shard_bytes = parse_size(shard_size)
+    if mesh is not None and to != "orbax":
+        raise ConfigError(f"mesh is for Orbax, whose files follow it; leave it out with to={to!r}")
+    if gguf_write.is_gguf(to):
+        if dtype is not None:
+            raise ConfigError(f"dtype is in the name of to={to!r}; leave it out, or name another")
+        dtype = np.dtype(jnp.dtype(gguf_write.matrix_dtype(to)))
+    elif gguf_pre is not None:
+        raise ConfigError(f"gguf_pre belongs to GGUF files; leave it out with to={to!r}")
     pairs = match(source)
-    weights = [_weight(source, entry, tensor, dtype) for entry, tensor in pairs]
+    parts = {
+        entry.path: rules.sharding(mesh, entry.logical_axes, entry.shape)
+        for entry, _ in pairs
+        if mesh is not None
+    }
+    weights = [_weight(source, entry, tensor, dtype, to) for entry, tensor in pairs]
     matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
     source.read_tokenizer()  # a damaged one is refused before anything is written
     config = source.config
     if len(matrices) == 1:
         config = dataclasses.replace(config, dtype=matrices.pop().name)
+    description = None
+    if gguf_write.is_gguf(to):  # what it cannot say is refused before anything is written
+        description = gguf_write.describe(source, config, gguf_pre)
+        config = description.config
     job = {
         "source": str(source.path.resolve()),
         "fingerprint": identify(source, (tensor for _, tensor in pairs)),
         "to": to,
         "dtypes": sorted({w.dtype.name for w in weights}),
         "shard_size": shard_bytes,
+        "mesh": mesh and dict(mesh.shape),
+        "gguf_pre": gguf_pre,
     }
     total = sum(w.nbytes for w in weights)
     samples: list[Sample] = []
@@ -114,19 +145,31 @@ def write_checkpoint(
                 nonfinite[weight.entry.hf] = bad
             advance(weight.nbytes)
 
-        hf_write.write_beside(staging, source, config)
-        if to == "hf":
-            hf_write.write_weights(staging, weights, shard_bytes, wrote)
+        if description is not None:
+            gguf_write.write_weights(staging, description, weights, wrote)
         else:
-            orbax.write_weights(staging, weights, wrote)
-            orbax.write_manifest(staging, config, fingerprint(config, samples))
-        result = open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
-        found = identify(result, [tensor for _, tensor in match(result)])
-        if result.config != config or found != fingerprint(config, samples):
-            raise CheckpointError(
-                f"{path} would not be the model of {source.path}: read back, its config or its "
-                "weights differ from what was written. Check the disk and convert again"
-            )
+            first_does(lambda: hf_write.write_beside(staging, source, config))
+            if to == "hf":
+                hf_write.write_weights(staging, weights, shard_bytes, wrote)
+            else:
+                orbax.write_weights(staging, weights, parts, wrote)
+        identity = fingerprint(config, samples)
+
+        def finish() -> None:
+            if to == "orbax":
+                orbax.write_manifest(staging, config, identity)
+            result = _open(staging, to)
+            found = identify(result, [tensor for _, tensor in match(result)])
+            if result.config != config or found != identity:
+                raise CheckpointError(
+                    f"{path} would not be the model of {source.path}: read back, its config or its "
+                    "weights differ from what was written. Check the disk and convert again"
+                )
+
+            if description is not None and gguf_pre is None:
+                _check_tokenizer(source, result, path)
+
+        first_does(finish)
     return Conversion(
         source=source.path,
         path=path,
@@ -135,13 +178,32 @@ def write_checkpoint(
         tensors=len(weights),
         nbytes=total,
         seconds=time.monotonic() - started,
-        fingerprint=found,
+        fingerprint=identity,
         nonfinite=nonfinite,
     )
 
 
-def _weight(source: Source, entry: Entry, tensor: StoredTensor, dtype: np.dtype | None) -> Weight:
+def _open(staging: Path, to: Target) -> Source:
+    if gguf_write.is_gguf(to):
+        return open_gguf(staging / gguf_write.FILE)
+    return open_hf(staging) if to == "hf" else orbax.open_orbax(staging)
+
+
+def _check_tokenizer(source: Source, result: Source, path: Path) -> None:
+    """Whether a tokenizer that changed its form still cuts text the same way."""
+    if not same_ids(source.read_tokenizer(), result.read_tokenizer(), PROMPT):
+        raise CheckpointError(
+            f"the tokenizer of {path} would give other ids than that of {source.path}; write --to "
+            "hf, and please report the model"
+        )
+
+
+def _weight(
+    source: Source, entry: Entry, tensor: StoredTensor, dtype: np.dtype | None, to: Target
+) -> Weight:
     own = source.dtype or tensor.dtype
+    if gguf_write.is_gguf(to) and len(entry.stored_shape) == 1:
+        dtype = np.dtype(np.float32)  # as llama.cpp wants norms and biases
     assert own is not None  # refused by match
     return Weight(entry, tensor, source.format, dtype or own)
 
@@ -161,8 +223,26 @@ def parse_size(size: int | str) -> int:
 
 @contextlib.contextmanager
 def _staging(path: Path, job: dict[str, Any], *, resume: bool, needed: int) -> Iterator[Path]:
-    """A directory that becomes `path` when the block ends, and stays for a resume when it fails."""
-    staging = path.parent / f".{path.name}.unfinished"
+    """A directory that becomes `path` when the block ends, and stays for a resume when it fails.
+
+    The first process of a program makes and renames it.
+    """
+    with contextlib.ExitStack() as stack:
+        alone = _staging_of_one(path, job, resume=resume, needed=needed)
+        first_does(lambda: stack.enter_context(alone))
+        yield _unfinished(path)
+        first_does(stack.close)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.parent / f".{path.name}.unfinished"
+
+
+@contextlib.contextmanager
+def _staging_of_one(
+    path: Path, job: dict[str, Any], *, resume: bool, needed: int
+) -> Iterator[None]:
+    staging = _unfinished(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already; name another place, or remove it")
     try:
@@ -191,10 +271,14 @@ def _staging(path: Path, job: dict[str, Any], *, resume: bool, needed: int) -> I
             file.truncate(0)
             file.write(json.dumps(job, indent=2) + "\n")
             file.flush()
-            yield staging
+            yield
             (staging / _JOB).unlink()
             _sync(staging)
-            staging.rename(path)
+            if (staging / gguf_write.FILE).exists():
+                (staging / gguf_write.FILE).rename(path)
+                staging.rmdir()
+            else:
+                staging.rename(path)
             _sync_entry(path.parent)
     except OSError as error:
         if error.errno is None or isinstance(error, BlockingIOError):
@@ -261,7 +345,8 @@ def params_source(
             dtype=dtype if dtype in KINDS else None,
             file=_MEMORY,
             data=None,
-            decode=functools.partial(lambda leaf, _: np.asarray(leaf), leaf),
+            decode=functools.partial(lambda leaf, _: whole(jnp.asarray(leaf)), leaf),
+            array=leaf if isinstance(leaf, jax.Array) else None,
         )
     return Source(
         format="orbax",

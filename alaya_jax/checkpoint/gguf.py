@@ -71,6 +71,7 @@ def open_gguf(path: Path) -> Source:
         problems=(),
         unreadable=frozenset(),
         read_tokenizer=lambda: _read_tokenizer(metadata),
+        gguf_tokenizer={k: v for k, v in metadata.items() if k.startswith("tokenizer.")},
     )
 
 

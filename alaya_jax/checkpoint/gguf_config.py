@@ -138,12 +138,28 @@ def _read_rope(
         }
         rope |= beta
         if attention not in (None, 1.0):  # GGUF multiplies it with what YaRN computes
-            rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+            rope["attention_factor"] = _shortest(attention * (0.1 * math.log(factor) + 1.0))
         return rope
     raise ConfigError(
         f"metadata key 'llama.rope.scaling.type' = {kind!r} is not supported "
         "(understood: 'none', 'linear', 'yarn', and llama3 by its frequencies)"
     )
+
+
+def llama3_divisors(
+    theta: float, head_dim: int, factor: float, low: float, high: float, length: int
+) -> np.ndarray:
+    """What llama3 RoPE scaling divides each frequency by, float64 [D/2].
+
+    Args:
+      theta: base wavelength.
+      head_dim: D.
+      factor, low, high: the scaling's factor, low_freq_factor and high_freq_factor.
+      length: original length, tokens.
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((length / wavelength - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
 def _llama3_from_freqs(
@@ -160,9 +176,7 @@ def _llama3_from_freqs(
         raise ConfigError(f"{ROPE_FREQS} has shape {list(table.shape)}, not [{head_dim // 2}]")
     low, high, length = 1.0, 4.0, original or 8192
     factor = float(table.max())
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((length / wavelength - low) / (high - low), 0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    expected = llama3_divisors(theta, head_dim, factor, low, high, length)
     if not np.allclose(table, expected, rtol=3e-5, atol=0.0):
         raise ConfigError(
             f"{ROPE_FREQS} is no llama3 scaling of factor {factor:g}, low_freq_factor {low:g}, "

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, count_nonfinite
 from alaya_jax.models.config import LlamaConfig
 
 _PART = ".part"
+_WRITERS = 2  # tensors in memory at once: the promise is twice the largest
 # What a checkpoint directory holds beside weights and config that belongs to the model.
 _BESIDE = (
     "generation_config.json",
@@ -124,20 +126,37 @@ def _write_shard(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
     part = path.with_name(path.name + _PART)
-    with part.open("wb") as file:
+    with part.open("wb") as file, ThreadPoolExecutor(_WRITERS) as writers:
         file.write(len(text).to_bytes(8, "little") + text)
-        for weight in shard:
-            view = weight.layout("hf")
-            sample, nonfinite = weight.sample(view), 0
-            for block in blocks(view, weight.dtype):
-                nonfinite += count_nonfinite(block)
-                file.write(block.reshape(-1).view(np.uint8).data)
-            weight.tensor.release()
-            wrote(weight, sample, nonfinite)
         file.flush()
+        file.truncate(start + end)
+        writing = []
+        for weight in shard:
+            at = start + header[weight.entry.hf]["data_offsets"][0]
+            writing.append(writers.submit(_write_one, file.fileno(), at, weight))
+        try:
+            for weight, written in zip(shard, writing, strict=True):
+                wrote(weight, *written.result())
+        except BaseException:
+            writers.shutdown(cancel_futures=True)
+            raise
         os.fsync(file.fileno())
     part.rename(path)
+
+
+def _write_one(file: int, at: int, weight: Weight) -> tuple[Sample, int]:
+    view = weight.layout("hf")
+    sample, nonfinite = weight.sample(view), 0
+    for block in blocks(view, weight.dtype):
+        nonfinite += count_nonfinite(block)
+        data = block.reshape(-1).view(np.uint8).data
+        while len(data):
+            count = os.pwrite(file, data, at)
+            data, at = data[count:], at + count
+    weight.tensor.release()
+    return sample, nonfinite
 
 
 _RANK = {"float32": 0, "bfloat16": 1, "float16": 2}

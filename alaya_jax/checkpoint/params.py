@@ -1,17 +1,20 @@
 """From an opened checkpoint to the parameter pytree: check everything, then place each tensor."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from alaya_jax.checkpoint.names import AXIS_FIELDS, Entry, Format, entries
+from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
+from alaya_jax.models.quantized import Scheme
 from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
+Memory = Literal["device", "pinned_host"]
 _STRIP = 16  # columns copied at once in a transposition: the fastest of 8 to 128
 _TIED_HEAD = "lm_head.weight"
 _HARMLESS = ".rotary_emb.inv_freq"  # a buffer that early transformers versions saved
@@ -97,6 +100,8 @@ def load_params(
     mesh: Mesh | None,
     rules: ShardingRules,
     dtype_of: Callable[[StoredTensor], np.dtype],
+    quantize: Scheme | None,
+    memory: Memory,
     progress: bool,
 ) -> dict[str, Any]:
     """Reads the tensors one after another straight to where they will live.
@@ -110,33 +115,72 @@ def load_params(
       mesh: devices; None puts everything on the default device.
       rules: where each logical axis lies on the mesh.
       dtype_of: type a tensor is cast to.
+      quantize: how to keep matrices; None: as they are.
+      memory: of the devices, or the host's that they can reach.
       progress: whether to show a progress bar on stderr.
 
     Raises:
+      CheckpointError: a matrix cannot be quantized.
       ConfigError: an axis does not divide over the mesh.
     """
-    shardings: list[NamedSharding | None] = [
-        None if mesh is None else rules.sharding(mesh, entry.logical_axes, entry.shape)
-        for entry, _ in pairs
-    ]
+
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Sharding | None:
+        return placement(mesh, rules, axes, shape, memory)
+
+    def place(array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+        where = sharding(axes, array.shape)
+        return _place(array, where, array.dtype).block_until_ready()
+
+    for entry, _ in pairs:
+        sharding(entry.logical_axes, entry.shape)  # refused before anything is read
     params: dict[str, Any] = {}
     with progress_bar(
         "loading weights", sum(t.nbytes for _, t in pairs), "bytes", show=progress
     ) as advance:
-        for (entry, tensor), sharding in zip(pairs, shardings, strict=True):
-            view = entry.to_params(tensor.read(), fmt)
-            value = _place(view, sharding, dtype_of(tensor))
+        for entry, tensor in pairs:
+            view, dtype = entry.to_params(tensor.read(), fmt), dtype_of(tensor)
             node = params
             for key in entry.path[:-1]:
                 node = node.setdefault(key, {})
-            # Waiting keeps no more than one tensor's host buffers alive.
-            node[entry.path[-1]] = value.block_until_ready()
+            if quantize is not None and is_quantizable(entry):
+                value = quantized_kernel(entry, tensor, view, quantize, dtype, place)
+            else:
+                where = sharding(entry.logical_axes, entry.shape)
+                # Waiting keeps no more than one tensor's host buffers alive.
+                value = _place(view, where, dtype).block_until_ready()
+            node[entry.path[-1]] = value
+            del view, value
             tensor.release()
             advance(tensor.nbytes)
     return params
 
 
-def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) -> jax.Array:
+def placement(
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    memory: Memory,
+) -> Sharding | None:
+    """Where an array goes; None: wherever JAX puts what is not told otherwise.
+
+    Raises:
+      ConfigError: an axis does not divide over the mesh.
+    """
+    if mesh is not None:
+        sharding = rules.sharding(mesh, axes, shape)
+        return sharding if memory == "device" else sharding.with_memory_kind(memory)
+    if memory == "device":
+        return None
+    return SingleDeviceSharding(default_device(), memory_kind=memory)
+
+
+def default_device() -> Any:
+    """Where JAX puts what is not told otherwise."""
+    return jax.config.jax_default_device or jax.local_devices()[0]
+
+
+def _place(view: np.ndarray, sharding: Sharding | None, dtype: np.dtype) -> jax.Array:
     if sharding is None:
         return jax.device_put(copy_as(view, dtype))
     slices: dict[str, np.ndarray] = {}  # replicas share one host copy

@@ -7,7 +7,9 @@ import math
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from alaya_jax.checkpoint.names import Format
@@ -31,6 +33,7 @@ class StoredTensor:
       file: where it lies.
       data: its stored bytes, a uint8 view of the memory map; None where the format scatters them.
       decode: reads the values, of `dtype` and `shape`.
+      array: the values where they lie on devices, when they are not on disk at all.
     """
 
     name: str
@@ -40,6 +43,7 @@ class StoredTensor:
     file: Path
     data: np.ndarray | None
     decode: Callable[["StoredTensor"], np.ndarray]
+    array: jax.Array | None = None
 
     def read(self) -> np.ndarray:
         """The values; a view of the memory map where the type allows it."""
@@ -74,6 +78,7 @@ class Source:
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
       fingerprint: what the checkpoint says it is, where that cannot be read off its bytes.
+      gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
     """
 
     format: Format
@@ -86,6 +91,7 @@ class Source:
     problems: tuple[str, ...] = ()
     unreadable: frozenset[str] = frozenset()
     fingerprint: str | None = None
+    gguf_tokenizer: dict[str, Any] | None = None
 
 
 def release(data: np.ndarray) -> None:
@@ -161,4 +167,5 @@ def _sample(tensor: StoredTensor) -> Sample:
     data = tensor.data
     assert data is not None  # a source without bytes states its fingerprint
     probes = tuple(data[a:b].tobytes() for a, b in probe_ranges(data.size))
+    tensor.release()  # where the system keeps a file in large pieces, a touch maps all of a piece
     return Sample(tensor.name, tensor.shape, tensor.stored_dtype, data.size, probes)

@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from alaya_jax.checkpoint.conversion import PROMPT
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
+from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
 from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.checkpoint.weights import Weight, blocks, cast
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Block, RMSNorm, causal_attend
+from alaya_jax.models.quantized import Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
 
-PROMPT = (
-    "The quick brown fox jumps over the lazy dog. 3.14159 = π; naïve café, 你好 🙂\n\tdef f(x):"
-)
 _TOKENS = 32  # of the prompt, where no tokenizer says how to write it
 _EQUAL, _DIFFERENT = "equal", "different"
 _ROUNDED = {
@@ -71,6 +71,13 @@ class LogitsDifference:
     max_kl: float
     top1_agreement: float
 
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.tokens} tokens: largest difference {self.max_difference:.3g}, "
+            f"KL mean {self.mean_kl:.3g} max {self.max_kl:.3g} nats, "
+            f"same best token at {self.top1_agreement:.1%}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
@@ -85,6 +92,7 @@ class Verification:
       equal: how many of them are equal in every value.
       differences: the others.
       logits: None when it was not asked for, or the shapes do not allow it.
+      quantize: how the weights of b were quantized for its logits; None: they were not.
     """
 
     a: Path
@@ -95,6 +103,7 @@ class Verification:
     equal: int
     differences: tuple[TensorDifference, ...]
     logits: LogitsDifference | None
+    quantize: Scheme | None = None
 
     @property
     def same(self) -> bool:
@@ -120,16 +129,15 @@ class Verification:
             if d.relation not in _ROUNDED:
                 where = f": {d.count:,} values, by up to {d.max_difference:.3g}" if d.count else ""
                 lines.append(f"    {d.name} is {d.relation}{where}")
-        if x := self.logits:
-            lines.append(
-                f"  logits of {x.tokens} tokens: largest difference {x.max_difference:.3g}, "
-                f"KL mean {x.mean_kl:.3g} max {x.max_kl:.3g} nats, "
-                f"same best token at {x.top1_agreement:.1%}"
-            )
+        if self.logits:
+            kept = f" (b quantized to {self.quantize})" if self.quantize else ""
+            lines.append(f"  {self.logits}{kept}")
         return "\n".join(lines)
 
 
-def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verification:
+def compare(
+    a: Source, b: Source, *, logits: bool, quantize: Scheme | None, progress: bool
+) -> Verification:
     """Compares two opened checkpoints; see `alaya_jax.checkpoint.verify`."""
     pairs_a, pairs_b = match(a), match(b)
     tokenizer_a, tokenizer_b = a.read_tokenizer(), b.read_tokenizer()
@@ -137,9 +145,10 @@ def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verificati
         f.name: (getattr(a.config, f.name), getattr(b.config, f.name))
         for f in dataclasses.fields(LlamaConfig)
         if getattr(a.config, f.name) != getattr(b.config, f.name)
+        and not (f.name == "eos_token_ids" and _same_ends(a.config, b.config))
     }
-    own = {entry.hf: _weight(a, entry, tensor) for entry, tensor in pairs_a}
-    others = {entry.hf: _weight(b, entry, tensor) for entry, tensor in pairs_b}
+    own = {entry.hf: weight_of(a, entry, tensor) for entry, tensor in pairs_a}
+    others = {entry.hf: weight_of(b, entry, tensor) for entry, tensor in pairs_b}
     differences = [
         *(TensorDifference(name, "missing") for name in own.keys() - others.keys()),
         *(TensorDifference(name, "unexpected") for name in others.keys() - own.keys()),
@@ -154,12 +163,12 @@ def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verificati
             advance(own[name].nbytes)
     logits_difference = None
     if logits and a.config.vocab_size == b.config.vocab_size:
-        tokens = _prompt(a.config, tokenizer_a)
+        tokens = fixed_prompt(a.config, tokenizer_a)
         total = sum(w.nbytes for w in (*own.values(), *others.values()))
         with progress_bar("computing logits", total, "bytes", show=progress) as advance:
             first = stream_logits(a.config, own, tokens, advance)
-            logits_difference = _compare_logits(
-                first, stream_logits(b.config, others, tokens, advance)
+            logits_difference = compare_logits(
+                first, stream_logits(b.config, others, tokens, advance, quantize)
             )
     return Verification(
         a=a.path,
@@ -170,10 +179,17 @@ def compare(a: Source, b: Source, *, logits: bool, progress: bool) -> Verificati
         equal=len(own.keys() | others.keys()) - len(differences),
         differences=tuple(differences),
         logits=logits_difference,
+        quantize=quantize,
     )
 
 
-def _weight(source: Source, entry: Entry, tensor: StoredTensor) -> Weight:
+def _same_ends(a: LlamaConfig, b: LlamaConfig) -> bool:
+    """Whether the same ids end a text; their order means nothing."""
+    return set(a.eos_token_ids) == set(b.eos_token_ids)
+
+
+def weight_of(source: Source, entry: Entry, tensor: StoredTensor) -> Weight:
+    """A stored tensor in its own type."""
     assert tensor.dtype is not None  # refused by match
     return Weight(entry, tensor, source.format, tensor.dtype)
 
@@ -215,7 +231,8 @@ def _is_rounding(x: np.ndarray, y: np.ndarray, relation: str) -> bool:
     return bool(_same(rounded(x), y).all() or _same(x, rounded(y)).all())
 
 
-def _prompt(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+def fixed_prompt(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The ids of `PROMPT`, int32 [T]; where no tokenizer says them, fixed random ones."""
     if tokenizer is not None:
         ids = tokenizer.encode(PROMPT)
         if ids.max() < config.vocab_size:
@@ -228,6 +245,7 @@ def stream_logits(
     weights: dict[str, Weight],
     tokens: np.ndarray,
     advance: Callable[[int], None] = lambda count: None,
+    quantize: Scheme | None = None,
 ) -> np.ndarray:
     """Logits of a prompt, float32 [T, V], with one layer of the model in memory at a time.
 
@@ -236,26 +254,36 @@ def stream_logits(
       weights: every parameter, by its HF name.
       tokens: int32 [T].
       advance: told of the bytes read.
+      quantize: how to keep the matrices; None: as they are.
     """
     config = dataclasses.replace(config, dtype="float32")  # one program whatever is stored
     inverse, factor = rope.inverse_frequencies(config, len(tokens))
     rotary = rope.rotation(jnp.arange(len(tokens))[None], inverse, factor)
     embedding = weights["model.embed_tokens.weight"]
-    x = jnp.asarray(embedding.layout("orbax")[tokens][None].astype(np.float32))
-    embedding.tensor.release()
+    if quantize is None:
+        x = jnp.asarray(embedding.layout("orbax")[tokens][None].astype(np.float32))
+        embedding.tensor.release()
+    else:
+        x = _leaf(embedding, quantize).rows(tokens[None])
     layers: dict[str, list[Weight]] = {}
     for weight in weights.values():
         layers.setdefault(weight.entry.path[0], []).append(weight)
     for i in range(config.num_hidden_layers):
-        x = _layer(_tree(layers[f"layers_{i}"]), config, x, rotary).block_until_ready()
+        x = _layer(_tree(layers[f"layers_{i}"], quantize), config, x, rotary).block_until_ready()
         advance(sum(w.nbytes for w in layers[f"layers_{i}"]))
-    norm = {"scale": _tree(layers["norm"])["scale"]}
+    norm = {"scale": _leaf(layers["norm"][0], None)}
     x = RMSNorm(config.rms_norm_eps, jnp.float32).apply({"params": norm}, x)
-    hidden = np.asarray(x)[0]
     head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    rows = blocks(head.layout("hf"), np.dtype(np.float32))
-    logits = np.concatenate([hidden @ block.T for block in rows], axis=1)
-    head.tensor.release()
+    if quantize is None:
+        hidden = np.asarray(x)[0]
+        rows = blocks(head.layout("hf"), np.dtype(np.float32))
+        logits = np.concatenate([hidden @ block.T for block in rows], axis=1)
+        head.tensor.release()
+    else:
+        kernel = _leaf(head, quantize)
+        logits = np.asarray(
+            kernel.contract_last(x[0]) if head is embedding else kernel.contract(x[0], 1)
+        )
     advance(sum(w.nbytes for w in weights.values() if not w.entry.path[0].startswith("layers_")))
     return logits
 
@@ -267,21 +295,35 @@ def _layer(params: dict[str, Any], config: LlamaConfig, x: Any, rotary: Any) -> 
         return Block(config, jnp.float32).apply({"params": params}, x, rotary, attend, None)[0]
 
 
-def _tree(weights: list[Weight]) -> dict[str, Any]:
+def _tree(weights: list[Weight], quantize: Scheme | None) -> dict[str, Any]:
     """The parameters of one layer in float32, by the keys below the layer's own."""
     tree: dict[str, Any] = {}
     for weight in weights:
         node = tree
         for key in weight.entry.path[1:-1]:
             node = node.setdefault(key, {})
-        # One at a time on the device, so that the host keeps no second copy of the layer.
-        leaf = jnp.asarray(cast(weight.layout("orbax"), np.dtype(np.float32)))
-        node[weight.entry.path[-1]] = leaf.block_until_ready()
-        weight.tensor.release()
+        node[weight.entry.path[-1]] = _leaf(weight, quantize)
     return tree
 
 
-def _compare_logits(a: np.ndarray, b: np.ndarray) -> LogitsDifference:
+def _leaf(weight: Weight, quantize: Scheme | None) -> Any:
+    """A parameter on the device, waited for, so that the host keeps no second copy of the layer."""
+    view, wide = weight.layout("orbax"), np.dtype(np.float32)
+    if quantize is None or not is_quantizable(weight.entry):
+        leaf: Any = jnp.asarray(cast(view, wide))
+    else:
+
+        def place(array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+            return jnp.asarray(array)
+
+        leaf = quantized_kernel(weight.entry, weight.tensor, view, quantize, wide, place)
+    jax.block_until_ready(leaf)
+    weight.tensor.release()
+    return leaf
+
+
+def compare_logits(a: np.ndarray, b: np.ndarray) -> LogitsDifference:
+    """How far two models' logits, float32 [T, V], are apart."""
     log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)
     return LogitsDifference(

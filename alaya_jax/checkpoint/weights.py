@@ -47,11 +47,12 @@ class Weight:
             return stored
         return self.entry.to_stored(self.entry.to_params(stored, self.format), fmt)
 
-    def sample(self, view: np.ndarray) -> Sample:
-        """What the fingerprint of an HF checkpoint takes of this tensor.
+    def sample(self, view: np.ndarray, fmt: Format = "hf") -> Sample:
+        """What the fingerprint of an HF checkpoint, or one of `fmt`, takes of this tensor.
 
         Args:
-          view: `layout("hf")`.
+          view: `layout(fmt)`.
+          fmt: the format.
         """
         probes = []
         for start, stop in probe_ranges(self.nbytes):
@@ -61,7 +62,7 @@ class Weight:
             values = cast(view[flat], self.dtype).tobytes()
             probes.append(values[start - first * size : stop - first * size])
         shape = self.entry.stored_shape
-        return Sample(self.entry.hf, shape, KINDS[self.dtype], self.nbytes, tuple(probes))
+        return Sample(self.entry.name(fmt), shape, KINDS[self.dtype], self.nbytes, tuple(probes))
 
 
 def blocks(view: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -2,7 +2,19 @@
 
 import typer
 
-from alaya_jax.cli import ask, convert, database, demo, fetch, generate, inspect, verify
+from alaya_jax.cli import (
+    ask,
+    calibrate,
+    convert,
+    database,
+    demo,
+    explain,
+    fetch,
+    generate,
+    inspect,
+    plan,
+    verify,
+)
 from alaya_jax.cli.terminal import Commands, help_text
 
 __all__ = ["app", "main"]
@@ -53,6 +65,9 @@ for verb in (
     demo.demo,
     ask.ask,
     generate.generate,
+    explain.explain,
+    plan.plan,
+    calibrate.calibrate,
     inspect.inspect,
     fetch.fetch,
     convert.convert,

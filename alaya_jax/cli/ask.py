@@ -21,6 +21,7 @@ def ask(
         ),
     ],
     model: options.Model = options.MODEL,
+    quantize: options.Quantize = None,
     attention: options.Attention = "full",
     db: options.Database = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -60,7 +61,7 @@ def ask(
 
     from alaya_jax.cli import prompts, runtime
 
-    loaded = runtime.load_model(model)
+    loaded = runtime.load_model(model, options.scheme(quantize))
     tokenizer = prompts.tokenizer_of(loaded)
     prompt = prompts.question_ids(tokenizer, document, question)
     start = prompts.document_ids(tokenizer, document)

@@ -15,6 +15,9 @@ class Format(enum.StrEnum):
 
     HF = "hf"
     ORBAX = "orbax"
+    GGUF_F16 = "gguf-f16"
+    GGUF_BF16 = "gguf-bf16"
+    GGUF_F32 = "gguf-f32"
 
 
 class Dtype(enum.StrEnum):
@@ -33,12 +36,14 @@ def convert(
             help="A directory of Hugging Face, Orbax or Meta, a .gguf file, or a bundled name.",
         ),
     ],
-    path: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is not there yet.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DST", help="A directory, or .gguf file, not there yet.")
+    ],
     to: Annotated[
         Format,
         typer.Option(
             help="hf: safetensors that transformers and others load. orbax: restored straight onto "
-            "any mesh.",
+            "any mesh. gguf-*: one file for llama.cpp, matrices in that type.",
         ),
     ] = Format.HF,
     dtype: Annotated[
@@ -48,6 +53,23 @@ def convert(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Most bytes of weights in a safetensors file.")
     ] = "5GB",
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="For orbax: store each tensor in the parts that the devices of such a mesh hold "
+            "(tensor=8: eight), so that each of them, or its host, later reads its own part alone. "
+            "Needs no devices now, and any other mesh can restore it too.",
+        ),
+    ] = None,
+    gguf_pre: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For gguf: llama.cpp's name of how the tokenizer cuts text, such as llama-bpe.",
+            show_default="found by comparing it with known ones",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a conversion that was cut off.")
     ] = False,
@@ -64,12 +86,13 @@ def convert(
     chat template go along.
 
     Examples:
-      alaya convert ~/models/Llama-3.1-8B llama.orbax --to orbax
+      alaya convert ~/models/Llama-3.1-8B llama.orbax --to orbax --mesh tensor=8
       alaya convert smollm2-135m smollm2 --dtype bfloat16 --verify
       alaya convert ~/llama3/original llama3-hf --resume
     """
     from alaya_jax import checkpoint
 
+    devices = None if mesh is None else runtime.cpu_mesh(mesh)
     runtime.start_jax()
     with on_interrupt("What is done is kept; continue with --resume."):
         done = checkpoint.convert(
@@ -78,6 +101,8 @@ def convert(
             to=to.value,
             dtype=dtype and dtype.value,
             shard_size=shard_size,
+            mesh=devices,
+            gguf_pre=gguf_pre,
             resume=resume,
         )
     for name, count in done.nonfinite.items():

@@ -18,6 +18,7 @@ def generate(
         typer.Argument(metavar="PROMPT", help="In quotes; without it, stdin is read."),
     ] = None,
     model: options.Model = options.MODEL,
+    quantize: options.Quantize = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -62,7 +63,7 @@ def generate(
     from alaya_jax.cli import prompts, runtime
     from alaya_jax.db import DB
 
-    loaded = runtime.load_model(model)
+    loaded = runtime.load_model(model, options.scheme(quantize))
     tokenizer = prompts.tokenizer_of(loaded)
     as_chat = tokenizer.chat is not None if chat is None else chat
     ids = (prompts.chat_ids if as_chat else prompts.plain_ids)(tokenizer, text)

@@ -1,7 +1,6 @@
 """`alaya inspect`: what a model or a database is, without loading it."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +8,6 @@ import typer
 
 from alaya_jax.cli import database, options
 from alaya_jax.cli.terminal import report, size
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def inspect(
@@ -39,51 +36,14 @@ def inspect(
             data = database.describe(store)
         text = database.table(data)
     else:
-        data = describe(what)
+        from alaya_jax import checkpoint
+
+        data = {"kind": "model"} | checkpoint.inspect(what)
         text = _table(data)
     if json:
         report(data)
     else:
         typer.echo(text)
-
-
-def describe(name: str) -> dict[str, Any]:
-    """What a checkpoint is, as plain data.
-
-    Raises:
-        CheckpointError, ConfigError, TokenizerError: It cannot be loaded; all problems are named.
-    """
-    from alaya_jax.checkpoint import open_checkpoint
-    from alaya_jax.checkpoint.params import match
-    from alaya_jax.checkpoint.source import identify
-
-    source = open_checkpoint(name)
-    tensors = [tensor for _, tensor in match(source)]
-    config = source.config
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    stored: dict[str, int] = {}
-    for tensor in tensors:
-        stored[tensor.stored_dtype] = stored.get(tensor.stored_dtype, 0) + math.prod(tensor.shape)
-    tokenizer = source.read_tokenizer()
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return {
-        "kind": "model",
-        "path": str(source.path),
-        "format": source.format,
-        "fingerprint": identify(source, tensors),
-        "parameters": parameters,
-        "parameters_by_stored_type": stored,
-        "max_length": config.max_length,
-        "config": dataclasses.asdict(config),
-        "tokenizer": None
-        if tokenizer is None
-        else {"vocab_size": tokenizer.vocab_size, "chat_template": tokenizer.chat is not None},
-        "bytes": {
-            "stored": sum(tensor.nbytes for tensor in tensors),
-            "weights": {dtype: parameters * item for dtype, item in _ITEM_BYTES.items()},
-            "kv_per_token": {dtype: width * item for dtype, item in _ITEM_BYTES.items()},
-        },
-    }
 
 
 def _table(data: dict[str, Any]) -> str:

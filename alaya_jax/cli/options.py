@@ -1,27 +1,34 @@
 """Options that several verbs share, and what their texts mean."""
 
+import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
-    from alaya_jax.query import Query
+    from alaya_jax.models.quantized import Scheme
+    from alaya_jax.query.plan import Attention as Asked
     from alaya_jax.sampling import Sampling
 
 MODEL = "smollm2-135m"
 
-_ATTENTION = "full, window[:SINK,RECENT], dipr:BETA or topk:K"
+_ATTENTION = "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE or auto[:SHARE]"
+_INDEXES = "@flat, @sketch, @sketch2, @sketch8 or @block"
 
 Attention = Annotated[
     str,
     typer.Option(
         metavar="POLICY",
-        help=f"Which keys a new token attends to: {_ATTENTION}. full reads every key; dipr:50 "
-        "those whose product with the query is within 50 of the best; topk:100 the 100 best; the "
-        "first and last tokens (the window) are always read.",
+        help=f"Which keys a new token attends to: {_ATTENTION}. full reads every key; topk:100 the "
+        "100 best for the token; dipr:50 those whose product with the query is within 50 of the "
+        "best; recovery:0.95 the fewest that hold 95% of the attention; the first and last tokens "
+        "(the window) are always read. auto:0.95 takes, layer by layer, the fastest way to hold "
+        "95% on this machine. What finds the keys may follow, as in dipr:50@sketch: "
+        f"{_INDEXES} (codes of 4, 2 or 8 bits a channel; summaries of pages, for topk and dipr); "
+        "else it is chosen by length.",
     ),
 ]
 Model = Annotated[
@@ -77,38 +84,116 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Equal seeds give eq
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")
 ]
+
+
+class Quantization(enum.StrEnum):
+    """What weights can be quantized to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(
+        help="Keep the weights in 8 or 4 bits, for a host that has no room for more. It is slower "
+        "on a CPU, and another model, with contexts of its own; alaya verify MODEL --quantize int4 "
+        "shows how far off.",
+        show_default="as stored",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, not text.")]
 
 
-def attention(text: str) -> "Query":
-    """The query that an --attention option means.
+Length = Annotated[
+    str, typer.Option(metavar="TOKENS", help="Tokens of each sequence, such as 32768 or 128k.")
+]
+Recovery = Annotated[
+    float,
+    typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of the attention to keep."),
+]
+
+
+def scheme(quantize: Quantization | None) -> "Scheme | None":
+    """The scheme that a --quantize option means."""
+    return None if quantize is None else quantize.value
+
+
+def attention(text: str) -> "Asked":
+    """What an --attention option means: a query, a plan where an index is named, or `Auto`.
 
     Raises:
         typer.BadParameter: It is not understood.
     """
     from alaya_jax import query
+    from alaya_jax.query.auto import Auto
+    from alaya_jax.query.plan import Plan
 
-    kind, _, rest = text.strip().partition(":")
+    asked, at, index = text.strip().partition("@")
+    kind, _, rest = asked.partition(":")
     try:
         numbers = [float(part) for part in rest.split(",")] if rest else []
         match kind, numbers:
             case "full", []:
-                return query.Full()
+                found = query.Full()
             case "window", []:
-                return query.Window()
+                found = query.Window()
             case "window", [sink, recent]:
-                return query.Window(_whole(sink), _whole(recent))
+                found = query.Window(_whole(sink), _whole(recent))
             case "dipr", [beta]:
-                return query.DIPR(beta=beta)
+                found = query.DIPR(beta=beta)
+            case "recovery", [share]:
+                found = query.DIPR(recovery=share)
             case "topk", [k]:
-                return query.TopK(_whole(k))
+                found = query.TopK(_whole(k))
+            case "auto", []:
+                found = Auto()
+            case "auto", [share]:
+                found = Auto(recovery=share)
             case _:
                 raise ValueError("not one of them")
+        if not at:
+            return found
+        if not isinstance(found, query.DIPR | query.TopK):
+            raise ValueError(f"{kind} is not looked up in an index")
+        named = _index(index)
+        return Plan(found, named, by="page" if index == "block" else "key")
     except (ValueError, AlayaError) as error:
         raise typer.BadParameter(
             f"{text!r} is no attention policy; use {_ATTENTION}, such as dipr:50 ({error})",
             param_hint="--attention",
         ) from error
+
+
+def _index(name: str) -> Any:
+    from alaya_jax import index
+
+    match name:
+        case "flat":
+            return index.Flat()
+        case "sketch":
+            return index.Sketch()
+        case "sketch2" | "sketch8":
+            return index.Sketch(int(name[-1]))
+        case "block":
+            return index.Block()
+        case _:
+            raise ValueError(f"no index @{name}; use {_INDEXES}")
+
+
+def length(text: str) -> int:
+    """Tokens, from "131072", "128k" (of 1,024) or "1M".
+
+    Raises:
+        typer.BadParameter: It is no such number.
+    """
+    digits, unit = text.rstrip("kKM"), text[len(text.rstrip("kKM")) :]
+    factor = {"": 1, "k": 1024, "K": 1024, "M": 1024**2}.get(unit)
+    if not digits.isdecimal() or factor is None or int(digits) == 0:
+        raise typer.BadParameter(
+            f"{text!r} is no number of tokens; use 32768, 128k or 1M", param_hint="--length"
+        )
+    return int(digits) * factor
 
 
 def sampling(

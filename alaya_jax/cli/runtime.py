@@ -11,10 +11,12 @@ from alaya_jax.errors import CacheFullError
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from alaya_jax.db import DB, Budget, Context
     from alaya_jax.model import Model
-    from alaya_jax.query import Query
+    from alaya_jax.models.quantized import Scheme
+    from alaya_jax.query.plan import Attention
     from alaya_jax.sampling import Sampling
 
 _LEAST_ROOM = 8192
@@ -45,12 +47,31 @@ def start_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def load_model(name: str) -> "Model":
+def cpu_mesh(text: str) -> "Mesh":
+    """A mesh of virtual CPU devices, as many as the text asks for: "tensor=8".
+
+    Raises:
+        ConfigError: It is not understood, or this process has fewer CPU devices already.
+    """
+    import contextlib
+    import math
+
+    import jax
+
+    from alaya_jax.sharding import make_mesh, parse_axes
+
+    axes = parse_axes(text)
+    with contextlib.suppress(RuntimeError):  # JAX runs already: with the devices it has
+        jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
+    return make_mesh(devices=jax.devices("cpu"), **axes)
+
+
+def load_model(name: str, quantize: "Scheme | None" = None) -> "Model":
     """Loads a model, with a progress bar, ready to run."""
     start_jax()
     from alaya_jax.model import load
 
-    return load(name)
+    return load(name, quantize=quantize)
 
 
 def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budget":
@@ -164,7 +185,7 @@ def answer(
     db: "DB",
     prompt: "np.ndarray",
     *,
-    attention: "Query",
+    attention: "Attention",
     sampling: "Sampling",
     max_new_tokens: int,
     on_text: Callable[[str], None] = lambda text: None,

@@ -70,6 +70,16 @@ def report(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, ensure_ascii=False))
 
 
+def show(found: Any) -> None:
+    """Prints a table on stdout: drawn by rich on a terminal, plain text elsewhere."""
+    if not sys.stdout.isatty():
+        typer.echo(str(found))
+        return
+    from rich.console import Console
+
+    Console().print(found.to_rich() if hasattr(found, "to_rich") else found)
+
+
 @contextmanager
 def on_interrupt(consequence: str) -> Iterator[None]:
     """Ctrl-C in the block ends the command, saying what that means for its work."""

@@ -13,6 +13,10 @@ MARGIN = 0.2
 """Share of the mass that may be lost which is not spent, for the estimates' errors."""
 
 _HALVINGS = 14
+_AT_ONCE = 2
+"""Halvings with one exchange of masses, where the keys are split over devices: 7 exchanges; the
+three thresholds that two halvings may ask for are weighed together.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +53,8 @@ def recover(
     at 2 bits for 84% (benchmarks/sketch_recall.py).
 
     `beta` is found by halving an interval whose end drops at most the mass that may be dropped,
-    whatever the scores: S keys, each of weight below (1 - target) / S of the best. It is exact to
-    2**-14 of that interval: a key may be kept whose score is that much lower than needed.
+    whatever the scores: n eligible keys, each of weight below (1 - target) / n of the best. It is
+    exact to 2**-14 of that interval: a key may be kept whose score is that much lower than needed.
 
     Args:
       estimate: raw scores, -inf for keys that are not eligible (the window's).
@@ -68,26 +72,35 @@ def recover(
     weight = jnp.exp(scale * (estimate - best[..., None]))
     window = jnp.exp(window_lse - scale * best)
 
-    def mass(beta: Array) -> Array:
-        kept = estimate >= (best - beta)[..., None]
-        held = jnp.sum(jnp.where(kept, weight, 0.0), axis=-1)
-        return window + across(lax.psum, held, axis)
-
-    total = mass(jnp.full_like(best, jnp.inf))
-
-    def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) / 2
-        enough = mass(middle) >= target * total
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    def masses(beta: Float[Array, "K G T n"]) -> Float[Array, "K G T n"]:
+        kept = estimate[..., None, :] >= (best[..., None] - beta)[..., None]
+        held = jnp.sum(jnp.where(kept, weight[..., None, :], 0.0), axis=-1)
+        return window[..., None] + across(lax.psum, held, axis)
 
     # 2**-23: the smallest share that float32 tells from nothing.
-    keys = estimate.shape[-1] * (1 if axis is None else lax.axis_size(axis))
-    widest = (jnp.log(keys) - jnp.log(jnp.maximum(1 - target, 2.0**-23))) / scale
-    _, beta = lax.fori_loop(
-        0, _HALVINGS, halve, (jnp.zeros_like(best), jnp.broadcast_to(widest, best.shape))
-    )
-    beta = jnp.where(mass(jnp.zeros_like(best)) >= target * total, 0.0, beta)
-    beta = jnp.where(target >= 1, jnp.inf, beta)
+    keys = across(lax.psum, jnp.sum(estimate > -jnp.inf, axis=-1), axis)
+    widest = jnp.log(jnp.maximum(keys, 1)) - jnp.log(jnp.maximum(1 - target, 2.0**-23))
+    widest = jnp.broadcast_to(widest / scale, best.shape)
+    zero = jnp.zeros_like(best)
+    ends = masses(jnp.stack([zero, widest, jnp.full_like(best, jnp.inf)], axis=-1))
+    at_zero, at_widest, total = jnp.moveaxis(ends, -1, 0)
+    parts = 2 if axis is None else 2**_AT_ONCE
+
+    def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, at_high = interval
+        step = (high - low) / parts
+        held = masses(low[..., None] + step[..., None] * jnp.arange(1, parts))
+        first = jnp.sum(held < (target * total)[..., None], axis=-1)  # that holds enough
+        held = jnp.concatenate([held, at_high[..., None]], axis=-1)
+        at_high = jnp.take_along_axis(held, first[..., None], axis=-1)[..., 0]
+        return low + step * first, low + step * (first + 1), at_high
+
+    rounds = _HALVINGS if axis is None else _HALVINGS // _AT_ONCE
+    _, beta, held = lax.fori_loop(0, rounds, narrow, (zero, widest, at_widest))
+    for condition, value, mass in (
+        (at_zero >= target * total, 0.0, at_zero),
+        (target >= 1, jnp.inf, total),
+    ):
+        beta, held = jnp.where(condition, value, beta), jnp.where(condition, mass, held)
     kept = (estimate >= (best - beta)[..., None]) & (estimate > -jnp.inf)
-    return Recovered(beta, jnp.where(total > 0, mass(beta) / total, 1.0), kept)
+    return Recovered(beta, jnp.where(total > 0, held / total, 1.0), kept)

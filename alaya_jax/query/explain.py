@@ -1,15 +1,24 @@
 """What was asked of the keys and what was really read: the account behind `Session.explain`."""
 
 import dataclasses
-from typing import Any
+import html
+import re
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from alaya_jax.attention.engine import Counts
+from alaya_jax.errors import RequestError
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
+from alaya_jax.query import show
+from alaya_jax.query.analysis import Analysis
+from alaya_jax.query.optimizer import Choice
 from alaya_jax.query.plan import Plan, Plans, of_layer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Reads:
@@ -60,8 +69,7 @@ class Reads:
 
     def is_of(self, plans: Plans) -> bool:
         """Whether this is the account of equal plans; a beta may be an array."""
-        (ours, shape), (theirs, other) = jax.tree.flatten(self.plans), jax.tree.flatten(plans)
-        return shape == other and all(map(np.array_equal, ours, theirs))
+        return same_plans(self.plans, plans)
 
     def layer(self, layer: int) -> dict[str, Any]:
         """What one layer read, per query token; lists have one number a query head."""
@@ -74,17 +82,21 @@ class Reads:
         read = float(self.read[layer].sum() / group / n)
         return {
             "layer": layer,
-            "query": repr(plan.query),
-            "index": _index_name(plan),
-            "by": plan.by if plan.retrieves else None,
-            "share": plan.share if plan.retrieves else None,
+            **_plan_fields(plan),
             "keys_scanned": (self.scored[layer] / n).tolist(),
             "keys_attended": (self.attended[layer] / n).tolist(),
             "keys_read": read,
+            "keys_read_by_group": (self.read[layer].reshape(-1, group)[:, 0] / n).tolist(),
             "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
             "widened": self.widened[layer].tolist(),
             "bytes": self._bytes(plan, layer, read),
         }
+
+    def mean(self, what: str) -> np.ndarray:
+        """float64 [L, H], "attended" or "mass_estimated" a query token."""
+        self._settle()
+        total = self.mass if what == "mass_estimated" else self.attended
+        return total / max(self.queries, 1)
 
     def _bytes(self, plan: Plan, layer: int, read: float) -> float:
         """Bytes of keys, values and index that a query token reads, from the counts."""
@@ -133,20 +145,39 @@ class Reads:
         }
 
 
+HEAT_MAPS = {
+    "recovery": "share of the attention mass",
+    "error": "|out - full| / |full|",
+    "attended": "keys attended to",
+    "keys_needed": "keys outside the window",
+    "beta": "range of raw scores",
+    "beta_needed": "range of raw scores",
+    "mass_estimated": "share of the attention mass",
+}
+"""What `Explanation.plot` can show -> its unit."""
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a session did. `str()` is a table, `to_dict()` plain data.
+    """What a session did, or would do. `str()` is a table, `to_dict()` plain data; a rich console
+    and a notebook show it in their own way.
 
     Attributes:
       tokens, reused: of each sequence, in the cache and from a stored context.
       contexts: ids of those contexts, or None.
       phases: "prefill", "decode" (and "attention" for a model of your own) -> `Reads`.
+      planned: what would run, one row a layer; see `planned_rows`.
+      choice: why, where `Auto` chose.
+      analysis: one token's attention run again, where that was asked for.
     """
 
     tokens: list[int]
     reused: list[int]
     contexts: list[str | None]
     phases: dict[str, Reads]
+    planned: list[dict[str, Any]] | None = None
+    choice: Choice | None = None
+    analysis: Analysis | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -155,39 +186,215 @@ class Explanation:
             "reused": self.reused,
             "contexts": self.contexts,
             "phases": {name: reads.to_dict() for name, reads in self.phases.items()},
+            "planned": self.planned,
+            "choice": self.choice and self.choice.to_dict(),
+            "analysis": self.analysis and self.analysis.to_dict(),
         }
 
+    def selected(self, layer: int, head: int, *, window: bool = False) -> np.ndarray:
+        """Positions that a head of the analyzed token attended to, ascending int.
+
+        Args:
+          layer, head: from 0.
+          window: those of the window (first and last tokens) too.
+
+        Raises:
+          RequestError: nothing was analyzed, or there is no such layer or head.
+        """
+        found = self._analyzed("selected")
+        kept = found.positions if window else found.retrieved
+        if not (0 <= layer < len(kept) and 0 <= head < len(kept[0])):
+            raise RequestError(
+                f"selected({layer}, {head}): layers 0 to {len(kept) - 1}, query heads 0 to "
+                f"{len(kept[0]) - 1}"
+            )
+        return kept[layer][head]
+
+    def selected_text(
+        self, layer: int, head: int, *, window: bool = False
+    ) -> list[tuple[int, str]]:
+        """`selected`, each position with the text of its token.
+
+        Raises:
+          RequestError: as `selected`; or the model has no tokenizer.
+        """
+        return self._analyzed("selected_text").text(self.selected(layer, head, window=window))
+
+    def plot(self, what: str = "recovery") -> "Figure":
+        """A heat map, layer by head, of a figure that `analyze=True` found.
+
+        "attended" and "mass_estimated" are known without it, as means over the tokens decoded.
+
+        Raises:
+          RequestError: it is no such figure or not known, or matplotlib is not installed.
+        """
+        if what not in HEAT_MAPS:
+            raise RequestError(f"plot({what!r}): use one of {sorted(HEAT_MAPS)}")
+        if self.analysis is not None:
+            name = "estimated" if what == "mass_estimated" else what
+            values, of = getattr(self.analysis, name), f"token {self.analysis.position:,}"
+        elif what in ("attended", "mass_estimated") and self.phases:
+            phase = "decode" if "decode" in self.phases else next(iter(self.phases))
+            values, of = self.phases[phase].mean(what), f"mean over {phase}"
+        else:
+            self._analyzed(f"plot({what!r})")
+            raise AssertionError
+        return show.heat_map(values, f"{what.replace('_', ' ')}, {of}", HEAT_MAPS[what])
+
+    def _analyzed(self, what: str) -> Analysis:
+        if self.analysis is None:
+            raise RequestError(f"{what} needs session.explain(analyze=True)")
+        return self.analysis
+
+    def tables(self) -> list[show.Table]:
+        """One for each phase, or of the plan; and of the analysis."""
+        found = [_reads_table(name, reads) for name, reads in self.phases.items()]
+        if self.planned is not None:
+            found.append(_planned_table(self.planned, self.choice))
+        if self.analysis is not None:
+            found.append(_analysis_table(self.analysis, self.choice))
+        return found
+
+    @property
+    def heading(self) -> str:
+        """Which tokens this is about."""
+        return f"tokens {self.tokens}, of which from stored contexts {self.reused}"
+
     def __str__(self) -> str:
-        lines = [f"tokens {self.tokens}, of which from stored contexts {self.reused}"]
-        for name, reads in self.phases.items():
-            d = reads.to_dict()
-            index = f"index {d['index']}" if d["index"] else "no index"
-            share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
-            lines.append(
-                f"{name}: {d['query']}, {index}, {d['implementation']}, pages on {d['tier']}, "
-                f"{d['steps']} query tokens"
-            )
-            lines.append(
-                f"  keys a query token and head: {d['keys_visible_per_step']:,.1f} visible, "
-                f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
-                f"attended ({share:.1%})"
-            )
-            if d["mass_estimated"] is not None and d["index"]:
-                lines.append(f"  attention mass kept, by estimate: {d['mass_estimated']:.3f}")
-            if d["searches_widened"]:
-                lines.append(
-                    f"  {d['searches_widened']:,} searches (of a token, head and layer) met more "
-                    "than they could list: all keys were scanned; raise Graph(capacity=...)"
-                )
-            low, high = int(np.argmin(d["layers"])), int(np.argmax(d["layers"]))
-            if d["layers"][low] != d["layers"][high]:
-                lines.append(
-                    f"  fewest in layer {low} ({d['layers'][low]:,.1f}), "
-                    f"most in layer {high} ({d['layers'][high]:,.1f})"
-                )
-        return "\n".join(lines)
+        return "\n\n".join([self.heading, *map(str, self.tables())])
 
     __repr__ = __str__
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield self.heading
+        yield from (table.to_rich() for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table.to_html() for table in self.tables())
+        return f"<div>{html.escape(self.heading)}</div>{tables}"
+
+
+def same_plans(one: Plans, other: Plans) -> bool:
+    """Whether they are equal; a beta may be an array."""
+    (ours, shape), (theirs, others) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return shape == others and all(map(np.array_equal, ours, theirs))
+
+
+def planned_rows(plans: Plans, model: Model, choice: Choice | None) -> list[dict[str, Any]]:
+    """What would run, one row a layer; with predictions where `Auto` chose."""
+    rows = []
+    for layer in range(model.config.num_hidden_layers):
+        row = {"layer": layer, **_plan_fields(of_layer(plans, layer))}
+        if choice is not None:
+            row |= choice.layers[layer].to_dict()
+        rows.append(row)
+    return rows
+
+
+def _plan_fields(plan: Plan) -> dict[str, Any]:
+    beta = getattr(plan.query, "beta", None)
+    return {
+        "query": repr(plan.query),
+        "index": _index_name(plan),
+        "by": plan.by if plan.retrieves else None,
+        "share": plan.share if plan.retrieves else None,
+        "beta": None if beta is None else np.asarray(beta, np.float64).tolist(),
+        "tier": "device",
+        "implementation": "xla",
+    }
+
+
+def _reads_table(name: str, reads: Reads) -> show.Table:
+    d = reads.to_dict()
+    index = f"index {d['index']}" if d["index"] else "no index"
+    share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
+    title = (
+        f"{name}: {d['query']}, {index}, {d['implementation']}, pages on {d['tier']}, "
+        f"{d['steps']} query tokens"
+    )
+    notes = [
+        f"keys a query token and head: {d['keys_visible_per_step']:,.1f} visible, "
+        f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
+        f"attended ({share:.1%})"
+    ]
+    if d["searches_widened"]:
+        notes.append(
+            f"{d['searches_widened']:,} searches (of a token, head and layer) met more than they "
+            "could list, and all keys were scanned: raise Graph(capacity=...)"
+        )
+    if d["mass_estimated"] is not None and d["index"]:
+        notes.append(f"attention mass kept, by estimate: {d['mass_estimated']:.3f}")
+    rows = [
+        (
+            _short(row),
+            show.count(np.mean(row["keys_scanned"])),
+            _spread(row["keys_read_by_group"]),
+            _spread(row["keys_attended"]),
+            show.share(row["mass_estimated"] and min(row["mass_estimated"])),
+            show.nbytes(row["bytes"]),
+        )
+        for row in d["by_layer"]
+    ]
+    columns = ("layer", "<plan", "scored", "read (by kv head)", "attended (by head)")
+    columns = (*columns, "least est. mass", "bytes a token")
+    return show.Table(title, columns, show.alike(rows), tuple(notes))
+
+
+def _planned_table(planned: list[dict[str, Any]], choice: Choice | None) -> show.Table:
+    if choice is None:
+        rows = show.alike([(_short(row), row["tier"]) for row in planned])
+        return show.Table("plan (nothing has run)", ("layer", "<plan", "<tier"), rows)
+    return choice.table()
+
+
+def _analysis_table(found: Analysis, choice: Choice | None) -> show.Table:
+    columns = ["layer", "<plan", "attended (by head)", "needed", "recovery: mean", "least"]
+    columns += ["error: mean", "most", "beta needed", "time", "full"]
+    if choice is not None:
+        columns.append("predicted")
+    rows = []
+    for i in range(len(found.seconds)):
+        row = (
+            str(i),
+            _short(_plan_fields(of_layer(found.plans, i))),
+            _spread(found.attended[i]),
+            _spread(found.keys_needed[i]),
+            show.share(found.recovery[i].mean()),
+            show.share(found.recovery[i].min()),
+            f"{found.error[i].mean():.2%}",
+            f"{found.error[i].max():.2%}",
+            _spread(found.beta_needed[i]),
+            show.seconds(found.seconds[i]),
+            show.seconds(found.seconds_full[i]),
+        )
+        if choice is not None:
+            row = (*row, show.seconds(choice.layers[i].seconds))
+        rows.append(row)
+    notes = (
+        f"needed: keys outside the window, and their range, that hold {found.wanted:g} of the mass",
+        f"attention of all layers: {show.seconds(found.seconds.sum())}, "
+        f"in full {show.seconds(found.seconds_full.sum())} (each layer a call of its own)",
+    )
+    title = f"analysis of the query at position {found.position:,} of sequence {found.sequence}"
+    return show.Table(title, tuple(columns), rows, notes)
+
+
+def _spread(values: Any) -> str:
+    low, high = float(np.min(values)), float(np.max(values))
+    return show.count(low) if low == high else f"{show.count(low)} to {show.count(high)}"
+
+
+def _short(row: dict[str, Any]) -> str:
+    # The window and what was left open would fill the line.
+    query = re.sub(r"(window=Window\([^)]*\)|\w+=None)(, )?", "", row["query"])
+    words = [query.replace(", )", ")")]
+    if row["index"]:
+        words.append(f"@ {row['index']}")
+    if row["by"] == "page":
+        words.append("by page")
+    if row["share"] not in (None, "head"):
+        words.append(f"a {row['share']}")
+    return " ".join(words)
 
 
 def _index_name(plan: Plan) -> str | None:

@@ -5,7 +5,7 @@ is asked for, a query, a plan, or a tuple with one of either a layer is taken.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Graph, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
+from alaya_jax.query.auto import Auto
 
 SKETCH_FROM = 4096
 """Tokens from which a plan without an index asks the sketch; below, scoring all keys is as fast
@@ -111,21 +112,32 @@ class Plan:
 Plans = Plan | tuple[Plan, ...]
 """What every layer does, or one for each layer."""
 
-Attention = Query | Plan | Sequence[Query | Plan]
+Attention = Query | Plan | Auto | Sequence[Query | Plan]
 """What a user may ask for."""
 
 
-def plan_for(attention: Any, config: LlamaConfig, length: int) -> Plans:
+def plan_for(
+    attention: Any,
+    config: LlamaConfig,
+    length: int,
+    choose: Callable[[Auto], Plans] | None = None,
+) -> Plans:
     """The plans that answer what was asked.
 
     Args:
-      attention: a query or plan, or a sequence with one a layer.
+      attention: a query or plan, or a sequence with one a layer; or `Auto`.
       config: of the model.
       length: tokens there will be; decides where a plan leaves the index open.
+      choose: makes plans of an `Auto`: what it takes to know the machine (see `optimizer.choose`).
 
     Raises:
       RequestError: it is none, or does not fit the model's layers or heads.
+      PlanError: what `Auto` asks cannot be had.
     """
+    if isinstance(attention, Auto):
+        if choose is None:
+            raise RequestError("Auto(...) is resolved by a session; here, give a query or a Plan")
+        return choose(attention)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
 
     def one(asked: Any) -> Plan:
@@ -134,7 +146,7 @@ def plan_for(attention: Any, config: LlamaConfig, length: int) -> Plans:
         if not isinstance(asked, Plan):
             raise RequestError(
                 f"attention={asked!r}: use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), "
-                "TopK(k), Tiles(...), or a Plan of one"
+                "TopK(k), Tiles(...), a Plan of one, or Auto(...) for all layers"
             )
         query = asked.query
         for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():

@@ -17,9 +17,12 @@ PAGES = 12
 class Pages(RuleBasedStateMachine):
     """Any order of allocate, share and release, against a counter."""
 
+    SHARDS = 1
+
     def __init__(self):
         super().__init__()
-        self.allocator = PageAllocator(PAGES, 16)
+        self.allocator = PageAllocator(PAGES, 16, shards=self.SHARDS)
+        self.nobodys = set(range(NO_PAGE, PAGES, PAGES // self.SHARDS))
         self.holders: list[np.ndarray] = []
 
     @property
@@ -28,14 +31,24 @@ class Pages(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, PAGES), after=st.none() | st.integers(0, PAGES - 1))
     def allocate(self, n, after):
-        held, free = set(self.counts), PAGES - 1 - len(self.counts)
+        held, free = set(self.counts), PAGES - self.SHARDS - len(self.counts)
         if n > free:
             with pytest.raises(CacheFullError):
                 self.allocator.allocate(n, after)
             return
+        before = self.free_by_shard()
         pages = self.allocator.allocate(n, after)
-        assert len({int(p) for p in pages} - held - {NO_PAGE}) == n == len(pages)
+        assert len({int(p) for p in pages} - held - self.nobodys) == n == len(pages)
         self.holders.append(pages)
+        # No shard gave pages while another, untouched or not, had more than one left above it.
+        left = self.free_by_shard()
+        gave = [b for a, b in zip(before, left, strict=True) if a != b]
+        assert max(left) - min(gave, default=PAGES) <= 1
+
+    def free_by_shard(self) -> list[int]:
+        size = PAGES // self.SHARDS
+        held = collections.Counter(page // size for page in self.counts)
+        return [size - 1 - held[shard] for shard in range(self.SHARDS)]
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -54,13 +67,21 @@ class Pages(RuleBasedStateMachine):
     @invariant()
     def accounts_agree(self):
         counts = self.counts
-        assert self.allocator.num_free == PAGES - 1 - len(counts)
-        for page in range(1, PAGES):
+        assert self.allocator.num_free == PAGES - self.SHARDS - len(counts)
+        for page in set(range(PAGES)) - self.nobodys:
             assert self.allocator.is_shared(page) == (counts[page] > 1)
 
 
+class SpreadPages(Pages):
+    """The same where the pool is split in three: all but one page of each part can be had."""
+
+    SHARDS = 3
+
+
 TestPages = Pages.TestCase
+TestSpreadPages = SpreadPages.TestCase
 TestPages.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestSpreadPages.settings = TestPages.settings
 
 
 def test_pages_continue_a_run_where_they_can():
@@ -80,6 +101,23 @@ def test_the_tightest_run_is_taken_and_a_long_one_is_kept_whole():
     allocator.release(pages[1:3])
     scattered = allocator.allocate(8)  # no run holds them: the longest first
     np.testing.assert_array_equal(scattered, [*pages[5:12], pages[1]])
+
+
+def test_a_sequence_is_spread_in_stripes_and_each_part_is_one_run(monkeypatch):
+    """Twelve pages over three shards of eight, two of a stripe on each in turn."""
+    monkeypatch.setattr("alaya_jax.cache.allocator.STRIPE", 2)
+    allocator = PageAllocator(24, 16, shards=3)
+    pages = allocator.allocate(12)
+    np.testing.assert_array_equal(pages, [1, 2, 9, 10, 17, 18, 3, 4, 11, 12, 19, 20])
+    # What follows goes where most is free; the part on the shard of the last page follows it.
+    np.testing.assert_array_equal(allocator.allocate(3, after=20), [5, 13, 21])
+    allocator.release(pages[[0, 1, 6, 7]])
+    np.testing.assert_array_equal(allocator.allocate(4), [1, 2, 3, 4])
+    assert allocator.capacity == 21
+    assert allocator.num_free == 6
+    np.testing.assert_array_equal(np.sort(allocator.allocate(6)), [6, 7, 14, 15, 22, 23])
+    with pytest.raises(CacheFullError, match="0 of 21"):
+        allocator.allocate(1)
 
 
 def test_exhaustion_says_the_numbers_and_the_setting_and_takes_nothing():

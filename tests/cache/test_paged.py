@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from alaya_jax.cache import (
     NO_PAGE,
+    UNUSED,
     PagedKV,
     PageTable,
     append,
+    append_layer,
     copy_pages,
     read_tokens,
     write_pages,
@@ -65,6 +67,60 @@ def test_append_writes_the_new_tokens_and_nothing_else(lengths, t, counts, seed)
         np.testing.assert_array_equal(np.asarray(pool)[:, owned], expected[:, owned])
     np.testing.assert_array_equal(after.k[0], before.k[0])
     np.testing.assert_array_equal(after.v[0], before.v[0])
+
+
+@jax.jit
+def append_in_parts(pool, k, table, count):
+    """What two devices do, with half of the pool and of the table's columns each."""
+    parts = []
+    for part, ids, start in zip(
+        jnp.split(pool, 2, axis=1),
+        jnp.split(table.pages, 2, axis=1),
+        jnp.split(table.start, 2, axis=1),
+        strict=True,
+    ):
+        own = PageTable(ids, table.length, start)
+        parts.append(append_layer(part, part, k, k, own, count)[0])
+    return jnp.concatenate(parts, axis=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    t=st.sampled_from([1, 6]),
+    counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+    seed=st.integers(0, 2**31),
+)
+def test_append_where_each_device_holds_some_of_the_pages(lengths, t, counts, seed):
+    """Pages of each sequence on two devices, in any order; no other page is touched."""
+    rng = np.random.default_rng(seed)
+    counts = [min(c, t) for c in counts]
+    half = PAGES // 2
+    free = rng.permutation(np.setdiff1d(np.arange(PAGES), [NO_PAGE, half])).tolist()
+    pages = [
+        [free.pop() for _ in range(-(-(n + c) // PAGE))]
+        for n, c in zip(lengths, counts, strict=True)
+    ]
+    ids = rng.integers(0, half, (3, 2, WIDTH))  # past the last page anything may be there
+    start = np.full((3, 2, WIDTH), UNUSED)
+    for b, own in enumerate(pages):
+        used = [0, 0]
+        for i, page in enumerate(own):
+            shard, local = divmod(page, half)
+            ids[b, shard, used[shard]], start[b, shard, used[shard]] = local, i * PAGE
+            used[shard] += 1
+    table = PageTable(
+        *(jnp.asarray(x, jnp.int32) for x in (ids.reshape(3, -1), lengths, start.reshape(3, -1)))
+    )
+    k = rng.standard_normal((3, t, HEADS, DIM)).astype(np.float32)
+    expected = np.full((HEADS, PAGES, PAGE, DIM), -1, np.float32)
+    after = append_in_parts(jnp.asarray(expected), k, table, jnp.asarray(counts))
+    for b, (first, count) in enumerate(zip(lengths, counts, strict=True)):
+        for i in range(count):
+            page, slot = divmod(first + i, PAGE)
+            expected[:, pages[b][page], slot] = k[b, i]
+    owned = [p for p in range(PAGES) if p not in (NO_PAGE, half)]
+    np.testing.assert_array_equal(np.asarray(after)[:, owned], expected[:, owned])
 
 
 @pytest.mark.parametrize("t", [1, 5])

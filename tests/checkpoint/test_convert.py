@@ -23,6 +23,8 @@ from alaya_jax.checkpoint import (
     conversion,
     convert,
     hf_write,
+    inspect,
+    load,
     open_checkpoint,
     orbax,
     read_checkpoint,
@@ -127,17 +129,67 @@ def test_orbax_onto_another_mesh(hf, tmp_path, assert_same):
     assert read(tmp_path / "saved", mesh=make_mesh(tensor=3), rules=rules).config == first.config
 
 
+def test_orbax_in_the_parts_of_a_mesh(hf, tmp_path, assert_same):
+    from orbax.checkpoint import v1 as ocp
+
+    source = hf(ml_dtypes.bfloat16, num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    mesh = make_mesh(tensor=8)
+    done = run(source, tmp_path / "parts", to="orbax", mesh=mesh)
+    stored = ocp.metadata(tmp_path / "parts" / "params").metadata
+    want = read(source)
+    spread = read(tmp_path / "parts", mesh=mesh)
+    chunks = jax.tree.map(lambda x: x.storage_metadata.chunk_shape, stored)
+    shards = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), spread.params)
+    for part in ("embed", "lm_head"):
+        assert chunks[part] == shards[part]
+    for part in ("attention", "mlp"):  # norms, which all devices hold, are written by all of them
+        assert chunks["layers_1"][part] == shards["layers_1"][part]
+    assert chunks["layers_1"]["mlp"]["down"]["kernel"] == (8, 32)
+    assert_same(spread.params, want.params)
+    assert_same(read(tmp_path / "parts", mesh=make_mesh(tensor=2)).params, want.params)
+    assert done.fingerprint == spread.fingerprint == want.fingerprint
+    run(tmp_path / "parts", tmp_path / "back")
+    run(source, tmp_path / "first")
+    assert files(tmp_path / "back") == files(tmp_path / "first")
+    with pytest.raises(ConfigError, match="'vocab' of size 48"):
+        run(source, tmp_path / "out", to="orbax", mesh=make_mesh(tensor=5))
+    with pytest.raises(ConfigError, match="leave it out with to='hf'"):
+        run(source, tmp_path / "out", mesh=mesh)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 4}])
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_into_pinned_host_memory(hf, tmp_path, assert_same, mesh, quantize):
+    source = hf(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    run(source, tmp_path / "orbax", to="orbax")
+    options = {"mesh": mesh and make_mesh(**mesh), "quantize": quantize}
+    want = read(source, **options)
+    for path in (source, tmp_path / "orbax"):
+        held = read(path, memory="pinned_host", **options)
+        leaves = jax.tree.leaves(held.params)
+        assert {x.sharding.memory_kind for x in leaves} == {"pinned_host"}
+        for one, two in zip(leaves, jax.tree.leaves(want.params), strict=True):
+            assert one.sharding.device_set == two.sharding.device_set
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    with pytest.raises(ConfigError, match=r"'hbm'.*device.*pinned_host"):
+        read(source, memory="hbm")
+
+
 TWO_PROCESSES = """
 import sys
+from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.checkpoint import convert, open_checkpoint, read_checkpoint, save
+from alaya_jax.errors import CheckpointError, RequestError
 from alaya_jax.sharding import make_mesh
 mesh = make_mesh(data=2, tensor=4)
-one, two = (read_checkpoint(path, mesh=mesh, progress=False) for path in sys.argv[3:])
+source, orbax, saved, half = (Path(path) for path in sys.argv[3:])
+one, two = (read_checkpoint(path, mesh=mesh, progress=False) for path in (source, orbax))
 def check(a, b):
     assert len(a.sharding.device_set) == 8 and len(a.addressable_shards) == 4
     for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
@@ -145,23 +197,50 @@ def check(a, b):
         np.testing.assert_array_equal(x.data, y.data)
 jax.tree.map(check, one.params, two.params)
 assert one.fingerprint == two.fingerprint
+
+other = read_checkpoint(source, mesh=make_mesh(tensor=8), progress=False)
+done = save(saved, other.config, other.params, progress=False)
+assert done.fingerprint == one.fingerprint
+again = read_checkpoint(saved, mesh=mesh, progress=False)
+jax.tree.map(check, one.params, again.params)
+save(half, other.config, other.params, dtype="bfloat16", progress=False)
+def refused(error, text, call, *args, **kwargs):
+    try:
+        call(*args, progress=False, **kwargs)
+    except error as caught:
+        assert text in str(caught), caught
+    else:
+        raise AssertionError(text)
+refused(CheckpointError, "is there already", save, saved, other.config, other.params)
+refused(RequestError, "save it as orbax", save, saved, other.config, other.params, to="hf")
+refused(RequestError, "in one process", convert, source, saved)
 """
 
 
-def test_onto_a_mesh_of_two_processes(hf, tmp_path):
-    source = hf(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+@pytest.mark.slow
+def test_two_processes_restore_and_save(hf, tmp_path, assert_same):
+    source = hf(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     run(source, tmp_path / "orbax", to="orbax")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-c", TWO_PROCESSES, address]
-    paths = [str(source), str(tmp_path / "orbax")]
+    paths = [str(path) for path in (source, *(tmp_path / x for x in ("orbax", "saved", "half")))]
     processes = [
         subprocess.Popen([*command, str(i), *paths], stderr=subprocess.PIPE) for i in range(2)
     ]
     for process in processes:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said.decode()
+    assert sorted(os.listdir(tmp_path)) == ["half", "hf", "orbax", "saved"]
+    want = read(source)
+    assert_same(read(tmp_path / "saved").params, want.params)
+    run(tmp_path / "saved", tmp_path / "back")
+    run(source, tmp_path / "first")
+    back, first = (load_file(tmp_path / x / "model.safetensors") for x in ("back", "first"))
+    assert_same(back, first)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), want.params)
+    assert_same(read(tmp_path / "half").params, half)
 
 
 def test_orbax_is_plain_orbax(hf, tmp_path, assert_same):
@@ -197,6 +276,29 @@ def test_gguf_becomes_hf_that_reads_the_same(
     got, want = read(tmp_path / "hf"), read(source)
     assert_same(got.params, jax.device_get(want.params))
     assert got.config == want.config
+
+
+def test_inspect_says_where_each_parameter_is(hf, tmp_path):
+    source = hf(ml_dtypes.bfloat16)
+    run(source, tmp_path / "a.gguf", to="gguf-bf16")
+    there, here = inspect(tmp_path / "a.gguf"), inspect(source)
+    assert there["config"] == here["config"]
+    assert (
+        there["parameters"]
+        == here["parameters"]
+        == sum(x.size for x in jax.tree.leaves(read(source).params))
+    )
+    assert here["tensors"].keys() == there["tensors"].keys()
+    assert there["tensors"]["layers_1/attention/k/kernel"] == {
+        "stored_as": "blk.1.attn_k.weight",
+        "stored_shape": [32, 32],
+        "stored_dtype": "BF16",
+        "file": "a.gguf",
+        "shape": [32, 2, 16],
+        "axes": ["embed", "kv_heads", "head_dim"],
+    }
+    assert here["tensors"]["norm/scale"]["stored_as"] == "model.norm.weight"
+    assert load(source).fingerprint == here["fingerprint"]
 
 
 def test_published_spelling(make_config):
@@ -264,6 +366,9 @@ def test_resume_after_a_kill(hf, tmp_path, to, monkeypatch, assert_same):
     assert not path.exists()
     with pytest.raises(CheckpointError, match="--resume"):
         run(source, path, to=to, shard_size="20KB")
+    if to == "orbax":
+        with pytest.raises(CheckpointError, match="was another one: mesh differ"):
+            run(source, path, to=to, shard_size="20KB", mesh=make_mesh(tensor=2), resume=True)
     with pytest.raises(CheckpointError, match="was another one: dtypes differ"):
         run(source, path, to=to, shard_size="20KB", dtype="float16", resume=True)
     if to == "hf":
@@ -272,7 +377,7 @@ def test_resume_after_a_kill(hf, tmp_path, to, monkeypatch, assert_same):
         assert list(unfinished.glob("*.part"))
     else:
         kept = {}
-        (half,) = unfinished.glob("params.*")
+        (half,) = (p for p in unfinished.glob("params.*") if not p.name.endswith("-tmp"))
         (half / "params.pending_1_torn").mkdir()  # a save that was cut off before it was whole
         saved = len(orbax._recover(unfinished))
         assert 0 < saved < 21
@@ -312,7 +417,7 @@ def test_orbax_on_a_full_disk(hf, tmp_path, monkeypatch):
         (unfinished / "params.partial_save.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         raise ValueError(said)
 
-    monkeypatch.setattr(ocp.partial, "save", full)
+    monkeypatch.setattr(ocp.partial, "save_async", full)
     with pytest.raises(CheckpointError, match=r"disk is full.*--resume"):
         run(source, tmp_path / "out", to="orbax")
     monkeypatch.undo()

@@ -9,12 +9,18 @@ import pytest
 
 from alaya_jax.cli import options
 from alaya_jax.errors import RequestError
+from alaya_jax.index import Block, Flat, Sketch
 from alaya_jax.query import DIPR, Full, TopK, Window
+from alaya_jax.query.auto import Auto
+from alaya_jax.query.plan import Plan
 
 VERBS = [
     ["demo"],
     ["ask"],
     ["generate"],
+    ["explain"],
+    ["plan"],
+    ["calibrate"],
     ["inspect"],
     ["fetch"],
     ["convert"],
@@ -83,6 +89,9 @@ def test_version(alaya):
         (["ask", "--context", __file__, "--attention", "topk:2.5", "Who?"], "whole number"),
         (["ask", "--context", __file__, "--attention", "dipr:-1", "Who?"], "at least 0"),
         (["ask", "--context", __file__, "--attention", "quest:4", "Who?"], "window[:SINK,RECENT]"),
+        (["ask", "--context", __file__, "--attention", "full@flat", "Who?"], "not looked up"),
+        (["ask", "--context", __file__, "--attention", "dipr:50@tree", "Who?"], "no index @tree"),
+        (["ask", "--context", __file__, "--attention", "auto:2", "Who?"], "at most 1"),
         (["ask", "--context", __file__, "--temperature", "-1", "Who?"], "--temperature"),
         (["ask", "--context", __file__, "--top-p", "0.9", "Who?"], "--temperature 0.8"),
         (["generate", "--max-new-tokens", "0", "Hi"], "--max-new-tokens"),
@@ -105,6 +114,13 @@ def test_what_is_not_understood_is_a_usage_error(alaya, arguments, said):
         ("window:4,64", Window(4, 64)),
         ("dipr:50", DIPR(beta=50.0)),
         ("topk:100", TopK(100)),
+        ("recovery:0.95", DIPR(recovery=0.95)),
+        ("auto", Auto()),
+        ("auto:0.9", Auto(recovery=0.9)),
+        ("dipr:50@flat", Plan(DIPR(beta=50.0), Flat())),
+        ("recovery:0.9@sketch", Plan(DIPR(recovery=0.9), Sketch())),
+        ("dipr:50@sketch2", Plan(DIPR(beta=50.0), Sketch(2))),
+        ("topk:100@block", Plan(TopK(100), Block(), by="page")),
     ],
 )
 def test_attention_policies(text, query):

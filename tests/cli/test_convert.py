@@ -2,10 +2,16 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+META = Path(__file__).parents[1] / "checkpoint" / "golden" / "meta"
 
 
 def generated(alaya, model):
@@ -22,11 +28,37 @@ def test_the_same_text_from_each_format(alaya, tiny_model, tmp_path):
     assert done["to"] == "hf"
     assert done["nonfinite"] == {}
     assert json.loads(alaya("verify", tiny_model, back, "--json").stdout)["same"] is True
+    gguf = tmp_path / "tiny.gguf"
+    alaya("convert", orbax, gguf, "--to", "gguf-f32", "--verify")
     want = generated(alaya, tiny_model)
-    assert generated(alaya, orbax)["text"] == want["text"]
+    assert len(want["text"]) > 5
+    for path in (orbax, back, gguf):
+        got = generated(alaya, path)
+        assert (got["text"], got["ids"]) == (want["text"], want["ids"])
     for path in (orbax, back):
         shown = json.loads(alaya("inspect", path, "--json").stdout)
         assert shown["fingerprint"] == done["fingerprint"]
+
+
+def test_the_same_text_from_metas_files(alaya, tmp_path):
+    """Weights that torch wrote in two parts; a tokenizer of the 48 ids they have."""
+    meta = tmp_path / "meta"
+    shutil.copytree(META, meta)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW"
+    vocab = {piece: i for i, piece in enumerate([*letters[:46], "Ġ", "th"])}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("t", "h")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    (meta / "tokenizer.json").write_text(backend.to_str())
+    source, found = meta, {}
+    for to in ("hf", "orbax", "gguf-bf16"):
+        alaya("convert", source, tmp_path / f"{to}.gguf", "--to", to, "--verify")
+        source = tmp_path / f"{to}.gguf"
+        found[to] = generated(alaya, source)
+    want = generated(alaya, meta)
+    assert len(want["ids"]) == 6
+    for got in found.values():
+        assert (got["text"], got["ids"]) == (want["text"], want["ids"])
 
 
 @pytest.mark.parametrize("verb", ["convert", "verify"])
@@ -83,3 +115,14 @@ def test_interrupted(alaya, tiny_model, tmp_path, monkeypatch, to):
     assert "continue with --resume" in said
     monkeypatch.undo()
     alaya("convert", tiny_model, out, "--to", to, "--resume", "--verify")
+
+
+def test_quantized(alaya, tiny_model):
+    found = json.loads(alaya("verify", tiny_model, "--quantize", "int8", "--json").stdout)
+    assert found["quantize"] == "int8"
+    assert found["same"]
+    assert 0 < found["logits"]["mean_kl"] < 0.01
+    assert "or --quantize" in alaya("verify", tiny_model, code=2).stderr
+    options = ("generate", "--model", tiny_model, "Who?", "--max-new-tokens", "3", "--json")
+    written = json.loads(alaya(*options, "--quantize", "int4").stdout)
+    assert written["finish_reason"] == "length"

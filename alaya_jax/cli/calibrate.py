@@ -1,0 +1,59 @@
+"""`alaya calibrate`: how many keys the heads of a model need, measured on the user's texts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alaya_jax.cli import options
+from alaya_jax.cli.ask import read_document
+from alaya_jax.cli.terminal import note, on_interrupt, report, show
+
+
+def calibrate(
+    texts: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Texts like those to be read; UTF-8, long ones."),
+    ],
+    model: options.Model = options.MODEL,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Length of the pieces that the texts are cut into.",
+            show_default="the longest text, at most 4k",
+        ),
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Query tokens sampled at each length.")
+    ] = 32,
+    json: options.Json = False,
+) -> None:
+    """Measure how many keys each layer and head of a model needs, and keep that for attention=auto.
+
+    Of sampled query tokens: the fewest keys that hold 90, 95 and 99% of the attention. The result
+    is a file beside the model, or in the cache directory for a model that is a single file.
+
+    Examples:
+      alaya calibrate contract.txt
+      alaya calibrate --model ~/models/Llama-3.2-1B-Instruct --length 8k reports/*.txt
+      alaya calibrate --json contract.txt
+    """
+    for path in texts:
+        if not path.is_file():
+            raise typer.BadParameter(f"{path} is not a file", param_hint="FILE")
+    documents = [read_document(path) for path in texts]
+    tokens = None if length is None else options.length(length)
+
+    from alaya_jax.cli import runtime
+    from alaya_jax.query import calibration
+
+    loaded = runtime.load_model(model)
+    with on_interrupt("Nothing was kept."):
+        found = calibration.calibrate(loaded, documents, length=tokens, queries=queries, save=False)
+    place = calibration.keep(found, loaded.directory)
+    if json:
+        report({"path": str(place), **found.to_dict()})
+    else:
+        show(found.table())
+        note(f"Kept in {place}.")

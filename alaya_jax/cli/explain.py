@@ -1,0 +1,90 @@
+"""`alaya explain`: which of a document's tokens a question's answer attends to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alaya_jax.cli import options
+from alaya_jax.cli.ask import read_document
+from alaya_jax.cli.terminal import note, on_interrupt, report, show
+
+FIGURES = "recovery, error, attended, keys_needed, beta, beta_needed or mass_estimated"
+
+
+def explain(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="In quotes.")],
+    context: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="The document: a text file in UTF-8; - reads stdin."),
+    ],
+    model: options.Model = options.MODEL,
+    attention: options.Attention = "recovery:0.95",
+    db: options.Database = None,
+    max_new_tokens: options.MaxNewTokens = 16,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw a heat map, layer by head, into this file (also .svg, .pdf).",
+        ),
+    ] = None,
+    what: Annotated[
+        str, typer.Option(metavar="FIGURE", help=f"What to draw: {FIGURES}.")
+    ] = "recovery",
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> None:
+    """Show what an answer reads of a document, layer by layer, and how good that is.
+
+    A few tokens of the answer are generated as `alaya ask` would. Then the last one's attention is
+    run again, each layer timed, and held against full attention: the keys attended to, the share of
+    the attention they really hold, the error of the output, the range (beta) that would have been
+    needed.
+
+    Examples:
+      alaya explain --context contract.txt "What is the notice period?"
+      alaya explain --context contract.txt --attention dipr:50@sketch --json "Who signs?"
+      alaya explain --context contract.txt --attention auto --plot heads.png "Who signs?"
+
+    The table goes to stdout; the answer so far to stderr. With --json the object also lists the
+    positions that each head retrieved.
+    """
+    if str(context) != "-" and not context.is_file():
+        raise typer.BadParameter(f"{context} is not a file", param_hint="--context")
+    policy = options.attention(attention)
+    document = read_document(context)
+    path = options.database_path(db)
+
+    from alaya_jax.cli import prompts, runtime
+    from alaya_jax.generation import generate
+    from alaya_jax.query.explain import HEAT_MAPS
+
+    if what not in HEAT_MAPS:
+        raise typer.BadParameter(f"{what!r} is no figure; use {FIGURES}", param_hint="--what")
+    loaded = runtime.load_model(model)
+    tokenizer = prompts.tokenizer_of(loaded)
+    prompt = prompts.question_ids(tokenizer, document, question)
+    start = prompts.document_ids(tokenizer, document)
+    budget = runtime.budget_for(loaded, len(prompt) + max_new_tokens, memory)
+    with runtime.open_for_document(path, loaded, budget, start) as database:
+        with on_interrupt("The document was not stored, and nothing half-written is left."):
+            title = "stdin" if str(context) == "-" else context.name
+            runtime.import_document(database, start, title=title)
+        session, rest = database.create_session(prompt)
+        with session:
+            run = generate(
+                session, rest, max_new_tokens=max_new_tokens, attention=policy, progress=True
+            )
+            for _ in run:
+                pass
+            found = session.explain(analyze=True)
+    if plot is not None:
+        found.plot(what).savefig(plot)
+        note(f"Drew {what} into {plot}.")
+    if json:
+        data = {"question": question, "answer": run.text, "model": loaded.name}
+        report({**data, **found.to_dict()})
+    else:
+        note(f"answer so far: {run.text}")
+        show(found)

@@ -1,0 +1,43 @@
+"""What the optimizer may be asked: a goal, in place of a query."""
+
+import dataclasses
+
+from alaya_jax.errors import RequestError
+from alaya_jax.query import Window
+from alaya_jax.sizes import bytes_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """Has the cheapest plan chosen that keeps a share of the attention mass, layer by layer.
+
+    Taken wherever a query is, for all layers at once. `session.explain()` says what was chosen,
+    and why. A goal that no plan reaches is refused, with the nearest that can be reached.
+
+    Attributes:
+      tpot: time for a token of each sequence, seconds, at most; None: as fast as can be.
+      recovery: share of the attention mass to keep, above 0 and at most 1; at 1 all keys are read.
+      device_memory: for keys, values and indexes, over all devices, bytes or "8GiB"; None: what
+        the device says it has beside the weights, or no limit where it does not say.
+      window: tokens that are always attended to.
+    """
+
+    tpot: float | None = None
+    recovery: float = 0.95
+    device_memory: int | str | None = None
+    window: Window = dataclasses.field(default_factory=Window)
+
+    def __post_init__(self):
+        if self.tpot is not None and not self.tpot > 0:
+            raise RequestError(f"Auto(tpot={self.tpot}): seconds a token, above 0")
+        if not 0 < self.recovery <= 1:
+            raise RequestError(f"Auto(recovery={self.recovery}): above 0, at most 1")
+        if self.device_memory is not None:
+            bytes_of(self.device_memory, "Auto(device_memory=...)")
+
+    @property
+    def memory(self) -> int | None:
+        """`device_memory` in bytes."""
+        if self.device_memory is None:
+            return None
+        return bytes_of(self.device_memory, "Auto(device_memory=...)")

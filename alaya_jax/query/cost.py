@@ -1,0 +1,183 @@
+"""What a plan costs: seconds and bytes of one layer, from a machine's constants.
+
+The model has one term for each part of a decode step (attention/engine.py):
+
+  Full        call + full * n
+  Window      call + full * w
+  retrieval   call + full * w + scan * (n - w) + select * S + gather * r
+
+n keys, w of them in the window, S columns of the page table (a table comes in few widths, and
+choosing among scores takes all of it), r keys read for the kv head that reads most. The constants
+are those of one layer of the model's own shape (`machine.py`). Where a mesh splits keys or heads,
+n and the shape are a device's share; what the devices tell each other is left out.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from alaya_jax.errors import RequestError
+from alaya_jax.index import Flat, Sketch
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.pool import table_width
+from alaya_jax.query import Full, TopK, Window
+from alaya_jax.query.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is to be served.
+
+    Attributes:
+      config: of the model.
+      dtype: of keys and values.
+      length: tokens of each sequence.
+      batch: B.
+      page_size: Z.
+      pool_tokens: tokens that the pool of pages holds, which the indexes cover too; None: those
+        of the batch.
+      weight_bytes: of the model.
+      reused: tokens of each sequence that come from a stored context.
+      stored: tokens of that context; more than `reused` where it is reused in part.
+      tensor, context: devices that heads and keys are split over.
+    """
+
+    config: LlamaConfig
+    dtype: np.dtype
+    length: int
+    batch: int = 1
+    page_size: int = 16
+    pool_tokens: int | None = None
+    weight_bytes: int = 0
+    reused: int = 0
+    stored: int = 0
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def held(self) -> int:
+        """Tokens that memory is taken for: whole pages."""
+        if self.pool_tokens is not None:
+            return self.pool_tokens
+        return self.batch * -(-self.length // self.page_size) * self.page_size
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a key, or a value, of all kv heads of a layer."""
+        c = self.config
+        return c.num_key_value_heads * c.head_dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the keys and values of all layers."""
+        return 2 * self.key_bytes * self.config.num_hidden_layers * self.held
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Constants of a device for one shape of attention layer.
+
+    Attributes:
+      device: which.
+      copy: bytes/s read and written by a copy.
+      matmul: FLOP/s of a large product in the model's dtype.
+      weights: bytes/s at which a matrix is read for a product with one row.
+      call: seconds of a layer's attention beside all that grows with keys.
+      full: seconds a key of full attention, all heads.
+      flat, sketch: seconds a key to score it, from the key itself and from 4 bits a channel.
+      select: seconds a column of the page table to choose among scores.
+      gather: seconds a key kept, of all kv heads at once, to read and attend to it.
+    """
+
+    device: str
+    copy: float
+    matmul: float
+    weights: float
+    call: float
+    full: float
+    flat: float
+    sketch: float
+    select: float
+    gather: float
+
+    def to_dict(self) -> dict[str, float | str]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Keys outside the window that a query keeps, mean over query tokens.
+
+    Attributes:
+      attended: of a query head.
+      read: of the kv head that reads most: what any of its query heads keeps.
+    """
+
+    attended: float
+    read: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one layer.
+
+    Attributes:
+      seconds: a decode step's attention.
+      read: bytes of keys, values and index that it reads.
+      memory: bytes that the index takes.
+    """
+
+    seconds: float
+    read: float
+    memory: int
+
+
+def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None) -> Cost:
+    """Predicts one layer.
+
+    Args:
+      plan: `Full`, `Window`, or a retrieval by key through `Flat` or `Sketch`.
+      work: what is served.
+      machine: where.
+      kept: keys outside the window that are kept; may be left out for `TopK(k)`, whose k is known.
+
+    Raises:
+      RequestError: there is no model of such a plan.
+    """
+    n = -(-work.length // work.context)
+    key = work.key_bytes
+    if isinstance(plan.query, Full):
+        seconds = machine.call + machine.full * n
+        return Cost(work.batch * seconds, 2.0 * key * work.batch * work.length, 0)
+    window = plan.query if isinstance(plan.query, Window) else plan.query.window
+    size = min(int(window.sink) + int(window.recent), work.length)
+    seconds = machine.call + machine.full * min(size, n)
+    if isinstance(plan.query, Window):
+        return Cost(work.batch * seconds, 2.0 * key * work.batch * size, 0)
+    if not isinstance(plan.index, Flat | Sketch) or plan.by != "key":
+        raise RequestError(f"there is no cost model of {plan}; it covers Flat and Sketch, by key")
+    if kept is None:
+        if not isinstance(plan.query, TopK):
+            raise RequestError(f"cost({plan}): say how many keys it keeps, with kept=Kept(...)")
+        kept = Kept(plan.query.k, plan.query.k * work.config.group_size)
+    outside = max(work.length - size, 0)
+    read = min(kept.read, outside)
+    if isinstance(plan.index, Flat):
+        scan, memory, scanned = machine.flat, 0, float(key)
+    else:
+        scan = machine.sketch * plan.index.bits / 4
+        page = plan.index.page_bytes(work.config, work.page_size, work.dtype)
+        memory, scanned = page * -(-work.held // work.page_size), page / work.page_size
+    held = -(-work.held // work.page_size // work.context)
+    width = min(table_width(-(-n // work.page_size), work.context), held)
+    columns = work.page_size * width
+    seconds += scan * max(n - size, 0) + machine.select * columns
+    seconds += machine.gather * read / work.context
+    total = scanned * outside + 2.0 * key * (read + size)
+    return Cost(work.batch * seconds, work.batch * total, memory)
+
+
+def step_seconds(work: Workload, machine: Machine) -> float:
+    """A decode step without its attention: the weights are read once for the batch."""
+    return work.weight_bytes / work.tensor / machine.weights

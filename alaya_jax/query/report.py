@@ -1,0 +1,35 @@
+"""What `Session.explain` puts together."""
+
+from typing import TYPE_CHECKING
+
+from alaya_jax.query.analysis import analyze as analyze_last
+from alaya_jax.query.explain import Explanation, planned_rows, same_plans
+from alaya_jax.query.plan import Attention
+
+if TYPE_CHECKING:
+    from alaya_jax.session import Session
+
+
+def report(
+    session: "Session", analyze: bool, attention: Attention | None, sequence: int
+) -> Explanation:
+    """The account of an open session; see `Session.explain`."""
+    reads = session.reads
+    ran = next((reads[p] for p in ("decode", "attention", "prefill") if p in reads), None)
+    plans = ran.plans if ran else None
+    if attention is not None or plans is None:
+        plans = session.plans(attention, session.length + 1)
+    # What `Auto` chose belongs to the plans that it made, and to no others.
+    choice = session.choice
+    if choice is not None and not same_plans(choice.plans, plans):
+        choice = None
+    would_run = attention is not None or ran is None
+    return Explanation(
+        tokens=session.lengths,
+        reused=session.reused,
+        contexts=[c.id if c else None for c in session.contexts],
+        phases=dict(reads),
+        planned=planned_rows(plans, session.model, choice) if would_run else None,
+        choice=choice,
+        analysis=analyze_last(session, plans, sequence) if analyze else None,
+    )

@@ -1,0 +1,143 @@
+"""Tables and heat maps of what attention read: for the terminal, a notebook, a file."""
+
+import dataclasses
+import html
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alaya_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table as RichTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of texts under headings, one title above them and notes below.
+
+    Attributes:
+      title: one line.
+      columns: headings; those that begin with "<" are of texts, aligned left.
+      rows: one text a column.
+      notes: lines below.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def headings(self) -> list[str]:
+        """Without the marks of alignment."""
+        return [column.removeprefix("<") for column in self.columns]
+
+    def __str__(self) -> str:
+        lines = [tuple(self.headings), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        left = [column.startswith("<") for column in self.columns]
+
+        def line(row: tuple[str, ...]) -> str:
+            cells = zip(row, widths, left, strict=True)
+            return "  ".join(x.ljust(n) if to else x.rjust(n) for x, n, to in cells).rstrip()
+
+        return "\n".join([self.title, *map(line, lines), *self.notes])
+
+    def to_rich(self) -> "RichTable":
+        """For a terminal."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        caption = Text("\n".join(self.notes)) if self.notes else None
+        table = RichTable(
+            title=Text(self.title), caption=caption, box=box.SIMPLE_HEAD, title_justify="left"
+        )
+        for column, name in zip(self.columns, self.headings, strict=True):
+            table.add_column(name, justify="left" if column.startswith("<") else "right")
+        for row in self.rows:
+            table.add_row(*map(Text, row))  # brackets in it are no markup
+        return table
+
+    def to_html(self) -> str:
+        """For a notebook."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.headings)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
+        return (
+            f"<div><b>{html.escape(self.title)}</b></div><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table>{notes}"
+        )
+
+
+def alike(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Numbers rows from 0, and joins neighbours that say the same: "3-7"."""
+    joined: list[tuple[int, int, tuple[str, ...]]] = []
+    for i, row in enumerate(rows):
+        if joined and joined[-1][2] == row:
+            joined[-1] = (joined[-1][0], i, row)
+        else:
+            joined.append((i, i, row))
+    return [(str(a) if a == b else f"{a}-{b}", *row) for a, b, row in joined]
+
+
+def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
+    """A figure of a number for each layer (down) and head (across).
+
+    Args:
+      values: [L, H].
+      title: above it.
+      unit: beside the colours.
+
+    Raises:
+      RequestError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise RequestError(
+            "plots need matplotlib, which is not installed: pip install 'alaya_jax[plot]'"
+        ) from error
+    layers, heads = values.shape
+    size = (min(3 + 0.35 * heads, 16), min(2 + 0.22 * layers, 14))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set(title=title, xlabel="query head", ylabel="layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label=unit)
+    return figure
+
+
+def count(number: float) -> str:
+    """Keys: 1,234, or one decimal below ten."""
+    return f"{number:,.1f}" if number < 10 and number != int(number) else f"{number:,.0f}"
+
+
+def seconds(number: float) -> str:
+    """Time with a unit that fits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if number * factor >= 1:
+            return f"{number * factor:.3g} {unit}"
+    return f"{number * 1e6:.0f} us"
+
+
+def nbytes(number: float) -> str:
+    """Bytes with a unit that fits, powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def share(number: Any) -> str:
+    """A share of the mass; "-" where it is not known."""
+    return "-" if number is None else f"{number:.3f}"

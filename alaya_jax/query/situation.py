@@ -1,0 +1,103 @@
+"""What the optimizer is told of a session, or of a model that is not loaded yet."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from alaya_jax.models.config import LlamaConfig
+from alaya_jax.query import calibration
+from alaya_jax.query.auto import Auto
+from alaya_jax.query.cost import Workload
+from alaya_jax.query.machine import machine_for
+from alaya_jax.query.optimizer import Choice, choose
+
+if TYPE_CHECKING:
+    from alaya_jax.session import Session
+
+
+def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
+    """What `auto` means in a session whose sequences grow to so many tokens.
+
+    The first call on a machine measures it, some seconds; see `machine.py`.
+
+    Raises:
+      PlanError: it cannot be had.
+    """
+    model, pool = session.model, session.pool
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    if not model.config.tie_word_embeddings:  # a token reads one row of it
+        weights -= model.params["embed"]["embedding"].nbytes
+    split = {
+        part: model.mesh.shape[axis] if model.mesh and axis else 1
+        for part, axis in (
+            ("tensor", model.rules.axis("kv_heads", model.mesh)),
+            ("context", model.rules.axis("pages", model.mesh)),
+        )
+    }
+    work = Workload(
+        config=model.config,
+        dtype=model.dtype,
+        length=length,
+        batch=session.batch_size,
+        page_size=pool.page_size,
+        pool_tokens=pool.num_pages * pool.page_size,
+        weight_bytes=weights,
+        **split,
+    )
+    found = calibration.find(model.fingerprint, model.directory)
+    machine = machine_for(model.config, model.dtype, pool.page_size, split["tensor"])
+    return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
+
+
+def choose_before(
+    auto: Auto,
+    config: LlamaConfig,
+    dtype: Any,
+    length: int,
+    *,
+    batch: int,
+    parameters: int,
+    fingerprint: str,
+    directory: Path | None,
+) -> Choice:
+    """What `auto` would mean for a model that is not loaded.
+
+    Args:
+      auto: what is asked.
+      config, dtype, parameters, fingerprint, directory: of the model.
+      length: tokens of each sequence.
+      batch: B.
+
+    Raises:
+      PlanError: it cannot be had.
+    """
+    item = np.dtype(dtype).itemsize
+    weights = parameters * item
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size * item
+    work = Workload(config, np.dtype(dtype), length, batch, weight_bytes=weights)
+    found = calibration.find(fingerprint, directory)
+    machine = machine_for(config, dtype, work.page_size)
+    return choose(auto, work, machine, found, memory_beside(weights, None))
+
+
+def default_dtype(stored: dict[str, int]) -> str:
+    """The dtype a model is loaded in where none is named (see `checkpoint.read_checkpoint`).
+
+    Args:
+      stored: stored types, by the names that formats have for them, and how many parameters have
+        each; quantized ones are read as float32 on a CPU, as bfloat16 elsewhere.
+    """
+    most = max(stored, key=lambda name: stored[name])
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return names.get(most, "float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def memory_beside(weights: int, mesh: Any) -> int | None:
+    """Bytes that the devices have beside the weights; None where they do not say."""
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    known = [limit for limit in limits if limit is not None]
+    return max(sum(known) - weights, 0) if len(known) == len(limits) else None

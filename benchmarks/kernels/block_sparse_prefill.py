@@ -1,0 +1,179 @@
+"""`block_sparse_prefill` on a device: random chunks against the reference, and rows of timings."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alaya_jax.pallas_kernels.block_sparse_prefill import (
+    QUERY_BLOCK,
+    block_sparse_prefill,
+    compile_cases,
+)
+from alaya_jax.pallas_kernels.dispatch import Target
+
+OP = "block_sparse_prefill"
+BLOCK_KV = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One row: a chunk behind `cached` tokens; `listed` blocks of keys a list, 0 for dense."""
+
+    tokens: int
+    cached: int = 0
+    listed: int = 0
+    beta: float | None = None
+    kv_heads: int = 8
+    groups: int = 4
+    dim: int = 128
+    size: int = 16
+
+    def describe(self) -> dict:
+        return {"op": OP, **dataclasses.asdict(self)}
+
+
+ROWS = (
+    Shape(16384),
+    Shape(4096, cached=126976, listed=51),
+    Shape(4096, cached=126976, listed=256),
+    Shape(4096, cached=126976),
+    Shape(4096, cached=28672, beta=40.0),
+    Shape(4096, cached=28672),
+)
+QUICK = (Shape(128, cached=128, kv_heads=1, groups=2, dim=64),)
+CHECKED = (
+    Shape(1000, cached=700, kv_heads=2),
+    Shape(1000, cached=700, kv_heads=2, listed=3, dim=64),
+    Shape(300, cached=2000, kv_heads=1, beta=3.0, size=64),
+)
+
+
+def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(seed)
+    total = shape.cached + shape.tokens
+    pages = -(-total // shape.size)
+    pool = (shape.kv_heads, pages + 1, shape.size, shape.dim)
+    heads = shape.kv_heads * shape.groups
+    kq, kk, kv = jax.random.split(jax.random.key(seed), 3)
+    make = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+    options: dict[str, Any] = {}
+    if shape.listed:
+        blocks = -(-shape.tokens // QUERY_BLOCK)
+        lists = np.empty((1, shape.kv_heads, blocks, shape.listed), np.int32)
+        for head, block in np.ndindex(shape.kv_heads, blocks):
+            last = (shape.cached + (block + 1) * QUERY_BLOCK - 1) // BLOCK_KV
+            some = rng.permutation(last)[: shape.listed - 1]
+            lists[0, head, block] = np.sort([*some, last])[::-1]
+        options["blocks"] = jnp.asarray(lists)
+        options["block_counts"] = jnp.full(lists.shape[:3], shape.listed, jnp.int32)
+    if shape.beta is not None:
+        options["beta"] = jnp.full(heads, shape.beta, jnp.float32)
+    return (
+        make(kq, (1, shape.tokens, heads, shape.dim)),
+        make(kk, pool),
+        make(kv, pool),
+        jnp.asarray(1 + rng.permutation(pages)[None], jnp.int32),
+        jnp.full(1, shape.cached, jnp.int32),
+        jnp.full(1, shape.tokens, jnp.int32),
+        options,
+    )
+
+
+def _call(implementation: str, target: Target | None, *arguments: Any) -> Any:
+    *arrays, options = arguments
+    got = block_sparse_prefill(
+        *arrays, **options, block_kv=BLOCK_KV, implementation=implementation, target=target
+    )
+    return got.out, got.lse
+
+
+def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name, function that gives what is wrong, or None) of every case."""
+    for number, shape in enumerate(QUICK if quick else CHECKED):
+        yield f"{OP} {shape}", functools.partial(_wrong, shape, target, number)
+
+
+def _wrong(shape: Shape, target: Target | None, seed: int) -> str | None:
+    arrays = _inputs(shape, seed)
+    got = jax.jit(functools.partial(_call, "mosaic_gpu", target))(*arrays)
+    wanted = jax.jit(functools.partial(_call, "reference", target))(*arrays)
+    error = difference(got, wanted)
+    return None if error < TOLERANCE else f"differs from the reference by {error}"
+
+
+def rows(
+    quick: bool, sweep: bool
+) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
+    """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
+    del sweep
+    for shape in QUICK if quick else ROWS:
+        listed = shape.listed * BLOCK_KV or None
+        work = compile_cases.work(
+            shape.tokens, shape.cached, shape.kv_heads, shape.groups, shape.dim, listed
+        )
+        yield shape.describe(), work.bytes, work.flops, functools.partial(_calls, shape, quick)
+
+
+def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
+    """Ours and XLA's; and cuDNN's over contiguous keys where the chunk is the whole sequence."""
+    inputs = [_inputs(shape, seed) for seed in range(1 if quick else 2)]
+    names = ("xla",) if quick else ("mosaic_gpu", "xla")  # simulating takes forever
+    found = {name: (jax.jit(functools.partial(_call, name, None)), inputs) for name in names}
+    if not shape.cached and jax.default_backend() == "gpu":
+
+        def contiguous(q: Any, k: Any, v: Any, *_: Any) -> Any:
+            """What cuDNN takes: [B, S, K, D]."""
+
+            def tokens(pool: Any) -> Any:
+                rows = pool[:, 1:].reshape(1, shape.kv_heads, -1, shape.dim)
+                return jnp.transpose(rows[:, :, : shape.tokens], (0, 2, 1, 3))
+
+            return q, tokens(k), tokens(v)
+
+        attend = functools.partial(
+            jax.nn.dot_product_attention, implementation="cudnn", is_causal=True
+        )
+        found["cudnn"] = (jax.jit(attend), [contiguous(*row) for row in inputs])
+    return found
+
+
+TOLERANCE = 2e-2
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest difference of two results, of out and of lse."""
+
+    def largest(a: Any, b: Any) -> float:
+        return float(jnp.max(jnp.where(a == b, 0.0, jnp.abs(a - b))))  # -inf is equal to -inf
+
+    return max(largest(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
+    """Microseconds of torch's SDPA where it does the same: a whole sequence, dense."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available() or shape["cached"] or shape["listed"]:
+        return {}
+    heads = shape["kv_heads"] * shape["groups"]
+    q, k, v = (
+        torch.randn((1, n, shape["tokens"], shape["dim"]), device="cuda", dtype=torch.bfloat16)
+        for n in (heads, shape["kv_heads"], shape["kv_heads"])
+    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for _ in range(3):
+        attend(q, k, v, is_causal=True, enable_gqa=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        attend(q, k, v, is_causal=True, enable_gqa=True)
+    end.record()
+    torch.cuda.synchronize()
+    return {"torch_sdpa_us": round(begin.elapsed_time(end) / repeats * 1e3, 2)}

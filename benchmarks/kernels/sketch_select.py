@@ -1,0 +1,133 @@
+"""`sketch_select` on a device: random sketches against the reference, and rows of timings."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alaya_jax.pallas_kernels.dispatch import Target
+from alaya_jax.pallas_kernels.sketch_select import Codes, Query, compile_cases, sketch_select
+
+OP = "sketch_select"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One row; `scattered`: the pages are no neighbours in the pool."""
+
+    keys: int
+    batch: int = 1
+    scattered: bool = False
+    kv_heads: int = 8
+    groups: int = 4
+    dim: int = 128
+    size: int = 16
+    low: int = 0
+
+    def describe(self) -> dict:
+        return {"op": OP, **dataclasses.asdict(self)}
+
+
+ROWS = (
+    Shape(131072),
+    Shape(131072, batch=4),
+    Shape(1048576),
+    Shape(131072, scattered=True),
+    Shape(8192),
+)
+QUICK = (Shape(1024, kv_heads=1, dim=64),)
+CHECKED = (
+    Shape(5000, batch=2, dim=64, low=700),
+    Shape(5000, batch=2),
+    Shape(5000, scattered=True),
+    Shape(8000, size=64, scattered=True, low=1),
+)
+
+
+def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
+    table = -(-shape.keys // shape.size)
+    pool = max(shape.batch * table, 512 // shape.size)
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(pool) if shape.scattered else np.arange(pool)
+
+    @jax.jit
+    def make(key: Any) -> tuple[Query, Codes]:
+        bits, numbers = jax.random.bits, functools.partial(jax.random.uniform, maxval=0.1)
+        k = jax.random.split(key, 8)
+        keys = (shape.kv_heads, pool, shape.size)
+        rows = (shape.batch, shape.kv_heads * shape.groups)
+        codes = Codes(
+            bits(k[0], (*keys, shape.dim // 2), jnp.uint8),
+            numbers(k[1], keys).astype(jnp.float16),
+            numbers(k[2], keys).astype(jnp.float16),
+            jax.random.randint(k[3], (*keys[:2], shape.dim), -127, 128, jnp.int8),
+            numbers(k[4], keys[:2]).astype(jnp.float16) / 10,
+        )
+        q = jax.random.normal(k[5], (*rows, shape.dim), jnp.bfloat16)
+        integers = jax.random.randint(k[6], q.shape, -127, 128, jnp.int8)
+        some = numbers(k[7], rows)
+        return Query(q, integers, some / 10, 10 * some, some), codes
+
+    pages = jnp.asarray(ids[: shape.batch * table].reshape(shape.batch, table), jnp.int32)
+    low, high = (jnp.full(shape.batch, x, jnp.int32) for x in (shape.low, shape.keys))
+    return *make(jax.random.key(seed)), pages, low, high
+
+
+def _call(implementation: str, target: Target | None, *arrays: Any) -> Any:
+    return sketch_select(*arrays, beta=4.0, implementation=implementation, target=target)
+
+
+def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name, function that gives what is wrong, or None) of every case."""
+    for number, shape in enumerate(QUICK if quick else CHECKED):
+        yield f"{OP} {shape}", functools.partial(_wrong, shape, target, number)
+
+
+def _wrong(shape: Shape, target: Target | None, seed: int) -> str | None:
+    arrays = _inputs(shape, seed)
+    got = jax.jit(functools.partial(_call, "mosaic_gpu", target))(*arrays)
+    wanted = jax.jit(functools.partial(_call, "reference", target))(*arrays)
+    error = difference(got, wanted)
+    return None if error < TOLERANCE else f"differs from the reference by {error}"
+
+
+def rows(
+    quick: bool, sweep: bool
+) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
+    """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
+    del sweep
+    for shape in QUICK if quick else ROWS:
+        work = compile_cases.work(
+            shape.batch, shape.kv_heads, shape.groups, shape.dim, shape.size, shape.keys
+        )
+        yield shape.describe(), work.bytes, work.flops, functools.partial(_calls, shape, quick)
+
+
+def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
+    """Ours and XLA's; a sketch is larger than the L2 or is read from several."""
+    inputs = [_inputs(shape, seed) for seed in range(1 if quick else 3)]
+    names = ("xla",) if quick else ("mosaic_gpu", "xla")  # simulating takes forever
+    return {name: (jax.jit(functools.partial(_call, name, None)), inputs) for name in names}
+
+
+TOLERANCE = 1e-3
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest difference of best scores; inf if other pages were kept."""
+    if not bool(jnp.all(ours.count == theirs.count)):
+        return float("inf")
+    listed = jnp.arange(ours.page_ids.shape[2]) < ours.count[..., None]
+    if not bool(jnp.all((ours.page_ids == theirs.page_ids) | ~listed)):
+        return float("inf")
+    return float(jnp.max(jnp.abs(ours.best - theirs.best)))
+
+
+def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
+    """Torch has no such operation."""
+    del shape, repeats
+    return {}

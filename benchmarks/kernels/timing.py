@@ -1,0 +1,82 @@
+"""Times of calls on a GPU: of their kernels alone (CUPTI), and of the wall, launches included."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def kernel_seconds(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float | None:
+    """Durations of a call's kernels, summed, median over `inputs`; None where CUPTI is not there.
+
+    Args:
+      call: jitted and warm.
+      inputs: argument tuples, together larger than the L2 cache; one is used after another.
+    """
+    try:
+        from jax.experimental.mosaic.gpu import profiler
+
+        measured = []
+        for arguments in inputs:
+            _, milliseconds = profiler.measure(call)(*arguments)
+            if milliseconds is None:
+                return None
+            measured.append(milliseconds / 1e3)
+        return statistics.median(measured)
+    except (ImportError, RuntimeError, AttributeError):
+        return None
+
+
+def wall_seconds(
+    call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int
+) -> float:
+    """Time a call takes when many are queued one behind another, so that the host's part is hidden.
+
+    Where launching takes longer than running, this is the time of a launch.
+    """
+    rounds = []
+    for _ in range(3):
+        jax.block_until_ready(call(*inputs[0]))
+        started = time.perf_counter()
+        last = None
+        for i in range(repeats):
+            last = call(*inputs[i % len(inputs)])
+        jax.block_until_ready(last)
+        rounds.append((time.perf_counter() - started) / repeats)
+    return statistics.median(rounds)
+
+
+def measure(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int) -> dict:
+    """Both times, in microseconds, after warming up on every input."""
+    for arguments in inputs:
+        jax.block_until_ready(call(*arguments))
+    kernels = kernel_seconds(call, inputs)
+    wall = wall_seconds(call, inputs, repeats)
+    return {
+        "kernel_us": None if kernels is None else round(kernels * 1e6, 2),
+        "wall_us": round(wall * 1e6, 2),
+    }
+
+
+def best(row: dict) -> float:
+    """Seconds to compare: of the kernels where they are known."""
+    return (row["kernel_us"] or row["wall_us"]) / 1e6
+
+
+def copy_bandwidth(megabytes: int, repeats: int) -> float:
+    """Bytes a second of reading an array and writing another of its size."""
+    n = megabytes * 1024 * 1024 // 4
+    add = jax.jit(lambda x: x + 1.0)
+    inputs = [(jnp.full(n, float(i), jnp.float32),) for i in range(2)]
+    return 8 * n / best(measure(add, inputs, repeats))
+
+
+def matmul_rate(size: int, repeats: int) -> float:
+    """FLOP a second of a bf16 product of two square matrices."""
+    multiply = jax.jit(lambda a, b: a @ b)
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+    return 2 * size**3 / best(measure(multiply, [(a, b)], repeats))

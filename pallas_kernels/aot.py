@@ -1,0 +1,155 @@
+"""Compiles every kernel at every shape of its table for a GPU that is not there.
+
+    python -m alaya_jax.pallas_kernels.aot [--json] [--only NAME] [--target h100]
+
+Prints registers, spills and shared memory from the assembler's report, how many blocks a
+multiprocessor holds, and the roofline. Fails on a spill, on local memory, on shared memory that
+does not fit, and where a kernel lacks the wgmma or TMA instructions that are claimed of it. Needs
+the packages of constraints/cuda.txt, and no GPU: times are predictions from public peak rates.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from alaya_jax import pallas_kernels
+from alaya_jax.pallas_kernels import targets
+from alaya_jax.pallas_kernels.compile_case import DEVICES, CompileCase, Device
+from alaya_jax.pallas_kernels.ptxas_report import KernelReport, read_reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The outcome of one case.
+
+    Attributes:
+      case: its name.
+      kernels: reports, in no order; empty when compilation failed.
+      faults: what is wrong; empty when all is well.
+      seconds: tracing and compiling.
+      roofline_us: predicted, at the device's peak rates.
+    """
+
+    case: str
+    kernels: list[KernelReport]
+    faults: list[str]
+    seconds: float
+    roofline_us: float
+
+
+def all_cases() -> list[CompileCase]:
+    """The table of every operation: what `cases()` of its `compile_cases` module gives."""
+    found = []
+    for package in pkgutil.iter_modules(pallas_kernels.__path__):
+        name = f"{pallas_kernels.__name__}.{package.name}.compile_cases"
+        if package.ispkg and importlib.util.find_spec(name) is not None:
+            found.extend(importlib.import_module(name).cases())
+    return found
+
+
+def compile_case(case: CompileCase, mesh: Any, device: Device) -> Compiled:
+    """Compiles one case for one device of a mesh on paper, and reads the reports."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    here = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), case.arguments
+    )
+    started = time.perf_counter()
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        try:
+            with _quiet_stderr(), jax.set_mesh(mesh):
+                jax.jit(case.call).lower(*arguments).compile()
+        except Exception as e:  # whatever it is, it is this case's fault; the others go on
+            said = (str(e).strip() or repr(e)).splitlines()[0]
+            faults.append(f"does not compile: {said[:300]}")
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"]
+        kernels = read_reports(Path(folder))
+    names = {kernel.name for kernel in kernels}
+    faults += [f"has no kernel {name}" for name in case.kernels if not faults and name not in names]
+    for kernel in kernels:
+        faults += kernel.faults(case.claims if kernel.name == case.kernels[0] else frozenset())
+        if kernel.blocks_a_core(device) < 1:
+            faults.append(f"{kernel.name} does not fit a multiprocessor")
+    return Compiled(
+        case.name,
+        kernels,
+        faults,
+        time.perf_counter() - started,
+        device.seconds(case.work) * 1e6,
+    )
+
+
+class _quiet_stderr:
+    """Keeps C++ code from writing to stderr: the dump complains that there is no disassembler."""
+
+    def __enter__(self) -> None:
+        sys.stderr.flush()
+        self._saved = os.dup(2)
+        self._null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(self._null, 2)
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._saved, 2)
+        os.close(self._saved)
+        os.close(self._null)
+
+
+HEAD = "registers  spill    SMEM blocks/SM   grid  wgmma  TMA"
+
+
+def lines(result: Compiled, device: Device) -> list[str]:
+    """One case, for people."""
+    told = [f"{result.case}   (roofline {result.roofline_us:.1f} us, predicted)"]
+    for k in result.kernels:
+        told.append(
+            f"  {k.name:24} {k.registers:9} {k.spill_bytes:6} {k.shared_memory:7} "
+            f"{k.blocks_a_core(device):9} {k.grid:6} {k.wgmma:6} {k.tma:4}"
+        )
+    return told + [f"  FAULT {fault}" for fault in result.faults]
+
+
+def main() -> int:
+    """Compiles the table; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="alaya_jax.pallas_kernels.aot", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--target", default="h100", choices=targets.NAMES)
+    options = parser.parse_args()
+    targets.prepare()
+    device = DEVICES[options.target]
+    mesh = targets.mesh(options.target, x=1)
+    cases = [case for case in all_cases() if options.only in case.name]
+    cases = [case for case in cases if options.target in case.targets]
+    if not options.json:
+        print(f"compiled for {options.target}, no GPU used\n  {'kernel':24} {HEAD}")
+    bad = 0
+    for case in cases:
+        result = compile_case(case, mesh, device)
+        bad += bool(result.faults)
+        if options.json:
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
+        else:
+            print("\n".join(lines(result, device)), flush=True)
+    if not options.json:
+        print(f"{len(cases)} cases, {bad} with faults")
+    if not cases:
+        print(f"no kernel is made for {options.target}; XLA runs there", file=sys.stderr)
+    return 1 if bad or not cases else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Prefill: a chunk of new tokens attends to what is cached before it and to itself.
+
+Dense, or to listed blocks of keys, and with or without a rule that skips tiles while they are
+visited. Queries are causal: the query at position n sees the keys at positions up to n.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alaya_jax.errors import KernelError
+from alaya_jax.pallas_kernels.block_sparse_prefill import reference, xla
+from alaya_jax.pallas_kernels.block_sparse_prefill.layout import (
+    QUERY_BLOCK,
+    ROWS,
+    Lists,
+    Prefill,
+)
+from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
+
+_HEAD_DIMS = (64, 128)
+
+
+def _unfit_for_mosaic_gpu(
+    target: Target, q: Any, k_pages: Any, v_pages: Any, *_: Any, **named: Any
+) -> str | None:
+    """Why this kernel cannot run a call; None if it can."""
+    if (why := not_a_hopper(target)) is not None:
+        return why
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries are {q.dtype}; needs bfloat16 or float16"
+    if {k_pages.dtype, v_pages.dtype} != {q.dtype}:
+        return f"pages are {k_pages.dtype} and queries {q.dtype}; needs one dtype"
+    if q.shape[3] not in _HEAD_DIMS:
+        return f"head_dim is {q.shape[3]}; needs one of {_HEAD_DIMS}"
+    if named["block_kv"] not in (64, 128):
+        return f"block_kv is {named['block_kv']}; needs 64 or 128"
+    if k_pages.shape[2] % 8:
+        return f"the page size is {k_pages.shape[2]} tokens; needs a multiple of 8"
+    return None
+
+
+def _mosaic_gpu(*args: Any, **options: Any) -> Prefill:
+    from alaya_jax.pallas_kernels.block_sparse_prefill import mosaic_gpu  # slow to import
+
+    return mosaic_gpu.prefill(*args, **options)
+
+
+def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
+    del target, args, kwargs
+    return None
+
+
+OP = Op(
+    "block_sparse_prefill",
+    (
+        Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
+        Candidate("xla", _fits, xla.prefill, wants_target=True),
+        Candidate("reference", _fits, reference.prefill, automatic=False),
+    ),
+)
+
+
+def block_sparse_prefill(
+    q: Float[Array, "B T H D"],
+    k_pages: Float[Array, "K P Z D"],
+    v_pages: Float[Array, "K P Z D"],
+    pages: Int[Array, "B N"],
+    lengths: Int[Array, " B"],
+    count: Int[Array, " B"],
+    *,
+    blocks: Int[Array, "B J QB M"] | None = None,
+    block_counts: Int[Array, "B J QB"] | None = None,
+    beta: float | Float[Array, " H"] | None = None,
+    block_kv: int = 128,
+    scale: float | None = None,
+    implementation: str | None = None,
+    target: Target | None = None,
+) -> Prefill:
+    """Attention of T new tokens, whose keys and values are in the pages already.
+
+    Without `blocks` a query attends to every key up to its own. With them, the queries of block i
+    (`QUERY_BLOCK` of them) attend to the keys up to their own in the listed blocks, and to no
+    other: list the blocks around the queries' own positions too. They are visited in the order of
+    the list; without lists, from the queries' own block down to the first.
+
+    With `beta`, a tile (`ROWS` queries of one head, one block of keys) is skipped if, in every row,
+    its largest raw score is below the largest raw score that this row has met before it, minus
+    beta. A row's largest so far is at most its largest, so no key of DIPR's answer, `{j : q.k_j >=
+    max_s q.k_s - beta}`, is lost (the tile-skip of Block-Sparse FlashAttention, arXiv 2512.07011,
+    with DIPR's threshold in place of a calibrated one). A tile that holds a key at or after its
+    first query's position, or a row without a query, is never skipped.
+
+    Args:
+      q: queries after RoPE, unscaled.
+      k_pages, v_pages: the pool. What lies behind a sequence's end may be anything, NaN too.
+      pages: which pages a sequence has, in order. Those behind its end are not read.
+      lengths: tokens of a sequence before the chunk.
+      count: its new tokens, at most T; the other rows give zeros, and -inf.
+      blocks: ids of blocks of `block_kv` keys, each at most once, for each kv head or each query
+        head (J is K or H); block j has the keys from position `j * block_kv`. Not read past its
+        count.
+      block_counts: how many blocks each list has.
+      beta: range below the best raw score, >= 0; for all heads or each.
+      block_kv: keys of a block; a multiple of the page size.
+      scale: of the scores in the softmax; default `D ** -0.5`.
+      implementation: None: the first that can run of "mosaic_gpu", "xla"; or one by name, also
+        "reference".
+      target: what is compiled for; default: what jax traces for.
+
+    Raises:
+      KernelError: shapes contradict each other, or the named implementation cannot run.
+    """
+    args, options = _request(
+        q,
+        k_pages,
+        v_pages,
+        pages,
+        lengths,
+        count,
+        blocks=blocks,
+        block_counts=block_counts,
+        beta=beta,
+        block_kv=block_kv,
+        scale=scale,
+    )
+    return OP.run(*args, **options, implementation=implementation, target=target)
+
+
+def choose(
+    *args: Any, implementation: str | None = None, target: Target | None = None, **options: Any
+) -> Choice:
+    """What `block_sparse_prefill` would run for these arguments, without running it.
+
+    Takes what `block_sparse_prefill` takes; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      KernelError: as `block_sparse_prefill` would.
+    """
+    args, options = _request(*args, **options)
+    return OP.choose(*args, **options, implementation=implementation, target=target)
+
+
+def _request(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    pages: Any,
+    lengths: Any,
+    count: Any,
+    *,
+    blocks: Any = None,
+    block_counts: Any = None,
+    beta: Any = None,
+    block_kv: int = 128,
+    scale: float | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the implementations, checked."""
+    lists = None if blocks is None or block_counts is None else Lists(blocks, block_counts)
+    wrong = _wrong_shapes(q, k_pages, v_pages, pages, lengths, count, lists, block_kv)
+    if (blocks is None) != (block_counts is None):
+        wrong = "blocks and block_counts come together"
+    if wrong is not None:
+        raise KernelError(f"block_sparse_prefill: {wrong}")
+    if beta is not None and not isinstance(beta, jax.ShapeDtypeStruct):
+        beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), (q.shape[2],))
+    return (q, k_pages, v_pages, pages, lengths, count), {
+        "lists": lists,
+        "beta": beta,
+        "block_kv": block_kv,
+        "scale": scale or q.shape[-1] ** -0.5,
+    }
+
+
+def _wrong_shapes(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    pages: Any,
+    lengths: Any,
+    count: Any,
+    lists: Lists | None,
+    block_kv: int,
+) -> str | None:
+    """What contradicts what; None if nothing does."""
+    batch, tokens, heads, dim = q.shape
+    kv_heads, _, page, of_keys = k_pages.shape
+    if k_pages.shape != v_pages.shape or of_keys != dim:
+        return f"keys are {k_pages.shape}, values {v_pages.shape}, and queries have D = {dim}"
+    if heads % kv_heads:
+        return f"{heads} heads are no multiple of {kv_heads} kv heads"
+    if block_kv % page:
+        return f"block_kv = {block_kv} is no multiple of the page size {page}"
+    if not pages.shape[0] == lengths.shape[0] == count.shape[0] == batch:
+        return (
+            f"pages {pages.shape}, lengths {lengths.shape}, count {count.shape}: batch is {batch}"
+        )
+    if lists is not None:
+        q_blocks = -(-tokens // QUERY_BLOCK)
+        per = lists.count.shape
+        if lists.blocks.shape[:3] != per or per not in (
+            (batch, kv_heads, q_blocks),
+            (batch, heads, q_blocks),
+        ):
+            return (
+                f"lists are {lists.blocks.shape} and their counts {per}; they begin with batch "
+                f"{batch}, {kv_heads} kv heads or {heads} heads, and {q_blocks} blocks of "
+                f"{QUERY_BLOCK} queries"
+            )
+    return None
+
+
+__all__ = ["OP", "QUERY_BLOCK", "ROWS", "Prefill", "block_sparse_prefill", "choose"]

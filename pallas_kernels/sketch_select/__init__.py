@@ -1,0 +1,171 @@
+"""Which pages may hold keys in range of a query: a scan of the keys' 4-bit sketch.
+
+One scan. It leaves the upper bound of each page, 4 G bytes where the page's sketch has Z D / 2 and
+more (16 beside 1,218 at Z 16, D 128, G 4), and the best lower bound; the threshold, known only when
+all is scanned, is then held against those. A second scan against the threshold would read
+everything again to save 3 percent; one scan that carries a running best would keep pages that the
+final best rules out.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alaya_jax.errors import KernelError
+from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
+from alaya_jax.pallas_kernels.sketch_select import reference, xla
+from alaya_jax.pallas_kernels.sketch_select.request import (
+    Bounds,
+    Codes,
+    Query,
+    Selected,
+    select,
+)
+
+_HEAD_DIMS = (64, 128)
+_PAGE_SIZES = (16, 32, 64, 128)
+_POOL_TOKENS = 512  # that the kernel may copy at once
+_GROUP = 8
+
+
+def _unfit_for_mosaic_gpu(
+    target: Target, query: Query, keys: Codes, *_: Any, **__: Any
+) -> str | None:
+    """Why this kernel cannot run a call; None if it can."""
+    if (why := not_a_hopper(target)) is not None:
+        return why
+    if query.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries are {query.q.dtype}; needs bfloat16 or float16"
+    if query.q.shape[2] not in _HEAD_DIMS:
+        return f"head_dim is {query.q.shape[2]}; needs one of {_HEAD_DIMS}"
+    if keys.codes.shape[2] not in _PAGE_SIZES:
+        return f"the page size is {keys.codes.shape[2]} tokens; needs one of {_PAGE_SIZES}"
+    if keys.codes.shape[1] * keys.codes.shape[2] < _POOL_TOKENS:
+        return f"the pool has {keys.codes.shape[1]} pages; needs at least {_POOL_TOKENS} tokens"
+    if query.q.shape[1] > _GROUP * keys.codes.shape[0]:
+        return f"{query.q.shape[1] // keys.codes.shape[0]} heads a kv head; needs at most {_GROUP}"
+    return None
+
+
+def _mosaic_gpu(*args: Any, **options: Any) -> Bounds:
+    from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu  # slow to import
+
+    return mosaic_gpu.bounds(*args, **options)
+
+
+def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
+    del target, args, kwargs
+    return None
+
+
+OP = Op(
+    "sketch_select",
+    (
+        Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
+        Candidate("xla", _fits, xla.bounds),
+        Candidate("reference", _fits, reference.bounds, automatic=False),
+    ),
+)
+"""The scan; what is made of its `Bounds` is XLA in every implementation."""
+
+
+def sketch_select(
+    query: Query,
+    keys: Codes,
+    pages: Int[Array, "B N"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    *,
+    beta: float | Float[Array, "#B H"],
+    best: Float[Array, "B H"] | None = None,
+    capacity: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    target: Target | None = None,
+) -> Selected:
+    """The pages of which some key may score at least `best - beta` for some head of its group.
+
+    A key may score up to `estimate + error`. The best score is at least the largest `estimate -
+    error`, or `best` where that is larger: a score that is known to be attained, such as the
+    window's.
+
+    Args:
+      query, keys: see `Query` and `Codes`.
+      pages: which pages a sequence has, in order.
+      low, high: only keys at positions `low <= p < high` count; others may be anything.
+      beta: range below the best raw score, >= 0; inf keeps every page with a key in range.
+      best: raw score of each head, -inf where there is none.
+      capacity: C, length of the lists; default N, which always suffices.
+      scale: if given, the log-sum-exp of `scale * estimate` of each page is returned.
+      implementation: None: the first that can run of "mosaic_gpu", "xla"; or one by name, also
+        "reference".
+      target: what is compiled for; default: what jax traces for.
+
+    Raises:
+      KernelError: shapes contradict each other, or the named implementation cannot run.
+    """
+    _check(query, keys, pages, low, high)
+    bounds = OP.run(
+        query, keys, pages, low, high, scale=scale, implementation=implementation, target=target
+    )
+    beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), query.step.shape)
+    capacity = pages.shape[1] if capacity is None else capacity
+    return select(bounds, pages, low, high, beta, best, keys.codes.shape[2], capacity)
+
+
+def choose(
+    query: Query,
+    keys: Codes,
+    pages: Any,
+    low: Any,
+    high: Any,
+    *,
+    implementation: str | None = None,
+    target: Target | None = None,
+    scale: float | None = None,
+    **_: Any,
+) -> Choice:
+    """What `sketch_select` would run for these arguments, without running it.
+
+    Takes what `sketch_select` takes; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      KernelError: as `sketch_select` would.
+    """
+    _check(query, keys, pages, low, high)
+    return OP.choose(
+        query, keys, pages, low, high, scale=scale, implementation=implementation, target=target
+    )
+
+
+def _check(query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> None:
+    batch, heads, dim = query.q.shape
+    kv_heads, pool, size, _ = keys.codes.shape
+    rows = (batch, heads)
+    expected = {
+        "query.integers": (query.integers, (*rows, dim)),
+        "query.step": (query.step, rows),
+        "query.of_spread": (query.of_spread, rows),
+        "query.of_scale": (query.of_scale, rows),
+        "keys.codes": (keys.codes, (kv_heads, pool, size, dim // 2)),
+        "keys.scale": (keys.scale, (kv_heads, pool, size)),
+        "keys.spread": (keys.spread, (kv_heads, pool, size)),
+        "keys.centre": (keys.centre, (kv_heads, pool, dim)),
+        "keys.unit": (keys.unit, (kv_heads, pool)),
+        "pages": (pages, (batch, *pages.shape[1:])),
+        "low": (low, (batch,)),
+        "high": (high, (batch,)),
+    }
+    wrong = [
+        f"{name} is {tuple(x.shape)}, not {shape}"
+        for name, (x, shape) in expected.items()
+        if tuple(x.shape) != shape
+    ]
+    if heads % kv_heads:
+        wrong.append(f"{heads} heads are no multiple of {kv_heads} kv heads")
+    if wrong:
+        raise KernelError(f"sketch_select: {'; '.join(wrong)}")
+
+
+__all__ = ["OP", "Bounds", "Codes", "Query", "Selected", "choose", "select", "sketch_select"]

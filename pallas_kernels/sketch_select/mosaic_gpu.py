@@ -1,0 +1,445 @@
+"""The scan of a sketch for Hopper: Pallas, Mosaic GPU.
+
+A scan reads much and computes little, so the kernel is about bytes in flight, and about what is
+done to a key on its way through shared memory.
+
+    grid: (split of the steps) x kv head x sequence    two compute warpgroups, and one that copies
+
+    A step is 32 pages of 16 tokens of a sequence (a longer page counts as several), 512 keys. The
+    compute warpgroups take steps by turns.
+
+    GMEM    codes [16, D/2]  scale, spread [16]  centre [D]         of each page
+              |                   TMA: all of a step at once where its pages are neighbours in the
+              |                   pool, else page by page; `stages` steps are under way
+    SMEM    bytes [512, D/2]
+              |                     64 keys at a time:
+    regs    byte & 15 ^ 8, byte & 0xf0    the low field + 8, and 16 times the high field
+              |
+    SMEM    int8 2 x [64, D/2]
+              |
+    wgmma   int32 [64 keys, N heads] = fields x the query's integers    N = 8, G of them used
+              |
+    regs    estimate = scale * (slope * . + offset) + centre; error; best = max(estimate - error)
+              |
+    SMEM    upper [8 x 8 heads, 64 keys]      read transposed: 16 columns are a page
+              |
+    regs    max over each page             ->      GMEM: 4 bytes a page and head
+
+No score is written to memory. The product of query and centre is a wgmma too, in the query's dtype,
+of the step's 32 centres (the other 32 of its rows are not used).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alaya_jax.pallas_kernels import mosaic
+from alaya_jax.pallas_kernels.dispatch import Target
+from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
+
+TOKENS = 16
+"""Of a page, as the kernel counts pages."""
+
+PAGES = 32
+"""Of a step."""
+
+_LOG2_E = math.log2(math.e)
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+_KEYS = TOKENS * PAGES
+_ROWS = 64  # of wgmma
+_HEADS = 8  # of wgmma, at least
+_COMPUTE = 2  # warpgroups
+_BOX = 16  # pages of a copy, at most: 256 rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may differ between devices; nothing of it changes the result beyond rounding.
+
+    Attributes:
+      stages: steps in shared memory.
+      blocks: blocks that the device holds at a time; one for each multiprocessor of an H100.
+    """
+
+    stages: int = 3
+    blocks: int = 132
+
+
+def bounds(
+    query: Query,
+    keys: Codes,
+    pages: Int[Array, "B N"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    *,
+    scale: float | None,
+    target: Target,
+    tuning: Tuning | None = None,
+) -> Bounds:
+    """See `Bounds`."""
+    batch, n = pages.shape
+    kv_heads, pool, size, half = keys.codes.shape
+    dim, dtype = 2 * half, query.q.dtype
+    group = query.q.shape[1] // kv_heads
+    repeats = size // TOKENS  # pages of the kernel in a page
+    steps = -(-n * repeats // PAGES)
+    # Log-sum-exp needs a second buffer of estimates; with D = 128 one stage makes room for it.
+    tuning = tuning or Tuning(stages=2 if scale is not None and dim > 64 else 3)
+    stages = tuning.stages
+    splits = max(1, min(tuning.blocks // (batch * kv_heads), -(-steps // _COMPUTE)))
+
+    def padded(x: Array) -> Array:  # [B, H, ...] -> [B, K, 8, ...]
+        x = x.reshape(batch, kv_heads, group, *x.shape[2:])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, _HEADS - group)) + ((0, 0),) * (x.ndim - 3))
+
+    # What the kernel multiplies is 16 times the fields, plus 128 in the low halves; a level is 2
+    # fields + 1.
+    low_half, whole = (
+        jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        for x in (query.integers[..., :half], query.integers)
+    )
+    factors = jnp.stack(
+        [
+            padded(x)
+            for x in (
+                query.step / 8,
+                query.step * (whole - 16 * low_half),
+                query.of_spread,
+                query.of_scale,
+            )
+        ],
+        axis=2,
+    )
+    integers = padded(query.integers)
+    flat = (kv_heads, pool * size)
+    # The first row of each page of the kernel in the pool of rows, and its centre's factor.
+    table = jnp.pad(pages, ((0, 0), (0, -n % (PAGES // repeats))))
+    some = jnp.arange(table.shape[1]) * size < high[:, None]
+    table = jnp.where(some, table, table[:, :1])
+    first_row = table[..., None] * size + jnp.arange(repeats) * TOKENS
+    first_row = first_row.reshape(batch, -1)
+    runs = _runs(first_row, jnp.repeat(some, repeats, axis=1), flat[1])
+    unit = jnp.moveaxis(keys.unit.at[:, table].get(mode="clip"), 0, 1)
+    unit = jnp.repeat(unit.astype(jnp.float32), repeats, axis=-1)
+
+    kernel = functools.partial(
+        _kernel,
+        _Shape(
+            splits,
+            stages,
+            repeats,
+            dim,
+            dtype,
+            None if scale is None else scale * _LOG2_E,
+        ),
+    )
+    out_type = [
+        jax.ShapeDtypeStruct((batch, kv_heads, steps, _ROWS // TOKENS, _ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, _COMPUTE, _ROWS, _HEADS), jnp.float32),
+    ]
+    upper, best, *lse = plgpu.kernel(
+        kernel,
+        out_type=out_type + ([] if scale is None else out_type[:1]),
+        scratch_types=_scratch(stages, half, repeats, dtype, scale is not None),
+        grid=(splits, kv_heads, batch),
+        grid_names=("split", "head", "batch"),
+        num_threads=_COMPUTE + 1,
+        thread_name="wg",
+        kernel_name="sketch_select",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=mosaic.interpret(target),
+    )(
+        padded(query.q),
+        integers[..., :half],
+        integers[..., half:],
+        factors,
+        lax.bitcast_convert_type(keys.codes, jnp.int8).reshape(*flat, half),
+        keys.scale.reshape(flat),
+        keys.spread.reshape(flat),
+        keys.centre,
+        unit,
+        first_row,
+        runs,
+        low,
+        high,
+    )
+
+    def of_pages(x: Array) -> Float[Array, "B K N M G"]:
+        x = x.reshape(batch, kv_heads, steps, _ROWS // TOKENS, _KEYS // _ROWS, _HEADS)
+        x = jnp.moveaxis(x, 3, 4).reshape(batch, kv_heads, -1, repeats, _HEADS)
+        return x[:, :, :n, :, :group]
+
+    return Bounds(
+        upper=jnp.max(of_pages(upper), axis=3),
+        best=jnp.max(best, axis=(2, 3, 4))[..., :group],
+        lse=jax.nn.logsumexp(of_pages(lse[0]), axis=3) if lse else None,
+    )
+
+
+def _runs(first_row: Int[Array, "B M"], some: Bool[Array, "B M"], rows: int) -> Int[Array, "B C"]:
+    """1 where the pages of a step, as far as there are some, are neighbours in the pool."""
+    steps = (first_row.shape[0], -1, PAGES)
+    first_row = first_row.reshape(steps)
+    begin = first_row[..., 0]
+    next_to = first_row == begin[..., None] + TOKENS * jnp.arange(PAGES)
+    run = jnp.all(next_to | ~some.reshape(steps), axis=-1)
+    return (run & (begin >= 0) & (begin <= rows - _KEYS)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the kernel is compiled for."""
+
+    splits: int
+    stages: int
+    repeats: int
+    dim: int
+    dtype: Any
+    to_log2: float | None  # of an estimate, if log-sum-exp is wanted
+
+
+def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> list[Any]:
+    """Shared memory and barriers, in the order of `_kernel`'s arguments."""
+
+    def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # as wgmma reads it
+        itemsize = jnp.dtype(dtype).itemsize
+        row = min(128, shape[-1] * itemsize)
+        return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(row, itemsize))
+
+    def columns(*shape: int) -> Any:  # written eight float32 columns at a time
+        return plgpu.SMEM(shape, jnp.float32, transforms=mosaic.swizzled(4 * _HEADS, 4))
+
+    return [
+        tiled(_COMPUTE, _HEADS, 2 * half, dtype=dtype),
+        tiled(_COMPUTE, _HEADS, half),
+        tiled(_COMPUTE, _HEADS, half),
+        plgpu.SMEM((_COMPUTE, 4, _HEADS), jnp.float32),
+        tiled(stages, _KEYS, half),
+        plgpu.SMEM((stages, _KEYS), jnp.float16),
+        plgpu.SMEM((stages, _KEYS), jnp.float16),
+        plgpu.SMEM((stages, _ROWS, 2 * half), jnp.int8),
+        plgpu.SMEM((stages, _ROWS), jnp.float32),
+        tiled(_COMPUTE, _ROWS, half),
+        tiled(_COMPUTE, _ROWS, half),
+        tiled(_COMPUTE, _ROWS, 2 * half, dtype=dtype),
+        plgpu.SMEM((_COMPUTE, _ROWS, _HEADS), jnp.float32),
+        columns(_COMPUTE, _ROWS, _ROWS),
+        columns(_COMPUTE, _ROWS, _ROWS if lse else _HEADS),
+        plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE),
+        plgpu.Barrier(
+            num_arrivals=3 * PAGES // _BOX + 1 + (1 if repeats == 1 else PAGES), num_barriers=stages
+        ),
+        plgpu.Barrier(num_arrivals=4 * PAGES + 1, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    ]
+
+
+def _kernel(shape: _Shape, *all_refs: Any) -> None:
+    (q_ref, integer_low_ref, integer_high_ref, factor_ref, code_ref, scale_ref, spread_ref,
+     centre_ref, unit_ref, row_ref, run_ref, low_ref, high_ref, *refs) = all_refs  # fmt: skip
+    outs, refs = (refs[:2], refs[2:]) if shape.to_log2 is None else (refs[:3], refs[3:])
+    (q_smem, integer_low, integer_high, factor_smem, code_smem, scale_smem, spread_smem,
+     centre_smem, unit_smem, *work, query_ready, run_ready, page_ready, free) = refs  # fmt: skip
+    split = lax.axis_index("split")
+    k = lax.axis_index("head")
+    b = lax.axis_index("batch")
+    wg = lax.axis_index("wg")
+    low, high = low_ref[b], high_ref[b]
+    begin = lax.div(low, jnp.int32(_KEYS))
+    end = jnp.where(low < high, lax.div(high - 1, jnp.int32(_KEYS)) + 1, begin)
+    # Of the steps between begin and end, one in `splits` is this block's.
+    mine = lax.div(jnp.maximum(end - begin - split, 0) + shape.splits - 1, jnp.int32(shape.splits))
+
+    def step_at(i: Any) -> Any:
+        return begin + split + i * shape.splits
+
+    def arrived(i: Any) -> None:
+        slot = lax.rem(i, jnp.int32(shape.stages))
+        run = run_ref[b, step_at(i)] == 1
+        pl.when(run)(lambda: plgpu.barrier_wait(run_ready.at[slot]))
+        pl.when(jnp.logical_not(run))(lambda: plgpu.barrier_wait(page_ready.at[slot]))
+
+    @pl.when(wg < _COMPUTE)
+    def _compute() -> None:
+        ready = query_ready.at[wg]
+        # Each of the two has copies of its own.
+        plgpu.copy_gmem_to_smem(q_ref.at[b, k], q_smem.at[wg], ready)
+        plgpu.copy_gmem_to_smem(integer_low_ref.at[b, k], integer_low.at[wg], ready)
+        plgpu.copy_gmem_to_smem(integer_high_ref.at[b, k], integer_high.at[wg], ready)
+        plgpu.copy_gmem_to_smem(factor_ref.at[b, k], factor_smem.at[wg], ready)
+        plgpu.barrier_wait(ready)
+        query = (q_smem.at[wg], integer_low.at[wg], integer_high.at[wg], factor_smem.at[wg])
+        stage = (code_smem, scale_smem, spread_smem, centre_smem, unit_smem)
+        best = _compute_steps(
+            shape, query, stage, [x.at[wg] for x in work], outs, (b, k), (low, high), mine, wg,
+            step_at, arrived, free,
+        )  # fmt: skip
+        outs[1][b, k, split, wg] = best
+
+    @pl.when(wg == _COMPUTE)
+    def _copy() -> None:
+        def bring(i: Any) -> None:
+            step, slot = step_at(i), lax.rem(i, jnp.int32(shape.stages))
+            here = pl.ds(step * PAGES, PAGES)
+
+            def copies(ready: Any, *pairs: Any) -> None:
+                for source, target in pairs:
+                    plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
+
+            def pages(ready: Any, first: Any, at: int, count: int) -> None:
+                """`count` neighbours in the pool."""
+                rows = pl.ds(pl.multiple_of(first, TOKENS), count * TOKENS)
+                to = pl.ds(at * TOKENS, count * TOKENS)
+                copies(
+                    ready,
+                    (code_ref.at[k, rows], code_smem.at[slot, to]),
+                    (scale_ref.at[k, rows], scale_smem.at[slot, to]),
+                    (spread_ref.at[k, rows], spread_smem.at[slot, to]),
+                )
+
+            def centres(ready: Any, rows: Any, at: Any) -> None:
+                page = lax.div(rows, jnp.int32(shape.repeats * TOKENS))
+                to = centre_smem.at[slot, pl.ds(at, 1)]
+                copies(ready, (centre_ref.at[k, pl.ds(page, 1)], to))
+
+            run = run_ref[b, step] == 1
+
+            @pl.when(run)
+            def _run() -> None:
+                first = row_ref[b, step * PAGES]
+                to = pl.ds(0, PAGES)
+                copies(run_ready, (unit_ref.at[b, k, here], unit_smem.at[slot, to]))
+                for at in range(0, PAGES, _BOX):
+                    pages(run_ready, first + at * TOKENS, at, _BOX)
+                if shape.repeats == 1:
+                    source = centre_ref.at[k, pl.ds(lax.div(first, jnp.int32(TOKENS)), PAGES)]
+                    copies(run_ready, (source, centre_smem.at[slot, to]))
+                else:
+                    for at in range(PAGES):
+                        centres(run_ready, first + at * TOKENS, at)
+
+            @pl.when(jnp.logical_not(run))
+            def _page_by_page() -> None:
+                to = pl.ds(0, PAGES)
+                copies(page_ready, (unit_ref.at[b, k, here], unit_smem.at[slot, to]))
+                # All are asked for before the first is needed.
+                firsts = [row_ref[b, step * PAGES + at] for at in range(PAGES)]
+                for at, first in enumerate(firsts):
+                    pages(page_ready, first, at, 1)
+                    centres(page_ready, first, at)
+
+        @pl.loop(0, mine)
+        def _step(i: Any) -> None:
+            @pl.when(i >= shape.stages)
+            def _() -> None:
+                plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(shape.stages))])
+
+            bring(i)
+
+        # Whoever waits at a barrier has to see all its phases.
+        @pl.loop(jnp.maximum(mine - shape.stages, 0), mine)
+        def _drain(i: Any) -> None:
+            plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(shape.stages))])
+
+
+def _compute_steps(
+    shape: _Shape, query: Any, stage: Any, work: Any, outs: Any, where: Any, limits: Any,
+    mine: Any, wg: Any, step_at: Any, arrived: Any, free: Any,
+) -> Array:  # fmt: skip
+    """What a compute warpgroup does with its steps; the best score of each row and head."""
+    q_smem, integer_low, integer_high, factor_smem = query
+    code_smem, scale_smem, spread_smem, centre_smem, unit_smem = stage
+    low_smem, high_smem, wide_smem, score_smem, upper_smem, estimate_smem = work
+    low, high = limits
+    tile = (_ROWS, _HEADS)
+    layout = plgpu.Layout.WGMMA
+    of_key, of_head = layout.reduce(1), layout.reduce(0)
+
+    def load(ref: Any, layout: Any) -> Any:
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def wide(x: Any, axis: int) -> Any:
+        return lax.broadcast_in_dim(x, tile, [axis])
+
+    def product(dtype: Any, left: Any, right: Any) -> Any:
+        def run(ref: Any) -> Any:
+            plgpu.wgmma(ref, left, right.transpose((1, 0)))
+            return ref[...]
+
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(tile, dtype))
+
+    slope, offset, of_spread, of_scale = (
+        wide(load(factor_smem.at[i], of_head), 1) for i in range(4)
+    )
+    row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout)
+
+    def visit(j: Any, best: Any) -> Any:
+        i = j * _COMPUTE + wg
+        slot, step = lax.rem(i, jnp.int32(shape.stages)), step_at(i)
+        arrived(i)
+        centre = load(centre_smem.at[slot], plgpu.Layout.WGMMA_UPCAST_2X)
+        wide_smem[...] = plgpu.layout_cast(centre.astype(shape.dtype), layout)
+        plgpu.commit_smem()
+        centre = product(jnp.float32, wide_smem, q_smem)
+        score_smem[...] = centre * wide(load(unit_smem.at[slot], of_key), 0)
+
+        def keys(t: Any, best: Any) -> Any:
+            rows = pl.ds(pl.multiple_of(t * _ROWS, _ROWS), _ROWS)
+            heads = pl.ds(pl.multiple_of(t * _HEADS, _HEADS), _HEADS)
+            byte = plgpu.load(code_smem.at[slot, rows], layout=plgpu.Layout.WGMMA_8BIT)
+            low_smem[...] = (byte & 15) ^ 8
+            high_smem[...] = byte & -16
+            plgpu.commit_smem()
+            inner = 16 * product(jnp.int32, low_smem, integer_low)
+            inner += product(jnp.int32, high_smem, integer_high)
+            scale, spread = (
+                wide(load(x.at[slot, rows], of_key).astype(jnp.float32), 0)
+                for x in (scale_smem, spread_smem)
+            )
+            # Four pages have 16 rows each.
+            first = t * (_ROWS // TOKENS)
+            centre = wide(load(score_smem.at[first], of_head), 1)
+            for page in range(1, _ROWS // TOKENS):
+                other = wide(load(score_smem.at[first + page], of_head), 1)
+                centre = jnp.where(row >= page * TOKENS, other, centre)
+            estimate = scale * (slope * inner.astype(jnp.float32) + offset) + centre
+            error = jnp.where(of_spread > 0, of_spread * spread, 0.0) + of_scale * scale
+            position = step * _KEYS + t * _ROWS + row
+            seen = (position >= low) & (position < high)
+            upper = jnp.where(seen, estimate + error, -jnp.inf)
+            upper_smem.at[:, heads][...] = upper
+            if shape.to_log2 is not None:
+                scaled = jnp.where(seen, estimate * shape.to_log2, -jnp.inf)
+                estimate_smem.at[:, heads][...] = scaled
+            return jnp.maximum(best, jnp.where(seen, estimate - error, -jnp.inf))
+
+        best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
+        plgpu.commit_smem()  # reads by threads, before the next copy's writes
+        plgpu.barrier_arrive(free.at[slot])
+        # A row for each head and 64 keys; 16 columns are a page.
+        pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(_ROWS // TOKENS)]
+        uppers = load(upper_smem.transpose((1, 0)), layout)
+        for page, columns in enumerate(pages):
+            outs[0][*where, step, page] = uppers[:, columns].max(axis=1)
+        if shape.to_log2 is not None:
+            estimates = load(estimate_smem.transpose((1, 0)), layout)
+            for page, columns in enumerate(pages):
+                scaled = estimates[:, columns]
+                top = jnp.maximum(scaled.max(axis=1), _LOWEST)
+                mass = jnp.exp2(scaled - lax.broadcast_in_dim(top, scaled.shape, [0])).sum(axis=1)
+                outs[2][*where, step, page] = (top + jnp.log2(mass)) * (1 / _LOG2_E)
+        return best
+
+    start = plgpu.layout_cast(jnp.full(tile, -jnp.inf, jnp.float32), layout)
+    turns = lax.div(jnp.maximum(mine - wg, 0) + _COMPUTE - 1, jnp.int32(_COMPUTE))
+    return lax.fori_loop(0, turns, visit, start)

@@ -1,0 +1,131 @@
+"""What is asked of a scan, what comes back, and the step from bounds of pages to a list of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Keys of one layer at 4 bits a channel.
+
+    A key is estimated as its page's centre plus `scale` times its levels, in a rotated basis; the
+    level of a field c (two's complement) is 2 c + 1.
+
+    Attributes:
+      codes: uint8 [K, P, Z, D / 2]; byte m holds channel m in its low half and m + D / 2 in its
+        high half.
+      scale: float16 [K, P, Z].
+      spread: float16 [K, P, Z], what a query's error is in proportion to; inf: nothing is known.
+      centre: int8 [K, P, D], not rotated, times `unit`.
+      unit: float16 [K, P].
+    """
+
+    codes: UInt8[Array, "K P Z D/2"]
+    scale: Float16[Array, "K P Z"]
+    spread: Float16[Array, "K P Z"]
+    centre: Int8[Array, "K P D"]
+    unit: Float16[Array, "K P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One query token of each sequence, as a scan needs it.
+
+    Attributes:
+      q: [B, H, D], for the centres; of the dtype of the keys.
+      integers: int8 [B, H, D], the rotated query over `step`, rounded.
+      step: float32 [B, H].
+      of_spread, of_scale: float32 [B, H]; the error of an estimate is `of_spread` times the key's
+        spread plus `of_scale` times its scale. Where `of_spread` is 0, the spread counts for
+        nothing, even if it is inf.
+    """
+
+    q: Float[Array, "B H D"]
+    integers: Int8[Array, "B H D"]
+    step: Float[Array, "B H"]
+    of_spread: Float[Array, "B H"]
+    of_scale: Float[Array, "B H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a scan says of each page. Heads are [K, G]: G query heads of one kv head.
+
+    Attributes:
+      upper: float32 [B, K, N, G], max over the page's keys in range of estimate + error; anything
+        for pages without a key in range.
+      best: float32 [B, K, G], max over all keys in range of estimate - error; -inf without keys.
+      lse: float32 [B, K, N, G], log-sum-exp of scale * estimate over the page's keys in range;
+        anything for pages without one. None if it was not asked for.
+    """
+
+    upper: Float[Array, "B K N G"]
+    best: Float[Array, "B K G"]
+    lse: Float[Array, "B K N G"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Pages that may hold a key in range of some head of the group.
+
+    Attributes:
+      page_ids: int32 [B, K, C], in the order of the sequence.
+      starts: int32 [B, K, C], position of the first token of each.
+      count: int32 [B, K], how many there are: more than C if they did not fit, and then the lists
+        hold the first C. What lies past it in a list means nothing.
+      best: float32 [B, H], what the range was measured from.
+      page_lse: float32 [B, H, N], estimated log of the sum of exp(scale * score) over each page's
+        keys in range, -inf where there is none; if asked for.
+    """
+
+    page_ids: Int[Array, "B K C"]
+    starts: Int[Array, "B K C"]
+    count: Int[Array, "B K"]
+    best: Float[Array, "B H"]
+    page_lse: Float[Array, "B H N"] | None
+
+
+def select(
+    bounds: Bounds,
+    pages: Int[Array, "B N"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    beta: Float[Array, "B H"],
+    best: Float[Array, "B H"] | None,
+    page_size: int,
+    capacity: int,
+) -> Selected:
+    """The pages whose upper bound reaches the best score, less beta, for a head of the group."""
+    batch, kv_heads, n, group = bounds.upper.shape
+    first = jnp.arange(n) * page_size
+    some = (first + page_size > low[:, None]) & (first < high[:, None]) & (low < high)[:, None]
+    top = bounds.best.reshape(batch, -1)
+    if best is not None:
+        top = jnp.maximum(top, best)
+    threshold = (top - beta).reshape(batch, kv_heads, 1, group)
+    wanted = (bounds.upper >= threshold) & (bounds.upper > -jnp.inf)
+    keep = jnp.any(wanted, axis=-1) & some[:, None]  # [B, K, N]
+
+    rank = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
+    slot = jnp.where(keep, rank - 1, capacity)  # past the end: dropped
+    b, k = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    index = jnp.zeros((batch, kv_heads, capacity), jnp.int32)
+    index = index.at[b, k, slot].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    lse = None
+    if bounds.lse is not None:
+        lse = jnp.where(some[:, None, :, None], bounds.lse, -jnp.inf)
+        lse = jnp.moveaxis(lse, 3, 2).reshape(batch, -1, n)
+    return Selected(
+        page_ids=jnp.take_along_axis(pages[:, None], index, axis=2),
+        starts=index * page_size,
+        count=rank[..., -1],
+        best=top,
+        page_lse=lse,
+    )

@@ -1,0 +1,83 @@
+"""A scan in XLA: integers times integers, tile by tile, over the tiles that hold a key in range."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
+
+_TILE = 1024  # keys
+
+
+def bounds(
+    query: Query,
+    keys: Codes,
+    pages: Int[Array, "B N"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    *,
+    scale: float | None,
+) -> Bounds:
+    """See `Bounds`. One sequence at a time."""
+    kv_heads, _, size, _ = keys.codes.shape
+    n = pages.shape[1]
+    tile_pages = min(n, max(1, _TILE // size))
+    codes = lax.bitcast_convert_type(keys.codes, jnp.int8)
+
+    def of_sequence(args: tuple[Array, ...]) -> tuple[Array, ...]:
+        ids, low, high, *fields = args
+        q, integers, step, of_spread, of_scale = (
+            x.reshape(kv_heads, -1, *x.shape[1:]) for x in fields
+        )
+        q = q.astype(jnp.float32)
+        total = jnp.sum(integers, axis=-1, dtype=jnp.int32)
+        step, of_spread, of_scale = (x[:, None, None] for x in (step, of_spread, of_scale))
+
+        def visit(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            upper, best, lse = carry
+            first = jnp.minimum(tile * tile_pages, n - tile_pages)
+            at = lax.dynamic_slice_in_dim(ids, first, tile_pages)
+            byte = codes[:, at]
+            fields = jnp.concatenate([(byte << 4) >> 4, byte >> 4], axis=-1)
+            inner = jnp.einsum("knzd,kgd->knzg", fields, integers, preferred_element_type=jnp.int32)
+            inner = (2 * inner + total[:, None, None]).astype(jnp.float32)
+            centre = (
+                jnp.einsum(
+                    "knd,kgd->kng",
+                    keys.centre[:, at].astype(jnp.float32),
+                    q,
+                    precision=lax.Precision.HIGHEST,
+                )
+                * keys.unit[:, at].astype(jnp.float32)[..., None]
+            )
+            of_key, spread = (
+                x[:, at].astype(jnp.float32)[..., None] for x in (keys.scale, keys.spread)
+            )
+            estimate = of_key * (step * inner) + centre[:, :, None]
+            error = jnp.where(of_spread > 0, of_spread * spread, 0.0) + of_scale * of_key
+            position = first * size + jnp.arange(tile_pages * size).reshape(-1, size, 1)
+            seen = (position >= low) & (position < high)
+            high_end = jnp.max(jnp.where(seen, estimate + error, -jnp.inf), axis=2)
+            low_end = jnp.max(jnp.where(seen, estimate - error, -jnp.inf), axis=(1, 2))
+            upper = lax.dynamic_update_slice_in_dim(upper, high_end, first, axis=1)
+            if scale is not None:
+                x = jnp.where(seen, scale * estimate, -jnp.inf)
+                top = jnp.max(x, axis=2)
+                safe = jnp.where(jnp.isneginf(top), 0.0, top)
+                mass = safe + jnp.log(jnp.sum(jnp.exp(x - safe[:, :, None]), axis=2))
+                lse = lax.dynamic_update_slice_in_dim(lse, mass, first, axis=1)
+            return upper, jnp.maximum(best, low_end), lse
+
+        group = q.shape[1]
+        never = jnp.full((kv_heads, n, group), -jnp.inf)
+        tokens = tile_pages * size
+        return lax.fori_loop(
+            low // tokens,
+            jnp.where(low < high, -(-high // tokens), 0),
+            visit,
+            (never, jnp.full((kv_heads, group), -jnp.inf), never if scale is not None else ()),
+        )
+
+    fields = (query.q, query.integers, query.step, query.of_spread, query.of_scale)
+    upper, best, lse = lax.map(of_sequence, (pages, low, high, *fields))
+    return Bounds(upper, best, lse if scale is not None else None)

@@ -1,0 +1,186 @@
+"""A model loaded in 8 or 4 bits: from any format, on any mesh, and what it costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import alaya_jax as aj
+from alaya_jax.checkpoint import convert, open_checkpoint, read_checkpoint, verify
+from alaya_jax.checkpoint.params import match
+from alaya_jax.checkpoint.verification import stream_logits
+from alaya_jax.checkpoint.weights import Weight
+from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.models import llama
+from alaya_jax.models.quantized import QuantizedKernel, quantize
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4, "hidden_size": 64}
+TOKENS = np.arange(24)[None] % 48
+
+
+def read(path, **kwargs):
+    return read_checkpoint(path, progress=False, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run(params, tokens, config):
+    positions = np.arange(tokens.shape[1])[None]
+    return llama.forward(params, config, tokens, positions, llama.causal_attend)[0]
+
+
+def forward(model, params, tokens=TOKENS):
+    return np.asarray(run(params, tokens, model.config))
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedKernel)
+
+
+def dense_values(params):
+    dense = jax.jit(QuantizedKernel.dense)
+    return jax.tree.map(lambda x: dense(x) if is_quantized(x) else x, params, is_leaf=is_quantized)
+
+
+def kernels(params):
+    return [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+
+
+@pytest.fixture
+def hf(make_config, make_tensors, write_hf):
+    def make(dtype=np.float32, **changes):
+        config = make_config(dtype=np.dtype(dtype).name, **SIZES | changes)
+        tensors = make_tensors(config)
+        for values in tensors.values():
+            if values.ndim > 1:
+                values /= np.sqrt(values.shape[1])  # logits of about 1, so that 1e-5 is rounding
+        return write_hf(config, {name: x.astype(dtype) for name, x in tensors.items()})
+
+    return make
+
+
+@pytest.mark.parametrize(("scheme", "tied"), [("int8", False), ("int4", True)])
+def test_same_logits_as_its_dense_values(hf, scheme, tied):
+    source = hf(tie_word_embeddings=tied, attention_bias=True)
+    found, plain = read(source, quantize=scheme), read(source)
+    assert len(kernels(found.params)) == 15 + (not tied)
+    got = forward(found, found.params)
+    np.testing.assert_allclose(got, forward(found, dense_values(found.params)), atol=2e-5)
+    far = np.abs(got - forward(plain, plain.params)).max()
+    assert 1e-4 < far < (0.05 if scheme == "int8" else 1.0)
+    for name, part in found.params.items():
+        bits = sum(x.nbytes for x in jax.tree.leaves(kernels(part))) * 8
+        weights = sum(x.size for x in kernels(part))
+        if name.startswith("layers_"):
+            assert bits / weights == 4.5 if scheme == "int4" else 8 < bits / weights < 9
+        elif weights:  # embedding and head: a scale for each of 48 tokens
+            assert bits == 48 * (8 * 64 + 32)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_on_a_mesh(hf, scheme):
+    source = hf()
+    alone = read(source, quantize=scheme)
+    mesh = aj.make_mesh(data=2, tensor=4)
+    spread = read(source, quantize=scheme, mesh=mesh)
+    for one, two in zip(jax.tree.leaves(alone.params), jax.tree.leaves(spread.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    q, down = (
+        spread.params["layers_0"]["attention"]["q"]["kernel"],
+        spread.params["layers_0"]["mlp"]["down"]["kernel"],
+    )
+    rows = 64 if scheme == "int8" else 32
+    assert q.values.addressable_shards[0].data.shape == (rows, 2, 4)
+    assert q.scale.addressable_shards[0].data.shape == (1 if scheme == "int8" else 2, 2, 4)
+    assert down.values.addressable_shards[0].data.shape == (16, rows)
+    assert down.scale.addressable_shards[0].data.shape == ((1, 64) if scheme == "int8" else (16, 2))
+    np.testing.assert_allclose(
+        forward(spread, spread.params), forward(alone, alone.params), atol=2e-5
+    )
+    with pytest.raises(ConfigError, match="'vocab' of size 48"):
+        read(source, quantize=scheme, mesh=aj.make_mesh(tensor=5))
+
+
+def test_from_any_format(make_config, make_tensors, write_gguf, tmp_path):
+    config = make_config()
+    source = write_gguf(config, make_tensors(config))
+    convert(source, tmp_path / "hf", progress=False)
+    convert(source, tmp_path / "orbax", to="orbax", progress=False)
+    want = jax.tree.leaves(read(source, quantize="int4").params)
+    for path in ("hf", "orbax"):
+        got = jax.tree.leaves(read(tmp_path / path, quantize="int4").params)
+        for one, two in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+
+
+def test_the_matrix_that_was_stored_is_quantized(hf):
+    """A bfloat16 model computes in bfloat16 with the quantized values of what is stored."""
+    source = hf(ml_dtypes.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    found = read(source, quantize="int4")
+    down = found.params["layers_1"]["mlp"]["down"]["kernel"]
+    stored = tensors["model.layers.1.mlp.down_proj.weight"]
+    values, scale = quantize(stored.T.astype(np.float32), "int4", 1, (1,))
+    np.testing.assert_array_equal(down.values, values)
+    np.testing.assert_array_equal(np.asarray(down.scale), scale)
+    assert down.dtype == found.params["embed"]["embedding"].dtype == jnp.bfloat16
+    assert found.params["norm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_another_model_with_contexts_of_its_own(tiny_model, tmp_path):
+    from alaya_jax.checkpoint import save
+
+    path = tmp_path / "tiny"
+    save(path, tiny_model.config, tiny_model.params, tiny_model.tokenizer, progress=False)
+    dense, four, eight = (
+        aj.load(path, quantize=scheme, progress=False) for scheme in (None, "int4", "int8")
+    )
+    assert len({dense.fingerprint, four.fingerprint, eight.fingerprint}) == 3
+    assert "weights in int4" in repr(four)
+    assert "0.1M parameters, float32, weights in int8" in repr(eight)
+    assert "weights" not in repr(dense)
+    text, budget = "In the beginning was the word", aj.Budget(device=1 << 20)
+    with aj.DB(tmp_path / "db", dense, budget) as db:
+        db.import_context(text)
+    with aj.DB(tmp_path / "db", four, budget) as db:
+        session, rest = db.create_session(text + ", and")
+        assert session.reused[0] == 0
+        tokens = [token.id for token in aj.generate(session, rest, max_new_tokens=4)]
+    ids = [*four.encode(text + ", and").tolist(), *tokens]
+    logits = forward(four, dense_values(four.params), np.array([ids]))[0]
+    assert logits[-5:-1].argmax(1).tolist() == tokens
+
+
+def test_verify_says_what_it_costs(hf):
+    source = hf()
+    exact = verify(source, source, progress=False)
+    found = {s: verify(source, source, quantize=s, progress=False) for s in ("int8", "int4")}
+    assert exact.logits.max_kl < 1e-5 < found["int8"].logits.mean_kl < found["int4"].logits.mean_kl
+    assert found["int4"].same
+    assert "tokens, b quantized to int4:" in str(found["int4"])
+    model = read(source, quantize="int4")
+    opened = open_checkpoint(source)
+    weights = {e.hf: Weight(e, t, "hf", t.dtype) for e, t in match(opened)}
+    got = stream_logits(model.config, weights, TOKENS[0], quantize="int4")
+    np.testing.assert_allclose(got, forward(model, model.params)[0], atol=3e-5)
+
+
+def test_refused(hf, tmp_path):
+    source = hf()
+    with pytest.raises(ConfigError, match="'q3'"):
+        read(source, quantize="q3")
+    with pytest.raises(aj.AlayaError, match="logits"):
+        verify(source, source, quantize="int8", logits=False, progress=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight.*1 of its values"):
+        read(source, quantize="int8")
+
+
+def test_a_width_that_does_not_divide(hf):
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj.*48 is no multiple"):
+        read(hf(hidden_size=48), quantize="int4")

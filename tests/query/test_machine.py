@@ -1,0 +1,37 @@
+"""Measuring a machine: what is kept, and that the constants say something of the device."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from alaya_jax.query import machine
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALAYA_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
+    """Values are the device's; that all terms are there and finite is not."""
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "_MEGABYTES", 4)
+    found = machine.machine_for(tiny_model.config, np.float32)
+    numbers = [x for x in dataclasses.astuple(found) if not isinstance(x, str)]
+    assert np.isfinite(numbers).all()
+    assert min(numbers) >= 0
+    assert min(found.copy, found.matmul, found.weights, found.full) > 0
+    calls = []
+    monkeypatch.setattr(machine, "measure", lambda config, *args: calls.append(config) or found)
+    assert machine.machine_for(tiny_model.config, np.float32) == found
+    assert calls == []
+    # Another shape is another machine; a part of the heads, too.
+    machine.machine_for(tiny_model.config, np.float32, tensor=2)
+    machine.machine_for(tiny_model.config, np.float16)
+    assert [c.num_key_value_heads for c in calls] == [1, 2]
+    for file in (tmp_path / "cache" / "machine").iterdir():
+        file.write_text(json.dumps({"of": "another", "machine": {}}))
+    machine.machine_for(tiny_model.config, np.float32)
+    assert len(calls) == 3, "what is not understood is measured again"
