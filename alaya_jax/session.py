@@ -200,16 +200,17 @@ class Session:
                     self._graph(b, index)
         return plans
 
-    def cover(self, plans: Plans) -> Indexed:
-        """What the plans' indexes know of the keys in the cache.
+    def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
+        """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none.
         """
-        indexed = self.pool.cover(plans, self.sequences)
+        rows = list(range(self.batch_size)) if rows is None else rows
+        indexed = self.pool.cover(plans, [self.sequences[b] for b in rows])
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
         layers = (
-            tuple(self._graph(b, index)[i] for b in range(self.batch_size))
+            tuple(self._graph(b, index)[i] for b in rows)
             if isinstance(index, Graph)
             else indexed.layers[i]
             for i, index in enumerate(wanted)

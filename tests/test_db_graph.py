@@ -97,6 +97,21 @@ def test_explain_says_what_was_scored_and_what_overflowed(db, context, document)
     assert "raise Graph(capacity=" in str(explained)
 
 
+@pytest.mark.parametrize("capacity", [512, 3])
+def test_an_analysis_shows_which_keys_a_graph_found(db, context, document, capacity):
+    """Those of the flat plan with the same window, also where a search overflows."""
+    session, rest = db.create_session([*document, 77, 78])
+    session.prefill(rest)
+    index = dataclasses.replace(GRAPH, l0=capacity, capacity=capacity)
+    query = aj.DIPR(beta=RANGE.beta, window=aj.Window(2, 8))
+    found = session.explain(analyze=True, attention=aj.Plan(query, index=index)).analysis
+    want = session.explain(analyze=True, attention=aj.Plan(query, index=aj.Flat())).analysis
+    for kept, exact in zip(found.positions, want.positions, strict=True):
+        for got, right in zip(kept, exact, strict=True):
+            np.testing.assert_array_equal(got, right)
+    np.testing.assert_allclose(found.error, want.error, atol=1e-5)
+
+
 def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, rng):
     db = open_db()
     id = db.build_index(db.import_context(document), GRAPH).id

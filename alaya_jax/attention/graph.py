@@ -63,26 +63,15 @@ def attend_graph(
       window: attention over the window.
       best: best raw score there; -inf if it is empty.
     """
-    query, index = plan.query, plan.index
-    assert isinstance(query, DIPR | TopK)
-    assert isinstance(index, Graph)
-    limit = keys.high if query.before is None else jnp.minimum(keys.high, query.before)
-    low = jnp.asarray(low, jnp.int32)
-    if isinstance(query, TopK):
-        ef = max(2 * query.k, index.l0)
-        found = graph.search_top(q, pages, limit, low, query.k, ef)
-        read = jnp.broadcast_to(jnp.sum(found.visited, axis=1, keepdims=True), q.shape[:-1])
-    else:
-        assert query.beta is not None
-        found = graph.search_range(
-            q, pages, limit, low, query.beta, best, l0=index.l0, capacity=index.capacity
-        )
-        read = found.visited  # one walk for the heads of a group
+    found = find(plan, q, pages, keys, low, graph, best)
+    read = found.visited  # by one walk for the heads of a group
+    if isinstance(plan.query, TopK):  # or by one for each
+        read = jnp.broadcast_to(jnp.sum(read, axis=1, keepdims=True), q.shape[:-1])
     partial, attended = attend_found(q, pages, found)
     over = found.overflow
 
     def by_flat() -> tuple[Partial, Array, Array]:
-        flat = retrieve(plan, q, pages, keys, None, jnp.int32(0), window, best, None)
+        flat = retrieve(plan, q, pages, keys, None, jnp.int32(0), window, best, None, None)
         wide, count, rows = attend_kept(q, flat.kept, flat.floor)
         first = jnp.arange(q.shape[2]) == 0  # read once for the block
         return wide, count, jnp.broadcast_to(jnp.where(first, rows[:, None, None], 0), read.shape)
@@ -101,6 +90,30 @@ def attend_graph(
         found.visited + jnp.where(over, every, 0),
         read + rows,
         over.astype(jnp.int32),
+    )
+
+
+def find(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    low: Int[Array, ""],
+    graph: GraphLayer,
+    best: Float[Array, "K G T"],
+) -> Found:
+    """What the graph finds of the keys that a plan wants; arguments as in `attend_graph`."""
+    query, index = plan.query, plan.index
+    assert isinstance(query, DIPR | TopK)
+    assert isinstance(index, Graph)
+    limit = keys.high if query.before is None else jnp.minimum(keys.high, query.before)
+    low = jnp.asarray(low, jnp.int32)
+    if isinstance(query, TopK):
+        ef = max(2 * query.k, index.l0)
+        return graph.search_top(q, pages, limit, low, query.k, ef)
+    assert query.beta is not None
+    return graph.search_range(
+        q, pages, limit, low, query.beta, best, l0=index.l0, capacity=index.capacity
     )
 
 
@@ -146,4 +159,4 @@ def attend_found(
     return Partial(acc / safe[..., None], lse), attended
 
 
-__all__ = ["Searched", "attend_found", "attend_graph"]
+__all__ = ["Searched", "attend_found", "attend_graph", "find"]
