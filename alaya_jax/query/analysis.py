@@ -308,7 +308,7 @@ def _queries(
 
 def _on_one(
     kv: PagedKV, layer: int, table: PageTable, index: LayerIndex | Graphs | None, num_pages: int
-) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | None]:
+) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | Graphs | None]:
     """A layer's pages, and its index, as one device of the context axis would hold them all."""
     k, v, ids = kv.k[layer], kv.v[layer], table.pages[0]
     if table.start is None:
