@@ -50,12 +50,12 @@ def plan(
     tokens = options.length(length)
     from pathlib import Path
 
+    from alaya_jax import checkpoint
     from alaya_jax.cli import runtime
-    from alaya_jax.cli.inspect import describe
     from alaya_jax.query.auto import Auto
 
     asked = Auto(tpot=tpot, recovery=recovery, device_memory=memory)
-    data = describe(model)
+    data = checkpoint.inspect(model)
     if dtype is not None and dtype not in data["bytes"]["weights"]:
         allowed = ", ".join(data["bytes"]["weights"])
         raise typer.BadParameter(f"{dtype!r}; use {allowed}", param_hint="--dtype")
