@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alaya_jax.generation import generate as generate
     from alaya_jax.index import Block as Block
     from alaya_jax.index import Flat as Flat
+    from alaya_jax.index import Graph as Graph
     from alaya_jax.index import Sketch as Sketch
     from alaya_jax.model import Model as Model
     from alaya_jax.model import load as load
@@ -50,6 +51,7 @@ _HOME = {
     "DIPR": "query",
     "Flat": "index",
     "Full": "query",
+    "Graph": "index",
     "Greedy": "sampling",
     "Model": "model",
     "Plan": "query.plan",

@@ -13,13 +13,16 @@ from typing import Any, overload
 
 import numpy as np
 
+from alaya_jax import graphs
+from alaya_jax.context import Context
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
 from alaya_jax.sizes import bytes_of
-from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore
+from alaya_jax.storage import ContextHeader, DirectoryStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,47 +45,6 @@ class Budget:
           RequestError: not a size.
         """
         return bytes_of(self.device, "Budget(device=...)")
-
-
-class Context:
-    """A prompt whose keys and values are stored. Handles compare by identity.
-
-    Attributes:
-      id: name in the database.
-      title: for people.
-      num_tokens: length.
-      problem: why it cannot be used, and the way out; None when it can.
-    """
-
-    def __init__(self, record: ContextRecord, store: DirectoryStore):
-        """Made by the database."""
-        self.id = record.id
-        self.title = record.header.title if record.header else ""
-        self.num_tokens = record.num_tokens
-        self.nbytes = record.nbytes
-        self.created = record.created
-        self.problem = record.problem
-        self.header = record.header
-        self._store = store
-        self._tokens: np.ndarray | None = None
-        self._resident: Sequence | None = None
-        self._used = 0
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Token ids, int32 [n].
-
-        Raises:
-          ContextError: the stored context is damaged.
-        """
-        if self._tokens is None:
-            self._tokens = self._store.tokens(self.id)
-        return self._tokens
-
-    def __repr__(self) -> str:
-        place = "in memory" if self._resident else "on disk"
-        name = f"{self.title!r}, " if self.title else ""
-        return f"Context({name}{self.num_tokens:,} tokens, {place}, {self.problem or self.id})"
 
 
 class DB:
@@ -237,6 +199,7 @@ class DB:
             raise
         tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
         session = Session(self.model, self.pool, sequences, tokens, found, batched=batched)
+        session.lender = self._lender
         rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
         return session, rest if batched else rest[0]
 
@@ -272,6 +235,53 @@ class DB:
             self._touch(context)
         return context
 
+    def build_index(
+        self, context: Context | str, index: Index, *, progress: bool = True
+    ) -> Context:
+        """Builds an index that a context keeps, on disk beside its keys and values.
+
+        Only `Graph` is such an index: the others are of pages, and grow with them. The model runs
+        over the context once more; then each layer's graph is built. An index that is there with
+        the same settings is kept; one with others, or a damaged one, is replaced. Interrupted, the
+        context is as it was.
+
+        Args:
+          context: or its id.
+          index: `aj.Graph()`. Plans must ask for the same building settings.
+          progress: shows bars on stderr when it is a terminal.
+
+        Raises:
+          RequestError: another kind of index, or a mesh with a context axis.
+          ContextError: the context is not there, or damaged.
+          CacheFullError: the context does not fit into the budget.
+          DatabaseError: it cannot be written.
+        """
+        if not isinstance(index, Graph):
+            raise RequestError(
+                f"build_index({index!r}): only aj.Graph() is built once and stored; other indexes "
+                "are made of pages when a plan first asks them"
+            )
+        graphs.require_no_context_axis(self.model, "build_index")
+        self._store.require_writable()
+        id = context if isinstance(context, str) else context.id
+        if id not in self._contexts:
+            raise ContextError(f"build_index: there is no context {id!r} in {self.path}")
+        known = self._contexts[id]
+        if any(index.fits(built) for built in known.indexes) and not self._store.check_index(
+            id, graphs.KIND
+        ):
+            return known
+        sequence = self._attach(known, known.num_tokens)
+        try:
+            layers = graphs.build_layers(
+                self.model, self.pool, sequence, known.tokens, index, progress=progress
+            )
+            self._store.write_index(id, graphs.KIND, index.built, layers)
+        finally:
+            self.pool.release(sequence)
+        known._graph = None
+        return known
+
     def remove(self, context: Context | str) -> None:
         """Deletes a stored context; sessions that read it go on.
 
@@ -285,7 +295,7 @@ class DB:
             self._drop(gone)
 
     def check(self, context: Context | str) -> list[str]:
-        """Reads a whole stored context and returns every problem found, in words."""
+        """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._store.check(context if isinstance(context, str) else context.id))
 
     def close(self) -> None:
@@ -369,18 +379,30 @@ class DB:
         for context in self._contexts.values():
             if context.problem is not None:
                 continue
-            n = min(context.num_tokens, len(tokens) - 1)
-            if n <= length:
+            if min(context.num_tokens, len(tokens) - 1) <= length:
                 continue
-            try:
-                differ = context.tokens[:n] != tokens[:n]
-            except ContextError as error:  # not known to be a prefix: the others serve
-                context.problem = str(error)
-                continue
-            shared = int(np.argmax(differ)) if differ.any() else n
+            shared = self._shared(context, tokens[:-1])
             if shared > length:
                 best, length = context, shared
         return best, length
+
+    def _shared(self, context: Context, tokens: np.ndarray) -> int:
+        """How many tokens a context and a prompt have in common; 0 if the context is damaged."""
+        n = min(context.num_tokens, len(tokens))
+        try:
+            differ = context.tokens[:n] != tokens[:n]
+        except ContextError as error:  # not known to be a prefix: the others serve
+            context.problem = str(error)
+            return 0
+        return int(np.argmax(differ)) if differ.any() else n
+
+    def _lender(self, tokens: np.ndarray, wanted: Graph) -> tuple[Context | None, int]:
+        """Of the contexts that have such a graph the one that shares most tokens, and how many."""
+        usable = [c for c in self._contexts.values() if c.problem is None]
+        having = [c for c in usable if any(wanted.fits(graph) for graph in c.indexes)]
+        shared = [self._shared(context, tokens) for context in having]
+        most = max(shared, default=0)
+        return (having[shared.index(most)], most) if most else (None, 0)
 
     def _attach(self, context: Context, length: int) -> Sequence:
         """A share of the first tokens of a context, read from disk if they are not in memory."""
@@ -409,6 +431,7 @@ class DB:
         context._used = self._clock
 
     def _drop(self, context: Context) -> None:
+        context._graph = None
         if context._resident is not None:
             self.pool.release(context._resident)
             context._resident = None

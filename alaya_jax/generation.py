@@ -249,7 +249,7 @@ class Generation(Iterator[Token]):
                     sampler,
                     jnp.int32(steps),
                     self._attention,
-                    session.pool.cover(self._attention, session.sequences),
+                    session.cover(self._attention),
                     kv_result=1,
                     processors=self._processors,
                     capacity=BLOCK,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from alaya_jax import cache
 from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
 from alaya_jax.errors import DatabaseError
-from alaya_jax.index import Flat, Index, Indexed, LayerIndex
+from alaya_jax.index import Flat, Graph, Index, Indexed, LayerIndex
 from alaya_jax.model import Model
 from alaya_jax.query.plan import Plans, indexes_of
 from alaya_jax.sharding import ShardingRules, laid, spread, whole
@@ -174,7 +174,7 @@ class PagePool:
         full = [s.pages[: s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
         for layer, index in enumerate(indexes_of(plans, layers)):
-            if isinstance(index, Flat):
+            if isinstance(index, Flat | Graph):  # a graph is of a context, not of pages
                 continue
             state = self._indexes.get((index, layer))
             if state is None:

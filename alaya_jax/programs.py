@@ -21,7 +21,8 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
-from alaya_jax.query.plan import Plans, of_layer
+from alaya_jax.query import Full
+from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
 from alaya_jax.sharding import ShardingRules, laid, whole
 
@@ -118,6 +119,53 @@ def extend(
     return logits, laid(kv, (rules or ShardingRules()).pool(mesh)), counts
 
 
+@functools.partial(jax.jit, static_argnames=("config", "rope_length", "mesh", "rules"))
+def asked(
+    params: Params,
+    kv: PagedKV,
+    table: PageTable,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    take: Int[Array, " n"],
+    *,
+    config: LlamaConfig,
+    rope_length: int | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Float[Array, "L n H D"]:
+    """Queries that tokens ask whose keys and values are in the cache already, which stays as it is.
+
+    Args:
+      params, config, rope_length, mesh, rules: as in `step`.
+      kv, table: cache, and the length before these tokens of the (single) sequence.
+      tokens, count: as in `step`.
+      take: which of the T tokens' queries are wanted.
+
+    Returns:
+      those queries, rotated, unscaled, of each layer.
+    """
+    positions = table.length[:, None] + jnp.arange(tokens.shape[1])
+
+    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        del k, v
+        out, _ = engine.attend(
+            Plan(Full()), q, kv.k[layer], kv.v[layer], table, count, mesh=mesh, rules=rules
+        )
+        return out, (*state, q[0, take])
+
+    _, queries = forward(
+        params,
+        config,
+        tokens,
+        positions,
+        attend,
+        (),
+        logits_at=count - 1,
+        rope_length=rope_length,
+    )
+    return jnp.stack(queries)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -196,7 +244,7 @@ def decode(
         else None,
         steps=jnp.int32(0),
         running=running,
-        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head)),
+        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head), nothing),
     )
 
     def body(carry: Any) -> Any:

@@ -12,24 +12,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from alaya_jax import programs
+from alaya_jax import graphs, programs
 from alaya_jax.attention import engine
 from alaya_jax.attention.engine import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import CacheFullError, RequestError
+from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.explain import Explanation, Reads
 from alaya_jax.query.optimizer import Choice
-from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
+from alaya_jax.query.plan import Attention, Plan, Plans, indexes_of, of_layer, plan_for
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
-    from alaya_jax.db import Context
+    from alaya_jax.context import Context
 
 CHUNKS = (8, 64, 512)
 """Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
@@ -74,6 +75,13 @@ class Session:
         first.
         """
         self.reads: dict[str, Reads] = {}
+        self._graphs: dict[tuple[int, Any], tuple[GraphLayer, ...]] = {}
+        """By sequence and building settings; kept as the session's pages are."""
+        self.lender: Callable[[np.ndarray, Graph], tuple[Context | None, int]] = lambda *_: (
+            None,
+            0,
+        )
+        """Finds another context's graph where a sequence's own has none, and how far it goes."""
         self.choice: Choice | None = None
         """What `Auto` chose last, and why."""
         self.turn = 0
@@ -173,6 +181,9 @@ class Session:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
 
         A prefill reads each key for many queries at once, so `Auto` has it read every key.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
         """
 
         def choose(auto: Auto) -> Plans:
@@ -182,7 +193,48 @@ class Session:
             return self.choice.plans
 
         asked = Full() if attention is None else attention
-        return plan_for(asked, self.model.config, length, choose)
+        plans = plan_for(asked, self.model.config, length, choose)
+        for index in indexes_of(plans, self.model.config.num_hidden_layers):
+            if isinstance(index, Graph):  # missing, it is refused before anything runs
+                for b in range(self.batch_size):
+                    self._graph(b, index)
+        return plans
+
+    def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
+        """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+        """
+        rows = list(range(self.batch_size)) if rows is None else rows
+        indexed = self.pool.cover(plans, [self.sequences[b] for b in rows])
+        wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        layers = (
+            tuple(self._graph(b, index)[i] for b in rows)
+            if isinstance(index, Graph)
+            else indexed.layers[i]
+            for i, index in enumerate(wanted)
+        )
+        return dataclasses.replace(indexed, layers=tuple(layers))
+
+    def _graph(self, b: int, index: Graph) -> tuple[GraphLayer, ...]:
+        """The graphs of a sequence's context, as far as the sequence has reused it."""
+        key = b, tuple(index.built.items())
+        if key not in self._graphs:
+            graphs.require_no_context_axis(self.model, index)
+            context, known = self.contexts[b], self.reused[b]
+            if context is None or not context.has_graph:
+                # Keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
+                lent, shared = self.lender(self.tokens[b][:known], index)
+                context, known = (lent, shared) if lent is not None else (context, known)
+            if context is None:
+                raise RequestError(
+                    f"sequence {b} was opened on no stored context, and a graph index belongs to "
+                    "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
+                    "aj.Graph()) before create_session"
+                )
+            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model), known)
+        return self._graphs[key]
 
     def feed(
         self,
@@ -202,7 +254,7 @@ class Session:
                 part = row[done : done + width]
                 chunk[b, : len(part)], new[b] = part, len(part)
             table = self.pool.table(self.sequences)
-            indexed = self.pool.cover(plans, self.sequences)
+            indexed = self.cover(plans)
             part_logits, counts = self.pool.run(
                 programs.extend,
                 table,
@@ -389,7 +441,7 @@ class Session:
         count = jnp.full(batch, t, jnp.int32)
         plans = self.plans(query, max(self.lengths) + t, prefill=t > 1)
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-        indexed = self.pool.cover(plans, self.sequences)
+        indexed = self.cover(plans)
         out, counts = engine.attend(
             of_layer(plans, layer),
             q,
@@ -423,6 +475,7 @@ class Session:
             self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
         )
         other.reused = list(self.reused)
+        other._graphs, other.lender = dict(self._graphs), self.lender
         other.pending = [list(p) for p in self.pending]
         return other
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
+from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
 from alaya_jax.attention.partial import Partial, across, merge, merge_across
@@ -31,7 +32,7 @@ from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import RequestError
-from alaya_jax.index import LayerIndex, SketchLayer
+from alaya_jax.index import Graph, GraphLayer, Graphs, LayerIndex, SketchLayer
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import ShardingRules
@@ -55,12 +56,15 @@ class Counts:
         and the heads of a kv head: the sum over T and over the kv heads is what was read.
       mass: float32 [B, T, H], estimated share of the attention mass attended to; NaN where it was
         not estimated.
+      widened: int32 [B, T, H], 1 where an approximate search had no room for what it met, and the
+        scan of all keys answered instead.
     """
 
     attended: Int[Array, "B T H"]
     scored: Int[Array, "B T H"]
     read: Int[Array, "B T H"]
     mass: Float[Array, "B T H"]
+    widened: Int[Array, "B T H"]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rules"))  # traced once, not once a layer
@@ -71,7 +75,7 @@ def attend(
     v_pages: Float[Array, "K P Z D"],
     table: PageTable,
     count: Int[Array, " B"],
-    index: LayerIndex | None = None,
+    index: LayerIndex | Graphs | None = None,
     covered: Int[Array, " B"] | None = None,
     *,
     mesh: Mesh | None = None,
@@ -86,7 +90,8 @@ def attend(
       table: pages, and the lengths *before* the new tokens.
       count: new tokens of each sequence, at most T.
       index: what the plan's index holds of this layer; None: it scores all keys.
-      covered: keys of each sequence that the index knows, from the first on; default none.
+      covered: keys of each sequence that the index knows, from the first on; default none. A
+        graph says that itself.
       mesh, rules: where all that lies.
 
     Returns:
@@ -152,7 +157,7 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
     spec = PartitionSpec
     heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
     data = rules.axis("batch", mesh)
-    if data is not None and batch % mesh.shape[data]:
+    if data is not None and (batch % mesh.shape[data] or isinstance(index, tuple)):
         data = None  # each device of that axis does the same
     in_specs = (
         [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
@@ -161,7 +166,7 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
         spec(heads, pages),
         _table_spec(table, data, pages),
         spec(data),
-        jax.tree.map(lambda x: spec(heads, pages), index),
+        _index_spec(index, heads, pages),
         spec(data),
     )
     by_head: Any = spec(data, None, heads)
@@ -172,10 +177,17 @@ def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tu
         ),
         mesh=mesh,
         in_specs=in_specs,
-        out_specs=(by_head, Counts(by_head, by_head, by_head, by_head)),
+        out_specs=(by_head, Counts(*(by_head,) * 5)),
         check_vma=False,
     )
     return run(numbers, *args[1:])
+
+
+def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str | None) -> Any:
+    spec = PartitionSpec
+    if isinstance(index, tuple):  # a graph is of one kv head, and not of pages
+        return jax.tree.map(lambda x: spec(heads) if x.ndim else spec(), index)
+    return jax.tree.map(lambda x: spec(heads, pages), index)
 
 
 def _attend(
@@ -185,11 +197,13 @@ def _attend(
     v_pages: Float[Array, "K P Z D"],
     table: PageTable,
     count: Int[Array, " B"],
-    index: LayerIndex | None,
+    index: LayerIndex | Graphs | None,
     covered: Int[Array, " B"],
     axis: str | None,
     head_axis: str | None,
 ) -> tuple[Float[Array, "B T H D"], Counts]:
+    if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
+        raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))
@@ -197,10 +211,11 @@ def _attend(
     positions = jnp.where(offset < count[:, None], table.length[:, None] + offset, -1)
     block = QUERY_BLOCK
     if plan.retrieves:
-        held = heads * table.pages.shape[1] * k_pages.shape[2]
-        block = max(1, min(block, SCORES // held))
+        columns = table.pages.shape[1] * k_pages.shape[2]
+        listed = plan.index.capacity if isinstance(plan.index, Graph) else 0
+        block = max(1, min(block, SCORES // (heads * max(columns, listed))))
 
-    def one(args: Any) -> tuple[Array, Counts]:
+    def one(args: Any, index: Any = index) -> tuple[Array, Counts]:
         row, position, ids, start, covered = args
         pages = Pages(k_pages, v_pages, ids, start)
         if isinstance(plan.query, Tiles):
@@ -213,14 +228,21 @@ def _attend(
         )
 
     each = (rows, positions, table.pages, table.start, covered)
-    if batch == 1:
-        out, counts = jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], each)))
+    if isinstance(index, tuple):  # graphs, each of its own size
+        done = [one(_sequence(each, b), graph) for b, graph in enumerate(index)]
+        out, counts = jax.tree.map(lambda *x: jnp.stack(x), *done)
+    elif batch == 1:
+        out, counts = jax.tree.map(lambda x: x[None], one(_sequence(each, 0)))
     else:
         # One sequence after another: each costs its own length, whatever the others' lengths are.
         out, counts = lax.map(one, each)
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
     counts = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads), counts)
     return out.astype(q.dtype), counts
+
+
+def _sequence(arrays: Any, b: int) -> Any:
+    return jax.tree.map(lambda x: x[b], arrays)
 
 
 def _attend_tiles(
@@ -242,7 +264,8 @@ def _attend_tiles(
     mass = tiles.mass[:, :, block] if rule.recovery is not None else jnp.full(q.shape[:-1], jnp.nan)
     # Each device's share is of its own mass: the least of them is a bound for the whole.
     mass = across(lax.pmin, mass, axis)
-    return merge_across(partial, axis).out, Counts(attended, scored, read, mass)
+    none = jnp.zeros_like(attended)
+    return merge_across(partial, axis).out, Counts(attended, scored, read, mass, none)
 
 
 def _attend_rows(
@@ -250,7 +273,7 @@ def _attend_rows(
     q: Float[Array, "K G T D"],
     positions: Int[Array, " T"],
     pages: Pages,
-    index: LayerIndex | None,
+    index: LayerIndex | GraphLayer | None,
     covered: Int[Array, ""],
     axis: str | None,
     head_axis: str | None,
@@ -260,9 +283,14 @@ def _attend_rows(
     rows, query = q.shape[:-1], plan.query
 
     def counts(
-        attended: Array, scored: Array, read: Array | int = 0, mass: Any = jnp.nan
+        attended: Array,
+        scored: Array,
+        read: Array | int = 0,
+        mass: Any = jnp.nan,
+        widened: Array | int = 0,
     ) -> Counts:
-        return Counts(*(jnp.broadcast_to(x, rows) for x in (attended, scored, read, mass)))
+        each = (attended, scored, read, mass, widened)
+        return Counts(*(jnp.broadcast_to(x, rows) for x in each))
 
     if isinstance(query, Full):
         partial, _ = attend_range(q, pages, KeyRange(zero, end))
@@ -271,6 +299,8 @@ def _attend_rows(
     window = query if isinstance(query, Window) else query.window
     sink_end = jnp.minimum(window.sink, end)
     recent_start = jnp.maximum(sink_end, end - window.recent)
+    if isinstance(index, GraphLayer):  # what it does not know stays in the window
+        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, index.length))
     inside, best = attend_range(q, pages, KeyRange(zero, end, sink_end, recent_start))
     inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
     in_window = sink_end + end - recent_start
@@ -278,6 +308,12 @@ def _attend_rows(
         return inside.out, counts(in_window, in_window)
 
     outside = KeyRange(sink_end, recent_start)
+    if isinstance(index, GraphLayer):
+        low = jnp.asarray(window.sink)
+        found = attend_graph(plan, q, pages, outside, low, index, inside, best)
+        attended, scored = found.attended + in_window, found.scored + in_window
+        total = counts(attended, scored, found.read, widened=found.widened)
+        return merge(inside, found.partial).out, total
     found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
     parts = [inside, merge_across(partial, axis)]

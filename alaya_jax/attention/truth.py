@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from alaya_jax.attention.graph import find
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, score_range
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.index import LayerIndex, recover
+from alaya_jax.index import Graphs, LayerIndex, recover
 from alaya_jax.query import Full, Window
 from alaya_jax.query.plan import Plan
 
@@ -49,7 +50,7 @@ def truth(
     q: Float[Array, "H D"],
     pages: tuple[Array, Array, Array, Array | None],
     length: Int[Array, ""],
-    index: LayerIndex | None,
+    index: LayerIndex | Graphs | None,
     covered: Int[Array, ""],
     wanted: Float[Array, ""],
 ) -> Truth:
@@ -77,6 +78,9 @@ def truth(
     window = query if isinstance(query, Window) else getattr(query, "window", Window())
     sink_end = jnp.minimum(window.sink, end)
     recent_start = jnp.maximum(sink_end, end - window.recent)
+    graph = index[0] if isinstance(index, tuple) else None
+    if graph is not None:
+        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, graph.length))
     in_window = KeyRange(zero, end, sink_end, recent_start)
     inside, best_inside = attend_range(rows, held, in_window)
     position = held.all_positions()
@@ -89,12 +93,12 @@ def truth(
         retrieved = jnp.zeros(scores.shape, bool)
         if plan.retrieves:
             outside = KeyRange(sink_end, recent_start)
-            found = retrieve(
+            found = retrieve(  # of a graph: what answers where its search overflows
                 plan,
                 rows,
                 held,
                 outside,
-                index,
+                None if isinstance(index, tuple) else index,
                 covered,
                 inside,
                 best_inside,
@@ -106,6 +110,15 @@ def truth(
                 mask = jnp.repeat(mask, held.size, axis=-1) & found.kept.keys.mask(position)
             if found.floor is not None:
                 mask &= scores >= found.floor[..., None]
+            if graph is not None:
+                low = jnp.asarray(window.sink)
+                met = find(plan, rows, held, outside, low, graph, best_inside)
+                column = jnp.where(met.scores > -jnp.inf, met.positions, held.columns)
+                lists = column.reshape(-1, column.shape[-1])
+                row = jnp.arange(len(lists))[:, None]
+                there = jnp.zeros((len(lists), held.columns), bool)
+                there = there.at[row, lists].set(True, mode="drop").reshape(mask.shape)
+                mask = jnp.where(met.overflow[..., None], mask, there)
             retrieved = mask & (scores > -jnp.inf)
         attended = retrieved | (of_window & (scores > -jnp.inf))
 

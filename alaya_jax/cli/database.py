@@ -1,4 +1,4 @@
-"""`alaya db`: look after a database of contexts. No model is loaded."""
+"""`alaya db`: look after a database of contexts. Only `index` loads a model."""
 
 import time
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, check and remove stored contexts.",
+    help="List, check, index and remove stored contexts.",
 )
 
+_ID = typer.Argument(metavar="ID", help="Its id, or a beginning that only one context has.")
 _IDS = typer.Argument(metavar="ID...", help="Ids, or beginnings that only one context has.")
 
 
@@ -54,7 +55,13 @@ def check(
     with _open(db, read_only=True) as store:
         chosen = _find(store, ids) if ids else store.list()
         problems = {record.id: list(store.check(record.id)) for record in chosen}
-    damaged = [id for id, found in problems.items() if found]
+        damaged = [id for id, found in problems.items() if found]
+        # A damaged index is built again, which its problem says; its context need not go.
+        of_indexes = {
+            id: sum(len(store.check_index(id, kind)) for kind in store.indexes(id))
+            for id in damaged
+        }
+    lost = [id for id in damaged if len(problems[id]) > of_indexes[id]]
     if json:
         report({"database": str(store.path), "contexts": problems, "damaged": damaged})
     else:
@@ -65,8 +72,8 @@ def check(
         if not problems:
             note(f"There is no context in {store.path}.")
     if damaged:
-        if not json:
-            note(f"Remove what is damaged: alaya db rm {' '.join(damaged)} --db {store.path}")
+        if lost and not json:
+            note(f"Remove what is damaged: alaya db rm {' '.join(lost)} --db {store.path}")
         raise typer.Exit(1)
 
 
@@ -90,7 +97,51 @@ def rm(
         report({"database": str(store.path), "removed": removed})
 
 
-for verb in (ls, check, rm):
+def index(
+    id: Annotated[str, _ID],
+    graph: Annotated[bool, typer.Option("--graph", help="Build a graph over its keys.")] = False,
+    model: options.Model = options.MODEL,
+    db: options.Database = None,
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> None:
+    """Build an index over a context's keys and keep it with the context.
+
+    The model runs over the context once more. Afterwards, attention through Graph() finds the keys
+    it wants without looking at all of them.
+
+    Examples:
+      alaya db index 3f2a91 --graph
+      alaya db index 3f2a91 --graph --model ~/models/Llama-3.2-1B --db contexts.db
+    """
+    from alaya_jax.cli.runtime import budget_for, load_model
+
+    if not graph:
+        raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
+    with _open(db, read_only=True) as store:
+        (record,) = _find(store, [id])
+    loaded = load_model(model)
+    from alaya_jax.db import DB
+    from alaya_jax.index import Graph
+
+    with DB(
+        options.database_path(db), loaded, budget_for(loaded, record.num_tokens, memory)
+    ) as opened:
+        if record.id not in {context.id for context in opened.contexts}:
+            raise ContextError(
+                f"context {record.id} was made by another model than {loaded.name}; give it with "
+                "--model"
+            )
+        with on_interrupt("The context is as it was."):
+            opened.build_index(record.id, Graph())
+    with _open(db, read_only=True) as store:
+        built = store.indexes(record.id)["graph"]
+    note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {size(built.nbytes)}.")
+    if json:
+        report({"database": opened.path, "context": record.id, "bytes": built.nbytes})
+
+
+for verb in (ls, check, index, rm):
     commands.command(help=help_text(verb))(verb)
 
 
@@ -106,6 +157,7 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
             "model": record.header.fingerprint if record.header else None,
             "dtype": record.header.dtype if record.header else None,
             "namespace": record.header.namespace if record.header else None,
+            "indexes": {kind: found.nbytes for kind, found in store.indexes(record.id).items()},
             "problem": record.problem,
         }
         for record in store.list()
@@ -130,6 +182,7 @@ def table(data: dict[str, Any]) -> str:
             f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
             f"  {row['title']}".rstrip()
         )
+        lines += [f"    {kind} index, {size(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:
             lines.append(f"    {row['problem']}")
     return "\n".join(lines)

@@ -14,6 +14,10 @@ Of one layer, an index answers
   scan_pages   a score for each page (`Block`)
 
 `Flat` holds nothing and estimates without error. `Sketch` reads a few bits a channel.
+
+`Graph` is another kind: of a whole stored context, not of pages; it is built once
+(`DB.build_index`) and lives as long as its context. It scores few keys and finds, approximately,
+what is asked.
 """
 
 import dataclasses
@@ -22,7 +26,12 @@ import jax
 from jaxtyping import Array, Int
 
 from alaya_jax.index.block import Block, BlockLayer
+from alaya_jax.index.cluster import ClusterLayer
 from alaya_jax.index.flat import Flat
+from alaya_jax.index.found import Found
+from alaya_jax.index.graph import GraphLayer
+from alaya_jax.index.graph_build import GraphSpec
+from alaya_jax.index.graph_index import Graph
 from alaya_jax.index.recovery import Recovered, recover
 from alaya_jax.index.scan import Scan
 from alaya_jax.index.sketch import MISS, Sketch, SketchLayer
@@ -34,23 +43,33 @@ class Indexed:
     """What indexes know of a batch's keys.
 
     Attributes:
-      layers: L, what the index of each layer holds; None for `Flat`.
+      layers: L, what the index of each layer holds; None for `Flat`; for `Graph` a graph of each
+        sequence.
       covered: int32 [B], tokens of each sequence that the indexes cover, from the first on.
     """
 
-    layers: "tuple[LayerIndex | None, ...]"
+    layers: "tuple[LayerIndex | Graphs | None, ...]"
     covered: Int[Array, " B"]
 
 
-Index = Flat | Sketch | Block
+Index = Flat | Sketch | Block | Graph
 LayerIndex = SketchLayer | BlockLayer
-"""What an index holds of one layer; `Flat` holds nothing."""
+"""What an index holds of one layer's pages; `Flat` holds nothing."""
+
+Graphs = tuple[GraphLayer, ...]
+"""Of one layer, the graph of each sequence's context."""
 
 __all__ = [
     "MISS",
     "Block",
     "BlockLayer",
+    "ClusterLayer",
     "Flat",
+    "Found",
+    "Graph",
+    "GraphLayer",
+    "GraphSpec",
+    "Graphs",
     "Index",
     "Indexed",
     "LayerIndex",

@@ -20,7 +20,7 @@ from alaya_jax.attention import engine
 from alaya_jax.attention.truth import Truth, truth
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Indexed, LayerIndex
+from alaya_jax.index import Graphs, Indexed, LayerIndex
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import DIPR, Full, Tiles
@@ -156,7 +156,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
             f"{len(tokens)} are known; update() is not told them"
         )
     pool, model = session.pool, session.model
-    indexed = pool.cover(plans, [held])
+    indexed = session.cover(plans, [sequence])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)
     q = _queries(
@@ -307,8 +307,8 @@ def _queries(
 
 
 def _on_one(
-    kv: PagedKV, layer: int, table: PageTable, index: LayerIndex | None, num_pages: int
-) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | None]:
+    kv: PagedKV, layer: int, table: PageTable, index: LayerIndex | Graphs | None, num_pages: int
+) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | Graphs | None]:
     """A layer's pages, and its index, as one device of the context axis would hold them all."""
     k, v, ids = kv.k[layer], kv.v[layer], table.pages[0]
     if table.start is None:

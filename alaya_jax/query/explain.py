@@ -10,7 +10,7 @@ import numpy as np
 
 from alaya_jax.attention.engine import Counts
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Flat
+from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
 from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
@@ -30,6 +30,7 @@ class Reads:
       visible: keys that those could see, summed over them; the same for each layer and head.
       attended, scored, read: int64 [L, H], summed over them; see `engine.Counts`.
       mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
+      widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
     """
 
     def __init__(self, plans: Plans, model: Model, page_size: int):
@@ -38,8 +39,8 @@ class Reads:
         self.plans = plans
         self.queries = 0
         self.visible = 0
-        self.attended, self.scored, self.read = (
-            np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(3)
+        self.attended, self.scored, self.read, self.widened = (
+            np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(4)
         )
         self.mass = np.zeros(self.read.shape)
         self._model, self._page_size = model, page_size
@@ -63,6 +64,7 @@ class Reads:
             self.scored += scored
             self.read += read
             self.mass += mass
+            self.widened += np.asarray(counts.widened).sum(1)
         self._pending = []
 
     def is_of(self, plans: Plans) -> bool:
@@ -86,6 +88,7 @@ class Reads:
             "keys_read": read,
             "keys_read_by_group": (self.read[layer].reshape(-1, group)[:, 0] / n).tolist(),
             "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
+            "widened": self.widened[layer].tolist(),
             "bytes": self._bytes(plan, layer, read),
         }
 
@@ -104,6 +107,10 @@ class Reads:
         if not plan.retrieves:
             return 2 * key * heads * float(self.attended[layer].mean() / n)
         window = min(_window_size(plan), seen)
+        if isinstance(plan.index, Graph):
+            # At most: K of what was met, each with its row of the graph; K and V of what is kept.
+            kept = float(self.attended[layer].mean() / n)
+            return read * (key + 4 * plan.index.degree) + 2 * key * heads * kept
         if plan.index is None or isinstance(plan.index, Flat):
             index = key * heads * (seen - window)
         else:
@@ -132,6 +139,7 @@ class Reads:
             "keys_attended_per_step": float(by_layer.mean()),
             "bytes_per_step": float(sum(row["bytes"] for row in rows)),
             "mass_estimated": float(np.mean(masses)) if masses else None,
+            "searches_widened": int(self.widened.sum()),
             "layers": by_layer.tolist(),
             "by_layer": rows,
         }
@@ -309,6 +317,11 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
         f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
         f"attended ({share:.1%})"
     ]
+    if d["searches_widened"]:
+        notes.append(
+            f"{d['searches_widened']:,} searches (of a token, head and layer) met more than they "
+            "could list, and all keys were scanned: raise Graph(capacity=...)"
+        )
     if d["mass_estimated"] is not None and d["index"]:
         notes.append(f"attention mass kept, by estimate: {d['mass_estimated']:.3f}")
     rows = [

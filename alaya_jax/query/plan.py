@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Block, Flat, Index, Sketch
+from alaya_jax.index import Block, Flat, Graph, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
 from alaya_jax.query.auto import Auto
@@ -55,7 +55,8 @@ class Plan:
             return  # jax puts placeholders into trees
         if self.index is not None and not isinstance(self.index, Index):
             raise RequestError(
-                f"Plan(index={self.index!r}): use Flat(), Sketch(bits=...) or Block(summary=...)"
+                f"Plan(index={self.index!r}): use Flat(), Sketch(bits=...), Block(summary=...) or "
+                "Graph()"
             )
         for name, options in (("by", ("key", "page")), ("share", ("head", "group", "layer"))):
             if getattr(self, name) not in options:
@@ -69,11 +70,25 @@ class Plan:
                 "Plan(DIPR(recovery=...), Block(...)): page summaries do not estimate the mass of "
                 "a page; use Sketch() or Flat()"
             )
+        if isinstance(self.index, Graph):
+            self._check_graph()
         if (self.tail and not (self.index is None or isinstance(self.index, Sketch))) or (
             self.tail and self.by != "key"
         ):
             raise RequestError(
                 "Plan(tail=True): needs estimates of every score; use Sketch() and by='key'"
+            )
+
+    def _check_graph(self) -> None:
+        if self.by != "key" or self.share != "head":
+            raise RequestError(
+                f"Plan(index=Graph(), by={self.by!r}, share={self.share!r}): a graph finds keys, "
+                "for each head its own; use by='key' and share='head', or Sketch() or Flat()"
+            )
+        if isinstance(self.query, DIPR) and self.query.recovery is not None:
+            raise RequestError(
+                "Plan(DIPR(recovery=...), Graph()): the share of the attention mass is an estimate "
+                "over all keys, and a graph looks at few; use DIPR(beta=...), or Sketch() or Flat()"
             )
 
     @property

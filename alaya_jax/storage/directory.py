@@ -2,7 +2,7 @@
 
     <path>/alaya_db.json    what this directory is
     <path>/lock             see alaya_jax.storage.lock
-    <path>/contexts/<id>/   see alaya_jax.storage.files
+    <path>/contexts/<id>/   see alaya_jax.storage.files, and index_files
 
 A context is written into `contexts/.tmp-*`, flushed to disk and renamed: it is there whole or not
 at all. What a killed process left is swept away by the next writer, who holds the lock.
@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import numpy as np
 
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
 from alaya_jax.storage.files import StoredContext, flush_directory, write_context
-from alaya_jax.storage.interface import ContextHeader, ContextRecord
+from alaya_jax.storage.index_files import PREFIX, StoredIndex, stored_indexes, write_index
+from alaya_jax.storage.interface import ContextHeader, ContextRecord, IndexRecord
 from alaya_jax.storage.lock import DatabaseLock
 
 _MARK = "alaya_db.json"
@@ -101,7 +102,61 @@ class DirectoryStore:
 
     def check(self, id: str) -> Sequence[str]:
         """See `ContextStore.check`."""
-        return self._context(id).check()
+        problems = self._context(id).check()
+        for index in stored_indexes(self._directory / id).values():
+            problems += index.check()
+        return problems
+
+    def check_index(self, id: str, kind: str) -> Sequence[str]:
+        """See `ContextStore.check_index`."""
+        self._context(id)
+        index = stored_indexes(self._directory / id).get(kind)
+        return [f"there is no {kind} index"] if index is None else index.check()
+
+    def indexes(self, id: str) -> Mapping[str, IndexRecord]:
+        """See `ContextStore.indexes`."""
+        self._context(id)
+        found = stored_indexes(self._directory / id)
+        return {kind: index.record for kind, index in found.items()}
+
+    def read_index(self, id: str, kind: str, layer: int) -> dict[str, np.ndarray]:
+        """See `ContextStore.read_index`."""
+        self._context(id)
+        directory = self._directory / id / f"{PREFIX}{kind}"
+        if not directory.is_dir():
+            raise ContextError(f"context {id} in {self.path} has no {kind} index; build it first")
+        return StoredIndex(directory).read(layer)
+
+    def write_index(
+        self,
+        id: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        layers: Iterable[Mapping[str, np.ndarray]],
+    ) -> None:
+        """See `ContextStore.write_index`."""
+        self._usable(writing=True)
+        self._context(id)
+        final = self._directory / id / f"{PREFIX}{kind}"
+        new = self._directory / f".tmp-{id}-{secrets.token_hex(4)}"
+        try:
+            new.mkdir()
+            write_index(new, kind, settings, layers)
+            with self._changing:
+                self._context(id)  # it may have been removed meanwhile
+                old = self._directory / f".tmp-{id}-{secrets.token_hex(4)}"
+                if final.exists():
+                    final.rename(old)
+                new.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+            flush_directory(final.parent)
+        except OSError as error:
+            raise DatabaseError(
+                f"writing the {kind} index of context {id} to {self.path} failed: {error}; the "
+                "context is as it was, build the index again once the disk is right"
+            ) from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     def write(
         self,

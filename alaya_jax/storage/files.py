@@ -111,7 +111,7 @@ class StoredContext:
                     f"version {version!r}, and this alaya_jax reads version {VERSION}; use the "
                     "release that wrote it, or remove it and import it again"
                 )
-            if stored != _meta_checksum(meta) or meta["id"] != self.directory.name:
+            if stored != meta_checksum(meta) or meta["id"] != self.directory.name:
                 raise self._damaged("meta.json does not match its checksum or its directory")
             self._files = meta["files"]
             return ContextRecord(
@@ -200,8 +200,8 @@ def write_context(
     if next(layers, None) is not None:
         raise RequestError(f"kv goes on after the {header.num_layers} layers of the header")
     files = {
-        "tokens.npy": _write_array(directory / "tokens.npy", tokens.astype("<i4")),
-        "checksums.npy": _write_array(directory / "checksums.npy", np.array(checksums, "<u4")),
+        "tokens.npy": write_array(directory / "tokens.npy", tokens.astype("<i4")),
+        "checksums.npy": write_array(directory / "checksums.npy", np.array(checksums, "<u4")),
     }
     meta = {
         "version": VERSION,
@@ -211,8 +211,8 @@ def write_context(
         "created": record.created,
         "files": files,
     }
-    meta["checksum"] = _meta_checksum(meta)
-    _write_bytes(directory / "meta.json", json.dumps(meta, indent=2).encode())
+    meta["checksum"] = meta_checksum(meta)
+    write_bytes(directory / "meta.json", json.dumps(meta, indent=2).encode())
     flush_directory(directory)
 
 
@@ -247,13 +247,15 @@ def _write_half(file: io.BufferedWriter, array: np.ndarray) -> list[int]:
     return checksums
 
 
-def _write_array(path: Path, array: np.ndarray) -> list[int]:
+def write_array(path: Path, array: np.ndarray) -> list[int]:
+    """Write an array as a new .npy file, and return its size and CRC-32."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    return _write_bytes(path, buffer.getvalue())
+    return write_bytes(path, buffer.getvalue())
 
 
-def _write_bytes(path: Path, data: bytes) -> list[int]:
+def write_bytes(path: Path, data: bytes) -> list[int]:
+    """Write a new file, and return its size and CRC-32."""
     with path.open("xb") as file:
         file.write(data)
         _flush(file)
@@ -269,5 +271,6 @@ def _layer_name(layer: int) -> str:
     return f"layer_{layer:03d}.kv"
 
 
-def _meta_checksum(meta: dict[str, Any]) -> int:
+def meta_checksum(meta: dict[str, Any]) -> int:
+    """CRC-32 of a meta.json without its own checksum."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -91,6 +91,23 @@ class ContextRecord:
         return 2 * h.num_layers * h.num_kv_heads * self.num_tokens * h.head_dim * size
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexRecord:
+    """An index that is stored with a context.
+
+    Attributes:
+        kind: Its name; a context has one of a kind.
+        settings: How it was built; plain data.
+        nbytes: Its size.
+        problem: Why it cannot be used, and the way out; None when all looks well.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    nbytes: int
+    problem: str | None = None
+
+
 class ContextStore(Protocol):
     """Where contexts live between processes."""
 
@@ -142,12 +159,49 @@ class ContextStore(Protocol):
         """
         ...
 
+    def indexes(self, id: str) -> Mapping[str, IndexRecord]:
+        """The indexes of a context, by kind; damaged ones too."""
+        ...
+
+    def write_index(
+        self,
+        id: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        layers: Iterable[Mapping[str, np.ndarray]],
+    ) -> None:
+        """Store an index with its context, all of it or nothing, in place of one of its kind.
+
+        Args:
+            id: Of the context.
+            kind: Name of the index, letters.
+            settings: How it was built; plain data.
+            layers: Yields arrays by name, layer by layer from 0; only one needs to be in memory.
+
+        Raises:
+            ContextError: The context is unknown.
+            DatabaseError: The store is closed, read-only, full, or fails to write.
+        """
+        ...
+
+    def read_index(self, id: str, kind: str, layer: int) -> dict[str, np.ndarray]:
+        """Arrays of one layer of an index, by name; verified.
+
+        Raises:
+            ContextError: The context or the index is unknown or damaged.
+        """
+        ...
+
+    def check_index(self, id: str, kind: str) -> Sequence[str]:
+        """Read all of an index; every problem found, in words."""
+        ...
+
     def check(self, id: str) -> Sequence[str]:
-        """Read all of a context; every problem found, in words. Empty when it is intact."""
+        """Read all of a context and its indexes; every problem found, in words."""
         ...
 
     def remove(self, id: str) -> None:
-        """Delete a context, damaged or not. Raises ContextError when unknown."""
+        """Delete a context, damaged or not, and its indexes. Raises ContextError when unknown."""
         ...
 
     def close(self) -> None:

@@ -176,6 +176,24 @@ def test_inspect_and_look_after_a_database(ask, alaya, tmp_path):
     assert json.loads(alaya("db", "ls", "--db", db, "--json").stdout)["contexts"] == []
 
 
+def test_a_graph_is_built_shown_and_mended(ask, alaya, tiny_model, tmp_path):
+    id = json.loads(ask("--json", "When?").stdout)["context"]["id"]
+    db = tmp_path / "db"
+    assert "--graph" in alaya("db", "index", id, "--db", db, code=2).stderr
+    build = ("db", "index", id[:6], "--graph", "--model", tiny_model, "--db", db, "--json")
+    built = json.loads(alaya(*build).stdout)
+    assert built["context"] == id
+    assert "graph index" in alaya("inspect", db).stdout
+    (listed,) = json.loads(alaya("db", "ls", "--db", db, "--json").stdout)["contexts"]
+    assert listed["indexes"] == {"graph": built["bytes"]}
+    next((db / "contexts" / id / "index_graph").glob("layer_001*")).unlink()
+    report = alaya("db", "check", "--db", db, code=1)
+    assert "alaya db index" in report.stdout
+    assert "alaya db rm" not in report.stderr
+    assert json.loads(alaya(*build).stdout) == built
+    assert "intact" in alaya("db", "check", "--db", db).stdout
+
+
 def test_a_damaged_context_is_refused_and_can_be_replaced(ask, alaya, tmp_path):
     first = json.loads(ask("--json", "When?").stdout)
     id, db = first["context"]["id"], tmp_path / "db"

@@ -1,0 +1,162 @@
+"""Attention over the keys that a search of a graph found (AlayaDB, sections 6.1.3 and 7.2).
+
+Scores are exact: of what was found only V is read. A search that had no room for all it met is
+answered by the flat scan of all keys instead, and counted.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from alaya_jax.attention.kept import attend_kept
+from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.attention.partial import Partial
+from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.index import Found, Graph, GraphLayer
+from alaya_jax.query import DIPR, TopK
+from alaya_jax.query.plan import Plan
+
+_HELD = 2**16
+"""Values read at once, over all rows, at most; of each row at least 16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What a search came to, and what it cost; of each query row.
+
+    Attributes:
+      partial: attention over the keys found.
+      attended: how many those are.
+      scored: keys scored, by the walk and, where it overflowed, by the flat scan.
+      read: keys whose K was read for all heads of the group.
+      widened: 1 where the walk overflowed and the flat scan answers.
+    """
+
+    partial: Partial
+    attended: Int[Array, "K G T"]
+    scored: Int[Array, "K G T"]
+    read: Int[Array, "K G T"]
+    widened: Int[Array, "K G T"]
+
+
+def attend_graph(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    low: Int[Array, ""],
+    graph: GraphLayer,
+    window: Partial,
+    best: Float[Array, "K G T"],
+) -> Searched:
+    """Attention over the keys in range that the plan's query keeps, as far as the graph finds them.
+
+    Args:
+      plan: a DIPR by beta, or a TopK; its index is a `Graph`.
+      q: rotated, unscaled.
+      pages: of the sequence, all on this device.
+      keys: positions outside the window; all below the graph's length.
+      low: position behind the sink, where `keys` begins (but for a query within the sink).
+      graph: of the sequence's context.
+      window: attention over the window.
+      best: best raw score there; -inf if it is empty.
+    """
+    found = find(plan, q, pages, keys, low, graph, best)
+    read = found.visited  # by one walk for the heads of a group
+    if isinstance(plan.query, TopK):  # or by one for each
+        read = jnp.broadcast_to(jnp.sum(read, axis=1, keepdims=True), q.shape[:-1])
+    partial, attended = attend_found(q, pages, found)
+    over = found.overflow
+
+    def by_flat() -> tuple[Partial, Array, Array]:
+        flat = retrieve(plan, q, pages, keys, None, jnp.int32(0), window, best, None, None)
+        wide, count, rows = attend_kept(q, flat.kept, flat.floor)
+        first = jnp.arange(q.shape[2]) == 0  # read once for the block
+        return wide, count, jnp.broadcast_to(jnp.where(first, rows[:, None, None], 0), read.shape)
+
+    def as_found() -> tuple[Partial, Array, Array]:
+        return partial, attended, jnp.zeros_like(read)
+
+    wide, count, rows = lax.cond(jnp.any(over), by_flat, as_found)
+    partial = Partial(
+        jnp.where(over[..., None], wide.out, partial.out), jnp.where(over, wide.lse, partial.lse)
+    )
+    every = jnp.maximum(keys.high - keys.low, 0)
+    return Searched(
+        partial,
+        jnp.where(over, count, attended),
+        found.visited + jnp.where(over, every, 0),
+        read + rows,
+        over.astype(jnp.int32),
+    )
+
+
+def find(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    low: Int[Array, ""],
+    graph: GraphLayer,
+    best: Float[Array, "K G T"],
+) -> Found:
+    """What the graph finds of the keys that a plan wants; arguments as in `attend_graph`."""
+    query, index = plan.query, plan.index
+    assert isinstance(query, DIPR | TopK)
+    assert isinstance(index, Graph)
+    limit = keys.high if query.before is None else jnp.minimum(keys.high, query.before)
+    low = jnp.asarray(low, jnp.int32)
+    if isinstance(query, TopK):
+        ef = max(2 * query.k, index.l0)
+        return graph.search_top(q, pages, limit, low, query.k, ef)
+    assert query.beta is not None
+    return graph.search_range(
+        q, pages, limit, low, query.beta, best, l0=index.l0, capacity=index.capacity
+    )
+
+
+def attend_found(
+    q: Float[Array, "K G T D"], pages: Pages, found: Found
+) -> tuple[Partial, Int[Array, "K G T"]]:
+    """Softmax attention over what a search found: the values are read in blocks, as many as the
+    longest list fills.
+
+    Returns:
+      the partial attention, and how many keys each row attends to.
+    """
+    scale, rows = q.shape[-1] ** -0.5, q.shape[:-1]
+    heads, group, t = rows
+    width = max(16, min(256, _HELD // (heads * group * t)))
+    short = -found.positions.shape[-1] % width
+    widths = ((0, 0), (0, 0), (0, 0), (0, short))
+    positions = jnp.pad(found.positions, widths)
+    scores = jnp.pad(found.scores, widths, constant_values=-jnp.inf)
+    attended = found.count
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, acc = carry
+        at, here = (
+            lax.dynamic_slice_in_dim(x, i * width, width, axis=-1) for x in (positions, scores)
+        )
+        v = pages.gather(pages.v, at.reshape(heads, -1)).reshape(*at.shape, -1)
+        # An unused slot names any key, whose page may hold anything.
+        v = jnp.where((here > -jnp.inf)[..., None], v, 0)
+        new_top = jnp.maximum(top, jnp.max(here, axis=-1))
+        p = jnp.exp(scale * (here - new_top[..., None]))
+        fade = jnp.exp(scale * (top - new_top))
+        weighed = jnp.einsum(
+            "kgtc,kgtcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return new_top, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + weighed
+
+    low = -1e30  # below every score, and finite: differences stay defined
+    start = (jnp.full(rows, low), jnp.zeros(rows), jnp.zeros(q.shape))
+    top, total, acc = lax.fori_loop(0, -(-jnp.max(attended) // width), block, start)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
+    return Partial(acc / safe[..., None], lse), attended
+
+
+__all__ = ["Searched", "attend_found", "attend_graph", "find"]
