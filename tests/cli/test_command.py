@@ -208,7 +208,7 @@ def test_colours_only_on_terminals():
 
 
 def test_request_errors_of_the_library_reach_the_user(alaya, monkeypatch):
-    def refuse(name):
+    def refuse(*_):
         raise RequestError("too long; shorten it")
 
     monkeypatch.setattr("alaya_jax.cli.runtime.load_model", refuse)
