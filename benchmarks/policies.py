@@ -135,7 +135,7 @@ def configurations(layers, share):
     """Name -> plans that keep about that share."""
     config, count = layers.config, layers.config.num_hidden_layers
     k = max(PAGE, round(share * layers.outside))
-    some = list(range(0, count, max(1, count // 8)))  # of the layers, to find a beta by
+    some = list(range(count))
 
     def plans(attention):
         return plan_for(attention, config, layers.n)

@@ -412,7 +412,9 @@ def test_budgets(tmp_path, tiny_model):
     for bad in ("much", "1.2.3GiB", ".", "-1GiB", "0", 0, -5, None, "1 GiBB"):
         with pytest.raises(RequestError, match="Budget"):
             _ = Budget(bad).device_bytes
-    with pytest.raises(RequestError, match=r"Budget\(device='9KiB'\).*8,192 bytes.*at least 16,384"):
+    with pytest.raises(
+        RequestError, match=r"Budget\(device='9KiB'\).*8,192 bytes.*at least 16,384"
+    ):
         aj.DB(tmp_path / "db", tiny_model, Budget("9KiB"))
     for page_size in (0, -1):
         with pytest.raises(RequestError, match="page_size"):

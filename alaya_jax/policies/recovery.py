@@ -1,5 +1,5 @@
 """This library's own: per query and head as many keys as hold a share of the attention mass, by the
-estimates of the sketch; the rest by their page's mean value.
+estimates of the sketch.
 """
 
 from alaya_jax.index import Sketch
@@ -9,10 +9,10 @@ from alaya_jax.query.plan import Plan
 
 
 def attention(
-    config: LlamaConfig, *, recovery: float = 0.95, bits: int = 4, tail: bool = True
+    config: LlamaConfig, *, recovery: float = 0.95, bits: int = 4, tail: bool = False
 ) -> Plan:
     """Args: the architecture; the share of the mass; bits a channel of the sketch; whether unread
-    keys are estimated.
+    keys are counted with their page's mean value.
     """
     del config
     return Plan(DIPR(recovery=recovery), index=Sketch(bits), tail=tail)
