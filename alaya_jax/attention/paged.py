@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import UNUSED
+from alaya_jax.pallas_kernels.dispatch import current_target
 
 TILE_TOKENS = 512
 """Keys a tile: large enough for the loop's overhead, small enough to stay in a core's cache."""
@@ -153,10 +154,9 @@ class Pages:
     def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
         ids = self.tile_ids(tile)
-        on_cpu = jax.default_backend() == "cpu"
-        pages = read_on_cpu(pool, ids) if on_cpu else pool[:, ids]
+        pages = read_pages(pool, ids)
         tokens = pages.reshape(pages.shape[0], -1, pages.shape[3])
-        return tokens.astype(jnp.float32) if on_cpu else tokens
+        return tokens.astype(jnp.float32) if on_cpu() else tokens
 
     def gather(self, pool: Array, column: Int[Array, "K C"]) -> Float[Array, "K C D"]:
         """Keys or values in these columns, in `operand_dtype`; a column past S reads any."""
@@ -167,7 +167,17 @@ class Pages:
     @property
     def operand_dtype(self) -> jnp.dtype:
         """The dtype that scores are computed in, from queries as well as keys."""
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else self.k.dtype)
+        return jnp.dtype(jnp.float32 if on_cpu() else self.k.dtype)
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now is for a CPU: also where it is compiled for a GPU elsewhere."""
+    return current_target().platform == "cpu"
+
+
+def read_pages(pool: Array, ids: Array) -> Array:
+    """Pages `ids` of a pool [K, P, ...]."""
+    return read_on_cpu(pool, ids) if on_cpu() else pool[:, ids]
 
 
 def read_on_cpu(pool: Array, ids: Array) -> Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.paged import Pages
+from alaya_jax.attention.paged import Pages, on_cpu
 from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
 from alaya_jax.cache import UNUSED
@@ -183,7 +183,7 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
 def _read(pool: Float[Array, "K P Z D"], head: Array, ids: Int[Array, " N"]) -> Array:
     """Pages of one kv head, [N * Z, D]; on CPU one by one and in float32, see `Pages.read`."""
     size, dim = pool.shape[2:]
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return pool[head, ids].reshape(-1, dim)
 
     def copy(i: Array, tile: Array) -> Array:

@@ -42,7 +42,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import KeyRange, Pages, over_tiles, read_on_cpu
+from alaya_jax.attention.paged import KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
@@ -213,7 +213,7 @@ class SketchLayer:
             return over_tiles(pages, keys, functools.partial(visit, read_page), start)
 
         def by_page() -> tuple[Array, ...]:
-            return fold(lambda pool, tile: _read(pool, pages.tile_ids(tile)))
+            return fold(lambda pool, tile: read_pages(pool, pages.tile_ids(tile)))
 
         if pages.tile_pages > self.codes.shape[1]:  # the table is wider than the pool
             estimate, *of_key = by_page()
@@ -247,10 +247,10 @@ class SketchLayer:
             first, ids = pages.first_page(tile), pages.tile_ids(tile)
             w = lax.dynamic_slice_in_dim(by_page, first, pages.tile_pages, -1)
             fresh = pages.fresh(tile).reshape(-1, pages.size)[:, 0]
-            w = jnp.where(fresh, w, 0.0) * _read(self.value_scale, ids).astype(jnp.float32).reshape(
-                heads, 1, -1
-            )
-            value = _read(self.value, ids).astype(jnp.float32)
+            w = jnp.where(fresh, w, 0.0) * read_pages(self.value_scale, ids).astype(
+                jnp.float32
+            ).reshape(heads, 1, -1)
+            value = read_pages(self.value, ids).astype(jnp.float32)
             return acc + jnp.einsum("krn,knd->krd", w, value)
 
         end = jnp.max(
@@ -343,8 +343,3 @@ def _to_int8(x: Float[Array, "K N D"]) -> tuple[Int8[Array, "K N D"], Float16[Ar
     step = unit.astype(jnp.float32)[..., None]
     whole = jnp.clip(jnp.round(x / jnp.where(step > 0, step, 1.0)), -127, 127)
     return whole.astype(jnp.int8), unit
-
-
-def _read(pool: Array, ids: Int[Array, " n"]) -> Array:
-    """Pages `ids` of a pool [K, P, ...]."""
-    return read_on_cpu(pool, ids) if jax.default_backend() == "cpu" else pool[:, ids]

@@ -309,7 +309,8 @@ def test_another_backend_reads_pages_by_a_gather(rng, monkeypatch):
     q, _, _, pages, positions = make(rng, 93)
     rule = small(beta=4.0, recovery=0.9)
     _, partial, attended, _ = run(q, pages, positions, rule)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (paged, tiles):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
     gathered = jax.jit(lambda q, pages, *args: attend_tiles(q, Pages(*pages), *args))
     again, count = gathered(q, pages, positions, rule)
     np.testing.assert_allclose(again.out, partial.out, atol=1e-6)
