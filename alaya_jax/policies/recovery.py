@@ -1,6 +1,6 @@
 """This library's own: per query and head as many keys as hold a share of the attention mass, by the
-estimates of the sketch; the others with their page's mean value, which halves the error where a share
-of 0.95 or more is kept and does not help below 0.9 (benchmarks/policies.py).
+estimates of the sketch; the others with their page's mean value, which halves the error where a
+share of 0.95 or more is kept and does not help below 0.9 (benchmarks/policies.py).
 """
 
 from alaya_jax.index import Sketch
