@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 
 _ATTENTION = "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE or auto[:SHARE]"
-_INDEXES = "@flat, @sketch, @sketch2, @sketch8 or @block"
+_INDEXES = "@flat, @sketch, @sketch2, @sketch8, @block or @graph"
 
 Attention = Annotated[
     str,
@@ -27,8 +27,8 @@ Attention = Annotated[
         "best; recovery:0.95 the fewest that hold 95% of the attention; the first and last tokens "
         "(the window) are always read. auto:0.95 takes, layer by layer, the fastest way to hold "
         "95% on this machine. What finds the keys may follow, as in dipr:50@sketch: "
-        f"{_INDEXES} (codes of 4, 2 or 8 bits a channel; summaries of pages, for topk and dipr); "
-        "else it is chosen by length.",
+        f"{_INDEXES} (codes of 4, 2 or 8 bits a channel; summaries of pages, and a graph that "
+        "alaya db index --graph built, for topk and dipr); else it is chosen by length.",
     ),
 ]
 Model = Annotated[
@@ -177,6 +177,8 @@ def _index(name: str) -> Any:
             return index.Sketch(int(name[-1]))
         case "block":
             return index.Block()
+        case "graph":
+            return index.Graph()
         case _:
             raise ValueError(f"no index @{name}; use {_INDEXES}")
 

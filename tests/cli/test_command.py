@@ -9,7 +9,7 @@ import pytest
 
 from alaya_jax.cli import options
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Block, Flat, Sketch
+from alaya_jax.index import Block, Flat, Graph, Sketch
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan
@@ -121,6 +121,7 @@ def test_what_is_not_understood_is_a_usage_error(alaya, arguments, said):
         ("recovery:0.9@sketch", Plan(DIPR(recovery=0.9), Sketch())),
         ("dipr:50@sketch2", Plan(DIPR(beta=50.0), Sketch(2))),
         ("topk:100@block", Plan(TopK(100), Block(), by="page")),
+        ("dipr:50@graph", Plan(DIPR(50.0), Graph())),
     ],
 )
 def test_attention_policies(text, query):
