@@ -18,6 +18,21 @@ PAGES = 65
 """Of every database of the tests, so that they share compiled programs; one belongs to nobody."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Lets go of compiled programs when there are very many.
+
+    Each has several maps of memory, of which Linux allows a process 65,530; at the next one the
+    compiler crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that differ by test and are the same in every run of it."""
