@@ -299,7 +299,7 @@ def _print(result: dict[str, Any]) -> None:
         "reused, computed: tokens of the prompt. cold: the document is read, its keys and values "
         "are stored and programs are compiled before the first token. from disk: in a new process, "
         "which gets its programs ready in its first answer. keys: of one step, mean over layers "
-        "and heads; DIPR finds its keys by scoring all."
+        "and heads; DIPR finds its keys by a scan of all."
     )
     console.print(
         f"DIPR gave Full's answer word for word in {agree} of {len(result['questions'])}. Loading "
