@@ -24,9 +24,11 @@ def narrow(tiny_model, monkeypatch):
     return PagePool(tiny_model, 65, 16, "Budget(device='520KiB')")
 
 
-@pytest.mark.parametrize(("pages", "width"), [(0, 2), (2, 2), (3, 8), (8, 8), (9, 32), (33, 128)])
+@pytest.mark.parametrize(("pages", "width"), [(0, 2), (2, 2), (3, 8), (8, 8), (9, 32), (33, 64)])
 def test_a_table_is_as_wide_as_its_longest_sequence_needs(narrow, pages, width):
-    """In few widths, since each is compiled; padding names no page out of range."""
+    """In few widths, since each is compiled, none wider than the pool; padding names no page out
+    of range.
+    """
     sequences = [Sequence(), Sequence()]
     narrow.reserve(sequences[0], 16 * pages)
     sequences[0].length = max(16 * pages - 3, 0)
