@@ -15,7 +15,7 @@ import numpy as np
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Graph, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import DIPR, Full, Query, Tiles, TopK, Window
+from alaya_jax.query import DIPR, Query, Tiles, TopK
 from alaya_jax.query.auto import Auto
 
 SKETCH_FROM = 4096
@@ -184,10 +184,8 @@ def indexes_of(plans: Plans, layers: int) -> tuple[Index, ...]:
 __all__ = [
     "SKETCH_FROM",
     "Attention",
-    "Full",
     "Plan",
     "Plans",
-    "Window",
     "indexes_of",
     "of_layer",
     "plan_for",
