@@ -76,7 +76,12 @@ def current_target() -> Target:
         return _target_of(default, "")
     if default is None:
         default = jax.devices()[0]
-    return _target_of(default.platform, default.device_kind)
+    return target_of(default)
+
+
+def target_of(device: jax.Device) -> Target:
+    """What a program for a device is traced for."""
+    return _target_of(device.platform, device.device_kind)
 
 
 def _target_of(platform: str, kind: str) -> Target:

@@ -33,7 +33,6 @@ own centre never goes stale, whoever shares the page and whatever is appended be
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -48,10 +47,8 @@ from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,
-    deviations,
-    norm_bound,
     quantize,
-    rotate,
+    round_query,
     to_half,
     to_half_above,
     unpack,
@@ -149,20 +146,9 @@ class SketchLayer:
         heads, group, t, dim = q.shape
         size = self.codes.shape[2]
         rows = q.reshape(heads, group * t, dim)
-        turned = rotate(rows)
-        step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) / 127
-        whole = jnp.round(turned / jnp.where(step > 0, step, 1.0))
-        square = jnp.sum(turned * turned, axis=-1, keepdims=True)
-        inner = jnp.sum(whole * turned, axis=-1, keepdims=True)
-        step = square / jnp.where(inner > 0, inner, 1.0)  # [K, GT, 1]
-        norm = jnp.sqrt(square)
-        lost = jnp.sqrt(jnp.sum((step * whole - turned) ** 2, axis=-1, keepdims=True))
-        integers = whole.astype(jnp.int8)
-        total = jnp.sum(whole, axis=-1, keepdims=True)
-        # Of the error: times a key's spread, and times its scale.
-        sure = deviations(miss / 2, dim)
-        of_spread = sure * norm + math.sqrt(dim - 1) * lost
-        of_scale = sure * norm_bound(self.bits, dim) / math.sqrt(dim - 1) * lost
+        asked = round_query(rows, self.bits, miss)
+        integers, step = asked.integers, asked.step[..., None]
+        total = jnp.sum(integers, axis=-1, keepdims=True, dtype=jnp.int32)
 
         if group * t <= _FEW_ROWS:
             pages = dataclasses.replace(pages, tile=SCAN_TOKENS)
@@ -221,10 +207,7 @@ class SketchLayer:
             # Sliced where they are used, codes are not copied: worth a second version of the loop.
             run = pages.is_run(pages.before(jnp.max(keys.high)))
             estimate, *of_key = lax.cond(run, lambda: fold(pages.read_run), by_page)
-        of_row = tuple(
-            jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
-            for x in (of_spread, of_scale)
-        )
+        of_row = tuple(x.reshape(heads, group, t) for x in (asked.of_spread, asked.of_scale))
         return Scan(estimate, of_row, tuple(of_key))
 
     def attend_means(
