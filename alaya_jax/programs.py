@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import engine
-from alaya_jax.attention.engine import Counts
+from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed
 from alaya_jax.models.config import LlamaConfig

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from alaya_jax import graphs, programs
 from alaya_jax.attention import engine
-from alaya_jax.attention.engine import Counts
+from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
@@ -268,7 +268,7 @@ class Session:
             # Only after its last chunk are a sequence's logits those of its last token.
             fresh = jnp.asarray(new > 0)[:, None]
             logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
-            self.count_reads("prefill", plans, counts, self.lengths, new)
+            self.count_reads("prefill", plans, counts, self.lengths, new, width)
             with uninterrupted():
                 for b, count in enumerate(new):
                     self._commit(b, rows[b][done : done + count].tolist())
@@ -329,12 +329,21 @@ class Session:
         }
 
     def count_reads(
-        self, phase: str, plans: Plans, counts: Counts, lengths: list[int], new: Any
+        self,
+        phase: str,
+        plans: Plans,
+        counts: Counts,
+        lengths: list[int],
+        new: Any,
+        tokens: int = 1,
     ) -> None:
-        """Adds what a program read, [L, B, H], to the account that `explain` shows."""
+        """Adds what a program read, [L, B, H], to the account that `explain` shows; `tokens`: of
+        each sequence that it took at once.
+        """
         reads = self.reads.get(phase)
         if reads is None or not reads.is_of(plans):
-            reads = self.reads[phase] = Reads(plans, self.model, self.pool.page_size)
+            reads = Reads(plans, self.model, self.pool.page_size, tokens)
+            self.reads[phase] = reads
         # Token i of n new ones sees the `length` before it, the i before it, and itself.
         visible = sum(
             int(n) * length + int(n) * (int(n) + 1) // 2
@@ -459,7 +468,8 @@ class Session:
         )
         # The account is kept by token: the last layer closes it.
         counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
-        self.count_reads("attention", plans, by_layer, np.asarray(table.length).tolist(), counted)
+        lengths = np.asarray(table.length).tolist()
+        self.count_reads("attention", plans, by_layer, lengths, counted, t)
         return out
 
     def _table(self, layer: int) -> PageTable:

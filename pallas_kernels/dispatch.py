@@ -79,8 +79,8 @@ def current_target() -> Target:
     return target_of(default)
 
 
-def target_of(device: jax.Device) -> Target:
-    """What a program for a device is traced for."""
+def target_of(device: Any) -> Target:
+    """What a program for a `jax.Device` is traced for."""
     return _target_of(device.platform, device.device_kind)
 
 

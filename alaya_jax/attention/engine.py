@@ -12,7 +12,6 @@ attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DI
 mass above some thresholds.
 """
 
-import dataclasses
 import functools
 from typing import Any
 

@@ -105,7 +105,7 @@ def select(
     capacity: int,
 ) -> Selected:
     """The pages whose upper bound reaches the best score, less beta, for a head of the group."""
-    batch, kv_heads, n, group = bounds.upper.shape
+    batch, _, n, _ = bounds.upper.shape
     top = bounds.best.reshape(batch, -1)
     if best is not None:
         top = jnp.maximum(top, best)

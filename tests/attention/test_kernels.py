@@ -105,9 +105,7 @@ by_engine = jax.jit(
 )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("implementation", "target"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=("implementation", "target"), compiler_options=QUICK)
 def by_kernels(plan, batch, implementation, target=CPU):
     assert kernels.unfit(plan, batch, implementation, target) is None
     return kernels.attend(plan, batch, implementation, target)

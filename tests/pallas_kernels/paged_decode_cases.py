@@ -139,7 +139,9 @@ def dtype_of(name: str, sizes: Sizes) -> str | None:
     return None
 
 
-def listed_keys(arrays: Any, row: int, head: int, lists: int, size: int) -> list[tuple[int, int, int]]:
+def listed_keys(
+    arrays: Any, row: int, head: int, lists: int, size: int
+) -> list[tuple[int, int, int]]:
     """(entry, page, position) of every key that one sequence and kv head lists."""
     which = head if lists > 1 else 0
     found = []
@@ -198,7 +200,12 @@ def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 VARIANTS = {
     "one list, Z 16, D 128": Sizes(batch=1, groups=4, dim=128, lists=1, listed=19, features=()),
     "D 96, Z 32, float16": Sizes(
-        batch=1, dim=96, size=32, listed=9, dtype="float16", features=("starts", "threshold", "key_mask")
+        batch=1,
+        dim=96,
+        size=32,
+        listed=9,
+        dtype="float16",
+        features=("starts", "threshold", "key_mask"),
     ),
     "Z 64, 12 heads a group": Sizes(
         batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=5, features=("low", "key_mask")

@@ -1,21 +1,4 @@
-"""Attention by the operations of `pallas_kernels`, for all sequences of a batch at once.
-
-One new token of each sequence
-  Full                   paged_decode over the sequence's pages
-  Window                 paged_decode over the window's pages
-  DIPR(beta) @ Sketch()  sketch_select finds the pages that may hold the best key, paged_decode its
-                         score; then the pages that may hold a key in range, attended to with the
-                         exact threshold
-  another DIPR or TopK   the scan and the selection are the engine's own (`retrieve`); paged_decode
-                         over the pages that hold a kept key, with a mask of keys
-
-A chunk of new tokens
-  Full                   block_sparse_prefill
-  Tiles                  block_sparse_prefill with the lists of `select_tiles`
-
-What is selected and counted is what `engine` selects and counts without kernels, except `read`:
-here pages are read whole.
-"""
+"""One new token of each sequence: pages are listed, and `paged_decode` reads them."""
 
 import dataclasses
 from typing import Any
@@ -26,125 +9,30 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial, across, merge, merge_across
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.attention.selection import select_tiles
-from alaya_jax.cache import PageTable
-from alaya_jax.errors import KernelError
-from alaya_jax.index import MISS, Graph, LayerIndex, Sketch, SketchLayer
+from alaya_jax.index import MISS, Sketch, SketchLayer
 from alaya_jax.index.codes import round_query
-from alaya_jax.pallas_kernels.block_sparse_prefill import QUERY_BLOCK, block_sparse_prefill
-from alaya_jax.pallas_kernels.block_sparse_prefill import choose as choose_prefill
-from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target
+from alaya_jax.pallas_kernels.dispatch import Choice, Target
 from alaya_jax.pallas_kernels.page_lists import compact
 from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
 from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
 from alaya_jax.pallas_kernels.sketch_select import Codes, bounds, wanted
 from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
 from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
-from alaya_jax.query import DIPR, Full, Tiles, Window
+from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
 
-BLOCK = 128
-"""Keys of a tile of a dense prefill."""
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One layer's queries and pages, of all sequences.
-
-    Attributes:
-      q: [B, T, H, D], rotated, unscaled.
-      k, v: [K, P, Z, D], the pool.
-      table: pages, and the lengths before the new tokens.
-      count: int32 [B], new tokens of each sequence.
-      index: what the plan's index holds.
-      covered: int32 [B], keys that it knows.
-      axis, head_axis: mesh axes that pages and heads are split over, inside shard_map.
-    """
-
-    q: Float[Array, "B T H D"]
-    k: Float[Array, "K P Z D"]
-    v: Float[Array, "K P Z D"]
-    table: PageTable
-    count: Int[Array, " B"]
-    index: LayerIndex | None
-    covered: Int[Array, " B"]
-    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
-    head_axis: str | None = dataclasses.field(default=None, metadata={"static": True})
-
-    @property
-    def starts(self) -> Int[Array, "B N"]:
-        """Position of the first token of each page."""
-        if self.table.start is not None:
-            return self.table.start
-        b, n = self.table.pages.shape
-        return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32) * self.k.shape[2], (b, n))
-
-
-def unfit(plan: Plan, batch: Batch, implementation: str, target: Target) -> str | None:
-    """Why kernels of this implementation cannot answer a plan; None if they can.
-
-    Looks at shapes and types only; arrays may be `jax.ShapeDtypeStruct`s.
-    """
-    t = batch.q.shape[1]
-    if isinstance(plan.index, Graph) and plan.retrieves:
-        return "a graph is walked key by key"
-    if t == 1 and isinstance(plan.query, Tiles):
-        return "Tiles are of a chunk of tokens, and this is one token"
-    found = (_decode_choice if t == 1 else _prefill_choice)(plan, batch, target)
-    return found if isinstance(found, str) else _passed_over(found, implementation)
-
-
-def attend(
-    plan: Plan, batch: Batch, implementation: str, target: Target
-) -> tuple[Float[Array, "B T H D"], Counts]:
-    """As `engine.attend`; for plans and shapes that are not `unfit`."""
-    run = _decode if batch.q.shape[1] == 1 else _prefill
-    out, counts = run(plan, batch, {"implementation": implementation, "target": target})
-    return out.astype(batch.q.dtype), counts
-
-
-def _passed_over(choice: Choice, implementation: str) -> str | None:
-    """Why an operation would not run by this implementation."""
-    if implementation in (choice.implementation, "reference"):
-        return None
-    reasons = dict(choice.passed_over)
-    return f"{choice.op}: {reasons.get(implementation, 'it has no such implementation')}"
-
-
-def _array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _decode_choice(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+    """What `paged_decode` would run."""
     del plan
     (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
-    listed = (_array(b, 1, n), _array(b, 1), _array(b))
-    q = _array(b, h, d, dtype=batch.q.dtype)
+    listed = (abstract(b, 1, n), abstract(b, 1), abstract(b))
+    q = abstract(b, h, d, dtype=batch.q.dtype)
     return choose_decode(q, batch.k, batch.v, *listed, target=target)
-
-
-def _prefill_choice(plan: Plan, batch: Batch, target: Target) -> Choice | str:
-    block = BLOCK
-    if isinstance(plan.query, Tiles):
-        if plan.query.kv_block is None or plan.query.q_block != QUERY_BLOCK:
-            return (
-                f"Tiles(q_block={plan.query.q_block}, kv_block={plan.query.kv_block}): blocks are "
-                f"of {QUERY_BLOCK} queries, and of 64 or 128 keys"
-            )
-        block = plan.query.kv_block
-    elif not isinstance(plan.query, Full):
-        return f"a chunk of tokens is answered for Full and Tiles, not {type(plan.query).__name__}"
-    if batch.table.start is not None:
-        return "pages of a chunk's sequences are spread over devices"
-    if block % batch.k.shape[2]:
-        return f"pages of {batch.k.shape[2]} tokens do not fill a block of {block}"
-    table = batch.table
-    args = (batch.q, batch.k, batch.v, table.pages, table.length, batch.count)
-    return choose_prefill(*args, block_kv=block, target=target)
 
 
 def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) -> bool:
@@ -159,16 +47,13 @@ def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) ->
     ):
         return False
     (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
-    numbers = (_array(b, h, dtype=jnp.float32),) * 3
+    numbers = (abstract(b, h, dtype=jnp.float32),) * 3
     query = SketchQuery(
-        _array(b, h, d, dtype=batch.q.dtype), _array(b, h, d, dtype=jnp.int8), *numbers
+        abstract(b, h, d, dtype=batch.q.dtype), abstract(b, h, d, dtype=jnp.int8), *numbers
     )
-    pages = (_array(b, n), _array(b), _array(b))
+    pages = (abstract(b, n), abstract(b), abstract(b))
     chosen = choose_select(query, _codes(batch.index), *pages, target=target)
-    return _passed_over(chosen, implementation) is None
-
-
-# One new token ----------------------------------------------------------------------------------
+    return passed_over(chosen, implementation) is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +106,8 @@ def _partial(part: PagedDecode, axis: str | None) -> Partial:
     return merge_across(Partial(part.out, part.lse), axis)
 
 
-def _decode(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+    """See `kernels.attend`; `options`: implementation and target of the operations."""
     query, axis = plan.query, batch.axis
     b, _, heads, _ = batch.q.shape
     z = batch.k.shape[2]
@@ -248,7 +134,8 @@ def _decode(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, C
         total = end[:, None, None]
         return _partial(part, axis).out[:, None], counts(total, total, mass=1.0)
 
-    window = query if isinstance(query, Window) else query.window  # pyright: ignore
+    assert isinstance(query, Window | DIPR | TopK)
+    window = query if isinstance(query, Window) else query.window
     sink_end = jnp.minimum(window.sink, end)
     recent = jnp.maximum(sink_end, end - window.recent)
     inside = (starts < sink_end[:, None]) | (starts + z > recent[:, None])
@@ -265,6 +152,7 @@ def _decode(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, C
     answer = _through_sketch if _by_sketch(plan, batch, **options) else _through_mask
     far, mass, extra, pages = answer(plan, read, sink_end, recent, high, near, best)
     parts = [near, _partial(far, axis)]
+    assert far.kept is not None
     attended = across(lax.psum, far.kept, axis) + in_window
     keys_read = across(lax.psum, pages * z, axis)
     if extra is not None:
@@ -405,80 +293,3 @@ def _through_mask(
         extra = Partial(extra.out.reshape(b, heads, dim), extra.lse.reshape(b, heads))
         extra = merge_across(extra, batch.axis)
     return far, None if mass is None else mass.reshape(b, heads), extra, listed.count
-
-
-# A chunk of tokens ------------------------------------------------------------------------------
-
-
-def _prefill(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
-    b, t, heads, _ = batch.q.shape
-    table, count = batch.table, batch.count
-    args = (batch.q, batch.k, batch.v, table.pages, table.length, count)
-    offset = jnp.arange(t)
-    end = jnp.where(offset < count[:, None], table.length[:, None] + offset + 1, 0)  # [B, T]
-    rows = (b, t, heads)
-    if isinstance(plan.query, Full):
-        out = block_sparse_prefill(*args, block_kv=BLOCK, **options).out
-        return out, Counts.of(rows, end[..., None], end[..., None], mass=1.0)
-
-    rule = plan.query
-    assert isinstance(rule, Tiles)
-    assert rule.kv_block is not None
-    kv_heads = batch.k.shape[0]
-
-    def select(args: Any) -> Any:
-        q, ids, positions = args
-        q = jnp.moveaxis(q.reshape(t, kv_heads, -1, q.shape[-1]), 0, 2)
-        return select_tiles(q, Pages(batch.k, batch.v, ids), positions, rule)
-
-    tiles = lax.map(select, (batch.q, table.pages, end - 1))
-    done = block_sparse_prefill(
-        *args,
-        blocks=tiles.blocks,
-        block_counts=tiles.count,
-        block_kept=tiles.kept,
-        beta=rule.beta,
-        block_kv=rule.kv_block,
-        **options,
-    )
-    # Listed keys up to the query's own; a tile that is skipped has no other.
-    block = offset // QUERY_BLOCK
-    first = tiles.blocks[:, :, block] * rule.kv_block  # [B, K, T, M]
-    seen = jnp.clip(end[:, None, :, None] - first, 0, rule.kv_block)
-    real = jnp.arange(first.shape[-1]) < tiles.count[:, :, block, None]
-    listed = jnp.sum(jnp.where(real, seen, 0), axis=-1)  # [B, K, T]
-    tile = offset // (QUERY_BLOCK // 2)
-    skipped = done.skipped[:, :, tile] * rule.kv_block * (offset < count[:, None])[:, None]
-
-    def by_head(x: Array) -> Array:  # [B, K, T] -> [B, T, H]
-        return jnp.moveaxis(jnp.repeat(x, heads // kv_heads, axis=1), 1, 2)
-
-    attended = by_head(listed) - jnp.moveaxis(skipped, 1, 2)
-    scored = by_head((tiles.count * rule.kv_block)[:, :, block])
-    mass = jnp.nan
-    if rule.recovery is not None:
-        mass = jnp.moveaxis(tiles.mass.reshape(b, heads, -1)[:, :, block], 1, 2)
-    read = scored * (offset % QUERY_BLOCK == 0)[:, None]
-    return done.out, Counts.of(rows, attended, scored, read=read, mass=mass)
-
-
-def choose(plan: Plan, batch: Batch, target: Target | None = None) -> Choice:
-    """What answers a plan, and why not what is faster.
-
-    Raises:
-      KernelError: the plan names an implementation that cannot.
-    """
-    target = target or current_target()
-    named = plan.implementation
-    if named == "xla":
-        return Choice("attention", "xla", target)
-    wanted = named or "mosaic_gpu"
-    reason = unfit(plan, batch, wanted, target)
-    if reason is None:
-        return Choice("attention", wanted, target)
-    if named is not None:
-        raise KernelError(
-            f"Plan({plan}, implementation={named!r}) cannot run on {target}: {reason}; leave "
-            "implementation out, or use 'xla'"
-        )
-    return Choice("attention", "xla", target, (("mosaic_gpu", reason),))
