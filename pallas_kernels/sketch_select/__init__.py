@@ -20,6 +20,7 @@ from alaya_jax.pallas_kernels.sketch_select.request import (
     Codes,
     Query,
     Selected,
+    in_range,
     select,
     wanted,
 )
@@ -200,6 +201,7 @@ __all__ = [
     "Selected",
     "bounds",
     "choose",
+    "in_range",
     "select",
     "sketch_select",
     "wanted",

@@ -13,13 +13,13 @@ from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial, across, merge, merge_across
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.index import MISS, Sketch, SketchLayer
+from alaya_jax.index import MISS, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import round_query
 from alaya_jax.pallas_kernels.dispatch import Choice, Target
 from alaya_jax.pallas_kernels.page_lists import compact
 from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
 from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
-from alaya_jax.pallas_kernels.sketch_select import Codes, bounds, wanted
+from alaya_jax.pallas_kernels.sketch_select import Bounds, Codes, bounds, in_range, wanted
 from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
 from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
 from alaya_jax.query import DIPR, Full, TopK, Window
@@ -39,12 +39,13 @@ def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) ->
     """Whether `sketch_select` finds the pages."""
     if not (
         isinstance(plan.query, DIPR)
-        and plan.query.recovery is None
         and plan.index == Sketch(4)
         and isinstance(batch.index, SketchLayer)
-        and (plan.by, plan.share, plan.tail) == ("key", "head", False)
         and batch.table.start is None
     ):
+        return False
+    exact = (plan.by, plan.share, plan.tail) == ("key", "head", False)
+    if not (exact and plan.query.recovery is None) and (plan.by, plan.share) != ("page", "group"):
         return False
     (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
     numbers = (abstract(b, h, dtype=jnp.float32),) * 3
@@ -175,6 +176,39 @@ def _codes(index: SketchLayer) -> Codes:
     return Codes(index.codes, index.scale, index.spread, index.centre, index.centre_scale)
 
 
+def _scan(
+    read: _Reader, low: Int[Array, " B"], high: Int[Array, " B"], scale: float | None = None
+) -> tuple[Bounds, Int[Array, " B"], Bool[Array, "B 1 N"]]:
+    """What the sketch says of each page, up to which position, and the pages that hold keys in
+    range which it does not cover: those are read whatever happens.
+    """
+    batch = read.batch
+    assert isinstance(batch.index, SketchLayer)
+    b, _, heads, dim = batch.q.shape
+    q, kv_heads = batch.q[:, 0], batch.k.shape[0]
+    rows = jnp.moveaxis(q.reshape(b, kv_heads, -1, dim), 1, 0).reshape(kv_heads, -1, dim)
+    asked = round_query(rows, batch.index.bits, MISS)
+
+    def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
+        x = x.reshape(kv_heads, b, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 1).reshape(b, heads, *x.shape[3:])
+
+    numbers = map(by_head, (asked.integers, asked.step, asked.of_spread, asked.of_scale))
+    known = jnp.minimum(high, batch.covered)
+    found = bounds(
+        SketchQuery(q, *numbers),
+        _codes(batch.index),
+        batch.table.pages,
+        low,
+        known,
+        scale=scale,
+        **read.options,
+    )
+    behind = jnp.maximum(low, batch.covered)
+    uncovered = (batch.starts + batch.k.shape[2] > behind[:, None]) & (batch.starts < high[:, None])
+    return found, known, uncovered[:, None]
+
+
 def _through_sketch(
     plan: Plan,
     read: _Reader,
@@ -184,43 +218,47 @@ def _through_sketch(
     near: Partial,
     best: Float[Array, "B H"],
 ) -> _Found:
-    """DIPR exactly. The best key is in a page whose upper bound reaches the best lower bound."""
-    del near, recent
-    batch, query = read.batch, plan.query
-    assert isinstance(batch.index, SketchLayer)
+    """DIPR by `sketch_select`'s bounds: by key exactly, or by page."""
+    del recent
+    query = plan.query
     assert isinstance(query, DIPR)
-    assert query.beta is not None
-    b, _, heads, dim = batch.q.shape
-    q, z = batch.q[:, 0], batch.k.shape[2]
-    kv_heads = batch.k.shape[0]
-    rows = jnp.moveaxis(q.reshape(b, kv_heads, -1, dim), 1, 0).reshape(kv_heads, -1, dim)
-    asked = round_query(rows, batch.index.bits, MISS)
+    b, heads = best.shape
+    z, kv_heads = read.batch.k.shape[2], read.batch.k.shape[0]
+    if query.recovery is not None:
+        scale = read.batch.q.shape[-1] ** -0.5
+        found, known, uncovered = _scan(read, low, high, scale)
+        assert found.lse is not None
+        n = found.lse.shape[2]
+        # A page counts with the mass of its keys.
+        some = in_range(n, z, low, known)[:, None, :, None]
+        scores = jnp.where(some, found.lse, -jnp.inf) / scale
+        by_row = (b * kv_heads, heads // kv_heads, 1)
+        recovered = recover(
+            jnp.moveaxis(scores, 3, 2).reshape(*by_row, n),
+            near.lse.reshape(by_row),
+            best.reshape(by_row),
+            jnp.broadcast_to(query.recovery, best.shape).reshape(by_row),
+            read.batch.q.shape[-1],
+        )
+        kept = recovered.kept.any((1, 2)).reshape(b, kv_heads, n)
+        listed = _list(kept | uncovered)
+        far = read(listed, low=low, high=high)
+        return far, recovered.mass.reshape(b, heads), None, listed.count
 
-    def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
-        x = x.reshape(kv_heads, b, -1, *x.shape[2:])
-        return jnp.moveaxis(x, 0, 1).reshape(b, heads, *x.shape[3:])
-
-    known = jnp.minimum(high, batch.covered)
-    found = bounds(
-        SketchQuery(
-            q, *map(by_head, (asked.integers, asked.step, asked.of_spread, asked.of_scale))
-        ),
-        _codes(batch.index),
-        batch.table.pages,
-        low,
-        known,
-        **read.options,
-    )
-    starts = batch.starts[:, None]
-    behind = jnp.maximum(low, batch.covered)  # keys that the index does not cover: always read
-    uncovered = (starts + z > behind[:, None, None]) & (starts < high[:, None, None])
+    found, known, uncovered = _scan(read, low, high)
 
     def reaching(threshold: Float[Array, "B H"]) -> _Listed:
         return _list(wanted(found, threshold, low, known, z) | uncovered)
 
+    assert query.beta is not None
+    beta = jnp.asarray(query.beta, jnp.float32)
+    if plan.by == "page":
+        listed = reaching(best - beta)
+        return read(listed, low=low, high=high), None, None, listed.count
+    # The best key is in a page whose upper bound reaches the best lower bound.
     surely = jnp.maximum(best, found.best.reshape(b, -1))
     top = read(reaching(surely), low=low, high=high).best
-    threshold = jnp.maximum(best, top) - jnp.asarray(query.beta, jnp.float32)
+    threshold = jnp.maximum(best, top) - beta
     listed = reaching(threshold)
     far = read(listed, low=low, high=high, threshold=threshold)
     return far, None, None, listed.count
