@@ -7,8 +7,8 @@
 Nothing runs: the program is compiled from shapes (see `make aot` for what that needs), sharded as
 `aj.ShardingRules` says, with the attention asked for: "full", "dipr" (beta 50 through the sketch),
 "recovery" (0.95 through the sketch, by key: the scan is XLA's) or "pages" (the same by page: the
-scan is a kernel's). The engine takes the kernels there. Exits with 1 if it does not, or if a program does not fit the
-device.
+scan is a kernel's). The engine takes the kernels there. Exits with 1 if it does not, or if a
+program does not fit the device.
 """
 
 import argparse
