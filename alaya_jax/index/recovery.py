@@ -78,9 +78,14 @@ def recover(
     best = jnp.maximum(across(lax.pmax, jnp.max(estimate, axis=-1), axis), seed)
     best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
-    # An eligible key's weight is never 0, so that it tells which keys are.
-    weight = jnp.maximum(jnp.exp(scale * (estimate - best[..., None])), _LEAST)
-    weight = jnp.where(estimate > -jnp.inf, weight, 0.0)
+
+    def weigh(head: Array, scores: Array) -> Array:
+        log = scale * (scores[head] - best[head][..., None])
+        # An eligible key's weight is never 0, so that it tells which keys are.
+        new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
+        return lax.dynamic_update_index_in_dim(scores, new, head, axis=0)
+
+    weight = lax.fori_loop(0, estimate.shape[0], weigh, estimate)  # in its place
     window = jnp.exp(window_lse - scale * best)
 
     def held(least: Float[Array, "K G T"]) -> Float[Array, "K G T"]:

@@ -49,12 +49,12 @@ from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,
     deviations,
+    fields,
     norm_bound,
     quantize,
     rotate,
     to_half,
     to_half_above,
-    unpack,
 )
 from alaya_jax.index.scan import Scan
 from alaya_jax.models.config import LlamaConfig
@@ -63,7 +63,7 @@ from alaya_jax.sharding import ShardingRules
 MISS = 1e-4
 """Probability that a score is above its estimate plus error, at most; below likewise."""
 
-SCAN_TOKENS = 2048
+SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
 
 _FEW_ROWS = 16
@@ -169,19 +169,14 @@ class SketchLayer:
 
         def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             read = functools.partial(read_page, tile=tile)
-            codes = unpack(read(self.codes), self.bits)
-            levels = jnp.einsum(
-                "krd,ksd->krs",
-                integers,
-                codes.reshape(heads, -1, dim),
-                preferred_element_type=jnp.int32,
-            ).astype(jnp.float32)
-            scale, spread = (
-                read(pool).astype(jnp.float32).reshape(heads, -1)
-                for pool in (self.scale, self.spread)
+            # Field by field: put together, the codes would be written once more.
+            codes = fields(read(self.codes).reshape(heads, -1, self.codes.shape[3]), self.bits)
+            levels = sum(
+                jnp.einsum("ksd,krd->ksr", field, part, preferred_element_type=jnp.int32)
+                for field, part in zip(codes, jnp.split(integers, len(codes), -1), strict=True)
             )
-            # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
-            spread = jnp.minimum(spread, _HUGE)
+            levels = jnp.swapaxes(levels, 1, 2).astype(jnp.float32)
+            scale, spread = (read(x).reshape(heads, -1) for x in (self.scale, self.spread))
             centre = (
                 jnp.einsum(
                     "krd,kpd->krp",
@@ -191,12 +186,12 @@ class SketchLayer:
                 )
                 * read(self.centre_scale).astype(jnp.float32)[:, None]
             )
-            estimate = scale[:, None] * (step * (2 * levels + total))
+            estimate = scale.astype(jnp.float32)[:, None] * (step * (2 * levels + total))
             estimate = estimate.reshape(*centre.shape, size) + centre[..., None]
             seen = keys.mask(pages.positions(tile))
             new = (
                 jnp.where(seen, estimate.reshape(heads, group, t, -1), -jnp.inf),
-                *(jnp.where(seen.any(0), term, 0.0) for term in (spread, scale)),
+                *(jnp.where(seen.any(0), term, 0) for term in (spread, scale)),
             )
             at = pages.first_column(tile)
             return tuple(
@@ -204,28 +199,30 @@ class SketchLayer:
                 for whole, part in zip(carry, new, strict=True)
             )
 
-        start = (
-            jnp.full((heads, group, t, pages.columns), -jnp.inf),
-            *(jnp.zeros((heads, pages.columns)) for _ in range(2)),
-        )
-
         def fold(read_page: Any) -> tuple[Array, ...]:
+            # Made here, by the branch that is taken. float16 is what the pools hold.
+            start = (
+                jnp.full((heads, group, t, pages.columns), -jnp.inf),
+                *(jnp.zeros((heads, pages.columns), jnp.float16) for _ in range(2)),
+            )
             return over_tiles(pages, keys, functools.partial(visit, read_page), start)
 
         def by_page() -> tuple[Array, ...]:
             return fold(lambda pool, tile: read_pages(pool, pages.tile_ids(tile)))
 
         if pages.tile_pages > self.codes.shape[1]:  # the table is wider than the pool
-            estimate, *of_key = by_page()
+            estimate, spread, scale = by_page()
         else:
             # Sliced where they are used, codes are not copied: worth a second version of the loop.
             run = pages.is_run(pages.before(jnp.max(keys.high)))
-            estimate, *of_key = lax.cond(run, lambda: fold(pages.read_run), by_page)
+            estimate, spread, scale = lax.cond(run, lambda: fold(pages.read_run), by_page)
         of_row = tuple(
             jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
             for x in (of_spread, of_scale)
         )
-        return Scan(estimate, of_row, tuple(of_key))
+        # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
+        spread = jnp.minimum(spread.astype(jnp.float32), _HUGE)
+        return Scan(estimate, of_row, (spread, scale.astype(jnp.float32)))
 
     def attend_means(
         self, q: Float[Array, "K G T D"], pages: Pages, scores: Float[Array, "K G T S"]
