@@ -128,11 +128,12 @@ def pivot(
     One key read for each query, and a best score that is surely attained. It stands in for
     `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
     """
-    # The first of the largest, its page before its slot: over all keys, XLA's CPU backend would run
-    # this one by one, as it does argmax.
+    # The first of the largest, its page before its slot. XLA's CPU backend vectorises a maximum and
+    # a minimum, and argmax not; a minimum over all columns would write them out first.
     in_pages = scan.estimate.reshape(*q.shape[:-1], -1, pages.size)
     by_page = jnp.max(in_pages, axis=-1)
-    best, page = jnp.max(by_page, axis=-1), jnp.argmax(by_page, axis=-1)
+    best, entry = jnp.max(by_page, axis=-1), jnp.arange(by_page.shape[-1])
+    page = jnp.min(jnp.where(by_page == best[..., None], entry, entry[-1]), axis=-1)
     slot = jnp.argmax(jnp.take_along_axis(in_pages, page[..., None, None], axis=-2)[..., 0, :], -1)
     exact = scores_at(q, pages, (page * pages.size + slot)[..., None])[..., 0]
     # The best of several devices' own would be a tighter bound, but what is read would depend on

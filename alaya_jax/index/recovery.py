@@ -123,9 +123,7 @@ def recover(
     return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept)
 
 
-def _sum(
-    weight: Float[Array, "K G T S"], term: Callable[[Array], Array]
-) -> Float[Array, "K G T"]:
+def _sum(weight: Float[Array, "K G T S"], term: Callable[[Array], Array]) -> Float[Array, "K G T"]:
     """The sum of `term(weight)` over keys, reading `weight` once.
 
     Parts of the keys are added to each other first, number by number, in one loop that CPUs run on
