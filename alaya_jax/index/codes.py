@@ -67,11 +67,18 @@ def pack(cell: Int8[Array, "... D"], bits: int) -> UInt8[Array, "... D*bits/8"]:
     return jnp.sum(fields << shifts[:, None], axis=-2, dtype=jnp.uint8)
 
 
-def unpack(codes: UInt8[Array, "... D*bits/8"], bits: int) -> Int8[Array, "... D"]:
-    """The inverse of `pack`: a shift left drops the higher fields, one right extends the sign."""
+def fields(codes: UInt8[Array, "... D*bits/8"], bits: int) -> list[Int8[Array, "... D*bits/8"]]:
+    """The 8 / bits fields of each byte: field i has channels i * bytes, i * bytes + 1, ...
+
+    A shift left drops the higher fields, one right extends the sign.
+    """
     codes = lax.bitcast_convert_type(codes, jnp.int8)
-    fields = [(codes << (8 - low - bits)) >> (8 - bits) for low in range(0, 8, bits)]
-    return jnp.concatenate(fields, axis=-1)
+    return [(codes << (8 - low - bits)) >> (8 - bits) for low in range(0, 8, bits)]
+
+
+def unpack(codes: UInt8[Array, "... D*bits/8"], bits: int) -> Int8[Array, "... D"]:
+    """The inverse of `pack`."""
+    return jnp.concatenate(fields(codes, bits), axis=-1)
 
 
 @functools.lru_cache
