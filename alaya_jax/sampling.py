@@ -365,7 +365,8 @@ def _noise(key: jax.Array, step: jax.Array, size: int) -> jax.Array:
 
 
 def _at(rows: jax.Array, token: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
+    # Twice each: see `models.kernels.take_rows`.
+    return jnp.take_along_axis(rows, jnp.stack([token, token], axis=-1), axis=-1)[:, 0]
 
 
 def _keep_best(scores: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
