@@ -57,7 +57,7 @@ def test_kinds(make_config, make_tensors, write_gguf, as_params, assert_same, ki
 def test_quantized_types_become_what_the_target_computes_in(
     make_config, make_tensors, write_gguf, monkeypatch
 ):
-    """The kernels' target, which `jax.default_device` and a mesh decide, not the default backend."""
+    """The kernels' target; `jax.default_device` or a mesh decides it, not the default backend."""
     config = make_config()
     path = write_gguf(config, make_tensors(config), Quant.Q8_0)
 
