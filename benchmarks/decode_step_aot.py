@@ -33,7 +33,8 @@ from alaya_jax.models.llama import abstract_params, forward, logical_axes  # noq
 from alaya_jax.pallas_kernels.paged_decode import paged_decode  # noqa: E402
 from alaya_jax.query import Full  # noqa: E402
 from alaya_jax.query.plan import Plan  # noqa: E402
-from alaya_jax.sampling import Greedy, init_sampler  # noqa: E402
+from alaya_jax.sampler import init_sampler  # noqa: E402
+from alaya_jax.sampling import Greedy  # noqa: E402
 from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
 PAGE = 16
