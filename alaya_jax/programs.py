@@ -23,7 +23,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
+from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 
@@ -223,7 +223,7 @@ def decode(
       token: last token of each sequence, sampled or given, not in the cache yet.
       running: sequences that are to go on.
       end_ids: ids that end each sequence.
-      sampler, processors: see `sampling.init_sampler`.
+      sampler, processors: see `sampler.init_sampler`.
       steps: at most `capacity`.
       capacity: N, rows of the result; static.
 

@@ -33,6 +33,13 @@ WINDOW_TILE = 256
 Read = Callable[[Array, Array], Array]
 """(pool [K, P, Z, D], tile) -> keys or values [K, S, D] of the tile's tokens."""
 
+DEVICE_TOKENS = 2**16
+"""Keys a tile of a scan for few queries on a GPU, where each turn of a loop costs some launches and
+a wait for the host."""
+
+FEW_ROWS = 16
+"""Query rows of a kv head, at most, for which tiles may be so large."""
+
 _LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
 
 
@@ -103,6 +110,10 @@ class Pages:
     def num_tiles(self) -> int:
         """Tiles of the whole table."""
         return -(-self.ids.shape[0] // self.tile_pages)
+
+    def in_tiles(self, tokens: int | None) -> "Pages":
+        """The same in tiles of so many tokens on a CPU, of `DEVICE_TOKENS` elsewhere."""
+        return dataclasses.replace(self, tile=tokens if on_cpu() else DEVICE_TOKENS)
 
     def first_page(self, tile: Array) -> Array:
         """Entry that a tile begins with: the last tile may reach back into the one before."""

@@ -41,7 +41,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import KeyRange, Pages, on_cpu, over_tiles, read_pages
+from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
@@ -63,10 +63,6 @@ MISS = 1e-4
 SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
 
-DEVICE_TOKENS = 2**16
-"""The same on a GPU, where each turn of a loop costs some launches and a wait for the host."""
-
-_FEW_ROWS = 16
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
 _HUGE = 1e30  # above every score, and zero times it is zero
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
@@ -153,9 +149,8 @@ class SketchLayer:
         integers, step = asked.integers, asked.step[..., None]
         total = jnp.sum(integers, axis=-1, keepdims=True, dtype=jnp.int32)
 
-        if group * t <= _FEW_ROWS:
-            tile = SCAN_TOKENS if on_cpu() else DEVICE_TOKENS
-            pages = dataclasses.replace(pages, tile=tile)
+        if group * t <= FEW_ROWS:
+            pages = pages.in_tiles(SCAN_TOKENS)
 
         def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             read = functools.partial(read_page, tile=tile)

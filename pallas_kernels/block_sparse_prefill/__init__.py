@@ -48,17 +48,12 @@ def _mosaic_gpu(*args: Any, **options: Any) -> Prefill:
     return mosaic_gpu.prefill(*args, **options)
 
 
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
-
-
 OP = Op(
     "block_sparse_prefill",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.prefill, wants_target=True),
-        Candidate("reference", _fits, reference.prefill, automatic=False),
+        Candidate("xla", None, xla.prefill, wants_target=True),
+        Candidate("reference", None, reference.prefill, automatic=False),
     ),
 )
 

@@ -25,11 +25,6 @@ PAGE_SIZES = (16, 32, 64)
 """That the Hopper kernel takes: whole pages fill a tile of 64 keys."""
 
 
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
-
-
 def _unfit_for_mosaic_gpu(
     target: Target, q: Any, k_pages: Any, v_pages: Any, keys: Keys, *rest: Any, **options: Any
 ) -> str | None:
@@ -57,8 +52,8 @@ OP = Op(
     "paged_decode",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.paged_decode, wants_target=True),
-        Candidate("reference", _fits, reference.paged_decode, automatic=False),
+        Candidate("xla", None, xla.paged_decode, wants_target=True),
+        Candidate("reference", None, reference.paged_decode, automatic=False),
     ),
 )
 

@@ -56,17 +56,12 @@ def _mosaic_gpu(*args: Any, **options: Any) -> Bounds:
     return mosaic_gpu.bounds(*args, **options)
 
 
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
-
-
 OP = Op(
     "sketch_select",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.bounds),
-        Candidate("reference", _fits, reference.bounds, automatic=False),
+        Candidate("xla", None, xla.bounds),
+        Candidate("reference", None, reference.bounds, automatic=False),
     ),
 )
 """The scan; what is made of its `Bounds` is XLA in every implementation."""
