@@ -21,7 +21,6 @@ Nothing is timed.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
