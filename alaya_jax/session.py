@@ -31,6 +31,11 @@ CHUNKS = (8, 64, 512)
 next.
 """
 
+GPU_CHUNK = 4096
+"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than an
+H100 has multiprocessors.
+"""
+
 
 class Session:
     """The connection between stored contexts and one running request (AlayaDB, section 5).
@@ -241,7 +246,8 @@ class Session:
         done = 0
         while done < max(len(row) for row in rows):
             left = max(len(row) for row in rows) - done
-            width = next((c for c in CHUNKS if c >= left), CHUNKS[-1])
+            widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
+            width = next((c for c in widths if c >= left), widths[-1])
             chunk = np.zeros((self.batch_size, width), np.int32)
             new = np.zeros(self.batch_size, np.int32)
             for b, row in enumerate(rows):

@@ -1,15 +1,15 @@
-"""One decode step of a Llama on GPUs that exist on paper: memory of each device, and collectives.
+"""A step of a Llama on GPUs that exist on paper: memory of each device, kernels, and collectives.
 
     .venv-aot/bin/python benchmarks/decode_step_aot.py [--model llama-3-8b] [--gpus 1 8]
-        [--context 131072] [--batch 1] [--attention full dipr recovery pages]
+        [--context 131072] [--batch 1] [--tokens 1] [--attention full dipr recovery pages tiles]
         [--target h100] [--json]
 
 Nothing runs: the program is compiled from shapes (see `make aot` for what that needs), sharded as
 `aj.ShardingRules` says, with the attention asked for: "full", "dipr" (beta 50 through the sketch),
 "recovery" (0.95 through the sketch, by key: the scan is XLA's) or "pages" (the same by page: the
-scan is a kernel's). Exits with 1 if the engine does not take the kernels there, if a program does
-not fit the device, or if it gathers anything along the vocabulary (the embedding, the logits): of
-those only rows and scores may travel.
+scan is a kernel's); with `--tokens 512`, a chunk of a prefill, "full" or "tiles". Exits with 1 if
+the engine does not take the kernels there, if a program does not fit the device, or if it gathers
+anything along the vocabulary (the embedding, the logits): of those only rows and scores may travel.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from alaya_jax.cache import PagedKV, PageTable  # noqa: E402
 from alaya_jax.index import Indexed, Sketch  # noqa: E402
 from alaya_jax.models import LlamaConfig  # noqa: E402
 from alaya_jax.models.llama import abstract_params, logical_axes  # noqa: E402
-from alaya_jax.query import DIPR, Full  # noqa: E402
+from alaya_jax.query import DIPR, Full, Tiles  # noqa: E402
 from alaya_jax.query.plan import Plan  # noqa: E402
 from alaya_jax.sampler import init_sampler  # noqa: E402
 from alaya_jax.sampling import Greedy  # noqa: E402
@@ -41,11 +41,14 @@ from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
 PAGE = 16
 ATTENTION = ("full", "dipr", "recovery", "pages")
+CHUNK_ATTENTION = ("full", "tiles")
 MEMORY = {"h100": 80e9, "b200": 180e9}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def abstract_inputs(config: LlamaConfig, mesh: Any, batch: int, context: int) -> dict[str, Any]:
+def abstract_inputs(
+    config: LlamaConfig, mesh: Any, batch: int, context: int, tokens: int
+) -> dict[str, Any]:
     """Parameters in bf16, a pool for the batch, and the small arrays of a step, laid on a mesh."""
     rules = ShardingRules()
     here = NamedSharding(mesh, PartitionSpec())
@@ -68,6 +71,8 @@ def abstract_inputs(config: LlamaConfig, mesh: Any, batch: int, context: int) ->
         "params": params,
         "kv": PagedKV(layers, layers),
         "table": table,
+        "tokens": jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=here),
+        "count": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
         "token": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
         "running": jax.ShapeDtypeStruct((batch,), bool, sharding=here),
         "sampler": jax.tree.map(laid, sampler),
@@ -84,12 +89,18 @@ def plan_of(name: str) -> Plan:
         "dipr": Plan(DIPR(beta=50.0), Sketch()),
         "recovery": Plan(DIPR(recovery=0.95), Sketch()),
         "pages": Plan(DIPR(recovery=0.95), Sketch(), by="page", share="group"),
+        "tiles": Plan(Tiles(recovery=0.9, kv_block=128)),
     }
     return plans[name]
 
 
 def lower(config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan) -> Any:
-    """`programs.decode`, as a session calls it."""
+    """`programs.decode` or `programs.extend`, as a session calls it."""
+    if x["tokens"].shape[1] > 1:
+        return programs.extend.lower(
+            x["params"], x["kv"], x["table"], x["tokens"], x["count"], plan,
+            config=config, mesh=mesh, rules=ShardingRules(),
+        )  # fmt: skip
     return programs.decode.lower(
         x["params"], x["kv"], x["table"], x["token"], x["running"], x["end_ids"], x["sampler"],
         x["number"], plan, indexed_inputs(config, mesh, x, plan), config=config,
@@ -141,7 +152,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try it out")
     parser.add_argument("--target", default="h100", choices=targets.NAMES)
-    parser.add_argument("--attention", nargs="+", default=ATTENTION, choices=ATTENTION)
+    parser.add_argument("--tokens", type=int, default=1, help="new tokens of each sequence")
+    parser.add_argument("--attention", nargs="+", choices=(*ATTENTION, "tiles"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     fields = configs.load(args.model)
@@ -151,8 +163,8 @@ def main() -> int:
     passed = True
     for gpus in args.gpus:
         mesh = targets.mesh(args.target, data=1, tensor=gpus)
-        inputs = abstract_inputs(config, mesh, args.batch, args.context)
-        for name in args.attention:
+        inputs = abstract_inputs(config, mesh, args.batch, args.context, args.tokens)
+        for name in args.attention or (ATTENTION if args.tokens == 1 else CHUNK_ATTENTION):
             started = time.perf_counter()
             with jax.set_mesh(mesh):
                 compiled = lower(config, mesh, inputs, plan_of(name)).compile()
@@ -170,6 +182,7 @@ def main() -> int:
                 "target": args.target,
                 "gpus": gpus,
                 "attention": name,
+                "tokens": args.tokens,
                 "model": args.model,
                 "layers": config.num_hidden_layers,
                 "batch": args.batch,
@@ -197,7 +210,8 @@ def describe(row: dict[str, Any]) -> str:
         for kind, c in row["collectives"].items()
     )
     return (
-        f"{row['model']} ({row['layers']} layers), {row['attention']}, {row['gpus']} x "
+        f"{row['model']} ({row['layers']} layers), {row['attention']}, {row['tokens']} new tokens, "
+        f"{row['gpus']} x "
         f"{row['target']}, batch {row['batch']}, {row['context']:,} tokens: "
         f"{row['peak_gb']:.2f} GB a device (arguments {row['arguments_gb']:.2f}, of them updated "
         f"in place {row['updated_in_place_gb']:.2f}, temporary {row['temporary_gb']:.2f}); "

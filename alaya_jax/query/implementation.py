@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from alaya_jax.attention import kernels
 from alaya_jax.cache import PageTable
 from alaya_jax.model import Model
-from alaya_jax.pallas_kernels.dispatch import Choice, current_target, target_of
+from alaya_jax.pallas_kernels.dispatch import Choice
 from alaya_jax.query.plan import Plan
 
 _PAGES = 512  # of a pool and a table; which implementation runs does not depend on it
@@ -47,5 +47,4 @@ def implementation_of(plan: Plan, model: Model, page_size: int, tokens: int = 1)
         None,
         array(1),
     )
-    target = current_target() if mesh is None else target_of(mesh.devices.flat[0])
-    return kernels.choose(plan, batch, target)
+    return kernels.choose(plan, batch, model.target)
