@@ -32,8 +32,8 @@ next.
 """
 
 GPU_CHUNK = 4096
-"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than an
-H100 has multiprocessors.
+"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than
+an H100 has multiprocessors.
 """
 
 

@@ -26,3 +26,15 @@ def swizzled(swizzle: int, itemsize: int) -> tuple[Any, ...]:
 def interpret(target: Target) -> Any:
     """The `interpret` argument of `plgpu.kernel`: the simulator with race detection, or None."""
     return plgpu.InterpretGPUParams(detect_races=True) if target.interpret else None
+
+
+def store_part(ref: Any, value: Any) -> None:
+    """Writes to global memory what does not fill its cache lines.
+
+    JAX 0.12 refuses that unless it is told so; 0.11 has no way to say it, and asks for none.
+    """
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)

@@ -455,8 +455,11 @@ def _body(
         tuple(full((size, shape.heads), 0.0, wgmma) for _, size in shape.d_blocks),
     )
     _, _, top, total, kept, acc = lax.fori_loop(0, steps, visit, start)
-    top_ref[row, split] = top
-    total_ref[row, split] = total.sum(axis=0)
-    kept_ref[row, split] = kept.sum(axis=0)
+    for ref, value in (
+        (top_ref, top),
+        (total_ref, total.sum(axis=0)),
+        (kept_ref, kept.sum(axis=0)),
+    ):
+        mosaic.store_part(ref.at[row, split], value)
     for (begin, size), block in zip(shape.d_blocks, acc, strict=True):
-        acc_ref[row, split, pl.ds(begin, size)] = block
+        mosaic.store_part(acc_ref.at[row, split, pl.ds(begin, size)], block)
