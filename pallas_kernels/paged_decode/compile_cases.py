@@ -100,6 +100,7 @@ def cases() -> tuple[CompileCase, ...]:
         case("sparse, masked", 131072, share=0.05, features=(*_ALL, "key_mask"), size=64),
         case("Llama-3.2-1B", 131072, dim=64, features=_ALL),
         case("Llama-3-70B over 8", 131072, kv_heads=1, groups=8, features=_ALL),
+        case("Llama-3-8B over 8", 131072, kv_heads=1, features=_ALL),
         case("head_dim 96", 32768, dim=96, features=_ALL),
         case("SmolLM2-135M", 8192, kv_heads=3, groups=3, dim=64, features=_ALL),
         case("8 bits", 131072, features=_ALL, dtype=jnp.int8),
