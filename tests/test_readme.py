@@ -29,8 +29,9 @@ def test_the_tour_runs_as_printed(tmp_path, monkeypatch, capsys):
     load, first, policies, plan, explained, forks = said
     assert load == ""
     assert len(first.split()) > 3
-    assert policies.count("\n") >= 4
-    assert "Sketch(bits=4)" in plan
+    assert policies.count("\n") >= 6
+    assert len(plan.split()) > 3
+    assert "Sketch(bits=4)" in explained
     assert "recovery" in explained
     assert forks.count("\n") >= 2
     # The document was imported, so no prompt about it has more left to prefill than its question.
