@@ -34,7 +34,7 @@ class Context:
         self._tokens: np.ndarray | None = None
         self._resident: Sequence | None = None
         self._used = 0
-        self._graph: tuple[dict[str, Any], tuple[GraphLayer, ...]] | None = None
+        self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -62,16 +62,19 @@ class Context:
         """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
         return self._graph is not None or graphs.KIND in self._store.indexes(self.id)
 
-    def graph(self, wanted: Graph, model: Model) -> tuple[GraphLayer, ...]:
-        """Its graph of each layer, on the device; read when first asked for.
+    def graph(self, wanted: Graph, model: Model, layer: int) -> GraphLayer:
+        """Its graph of one layer, on the device; read when first asked for.
 
         Raises:
           ContextError: there is none, or it is damaged.
           RequestError: it was built with other settings.
         """
         if self._graph is None or self._graph[0] != wanted.built:
-            self._graph = wanted.built, graphs.load(self._store, self.id, wanted, model)
-        return self._graph[1]
+            self._graph = wanted.built, {}
+        layers = self._graph[1]
+        if layer not in layers:
+            layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
+        return layers[layer]
 
     def __repr__(self) -> str:
         place = "in memory" if self._resident else "on disk"

@@ -396,10 +396,12 @@ class DB:
             return 0
         return int(np.argmax(differ)) if differ.any() else n
 
-    def _lender(self, tokens: np.ndarray, wanted: Graph) -> tuple[Context | None, int]:
-        """Of the contexts that have such a graph the one that shares most tokens, and how many."""
+    def _lender(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
+        """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
+        many.
+        """
         usable = [c for c in self._contexts.values() if c.problem is None]
-        having = [c for c in usable if any(wanted.fits(graph) for graph in c.indexes)]
+        having = [c for c in usable if any(not wanted or wanted.fits(x) for x in c.indexes)]
         shared = [self._shared(context, tokens) for context in having]
         most = max(shared, default=0)
         return (having[shared.index(most)], most) if most else (None, 0)

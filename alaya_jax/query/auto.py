@@ -20,12 +20,16 @@ class Auto:
       device_memory: for keys, values and indexes, over all devices, bytes or "8GiB"; None: what
         the device says it has beside the weights, or no limit where it does not say.
       window: tokens that are always attended to.
+      graph: whether a layer may ask the context's graph, where it has one. A walk estimates no
+        mass, so it is asked for the range of scores that held the share in the calibration; what
+        it misses of that is not known.
     """
 
     tpot: float | None = None
     recovery: float = 0.95
     device_memory: int | str | None = None
     window: Window = dataclasses.field(default_factory=Window)
+    graph: bool = True
 
     def __post_init__(self):
         if self.tpot is not None and not self.tpot > 0:

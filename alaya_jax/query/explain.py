@@ -5,7 +5,6 @@ import html
 import re
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from alaya_jax.attention.engine import Counts
@@ -14,8 +13,8 @@ from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
 from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
-from alaya_jax.query.optimizer import Choice
-from alaya_jax.query.plan import Plan, Plans, of_layer
+from alaya_jax.query.choice import Choice
+from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -272,12 +271,6 @@ class Explanation:
     def _repr_html_(self) -> str:
         tables = "".join(table.to_html() for table in self.tables())
         return f"<div>{html.escape(self.heading)}</div>{tables}"
-
-
-def same_plans(one: Plans, other: Plans) -> bool:
-    """Whether they are equal; a beta may be an array."""
-    (ours, shape), (theirs, others) = jax.tree.flatten(one), jax.tree.flatten(other)
-    return shape == others and all(map(np.array_equal, ours, theirs))
 
 
 def planned_rows(plans: Plans, model: Model, choice: Choice | None) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The constants of a device for the cost model, measured with the engine itself, once.
 
-Three attention programs (`Full`, and a retrieval through `Flat` and through `Sketch`) run over
-random keys, at two lengths each and with few keys kept and many. The least of some calls counts:
-what the device does when nothing disturbs it. The result is kept in the cache directory, by device,
-JAX version and shape of the layer.
+Full attention, the exact scores, and a retrieval through `Sketch` run over random keys, at two
+lengths each and with few keys kept and many; where a graph is of interest, a search through one,
+with two ranges. The least of some calls counts: what the device does when
+nothing disturbs it. The result is kept in the cache directory, by device, JAX version and shape of
+the layer.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from alaya_jax.attention import engine
+from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.cache import PageTable
 from alaya_jax.checkpoint.bundled import cache_directory
-from alaya_jax.index import Sketch
+from alaya_jax.index import Flat, Graph, GraphLayer, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
+from alaya_jax.progress import progress_bar
 from alaya_jax.query import DIPR, Full, Window
 from alaya_jax.query.cost import Machine
-from alaya_jax.query.plan import Plan, plan_for
+from alaya_jax.query.plan import Plan
 
-SECONDS = 0.15
+SECONDS = 0.06
 """For which each program is called again and again, at least `_CALLS` times."""
 
-_CALLS = 5
+_CALLS = 4
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
+_COMPILERS = 4  # threads
+_WIDTHS = 4  # of the narrowest table: keys that caches do not hold
+_COPIES = 8  # of random keys, which are slow to draw
+_RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
-def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: int = 1) -> Machine:
+def machine_for(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    tensor: int = 1,
+    *,
+    graph: bool = False,
+    progress: bool = False,
+) -> Machine:
     """The constants for a model's layer on the default device: those kept, or measured now.
 
     Args:
@@ -46,6 +62,8 @@ def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: in
       dtype: of keys and values.
       page_size: Z.
       tensor: devices that the heads are split over.
+      graph: with those of a graph's search.
+      progress: shows a bar on stderr when it is a terminal and something is measured.
     """
     heads, kv_heads = config.num_attention_heads // tensor, config.num_key_value_heads // tensor
     shape = dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
@@ -54,8 +72,8 @@ def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: in
     key = " ".join(map(str, [*parts, page_size]))
     path = cache_directory() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     kept = _read(path, key)
-    if kept is None:
-        kept = measure(shape, dtype, page_size)
+    if kept is None or (graph and kept.walk is None):
+        kept = measure(shape, dtype, page_size, graph=graph, known=kept, progress=progress)
         _write(path, key, kept)
     return kept
 
@@ -74,70 +92,179 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def measure(config: LlamaConfig, dtype: Any, page_size: int = 16) -> Machine:
-    """Measures the default device for layers of this shape; takes some seconds."""
-    copy, matmul, weights = _rates(dtype)
-    window = Window(sink=page_size, recent=64)
-    pages, n = table_width(1), table_width(1) * page_size
-    few, many = n // 8, n
-    kv, d = config.num_key_value_heads, config.head_dim
-    rng = np.random.default_rng(0)
+def measure(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    *,
+    graph: bool = False,
+    known: Machine | None = None,
+    progress: bool = False,
+) -> Machine:
+    """Measures the default device for layers of this shape; takes some seconds.
 
-    def random(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
+    Args:
+      config: the shape.
+      dtype: of keys and values.
+      page_size: Z.
+      graph: measures a search of a graph, too.
+      known: what was measured without a graph; only that is measured now.
+      progress: shows a bar on stderr when it is a terminal.
+    """
+    bench = _Bench.create(config, dtype, page_size)
+    programs = (["full", "flat", "sketch"] if known is None else []) + ["graph"] * graph
+    steps = 2 * len(programs) + (known is None)
+    with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
+        # Compiling takes most of the time, and another thread does it while this one measures.
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            ready = {name: pool.submit(bench.compiled, name) for name in reversed(programs)}
+            for name in programs:
+                ready[name].result()
+                advance(1)
+        found = known
+        if found is None:
+            rates = dict(zip(("copy", "matmul", "weights"), _rates(dtype), strict=True))
+            advance(1)
+            terms = _terms(bench, ready["full"].result(), ready["flat"].result(),
+                           ready["sketch"].result(), advance)  # fmt: skip
+            found = Machine(device=device_name(), **rates, **terms)
+        if graph:
+            found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
+            advance(1)
+        return found
 
-    k, v = (jnp.asarray(random(kv, pages + 1, page_size, d), dtype) for _ in range(2))
+
+_Timed = Callable[[float, int, Any], tuple[float, engine.Counts]]
+"""(scale of the query, keys, beta or None) -> seconds of an attention program, and its counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """One layer's random keys, wider than caches, and a query.
+
+    Attributes:
+      config: the shape of the layer.
+      k, v: [K, P + 1, Z, D]; one page belongs to nobody.
+      q: float32 [1, 1, H, D], of standard normal channels.
+      window: what the programs attend to in any case.
+    """
+
+    config: LlamaConfig
+    k: jax.Array
+    v: jax.Array
+    q: np.ndarray
+    window: Window
+
+    @classmethod
+    def create(cls, config: LlamaConfig, dtype: Any, page_size: int) -> "_Bench":
+        pages = _WIDTHS * table_width(1)
+        shape = (config.num_key_value_heads, pages // _COPIES, page_size, config.head_dim)
+        rng = np.random.default_rng(0)
+        block = rng.standard_normal(shape, np.float32).astype(dtype)
+        k, v = (jax.device_put(_copies(x)) for x in (block, -block))
+        q = rng.standard_normal((1, 1, config.num_attention_heads, config.head_dim), np.float32)
+        return cls(config, k, v, q, Window(page_size, 64))
+
+    @property
+    def length(self) -> int:
+        """Keys."""
+        return (self.k.shape[1] - 1) * self.k.shape[2]
+
+    def compiled(self, name: str) -> _Timed:
+        """The program of that name."""
+        if name == "flat":
+            return self._scores()
+        plan, index = Plan(Full()), None
+        if name == "sketch":
+            plan = Plan(DIPR(recovery=0.95, window=self.window), Sketch())
+            index = self._sketch(Sketch())
+        elif name == "graph":
+            plan, index = Plan(DIPR(beta=0.0, window=self.window), Graph()), (self._graph(),)
+
+        def args(scale: float, length: int, beta: float | None = None) -> tuple:
+            query = plan.query if beta is None else DIPR(beta=beta, window=self.window)
+            ids = np.arange(1, self.k.shape[1], dtype=np.int32)[None]
+            table = PageTable(ids, np.full(1, length - 1, np.int32))
+            q = (scale * self.q).astype(self.k.dtype)
+            covered, one = np.full(1, length, np.int32), np.ones(1, np.int32)
+            asked = dataclasses.replace(plan, query=query)
+            return asked, q, self.k, self.v, table, one, index, covered
+
+        run = engine.attend.lower(*args(1.0, self.length)).compile()
+
+        def timed(scale: float, length: int, beta: float | None = None) -> tuple[float, Any]:
+            call = functools.partial(run, *args(scale, length, beta))
+            return _least(call), jax.tree.map(np.asarray, call()[1])
+
+        return timed
+
+    def _scores(self) -> _Timed:
+        """Exact scores of all keys: what `Flat` does before it chooses."""
+        group = self.config.group_size
+
+        @jax.jit
+        def scores(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array) -> jax.Array:
+            pages = Pages(k, v, jnp.arange(1, k.shape[1]))
+            return Flat().scan(q, pages, KeyRange(jnp.zeros_like(end), end)).estimate
+
+        def args(length: int) -> tuple:
+            q = self.q.reshape(len(self.k), group, 1, -1).astype(self.k.dtype)
+            return q, self.k, self.v, np.full(1, length, np.int32)
+
+        run = scores.lower(*args(self.length)).compile()
+        return lambda scale, length, beta: (_least(functools.partial(run, *args(length))), None)
+
+    def _sketch(self, index: Sketch) -> Any:
+        """Of the keys that are drawn; the others are copies of them."""
+        count, size = (self.k.shape[1] - 1) // _COPIES, self.k.shape[2]
+        pages = [np.asarray(x[:, : count + 1]) for x in map(np.asarray, (self.k, self.v))]
+        layer = index.create(self.config, count + 1, size, self.k.dtype)
+        ids, filled = np.arange(1, count + 1), np.full(count, size)
+        layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, *pages, ids, filled)
+        return jax.tree.map(lambda x: _copies(np.asarray(x)[:, 1:]), layer)
+
+    def _graph(self) -> GraphLayer:
+        """Neighbours at random."""
+        rng = np.random.default_rng(1)
+        heads, degree = self.config.num_key_value_heads, Graph().degree
+        near = rng.integers(0, self.length, (heads, self.length, degree), np.int32)
+        starts = near[:, : Graph().spec.starts, 0]
+        return GraphLayer(near, starts, np.int32(self.length))
+
+
+def _copies(pages: np.ndarray) -> np.ndarray:
+    """Pages [K, P, ...] again and again, behind one that belongs to nobody."""
+    return np.concatenate([pages[:, :1], *[pages] * _COPIES], axis=1)
+
+
+def _terms(
+    bench: _Bench, full: _Timed, flat: _Timed, sketch: _Timed, advance: Callable[[int], None]
+) -> dict[str, float]:
+    """The constants of all but a graph's search."""
+    n, few = bench.length, bench.length // 8
     # Scores of many deviations keep the best key only; of three, some percent of the keys.
-    q = random(1, 1, config.num_attention_heads, d)
-    sharp, broad = (jnp.asarray(x * q, dtype) for x in (1e3, 3.0))
-    ids = jnp.arange(1, pages + 1, dtype=jnp.int32)
-    whole = jnp.full(pages, page_size, jnp.int32)
-
-    def attend(plan: Plan, index: Any) -> Callable[[Any, int], tuple[float, float]]:
-        run = functools.partial(
-            engine.attend, plan, k_pages=k, v_pages=v, count=jnp.ones(1, jnp.int32), index=index
-        )
-
-        def at(q: Any, length: int) -> tuple[float, float]:
-            """Seconds, and keys read for the kv head that reads most."""
-            table = PageTable(ids[None], jnp.full(1, length - 1, jnp.int32))
-            call = functools.partial(run, q=q, table=table, covered=jnp.full(1, length, jnp.int32))
-            read = float(np.asarray(call()[1].read).max())
-            return _least(call), read
-
-        return at
-
-    asked = DIPR(recovery=0.95, window=window)
-    full = attend(Plan(Full()), None)
-    flat_plan = plan_for(asked, config, 1)
-    sketch_plan = plan_for(asked, config, 1 << 30)
-    assert isinstance(flat_plan, Plan)
-    assert isinstance(sketch_plan, Plan)
-    assert isinstance(sketch_plan.index, Sketch)
-    layer = sketch_plan.index.create(config, pages + 1, page_size, jnp.dtype(dtype))
-    layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, k, v, ids, whole)
-
-    per_full, call = _line(few, full(sharp, few)[0], many, full(sharp, many)[0])
-    flat, sketch = attend(flat_plan, None), attend(sketch_plan, layer)
-    by_index, rest = {}, []
+    sharp, broad = 1e3, 3.0
+    per_full, call = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
+    advance(1)
+    scans, rest = {}, 0.0
     for name, at in (("flat", flat), ("sketch", sketch)):
-        by_index[name], left = _line(few, at(sharp, few)[0], many, at(sharp, many)[0])
-        rest.append(left)
-    outside = window.sink + window.recent
-    select = max((np.mean(rest) - call - per_full * outside) / n, 0.0)
-    (least, low), (most, high) = sketch(sharp, many), sketch(broad, many)
-    gather = max(most - least, 0.0) / max(high - low, 1.0)
-    return Machine(
-        device=device_name(),
-        copy=copy,
-        matmul=matmul,
-        weights=weights,
-        call=call,
-        full=per_full,
-        select=float(select),
-        gather=gather,
-        **by_index,
-    )
+        scans[name], rest = _line(few, at(sharp, few, None)[0], n, at(sharp, n, None)[0])
+        advance(1)
+    outside = bench.window.sink + bench.window.recent
+    select = max((rest - call - per_full * outside) / n, 0.0)  # the sketch's
+    (least, low), (most, high) = sketch(sharp, n, None), sketch(broad, n, None)
+    read = float(high.read.max()) - float(low.read.max())
+    gather = max(most - least, 0.0) / max(read, 1.0)
+    return {"call": call, "full": per_full, "select": select, "gather": gather, **scans}
+
+
+def _graph_terms(bench: _Bench, graph: _Timed) -> dict[str, float]:
+    """The constants of a graph's search, by two ranges of scores."""
+    spread = float(np.sqrt(bench.config.head_dim))  # of the scores
+    least, few = graph(1.0, bench.length, 0.0)
+    most, many = graph(1.0, bench.length, _RANGE * spread)
+    visit, walk = _line(float(few.read.mean()), least, float(many.read.mean()), most)
+    return {"walk": walk, "visit": visit}
 
 
 def _line(x0: int, y0: float, x1: int, y1: float) -> tuple[float, float]:

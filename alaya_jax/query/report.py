@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from alaya_jax.query.analysis import analyze as analyze_last
-from alaya_jax.query.explain import Explanation, planned_rows, same_plans
-from alaya_jax.query.plan import Attention
+from alaya_jax.query.explain import Explanation, planned_rows
+from alaya_jax.query.plan import Attention, same_plans
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session

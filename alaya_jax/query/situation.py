@@ -9,9 +9,10 @@ import numpy as np
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import calibration
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.cost import Workload
+from alaya_jax.query.choice import Choice
+from alaya_jax.query.cost import Machine, Workload
 from alaya_jax.query.machine import machine_for
-from alaya_jax.query.optimizer import Choice, choose
+from alaya_jax.query.optimizer import GRAPH_FROM, choose
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -36,6 +37,7 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
             ("context", model.rules.axis("pages", model.mesh)),
         )
     }
+    graph, known = session.known_graph() if split["context"] == 1 else (None, 0)
     work = Workload(
         config=model.config,
         dtype=model.dtype,
@@ -44,10 +46,12 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
         page_size=pool.page_size,
         pool_tokens=pool.num_pages * pool.page_size,
         weight_bytes=weights,
+        graph=graph,
+        graph_length=known,
         **split,
     )
     found = calibration.find(model.fingerprint, model.directory)
-    machine = machine_for(model.config, model.dtype, pool.page_size, split["tensor"])
+    machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
 
 
@@ -77,10 +81,22 @@ def choose_before(
     weights = parameters * item
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * item
-    work = Workload(config, np.dtype(dtype), length, batch, weight_bytes=weights)
+    # Of all but the window a graph might be built.
+    covered = max(length - int(auto.window.recent), 0)
+    work = Workload(
+        config, np.dtype(dtype), length, batch, weight_bytes=weights, graph_length=covered
+    )
     found = calibration.find(fingerprint, directory)
-    machine = machine_for(config, dtype, work.page_size)
+    machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, None))
+
+
+def _machine(work: Workload, progress: bool) -> Machine:
+    """This machine's constants; those of a graph where there is one, or might well be."""
+    graph = work.graph is not None or work.graph_length >= GRAPH_FROM
+    return machine_for(
+        work.config, work.dtype, work.page_size, work.tensor, graph=graph, progress=progress
+    )
 
 
 def default_dtype(stored: dict[str, int]) -> str:

@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def machine(monkeypatch):
     """Retrieval is always faster here than to read every key."""
-    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *args: MACHINE)
+    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *_, **__: MACHINE)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from alaya_jax.models import LlamaConfig
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.calibration import Calibration, assumed
 from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds
-from alaya_jax.query.optimizer import alayadb_rules, choose
+from alaya_jax.query.optimizer import choose
 from alaya_jax.query.plan import plan_for
+from alaya_jax.query.rules import alayadb_rules
 
 CONFIG = LlamaConfig(
     vocab_size=1000,
@@ -67,7 +68,10 @@ def calibration():
         queries=(8, 8),
         keys=np.broadcast_to(keys / 2, (3, 2, 4, 32)),
         read=np.broadcast_to(keys, (3, 2, 4, 8)),
-        beta=np.ones((3, 4, 32)),
+        beta=np.broadcast_to(np.array([10.0, 20.0, 30.0])[:, None, None], (3, 4, 32)),
+        ranges=(0.0, 40.0),
+        within=np.broadcast_to(np.array([0.0, 100.0])[:, None, None, None], (2, 2, 4, 32)),
+        within_read=np.broadcast_to(np.array([0.0, 300.0])[:, None, None, None], (2, 2, 4, 8)),
     )
 
 
