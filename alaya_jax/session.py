@@ -24,9 +24,10 @@ from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.choice import Choice
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.plan import Attention, Plan, Plans, indexes_of, of_layer, plan_for
+from alaya_jax.query.plan import Attention, Plans, indexes_of, of_layer, plan_for
+from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
-from alaya_jax.query.situation import choose_for
+from alaya_jax.query.situation import choose_for, choose_prefill_for
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Session:
         """Finds another context's graph where a sequence's own has none, and how far it goes."""
         self.choice: Choice | None = None
         """What `Auto` chose last, and why."""
+        self.prefill_choice: PrefillChoice | None = None
+        """The same for a prefill."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -180,7 +183,8 @@ class Session:
     def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
 
-        A prefill reads each key for many queries at once, so `Auto` has it read every key.
+        A prefill reads each key for many queries at once: `Auto` has it read every key, or blocks
+        of them, as its `prefill` says.
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none.
@@ -188,7 +192,8 @@ class Session:
 
         def choose(auto: Auto) -> Plans:
             if prefill:
-                return Plan(Full())
+                self.prefill_choice = choose_prefill_for(auto, self, length)
+                return self.prefill_choice.plan
             self.choice = choose_for(auto, self, length)
             return self.choice.plans
 

@@ -15,6 +15,7 @@ from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
 from alaya_jax.query.choice import Choice
 from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
+from alaya_jax.query.prefill import PrefillChoice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,6 +169,7 @@ class Explanation:
       planned: what would run, one row a layer; see `planned_rows`.
       choice: why, where `Auto` chose.
       analysis: one token's attention run again, where that was asked for.
+      prefill: why a prefill did what it did, where `Auto` chose.
     """
 
     tokens: list[int]
@@ -177,6 +179,7 @@ class Explanation:
     planned: list[dict[str, Any]] | None = None
     choice: Choice | None = None
     analysis: Analysis | None = None
+    prefill: PrefillChoice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -187,6 +190,7 @@ class Explanation:
             "phases": {name: reads.to_dict() for name, reads in self.phases.items()},
             "planned": self.planned,
             "choice": self.choice and self.choice.to_dict(),
+            "prefill_choice": self.prefill and self.prefill.to_dict(),
             "analysis": self.analysis and self.analysis.to_dict(),
         }
 
@@ -247,7 +251,8 @@ class Explanation:
 
     def tables(self) -> list[show.Table]:
         """One for each phase, or of the plan; and of the analysis."""
-        found = [_reads_table(name, reads) for name, reads in self.phases.items()]
+        why = {"prefill": self.prefill.reason} if self.prefill else {}
+        found = [_reads_table(name, reads, why.get(name)) for name, reads in self.phases.items()]
         if self.planned is not None:
             found.append(_planned_table(self.planned, self.choice))
         if self.analysis is not None:
@@ -297,7 +302,7 @@ def _plan_fields(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _reads_table(name: str, reads: Reads) -> show.Table:
+def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     d = reads.to_dict()
     index = f"index {d['index']}" if d["index"] else "no index"
     share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
@@ -310,6 +315,8 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
         f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
         f"attended ({share:.1%})"
     ]
+    if why is not None:
+        notes.append(why)
     if d["searches_widened"]:
         notes.append(
             f"{d['searches_widened']:,} searches (of a token, head and layer) met more than they "

@@ -31,9 +31,10 @@ from alaya_jax.index import Flat, Graph, GraphLayer, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
 from alaya_jax.progress import progress_bar
-from alaya_jax.query import DIPR, Full, Window
+from alaya_jax.query import DIPR, Full, Tiles, Window
 from alaya_jax.query.cost import Machine
 from alaya_jax.query.plan import Plan
+from alaya_jax.query.prefill import PrefillMachine
 
 SECONDS = 0.06
 """For which each program is called again and again, at least `_CALLS` times."""
@@ -43,6 +44,7 @@ _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than cach
 _COMPILERS = 4  # threads
 _WIDTHS = 4  # of the narrowest table: keys that caches do not hold
 _COPIES = 8  # of random keys, which are slow to draw
+_QUERIES = 128  # of a prefill
 _RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
@@ -65,17 +67,46 @@ def machine_for(
       graph: with those of a graph's search.
       progress: shows a bar on stderr when it is a terminal and something is measured.
     """
+    shape = _share(config, tensor)
+    path, key = _place(shape, dtype, page_size, "")
+    known = _read(Machine, path, key)
+    if known is None or (graph and known.walk is None):
+        known = measure(shape, dtype, page_size, graph=graph, known=known, progress=progress)
+        _write(path, key, known)
+    return known
+
+
+def prefill_for(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    tensor: int = 1,
+    *,
+    progress: bool = False,
+) -> PrefillMachine:
+    """`machine_for` of a prefill's constants."""
+    shape = _share(config, tensor)
+    path, key = _place(shape, dtype, page_size, "prefill ")
+    known = _read(PrefillMachine, path, key)
+    if known is None:
+        known = measure_prefill(shape, dtype, page_size, progress=progress)
+        _write(path, key, known)
+    return known
+
+
+def _share(config: LlamaConfig, tensor: int) -> LlamaConfig:
+    """The shape of a device's heads."""
     heads, kv_heads = config.num_attention_heads // tensor, config.num_key_value_heads // tensor
-    shape = dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    device = device_name()
-    parts = [device, jax.__version__, np.dtype(dtype).name, heads, kv_heads, config.head_dim]
-    key = " ".join(map(str, [*parts, page_size]))
-    path = cache_directory() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    kept = _read(path, key)
-    if kept is None or (graph and kept.walk is None):
-        kept = measure(shape, dtype, page_size, graph=graph, known=kept, progress=progress)
-        _write(path, key, kept)
-    return kept
+    return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
+
+
+def _place(config: LlamaConfig, dtype: Any, page_size: int, kind: str) -> tuple[Path, str]:
+    """The file, and what is written in it to say of what it is."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    parts = [device_name(), jax.__version__, np.dtype(dtype).name, heads, kv_heads, config.head_dim]
+    key = kind + " ".join(map(str, [*parts, page_size]))
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return cache_directory() / "machine" / name, key
 
 
 def device_name() -> str:
@@ -132,6 +163,39 @@ def measure(
             found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
             advance(1)
         return found
+
+
+def measure_prefill(
+    config: LlamaConfig, dtype: Any, page_size: int = 16, *, progress: bool = False
+) -> PrefillMachine:
+    """Measures a block of queries over all keys: in full, by lists of all blocks, and of few."""
+    bench = _Bench.create(config, dtype, page_size)
+    n = bench.length
+    rng = np.random.default_rng(2)
+    shape = (1, _QUERIES, config.num_attention_heads, config.head_dim)
+    q = jnp.asarray(rng.standard_normal(shape, np.float32), bench.k.dtype)
+    table = PageTable(np.arange(1, bench.k.shape[1], dtype=np.int32)[None],
+                      np.full(1, n - _QUERIES, np.int32))  # fmt: skip
+    rest = q, bench.k, bench.v, table, np.full(1, _QUERIES, np.int32)
+    full, tiles = Plan(Full()), Plan(Tiles(recovery=1.0))
+    few = Plan(Tiles(recovery=1e-3))
+    with progress_bar("measuring this machine", 4, "steps", show=progress) as advance:
+        with ThreadPoolExecutor(2) as pool:
+            plans = (tiles, full)
+            run = pool.map(lambda plan: engine.attend.lower(plan, *rest).compile(), plans)
+            of_tiles, of_full = run
+        advance(1)
+        seconds, share = {}, {}
+        for name, call in (
+            ("full", functools.partial(of_full, full, *rest)),
+            ("all", functools.partial(of_tiles, tiles, *rest)),
+            ("few", functools.partial(of_tiles, few, *rest)),
+        ):
+            seconds[name] = _least(call) / (_QUERIES * n)
+            share[name] = float(np.asarray(call()[1].scored).mean()) / n
+            advance(1)
+    tile, select = _line(share["few"], seconds["few"], share["all"], seconds["all"])
+    return PrefillMachine(device_name(), seconds["full"], tile, select)
 
 
 _Timed = Callable[[float, int, Any], tuple[float, engine.Counts]]
@@ -303,20 +367,21 @@ def _least(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def _read(path: Path, key: str) -> Machine | None:
+def _read(kind: type[Any], path: Path, key: str) -> Any:
     """What is kept; None where there is nothing, or not all that is wanted now."""
     try:
         data = json.loads(path.read_text())
-        return Machine(**data["machine"]) if data["of"] == key else None
+        return kind(**data["machine"]) if data["of"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measured again
 
 
-def _write(path: Path, key: str, machine: Machine) -> None:
+def _write(path: Path, key: str, machine: Machine | PrefillMachine) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"of": key, "machine": machine.to_dict()}, indent=1))
+        data = {"of": key, "machine": dataclasses.asdict(machine)}
+        part.write_text(json.dumps(data, indent=1))
         part.replace(path)
     except OSError:
         pass  # a cache that cannot be written is measured anew next time

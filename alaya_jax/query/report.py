@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from alaya_jax.query.analysis import analyze as analyze_last
 from alaya_jax.query.explain import Explanation, planned_rows
 from alaya_jax.query.plan import Attention, same_plans
+from alaya_jax.query.prefill import PrefillChoice
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -31,5 +32,14 @@ def report(
         phases=dict(reads),
         planned=planned_rows(plans, session.model, choice) if would_run else None,
         choice=choice,
+        prefill=_prefill_choice(session),
         analysis=analyze_last(session, plans, sequence) if analyze else None,
     )
+
+
+def _prefill_choice(session: "Session") -> PrefillChoice | None:
+    """What `Auto` chose for the prefill that ran, where it had a choice."""
+    choice, ran = session.prefill_choice, session.reads.get("prefill")
+    if choice is None or ran is None or not choice.others:
+        return None
+    return choice if same_plans(choice.plan, ran.plans) else None

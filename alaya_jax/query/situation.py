@@ -1,5 +1,6 @@
 """What the optimizer is told of a session, or of a model that is not loaded yet."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +8,17 @@ import jax
 import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import calibration
+from alaya_jax.query import Full, calibration
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.choice import Choice
 from alaya_jax.query.cost import Machine, Workload
-from alaya_jax.query.machine import machine_for
+from alaya_jax.query.machine import machine_for, prefill_for
 from alaya_jax.query.optimizer import GRAPH_FROM, choose
+from alaya_jax.query.plan import Plan
+from alaya_jax.query.prefill import PrefillChoice, choose_prefill
 
 if TYPE_CHECKING:
+    from alaya_jax.model import Model
     from alaya_jax.session import Session
 
 
@@ -30,14 +34,8 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     if not model.config.tie_word_embeddings:  # a token reads one row of it
         weights -= model.params["embed"]["embedding"].nbytes
-    split = {
-        part: model.mesh.shape[axis] if model.mesh and axis else 1
-        for part, axis in (
-            ("tensor", model.rules.axis("kv_heads", model.mesh)),
-            ("context", model.rules.axis("pages", model.mesh)),
-        )
-    }
-    graph, known = session.known_graph() if split["context"] == 1 else (None, 0)
+    tensor, context = _split(model)
+    graph, known = session.known_graph() if context == 1 else (None, 0)
     work = Workload(
         config=model.config,
         dtype=model.dtype,
@@ -48,11 +46,34 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
         weight_bytes=weights,
         graph=graph,
         graph_length=known,
-        **split,
+        tensor=tensor,
+        context=context,
     )
     found = calibration.find(model.fingerprint, model.directory)
     machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
+
+
+def choose_prefill_for(auto: Auto, session: "Session", length: int) -> PrefillChoice:
+    """What `auto` means for the tokens that a session's sequences lack of such a length."""
+    model = session.model
+    if auto.prefill == "dense":
+        return PrefillChoice(Plan(Full()), 0.0, {})
+    tensor, context = _split(model)
+    machine = prefill_for(model.config, model.dtype, session.pool.page_size, tensor, progress=True)
+    layers, known = model.config.num_hidden_layers, min(session.lengths)
+    # Each device scores its share of the keys.
+    of_all = dataclasses.replace(
+        machine, **{f: getattr(machine, f) / context for f in ("full", "tile", "select")}
+    )
+    return choose_prefill(auto, layers, of_all, known, length)
+
+
+def _split(model: "Model") -> tuple[int, int]:
+    """Devices that heads and keys are split over."""
+    axes = (model.rules.axis(name, model.mesh) for name in ("kv_heads", "pages"))
+    heads, pages = (model.mesh.shape[axis] if model.mesh and axis else 1 for axis in axes)
+    return heads, pages
 
 
 def choose_before(
