@@ -108,7 +108,7 @@ def calibrate(
         for n, parts in found.items()
         if parts
     }
-    keys, read, within, within_read = (
+    keys, read, in_range, read_in_range = (
         np.stack([x[i].mean(-1).swapaxes(0, 1) for x in joined.values()], axis=1)
         for i in (0, 1, 3, 4)
     )
@@ -124,8 +124,8 @@ def calibrate(
         read=read,
         beta=np.quantile(beta, SURE, axis=-1).swapaxes(0, 1),
         ranges=ranges,
-        within=within,
-        within_read=within_read,
+        in_range=in_range,
+        read_in_range=read_in_range,
     )
     if save:
         keep(result, model.directory)

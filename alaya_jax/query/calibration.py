@@ -7,6 +7,7 @@ the attention mass, by exact scores, beside a window; and how many keys lie with
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from alaya_jax.errors import RequestError
 from alaya_jax.query import Window, show
 from alaya_jax.query.cost import Kept
 
-_ARRAYS = ("keys", "read", "beta", "within", "within_read")
+_ARRAYS = ("keys", "read", "beta", "in_range", "read_in_range")
 SURE = 0.95
 """Share of the queries for which `Calibration.beta` keeps its recovery."""
 
@@ -43,8 +44,8 @@ class Calibration:
       beta: float [R, L, H], the range of scores that keeps the share for `SURE` of the queries of
         all lengths: for `DIPR(beta=calibration.beta_for(layer, recovery))`.
       ranges: [J] ranges of scores, ascending.
-      within: float [J, N, L, H], keys of a query head within each range of its best score.
-      within_read: float [J, N, L, K], keys that are so for any query head of a kv head.
+      in_range: float [J, N, L, H], keys of a query head within each range of its best score.
+      read_in_range: float [J, N, L, K], keys that are so for any query head of a kv head.
     """
 
     model: str
@@ -57,8 +58,8 @@ class Calibration:
     read: np.ndarray
     beta: np.ndarray
     ranges: tuple[float, ...]
-    within: np.ndarray
-    within_read: np.ndarray
+    in_range: np.ndarray
+    read_in_range: np.ndarray
 
     def kept(self, layer: int, recovery: float, length: int) -> Kept:
         """Keys outside the window at this recovery and length.
@@ -71,35 +72,13 @@ class Calibration:
             self._at(self.read[:, :, layer].max(-1), recovery, length),
         )
 
-    def within_range(self, layer: int, beta: np.ndarray, length: int) -> Kept:
-        """Keys outside the window that score within a range of the best, at this length.
+    def within(self, layer: int, recovery: float, length: int) -> Kept:
+        """Keys outside the window within the range `beta_near` of the best score, at this length.
 
         `read` is of a kv head in the mean, unlike that of `kept`: for a search that serves the
         query heads of each together.
-
-        Args:
-          layer: from 0.
-          beta: [H], a range for each query head.
-          length: keys seen.
         """
-        heads = range(len(beta))
-        by_head = np.array([self._by_range(self.within[:, :, layer, h], beta[h]) for h in heads])
-        # Those of a group overlap as they do where all its heads have the same range.
-        groups = self.within_read.shape[-1]
-        mean = np.asarray(beta).reshape(groups, -1).mean(-1)
-        by_group = by_head.reshape(groups, -1, by_head.shape[-1]).sum(1)
-        for group in range(groups):
-            union = self._by_range(self.within_read[:, :, layer, group], mean[group])
-            size = by_head.shape[0] // groups
-            alone = range(group * size, (group + 1) * size)
-            apart = sum(self._by_range(self.within[:, :, layer, h], mean[group]) for h in alone)
-            by_group[group] *= union / np.maximum(apart, 1e-9)
-        return Kept(*(self._grown(np.log1p(x.mean(0)), length) for x in (by_head, by_group)))
-
-    def _by_range(self, counts: np.ndarray, beta: float) -> np.ndarray:
-        """Of counts [J, N], between ranges."""
-        logs = np.log1p(counts)
-        return np.expm1([np.interp(beta, self.ranges, column) for column in logs.T])
+        return Kept(*(self._grown(x, length) for x in _in_range(self, layer, recovery)))
 
     def _at(self, counts: np.ndarray, recovery: float, length: int) -> float:
         """Of counts [R, N]."""
@@ -269,6 +248,33 @@ def find(fingerprint: str, directory: Path | None) -> Calibration | None:
     found = (p for p in places(fingerprint, directory) if p.is_file())
     path = next(found, None)
     return None if path is None else Calibration.load(path)
+
+
+@functools.lru_cache(maxsize=1024)  # asked again at each length
+def _in_range(
+    calibration: Calibration, layer: int, recovery: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """log1p of the keys [N] in the range `beta_near`: of a query head, and of a kv head."""
+    beta = calibration.beta_near(layer, recovery)
+    if beta is None:
+        raise RequestError(
+            f"recovery {recovery}: at most {calibration.recoveries[-1]} was measured"
+        )
+
+    def at(counts: np.ndarray, beta: float) -> np.ndarray:
+        """[N], of counts [J, N]."""
+        logs = np.log1p(counts)
+        return np.expm1([np.interp(beta, calibration.ranges, column) for column in logs.T])
+
+    heads, groups = calibration.in_range[:, :, layer], calibration.read_in_range[:, :, layer]
+    alone = np.array([at(heads[:, :, h], x) for h, x in enumerate(beta)])  # [H, N]
+    together, mean = [], beta.reshape(groups.shape[-1], -1).mean(-1)
+    for group, members in enumerate(np.arange(len(beta)).reshape(len(mean), -1)):
+        # Those of a group overlap as they do where all its heads have the same range.
+        apart = sum(at(heads[:, :, h], mean[group]) for h in members)
+        overlap = at(groups[:, :, group], mean[group]) / np.maximum(apart, 1e-9)
+        together.append(alone[members].sum(0) * overlap)
+    return np.log1p(alone.mean(0)), np.log1p(np.mean(together, axis=0))
 
 
 def _through(x: Sequence[float], y: np.ndarray, at: float) -> float:

@@ -308,7 +308,8 @@ def _terms(
     n, few = bench.length, bench.length // 8
     # Scores of many deviations keep the best key only; of three, some percent of the keys.
     sharp, broad = 1e3, 3.0
-    per_full, call = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
+    call = full(sharp, bench.k.shape[2], None)[0]  # a page: nothing to speak of
+    per_full, _ = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
     advance(1)
     scans, rest = {}, 0.0
     for name, at in (("flat", flat), ("sketch", sketch)):

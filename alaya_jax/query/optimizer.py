@@ -108,7 +108,7 @@ def options(
         if auto.graph and work.graph and machine.walk is not None and calibration is not None:
             beta = calibration.beta_near(layer, auto.recovery)
             if beta is not None:
-                found = calibration.within_range(layer, beta, work.length)
+                found = calibration.within(layer, auto.recovery, work.length)
                 plans["Graph()"] = Plan(DIPR(beta=beta, window=auto.window), work.graph), found
     return {
         name: Option(plan, cost(plan, work, machine, kept), kept)
@@ -128,10 +128,14 @@ def _cheapest(
     fastest = [min(of, key=lambda name, of=of: of[name].seconds) for of in found]
     names = list(fastest)
     if limit is not None:
-        over = work.kv_bytes + sum(of[n].cost.memory for of, n in zip(found, names, strict=True))
-        while over > limit:
+        taken = work.kv_bytes + sum(of[n].cost.memory for of, n in zip(found, names, strict=True))
+        while taken > limit:
             _, layer, name = min(_lighter(found, names))
-            over -= found[layer][names[layer]].cost.memory - found[layer][name].cost.memory
+            taken += _more(found[layer], names[layer], name)
+            names[layer] = name
+        while ways := _faster(found, names, limit - taken):  # what room is left is used
+            _, layer, name = min(ways)
+            taken += _more(found[layer], names[layer], name)
             names[layer] = name
     return tuple(
         _layer_choice(name, of, name != best)
@@ -144,10 +148,25 @@ def _lighter(found: list[Options], names: list[str]) -> list[tuple[float, int, s
     ways = []
     for layer, (of, now) in enumerate(zip(found, names, strict=True)):
         for name, other in of.items():
-            saved = of[now].cost.memory - other.cost.memory
+            saved = -_more(of, now, name)
             if saved > 0:
                 ways.append(((other.seconds - of[now].seconds) / saved, layer, name))
     return ways
+
+
+def _faster(found: list[Options], names: list[str], room: int) -> list[tuple[float, int, str]]:
+    """Ways to take less time within so many bytes more: seconds, less than 0, the layer, how."""
+    return [
+        (other.seconds - of[now].seconds, layer, name)
+        for layer, (of, now) in enumerate(zip(found, names, strict=True))
+        for name, other in of.items()
+        if other.seconds < of[now].seconds and _more(of, now, name) <= room
+    ]
+
+
+def _more(of: Options, now: str, then: str) -> int:
+    """Bytes that one plan takes more than another."""
+    return of[then].cost.memory - of[now].cost.memory
 
 
 def _layer_choice(name: str, of: Options, squeezed: bool) -> LayerChoice:
