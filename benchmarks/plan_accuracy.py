@@ -140,12 +140,14 @@ def by_layer(shape: str, known: Machine, lengths: list[int], rounds: int, put) -
     for n in lengths:
         layer = Layer(config, n, turns=4)
         found = measure(layer, rounds)
-        work = Workload(config, np.dtype(np.float32), n, graph=Graph(), graph_length=n)
+        work = Workload(
+            config, np.dtype(np.float32), n, graph=Graph(), graph_length=n, pool_tokens=2**20
+        )  # tables as wide as they come
         for name, plan in layer.plans().items():
             kept = layer.in_range() if name == "Graph" else found[name]["kept"]
             seconds, guess = found[name]["seconds"], cost(plan, work, known, kept).seconds
             measured[n, name], predicted[n, name] = seconds, guess
-            row = {"keys": round(kept.attended), "read": round(kept.read)}
+            row = {} if name == "Full" else {"keys": round(kept.attended), "read": round(kept.read)}
             if name == "Graph":
                 row["visited"] = round(float(found[name]["read"].mean()))
                 row["visited_predicted"] = round(visited(Graph(), n - 640, kept.read))
@@ -165,7 +167,9 @@ def chosen(put, what: str, seconds: dict, guess: dict, **row) -> None:
 
 
 def crossing(seconds: dict, lengths: list[int], name: str) -> int | None:
-    """Where a plan's time falls below `Full`'s for good, linear in logarithms; None: nowhere."""
+    """Where a plan's time falls below `Full`'s for good, linear in logarithms; None: nowhere; the
+    shortest length measured: there or before.
+    """
     points = [
         (np.log2(n), np.log(seconds[n, "Full"] / seconds[n, name]))
         for n in lengths
@@ -174,7 +178,7 @@ def crossing(seconds: dict, lengths: list[int], name: str) -> int | None:
     for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(points))):
         if y0 < 0 <= y1:
             return round(float(2 ** (x0 - y0 * (x1 - x0) / (y1 - y0))))
-    return None
+    return round(2 ** points[0][0]) if points and points[0][1] >= 0 else None
 
 
 def by_step(known: Machine, rounds: int, put) -> None:
@@ -233,7 +237,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=machine.SECONDS,
-                        help="seconds of each constant; more where the machine is not quiet")  # fmt: skip
+                        help="seconds for each constant; more on a busy machine")  # fmt: skip
     parser.add_argument("--json", action="store_true", help=f"also into {RESULTS.name}")
     given = parser.parse_args()
     machine.SECONDS = given.patience

@@ -4,7 +4,7 @@ The model has one term for each part of a decode step (attention/engine.py):
 
   Full        call + full * n
   Window      call + full * w
-  retrieval   call + full * w + scan * (n - w) + select * S + gather * r
+  retrieval   call + find + full * w + scan * (n - w) + select * S + gather * r
   graph       call + full * w + walk + visit * visited(r) + a mark for each key of the graph
 
 n keys, w of them in the window, S columns of the page table (a table comes in few widths, and
@@ -101,6 +101,7 @@ class Machine:
       flat, sketch: seconds a key to score it, from the key itself and from 4 bits a channel.
       select: seconds a column of the page table to choose among scores.
       gather: seconds a key kept, of all kv heads at once, to read and attend to it.
+      find: seconds of a retrieval beside all that grows with keys.
       walk: seconds of a search of a graph beside what it scores; None: not measured.
       visit: seconds a key scored by that search, of each kv head, values of what it finds included.
     """
@@ -115,6 +116,7 @@ class Machine:
     sketch: float
     select: float
     gather: float
+    find: float = 0.0
     walk: float | None = None
     visit: float | None = None
 
@@ -201,7 +203,7 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
     held = -(-work.held // work.page_size // work.context)
     width = min(table_width(-(-n // work.page_size), work.context), held)
     columns = work.page_size * width
-    seconds += scan * max(n - size, 0) + machine.select * columns
+    seconds += machine.find + scan * max(n - size, 0) + machine.select * columns
     seconds += machine.gather * read / work.context
     total = scanned * outside + 2.0 * key * (read + size)
     return Cost(work.batch * seconds, work.batch * total, memory)
@@ -219,7 +221,8 @@ def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: 
     marks = _MARK * heads / work.tensor * known / machine.copy
     seconds = machine.call + machine.full * inside + machine.walk + machine.visit * met + marks
     if kept.read > index.capacity:  # such searches are answered by the scan of all keys
-        seconds += machine.flat * outside + machine.gather * min(kept.read, outside)
+        seconds += machine.find + machine.flat * outside
+        seconds += machine.gather * min(kept.read, outside)
     item = work.key_bytes / heads
     row = 4 * index.degree
     read = (

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,12 +37,12 @@ from alaya_jax.query.cost import Machine
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.prefill import PrefillMachine
 
-SECONDS = 0.06
+SECONDS = 0.04
 """For which each program is called again and again, at least `_CALLS` times."""
 
 _CALLS = 4
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
-_COMPILERS = 4  # threads
+_COMPILERS = 2  # threads
 _WIDTHS = 4  # of the narrowest table: keys that caches do not hold
 _COPIES = 8  # of random keys, which are slow to draw
 _QUERIES = 128  # of a prefill
@@ -143,21 +144,21 @@ def measure(
       progress: shows a bar on stderr when it is a terminal.
     """
     bench = _Bench.create(config, dtype, page_size)
-    programs = (["full", "flat", "sketch"] if known is None else []) + ["graph"] * graph
+    programs = ["sketch"] * (known is None) + ["graph"] * graph
+    programs += ["full", "flat", "narrow"] if known is None else []
     steps = 2 * len(programs) + (known is None)
     with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
-        # Compiling takes most of the time, and another thread does it while this one measures.
+        # Compiling takes most of the time.
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            ready = {name: pool.submit(bench.compiled, name) for name in reversed(programs)}
-            for name in programs:
-                ready[name].result()
+            ready = {name: pool.submit(bench.compiled, name) for name in programs}
+            for program in ready.values():
+                program.result()
                 advance(1)
         found = known
         if found is None:
             rates = dict(zip(("copy", "matmul", "weights"), _rates(dtype), strict=True))
             advance(1)
-            terms = _terms(bench, ready["full"].result(), ready["flat"].result(),
-                           ready["sketch"].result(), advance)  # fmt: skip
+            terms = _terms(bench, {name: x.result() for name, x in ready.items()}, advance)
             found = Machine(device=device_name(), **rates, **terms)
         if graph:
             found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
@@ -211,6 +212,7 @@ class _Bench:
       k, v: [K, P + 1, Z, D]; one page belongs to nobody.
       q: float32 [1, 1, H, D], of standard normal channels.
       window: what the programs attend to in any case.
+      building: held by the thread that makes the sketch.
     """
 
     config: LlamaConfig
@@ -218,6 +220,7 @@ class _Bench:
     v: jax.Array
     q: np.ndarray
     window: Window
+    building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @classmethod
     def create(cls, config: LlamaConfig, dtype: Any, page_size: int) -> "_Bench":
@@ -238,23 +241,25 @@ class _Bench:
         """The program of that name."""
         if name == "flat":
             return self._scores()
-        plan, index = Plan(Full()), None
-        if name == "sketch":
+        plan, index, pages = Plan(Full()), None, self.k.shape[1] - 1
+        if name in ("sketch", "narrow"):
             plan = Plan(DIPR(recovery=0.95, window=self.window), Sketch())
-            index = self._sketch(Sketch())
+            with self.building:
+                index = self._sketch
+            pages = table_width(1) if name == "narrow" else pages
         elif name == "graph":
             plan, index = Plan(DIPR(beta=0.0, window=self.window), Graph()), (self._graph(),)
 
         def args(scale: float, length: int, beta: float | None = None) -> tuple:
             query = plan.query if beta is None else DIPR(beta=beta, window=self.window)
-            ids = np.arange(1, self.k.shape[1], dtype=np.int32)[None]
+            ids = np.arange(1, pages + 1, dtype=np.int32)[None]
             table = PageTable(ids, np.full(1, length - 1, np.int32))
             q = (scale * self.q).astype(self.k.dtype)
             covered, one = np.full(1, length, np.int32), np.ones(1, np.int32)
             asked = dataclasses.replace(plan, query=query)
             return asked, q, self.k, self.v, table, one, index, covered
 
-        run = engine.attend.lower(*args(1.0, self.length)).compile()
+        run = engine.attend.lower(*args(1.0, pages * self.k.shape[2])).compile()
 
         def timed(scale: float, length: int, beta: float | None = None) -> tuple[float, Any]:
             call = functools.partial(run, *args(scale, length, beta))
@@ -278,11 +283,12 @@ class _Bench:
         run = scores.lower(*args(self.length)).compile()
         return lambda scale, length, beta: (_least(functools.partial(run, *args(length))), None)
 
-    def _sketch(self, index: Sketch) -> Any:
+    @functools.cached_property
+    def _sketch(self) -> Any:
         """Of the keys that are drawn; the others are copies of them."""
         count, size = (self.k.shape[1] - 1) // _COPIES, self.k.shape[2]
         pages = [np.asarray(x[:, : count + 1]) for x in map(np.asarray, (self.k, self.v))]
-        layer = index.create(self.config, count + 1, size, self.k.dtype)
+        layer = Sketch().create(self.config, count + 1, size, self.k.dtype)
         ids, filled = np.arange(1, count + 1), np.full(count, size)
         layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, *pages, ids, filled)
         return jax.tree.map(lambda x: _copies(np.asarray(x)[:, 1:]), layer)
@@ -302,25 +308,39 @@ def _copies(pages: np.ndarray) -> np.ndarray:
 
 
 def _terms(
-    bench: _Bench, full: _Timed, flat: _Timed, sketch: _Timed, advance: Callable[[int], None]
+    bench: _Bench, programs: dict[str, _Timed], advance: Callable[[int], None]
 ) -> dict[str, float]:
     """The constants of all but a graph's search."""
-    n, few = bench.length, bench.length // 8
+    n, few, size = bench.length, bench.length // 8, bench.k.shape[2]
+    full, flat, sketch, narrow = (programs[x] for x in ("full", "flat", "sketch", "narrow"))
     # Scores of many deviations keep the best key only; of three, some percent of the keys.
     sharp, broad = 1e3, 3.0
-    call = full(sharp, bench.k.shape[2], None)[0]  # a page: nothing to speak of
+    call = full(sharp, size, None)[0]  # a page: nothing to speak of
     per_full, _ = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
     advance(1)
-    scans, rest = {}, 0.0
-    for name, at in (("flat", flat), ("sketch", sketch)):
-        scans[name], rest = _line(few, at(sharp, few, None)[0], n, at(sharp, n, None)[0])
-        advance(1)
-    outside = bench.window.sink + bench.window.recent
-    select = max((rest - call - per_full * outside) / n, 0.0)  # the sketch's
+    per_flat, _ = _line(few, flat(sharp, few, None)[0], n, flat(sharp, n, None)[0])
+    advance(1)
+    wide = sketch(sharp, few, None)[0]
     (least, low), (most, high) = sketch(sharp, n, None), sketch(broad, n, None)
+    per_sketch, rest = _line(few, wide, n, least)
     read = float(high.read.max()) - float(low.read.max())
     gather = max(most - least, 0.0) / max(read, 1.0)
-    return {"call": call, "full": per_full, "select": select, "gather": gather, **scans}
+    advance(1)
+    # The same keys in a table a part as wide.
+    columns = table_width(1) * size
+    select, _ = _line(columns, narrow(sharp, few, None)[0], n, wide)
+    outside = bench.window.sink + bench.window.recent
+    find = max(rest - call - per_full * outside - select * n, 0.0)
+    advance(1)
+    return {
+        "call": call,
+        "full": per_full,
+        "flat": per_flat,
+        "sketch": per_sketch,
+        "select": select,
+        "find": find,
+        "gather": gather,
+    }
 
 
 def _graph_terms(bench: _Bench, graph: _Timed) -> dict[str, float]:
