@@ -34,7 +34,7 @@ REPEATS = 5
 """Timed calls of a layer's attention; the median is reported."""
 
 WANTED = 0.95
-"""Share of the mass that "needed" figures are for, where the plan asks for none."""
+"""Share of the mass that "needed" figures are for, where nothing asks for one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,8 +126,16 @@ class Analysis:
         return [(int(at), self.decode([int(self.tokens[at])])) for at in positions]
 
 
-def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
+def analyze(
+    session: "Session", plans: Plans, sequence: int = 0, wanted: float = WANTED
+) -> Analysis:
     """Runs the last cached token of one sequence again by these plans.
+
+    Args:
+      session: where the token is.
+      plans: how its attention is answered.
+      sequence: of a batch, which.
+      wanted: share of the mass that "needed" figures are for, where a plan asks for none.
 
     Raises:
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
@@ -162,7 +170,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
     q = _queries(
         model.params, pool.kv, before, jnp.asarray(tokens[-1:]), plans, indexed, **session.static
     )
-    wanted = [_wanted(of_layer(plans, i)) for i in range(layers)]
+    shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
     for layer in range(layers):
         plan, index = of_layer(plans, layer), indexed.layers[layer]
@@ -189,7 +197,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
             table.length[0],
             local,
             indexed.covered[0],
-            jnp.float32(wanted[layer]),
+            jnp.float32(shares[layer]),
         )
         rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -200,7 +208,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
         plans=plans,
         sequence=sequence,
         position=held.length - 1,
-        wanted=wanted[0],
+        wanted=shares[0],
         positions=tuple(columns["positions"]),
         retrieved=tuple(columns["retrieved"]),
         tokens=tokens,
@@ -209,9 +217,9 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
     )
 
 
-def _wanted(plan: Plan) -> float:
+def _wanted(plan: Plan, otherwise: float) -> float:
     recovery = plan.query.recovery if isinstance(plan.query, DIPR) else None
-    return WANTED if recovery is None else float(np.max(np.asarray(recovery)))
+    return otherwise if recovery is None else float(np.max(np.asarray(recovery)))
 
 
 def _row(

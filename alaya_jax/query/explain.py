@@ -252,6 +252,8 @@ class Explanation:
     def tables(self) -> list[show.Table]:
         """One for each phase, or of the plan; and of the analysis."""
         why = {"prefill": self.prefill.reason} if self.prefill else {}
+        if self.choice and self.choice.graph:
+            why |= dict.fromkeys(("decode", "attention"), self.choice.graph)
         found = [_reads_table(name, reads, why.get(name)) for name, reads in self.phases.items()]
         if self.planned is not None:
             found.append(_planned_table(self.planned, self.choice))

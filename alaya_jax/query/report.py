@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from alaya_jax.query.analysis import WANTED
 from alaya_jax.query.analysis import analyze as analyze_last
 from alaya_jax.query.explain import Explanation, planned_rows
 from alaya_jax.query.plan import Attention, same_plans
@@ -24,6 +25,7 @@ def report(
     choice = session.choice
     if choice is not None and not same_plans(choice.plans, plans):
         choice = None
+    wanted = choice.auto.recovery if choice else WANTED
     would_run = attention is not None or ran is None
     return Explanation(
         tokens=session.lengths,
@@ -33,7 +35,7 @@ def report(
         planned=planned_rows(plans, session.model, choice) if would_run else None,
         choice=choice,
         prefill=_prefill_choice(session),
-        analysis=analyze_last(session, plans, sequence) if analyze else None,
+        analysis=analyze_last(session, plans, sequence, wanted) if analyze else None,
     )
 
 
