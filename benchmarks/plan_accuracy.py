@@ -41,7 +41,7 @@ from alaya_jax.index import Flat, Graph, GraphSpec, Sketch
 from alaya_jax.index.graph_build import link, query_lists
 from alaya_jax.models import LlamaConfig
 from alaya_jax.pool import table_width
-from alaya_jax.query import DIPR, Full, Window, machine
+from alaya_jax.query import DIPR, Full, Window, layer_bench, machine
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.calibrate import calibrate
 from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds, visited
@@ -236,11 +236,11 @@ def main() -> None:
     parser.add_argument("--shapes", default="smollm2-135m,llama-3-8b")
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--patience", type=float, default=machine.SECONDS,
+    parser.add_argument("--patience", type=float, default=layer_bench.SECONDS,
                         help="seconds for each constant; more on a busy machine")  # fmt: skip
     parser.add_argument("--json", action="store_true", help=f"also into {RESULTS.name}")
     given = parser.parse_args()
-    machine.SECONDS = given.patience
+    layer_bench.SECONDS = given.patience
     facts = facts_of.facts("alaya_jax", "jax", "jaxlib", "numpy")
     lines = [{"benchmark": "plan_accuracy", **vars(given), **facts}]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from alaya_jax.errors import RequestError
 
@@ -21,7 +22,7 @@ def _is_number(value: Any) -> bool:
 
 def _words(value: Any) -> str:
     """In a repr: of an array, one number a head, its range."""
-    arrays = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
+    arrays = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
     if not arrays or value.ndim == 0:
         return repr(value)
     return f"[{np.min(value):.4g} to {np.max(value):.4g}]"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention import engine
@@ -25,7 +25,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -189,7 +189,8 @@ def analyze(
         (out, counts), seconds = _timed(lambda plan=plan, attend=attend: attend(plan))
         full = functools.partial(attend, Plan(Full()), index=None)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
-        pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages)
+        everywhere = whole(model.mesh)
+        pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
             q[layer, 0, 0],
@@ -197,8 +198,10 @@ def analyze(
             table.length[0],
             local,
             indexed.covered[0],
-            jnp.float32(shares[layer]),
+            np.float32(shares[layer]),
         )
+        # Of several processes each reads them.
+        true, out, counts = _laid((true, out, counts), everywhere)
         rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -315,27 +318,37 @@ def _queries(
 
 
 def _on_one(
-    kv: PagedKV, layer: int, table: PageTable, index: LayerIndex | Graphs | None, num_pages: int
+    kv: PagedKV,
+    layer: int,
+    table: PageTable,
+    index: LayerIndex | Graphs | None,
+    num_pages: int,
+    everywhere: NamedSharding | None,
 ) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | Graphs | None]:
     """A layer's pages, and its index, as one device of the context axis would hold them all."""
     k, v, ids = kv.k[layer], kv.v[layer], table.pages[0]
     if table.start is None:
         return (k, v, ids, None), index
     # Entries count from the first page of the device that they lie on; order them by position.
-    start = np.asarray(table.start[0])
+    ids, start = map(np.asarray, _laid((ids, table.start[0]), everywhere))
     shards = _shards_of(k, num_pages)
     shard = np.repeat(np.arange(shards), len(start) // shards)
     order = np.argsort(start, kind="stable")
-    pages = (np.asarray(ids) + shard * (num_pages // shards))[order]
-    copy = functools.partial(_take_pages, pages=jnp.asarray(pages))
-    own = jnp.arange(len(pages))
-    return (copy(k), copy(v), own, jnp.asarray(start[order])), jax.tree.map(copy, index)
+    pages = (ids + shard * (num_pages // shards))[order]
+    copy = functools.partial(_take_pages, pages=pages, place=everywhere)
+    own, start = _laid((np.arange(len(pages)), start[order]), everywhere)
+    return (copy(k), copy(v), own, start), jax.tree.map(copy, index)
 
 
 def _shards_of(pool: Array, num_pages: int) -> int:
     return num_pages // pool.sharding.shard_shape(pool.shape)[1]
 
 
-@jax.jit
-def _take_pages(pool: Array, pages: Array) -> Array:
-    return pool[:, pages]
+@functools.partial(jax.jit, static_argnames="place")
+def _take_pages(pool: Array, pages: Array, place: NamedSharding | None) -> Array:
+    return laid(pool[:, pages], place)
+
+
+@functools.partial(jax.jit, static_argnames="place")
+def _laid(tree: Any, place: NamedSharding | None) -> Any:
+    return laid(tree, place)

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,26 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from alaya_jax.attention import engine
-from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.cache import PageTable
 from alaya_jax.checkpoint.bundled import cache_directory
-from alaya_jax.index import Flat, Graph, GraphLayer, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
 from alaya_jax.progress import progress_bar
-from alaya_jax.query import DIPR, Full, Tiles, Window
+from alaya_jax.query import Full, Tiles
 from alaya_jax.query.cost import Machine
+from alaya_jax.query.layer_bench import LayerBench, Timed, least
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.prefill import PrefillMachine
 
-SECONDS = 0.04
-"""For which each program is called again and again, at least `_CALLS` times."""
-
-_CALLS = 4
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
 _COMPILERS = 2  # threads
-_WIDTHS = 4  # of the narrowest table: keys that caches do not hold
-_COPIES = 8  # of random keys, which are slow to draw
 _QUERIES = 128  # of a prefill
 _RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
@@ -143,7 +134,7 @@ def measure(
       known: what was measured without a graph; only that is measured now.
       progress: shows a bar on stderr when it is a terminal.
     """
-    bench = _Bench.create(config, dtype, page_size)
+    bench = LayerBench.create(config, dtype, page_size)
     programs = ["sketch"] * (known is None) + ["graph"] * graph
     programs += ["full", "flat", "narrow"] if known is None else []
     steps = 2 * len(programs) + (known is None)
@@ -170,13 +161,13 @@ def measure_prefill(
     config: LlamaConfig, dtype: Any, page_size: int = 16, *, progress: bool = False
 ) -> PrefillMachine:
     """Measures a block of queries over all keys: in full, by lists of all blocks, and of few."""
-    bench = _Bench.create(config, dtype, page_size)
+    bench = LayerBench.create(config, dtype, page_size)
     n = bench.length
     rng = np.random.default_rng(2)
     shape = (1, _QUERIES, config.num_attention_heads, config.head_dim)
     q = jnp.asarray(rng.standard_normal(shape, np.float32), bench.k.dtype)
-    table = PageTable(np.arange(1, bench.k.shape[1], dtype=np.int32)[None],
-                      np.full(1, n - _QUERIES, np.int32))  # fmt: skip
+    ids, known = np.arange(1, bench.k.shape[1], dtype=np.int32), np.full(1, n - _QUERIES, np.int32)
+    table = PageTable(*jax.device_put((ids[None], known)))
     rest = q, bench.k, bench.v, table, np.full(1, _QUERIES, np.int32)
     full, tiles = Plan(Full()), Plan(Tiles(recovery=1.0))
     few = Plan(Tiles(recovery=1e-3))
@@ -192,123 +183,15 @@ def measure_prefill(
             ("all", functools.partial(of_tiles, tiles, *rest)),
             ("few", functools.partial(of_tiles, few, *rest)),
         ):
-            seconds[name] = _least(call) / (_QUERIES * n)
+            seconds[name] = least(call) / (_QUERIES * n)
             share[name] = float(np.asarray(call()[1].scored).mean()) / n
             advance(1)
     tile, select = _line(share["few"], seconds["few"], share["all"], seconds["all"])
     return PrefillMachine(device_name(), seconds["full"], tile, select)
 
 
-_Timed = Callable[[float, int, Any], tuple[float, engine.Counts]]
-"""(scale of the query, keys, beta or None) -> seconds of an attention program, and its counts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bench:
-    """One layer's random keys, wider than caches, and a query.
-
-    Attributes:
-      config: the shape of the layer.
-      k, v: [K, P + 1, Z, D]; one page belongs to nobody.
-      q: float32 [1, 1, H, D], of standard normal channels.
-      window: what the programs attend to in any case.
-      building: held by the thread that makes the sketch.
-    """
-
-    config: LlamaConfig
-    k: jax.Array
-    v: jax.Array
-    q: np.ndarray
-    window: Window
-    building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    @classmethod
-    def create(cls, config: LlamaConfig, dtype: Any, page_size: int) -> "_Bench":
-        pages = _WIDTHS * table_width(1)
-        shape = (config.num_key_value_heads, pages // _COPIES, page_size, config.head_dim)
-        rng = np.random.default_rng(0)
-        block = rng.standard_normal(shape, np.float32).astype(dtype)
-        k, v = (jax.device_put(_copies(x)) for x in (block, -block))
-        q = rng.standard_normal((1, 1, config.num_attention_heads, config.head_dim), np.float32)
-        return cls(config, k, v, q, Window(page_size, 64))
-
-    @property
-    def length(self) -> int:
-        """Keys."""
-        return (self.k.shape[1] - 1) * self.k.shape[2]
-
-    def compiled(self, name: str) -> _Timed:
-        """The program of that name."""
-        if name == "flat":
-            return self._scores()
-        plan, index, pages = Plan(Full()), None, self.k.shape[1] - 1
-        if name in ("sketch", "narrow"):
-            plan = Plan(DIPR(recovery=0.95, window=self.window), Sketch())
-            with self.building:
-                index = self._sketch
-            pages = table_width(1) if name == "narrow" else pages
-        elif name == "graph":
-            plan, index = Plan(DIPR(beta=0.0, window=self.window), Graph()), (self._graph(),)
-
-        def args(scale: float, length: int, beta: float | None = None) -> tuple:
-            query = plan.query if beta is None else DIPR(beta=beta, window=self.window)
-            ids = np.arange(1, pages + 1, dtype=np.int32)[None]
-            table = PageTable(ids, np.full(1, length - 1, np.int32))
-            q = (scale * self.q).astype(self.k.dtype)
-            covered, one = np.full(1, length, np.int32), np.ones(1, np.int32)
-            asked = dataclasses.replace(plan, query=query)
-            return asked, q, self.k, self.v, table, one, index, covered
-
-        run = engine.attend.lower(*args(1.0, pages * self.k.shape[2])).compile()
-
-        def timed(scale: float, length: int, beta: float | None = None) -> tuple[float, Any]:
-            call = functools.partial(run, *args(scale, length, beta))
-            return _least(call), jax.tree.map(np.asarray, call()[1])
-
-        return timed
-
-    def _scores(self) -> _Timed:
-        """Exact scores of all keys: what `Flat` does before it chooses."""
-        group = self.config.group_size
-
-        @jax.jit
-        def scores(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array) -> jax.Array:
-            pages = Pages(k, v, jnp.arange(1, k.shape[1]))
-            return Flat().scan(q, pages, KeyRange(jnp.zeros_like(end), end)).estimate
-
-        def args(length: int) -> tuple:
-            q = self.q.reshape(len(self.k), group, 1, -1).astype(self.k.dtype)
-            return q, self.k, self.v, np.full(1, length, np.int32)
-
-        run = scores.lower(*args(self.length)).compile()
-        return lambda scale, length, beta: (_least(functools.partial(run, *args(length))), None)
-
-    @functools.cached_property
-    def _sketch(self) -> Any:
-        """Of the keys that are drawn; the others are copies of them."""
-        count, size = (self.k.shape[1] - 1) // _COPIES, self.k.shape[2]
-        pages = [np.asarray(x[:, : count + 1]) for x in map(np.asarray, (self.k, self.v))]
-        layer = Sketch().create(self.config, count + 1, size, self.k.dtype)
-        ids, filled = np.arange(1, count + 1), np.full(count, size)
-        layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, *pages, ids, filled)
-        return jax.tree.map(lambda x: _copies(np.asarray(x)[:, 1:]), layer)
-
-    def _graph(self) -> GraphLayer:
-        """Neighbours at random."""
-        rng = np.random.default_rng(1)
-        heads, degree = self.config.num_key_value_heads, Graph().degree
-        near = rng.integers(0, self.length, (heads, self.length, degree), np.int32)
-        starts = near[:, : Graph().spec.starts, 0]
-        return GraphLayer(near, starts, np.int32(self.length))
-
-
-def _copies(pages: np.ndarray) -> np.ndarray:
-    """Pages [K, P, ...] again and again, behind one that belongs to nobody."""
-    return np.concatenate([pages[:, :1], *[pages] * _COPIES], axis=1)
-
-
 def _terms(
-    bench: _Bench, programs: dict[str, _Timed], advance: Callable[[int], None]
+    bench: LayerBench, programs: dict[str, Timed], advance: Callable[[int], None]
 ) -> dict[str, float]:
     """The constants of all but a graph's search."""
     n, few, size = bench.length, bench.length // 8, bench.k.shape[2]
@@ -343,7 +226,7 @@ def _terms(
     }
 
 
-def _graph_terms(bench: _Bench, graph: _Timed) -> dict[str, float]:
+def _graph_terms(bench: LayerBench, graph: Timed) -> dict[str, float]:
     """The constants of a graph's search, by two ranges of scores."""
     spread = float(np.sqrt(bench.config.head_dim))  # of the scores
     least, few = graph(1.0, bench.length, 0.0)
@@ -352,7 +235,7 @@ def _graph_terms(bench: _Bench, graph: _Timed) -> dict[str, float]:
     return {"walk": walk, "visit": visit}
 
 
-def _line(x0: int, y0: float, x1: int, y1: float) -> tuple[float, float]:
+def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:
     """Slope and what is left at 0, neither below 0."""
     slope = max(y1 - y0, 0.0) / (x1 - x0)
     return slope, max(y0 - slope * x0, 0.0)
@@ -372,20 +255,10 @@ def _rates(dtype: Any) -> tuple[float, float, float]:
         held[0] = add(held[0])
         return held[0]
 
-    copied = _least(copy)
-    product = _least(functools.partial(jax.jit(jnp.matmul), square, square))
-    row = _least(functools.partial(jax.jit(jnp.matmul), square[:1], matrix))
+    copied = least(copy)
+    product = least(functools.partial(jax.jit(jnp.matmul), square, square))
+    row = least(functools.partial(jax.jit(jnp.matmul), square[:1], matrix))
     return 2 * flat.nbytes / copied, 2 * side**3 / product, flat.nbytes / row
-
-
-def _least(call: Callable[[], Any]) -> float:
-    jax.block_until_ready(call())
-    times = []
-    while len(times) < _CALLS or sum(times) < SECONDS:
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _read(kind: type[Any], path: Path, key: str) -> Any:

@@ -9,6 +9,7 @@ the calibration, and without a calibration it is no choice.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,8 @@ def options(
             beta = calibration.beta_near(layer, auto.recovery)
             if beta is not None:
                 found = calibration.within(layer, auto.recovery, work.length)
-                plans["Graph()"] = Plan(DIPR(beta=beta, window=auto.window), work.graph), found
+                asked: Any = beta  # as data a numpy array is as good as jax's
+                plans["Graph()"] = Plan(DIPR(beta=asked, window=auto.window), work.graph), found
     return {
         name: Option(plan, cost(plan, work, machine, kept), kept)
         for name, (plan, kept) in plans.items()

@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from alaya_jax.query import machine
+from alaya_jax.query import layer_bench, machine
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALAYA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    monkeypatch.setattr(layer_bench, "SECONDS", 0.0)
     monkeypatch.setattr(machine, "_MEGABYTES", 4)
-    monkeypatch.setattr(machine, "_WIDTHS", 1)
+    monkeypatch.setattr(layer_bench, "WIDTHS", 2)
 
 
 def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
