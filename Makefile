@@ -20,8 +20,9 @@ demo: $(VENV)/.installed $(VENV)/.model ## answer questions about a legal text w
 test: $(VENV)/.installed $(VENV)/.model ## run the tests (PYTEST_ARGS="-k rope" for a part)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-aot: .venv-aot/.installed ## compile every kernel for an H100 without having one, and check the assembler's reports
+aot: .venv-aot/.installed ## compile every kernel, and a decode step, for H100s without having one; check the assembler's reports
 	.venv-aot/bin/python -m alaya_jax.pallas_kernels.aot $(AOT_ARGS)
+	.venv-aot/bin/python benchmarks/decode_step_aot.py --layers 1 --attention full dipr pages
 
 lint: $(VENV)/.installed ## check format, lint and types
 	$(BIN)/ruff format --check .

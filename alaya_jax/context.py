@@ -1,10 +1,12 @@
 """A stored context, as the database and its sessions see it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from alaya_jax import graphs
+from alaya_jax.errors import ContextError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.model import Model
 from alaya_jax.pool import Sequence
@@ -76,7 +78,44 @@ class Context:
             layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
         return layers[layer]
 
+    def shared(self, tokens: np.ndarray) -> int:
+        """How many tokens it has in common with a prompt, from the first on; 0 if it is damaged."""
+        n = min(self.num_tokens, len(tokens))
+        try:
+            differ = self.tokens[:n] != tokens[:n]
+        except ContextError as error:  # not known to be a prefix: the others serve
+            self.problem = str(error)
+            return 0
+        return int(np.argmax(differ)) if differ.any() else n
+
     def __repr__(self) -> str:
         place = "in memory" if self._resident else "on disk"
         name = f"{self.title!r}, " if self.title else ""
         return f"Context({name}{self.num_tokens:,} tokens, {place}, {self.problem or self.id})"
+
+
+def longest_prefix(contexts: Iterable[Context], tokens: np.ndarray) -> tuple[Context | None, int]:
+    """The context that shares most tokens; the last token of a prompt is always left over."""
+    best, length = None, 0
+    for context in contexts:
+        if context.problem is not None:
+            continue
+        if min(context.num_tokens, len(tokens) - 1) <= length:
+            continue
+        shared = context.shared(tokens[:-1])
+        if shared > length:
+            best, length = context, shared
+    return best, length
+
+
+def lender(
+    contexts: Iterable[Context], tokens: np.ndarray, wanted: Graph | None
+) -> tuple[Context | None, int]:
+    """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
+    many.
+    """
+    usable = [c for c in contexts if c.problem is None]
+    having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
+    shared = [context.shared(tokens) for context in having]
+    most = max(shared, default=0)
+    return (having[shared.index(most)], most) if most else (None, 0)

@@ -14,12 +14,13 @@ from typing import Any, overload
 import numpy as np
 
 from alaya_jax import graphs
-from alaya_jax.context import Context
+from alaya_jax.context import Context, lender, longest_prefix
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
+from alaya_jax.residents import Residents
 from alaya_jax.session import Session
 from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, DirectoryStore
@@ -89,15 +90,14 @@ class DB:
                 f"stays empty; raise the budget to at least {2 * shards * page_bytes:,} bytes"
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
-        self.pool.evict = self._evict
         self._store = DirectoryStore(path, read_only=read_only)
-        self._clock = 0
         # A record of another model, layout or namespace is not ours to show; a damaged one may be.
         self._contexts = {
             record.id: Context(record, self._store)
             for record in self._store.list()
             if record.header is None or self._is_ours(record.header)
         }
+        self._residents = Residents(self._contexts, self.pool, self._store)
 
     @property
     def token_bytes(self) -> int:
@@ -190,16 +190,17 @@ class DB:
         try:
             for tokens in prompts:
                 self._check_length(tokens)
-                context, length = self._longest_prefix(tokens)
+                context, length = longest_prefix(self._contexts.values(), tokens)
                 found.append(context)
-                sequences.append(self._attach(context, length) if context else Sequence())
+                shared = self._residents.share(context, length) if context else Sequence()
+                sequences.append(shared)
         except BaseException:
             for sequence in sequences:
                 self.pool.release(sequence)
             raise
         tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
         session = Session(self.model, self.pool, sequences, tokens, found, batched=batched)
-        session.lender = self._lender
+        session.lender = lambda *wanted: lender(self._contexts.values(), *wanted)
         rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
         return session, rest if batched else rest[0]
 
@@ -230,9 +231,7 @@ class DB:
         layers = range(self.model.config.num_hidden_layers)
         kv = (self.pool.read(sequence, layer) for layer in layers)
         context = self._write(self._header(title), ids, kv)
-        if context._resident is None:
-            context._resident = self.pool.share(sequence, sequence.length)
-            self._touch(context)
+        self._residents.keep(context, sequence)
         return context
 
     def build_index(
@@ -271,7 +270,7 @@ class DB:
             id, graphs.KIND
         ):
             return known
-        sequence = self._attach(known, known.num_tokens)
+        sequence = self._residents.share(known, known.num_tokens)
         try:
             layers = graphs.build_layers(
                 self.model, self.pool, sequence, known.tokens, index, progress=progress
@@ -292,7 +291,7 @@ class DB:
         self._store.remove(id)
         gone = self._contexts.pop(id, None)
         if gone is not None:
-            self._drop(gone)
+            self._residents.drop(gone)
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
@@ -301,7 +300,7 @@ class DB:
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""
         for context in self._contexts.values():
-            self._drop(context)
+            self._residents.drop(context)
         self._store.close()
 
     def __enter__(self) -> "DB":
@@ -372,76 +371,3 @@ class DB:
             record = next(r for r in self._store.list() if r.id == id)
             self._contexts[id] = Context(record, self._store)
         return self._contexts[id]
-
-    def _longest_prefix(self, tokens: np.ndarray) -> tuple[Context | None, int]:
-        """The context that shares most tokens; the last token of a prompt is always left over."""
-        best, length = None, 0
-        for context in self._contexts.values():
-            if context.problem is not None:
-                continue
-            if min(context.num_tokens, len(tokens) - 1) <= length:
-                continue
-            shared = self._shared(context, tokens[:-1])
-            if shared > length:
-                best, length = context, shared
-        return best, length
-
-    def _shared(self, context: Context, tokens: np.ndarray) -> int:
-        """How many tokens a context and a prompt have in common; 0 if the context is damaged."""
-        n = min(context.num_tokens, len(tokens))
-        try:
-            differ = context.tokens[:n] != tokens[:n]
-        except ContextError as error:  # not known to be a prefix: the others serve
-            context.problem = str(error)
-            return 0
-        return int(np.argmax(differ)) if differ.any() else n
-
-    def _lender(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
-        """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
-        many.
-        """
-        usable = [c for c in self._contexts.values() if c.problem is None]
-        having = [c for c in usable if any(not wanted or wanted.fits(x) for x in c.indexes)]
-        shared = [self._shared(context, tokens) for context in having]
-        most = max(shared, default=0)
-        return (having[shared.index(most)], most) if most else (None, 0)
-
-    def _attach(self, context: Context, length: int) -> Sequence:
-        """A share of the first tokens of a context, read from disk if they are not in memory."""
-        self._touch(context)
-        resident = context._resident
-        if resident is None or resident.length < length:
-            loaded = Sequence()
-            try:
-                self.pool.reserve(loaded, length)
-                for layer in range(self.model.config.num_hidden_layers):
-                    k, v = self._store.read_kv(context.id, layer, 0, length)
-                    self.pool.write(loaded, layer, k, v)
-            except BaseException as error:
-                self.pool.release(loaded)
-                if isinstance(error, ContextError):
-                    context.problem = str(error)
-                raise
-            loaded.length = length
-            self._drop(context)
-            context._resident = loaded
-        assert context._resident is not None
-        return self.pool.share(context._resident, length)
-
-    def _touch(self, context: Context) -> None:
-        self._clock += 1
-        context._used = self._clock
-
-    def _drop(self, context: Context) -> None:
-        context._graph = None
-        if context._resident is not None:
-            self.pool.release(context._resident)
-            context._resident = None
-
-    def _evict(self) -> bool:
-        """Gives back the pages of the context that was used longest ago; it stays on disk."""
-        resident = [c for c in self._contexts.values() if c._resident is not None]
-        if not resident:
-            return False
-        self._drop(min(resident, key=lambda c: c._used))
-        return True

@@ -14,7 +14,8 @@ from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Attention
-from alaya_jax.sampling import Greedy, Sampling, StopText, init_sampler, sample
+from alaya_jax.sampler import init_sampler, sample
+from alaya_jax.sampling import Greedy, Sampling, StopText
 from alaya_jax.session import Session
 
 BLOCK = 16

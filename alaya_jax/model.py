@@ -15,6 +15,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedKernel, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
 from alaya_jax.sharding import ShardingRules
 
 
@@ -47,6 +48,11 @@ class Model:
     def dtype(self) -> np.dtype:
         """Type that the model computes in, and of its keys and values: that of the embeddings."""
         return self.params["embed"]["embedding"].dtype
+
+    @property
+    def target(self) -> Target:
+        """What its programs are compiled for."""
+        return current_target() if self.mesh is None else target_of(self.mesh.devices.flat[0])
 
     @property
     def length_limit(self) -> int:

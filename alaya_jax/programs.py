@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import engine
-from alaya_jax.attention.engine import Counts
+from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sampling import Alternatives, Processors, SamplerState, sample
+from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 
@@ -223,7 +223,7 @@ def decode(
       token: last token of each sequence, sampled or given, not in the cache yet.
       running: sequences that are to go on.
       end_ids: ids that end each sequence.
-      sampler, processors: see `sampling.init_sampler`.
+      sampler, processors: see `sampler.init_sampler`.
       steps: at most `capacity`.
       capacity: N, rows of the result; static.
 

@@ -1,21 +1,16 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from alaya_jax import graphs, programs
-from alaya_jax.attention import engine
-from alaya_jax.attention.engine import Counts
-from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax import graphs, layerwise, programs
+from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
@@ -24,11 +19,10 @@ from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.choice import Choice
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.plan import Attention, Plans, indexes_of, of_layer, plan_for
+from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
 from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for, choose_prefill_for
-from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -36,6 +30,11 @@ if TYPE_CHECKING:
 CHUNKS = (8, 64, 512)
 """Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
 next.
+"""
+
+GPU_CHUNK = 4096
+"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than
+an H100 has multiprocessors.
 """
 
 
@@ -92,8 +91,8 @@ class Session:
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
         self._release = weakref.finalize(self, _release, pool, sequences)
         self._release.atexit = False
-        # Tokens that `update` wrote in some layers, not yet in all.
-        self._ahead = np.zeros(model.config.num_hidden_layers, np.int64)
+        self.ahead = np.zeros(model.config.num_hidden_layers, np.int64)
+        """Tokens that `update` wrote in each layer and not in all yet."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -270,7 +269,8 @@ class Session:
         done = 0
         while done < max(len(row) for row in rows):
             left = max(len(row) for row in rows) - done
-            width = next((c for c in CHUNKS if c >= left), CHUNKS[-1])
+            widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
+            width = next((c for c in widths if c >= left), widths[-1])
             chunk = np.zeros((self.batch_size, width), np.int32)
             new = np.zeros(self.batch_size, np.int32)
             for b, row in enumerate(rows):
@@ -291,7 +291,7 @@ class Session:
             # Only after its last chunk are a sequence's logits those of its last token.
             fresh = jnp.asarray(new > 0)[:, None]
             logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
-            self.count_reads("prefill", plans, counts, self.lengths, new)
+            self.count_reads("prefill", plans, counts, self.lengths, new, width)
             with uninterrupted():
                 for b, count in enumerate(new):
                     self._commit(b, rows[b][done : done + count].tolist())
@@ -309,7 +309,7 @@ class Session:
           RequestError: a sequence would be longer than the model allows.
           CacheFullError: no room; no sequence got any.
         """
-        if any(self._ahead):
+        if any(self.ahead):
             raise RequestError(
                 "update() wrote new tokens in some layers only; finish the other layers first"
             )
@@ -352,12 +352,21 @@ class Session:
         }
 
     def count_reads(
-        self, phase: str, plans: Plans, counts: Counts, lengths: list[int], new: Any
+        self,
+        phase: str,
+        plans: Plans,
+        counts: Counts,
+        lengths: list[int],
+        new: Any,
+        tokens: int = 1,
     ) -> None:
-        """Adds what a program read, [L, B, H], to the account that `explain` shows."""
+        """Adds what a program read, [L, B, H], to the account that `explain` shows; `tokens`: of
+        each sequence that it took at once.
+        """
         reads = self.reads.get(phase)
         if reads is None or not reads.is_of(plans):
-            reads = self.reads[phase] = Reads(plans, self.model, self.pool.page_size)
+            reads = Reads(plans, self.model, self.pool.page_size, tokens)
+            self.reads[phase] = reads
         # Token i of n new ones sees the `length` before it, the i before it, and itself.
         visible = sum(
             int(n) * length + int(n) * (int(n) + 1) // 2
@@ -394,47 +403,7 @@ class Session:
           CacheFullError: no room.
         """
         del q
-        if any(self.pending):
-            raise RequestError(
-                "update: the last generated token is not in the cache yet; call prefill(()) first"
-            )
-        if return_kv and self.batch_size != 1:
-            raise RequestError("update: return_kv is for a session of one sequence")
-        c = self.model.config
-        batch, t = k.shape[:2]
-        shape = (self.batch_size, t, c.num_key_value_heads, c.head_dim)
-        if k.shape != shape or v.shape != shape or not 0 <= layer < c.num_hidden_layers:
-            raise RequestError(
-                f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and "
-                f"layers 0 to {c.num_hidden_layers - 1}"
-            )
-        self.turn += 1
-        start = self._ahead[layer]
-        for sequence in self.sequences:
-            self.pool.reserve(sequence, int(start) + t)
-        table = self._table(layer)
-        self.pool.run(
-            _append,
-            table,
-            jnp.full(batch, t, jnp.int32),
-            k,
-            v,
-            kv_result=None,
-            layer=layer,
-            mesh=self.model.mesh,
-            rules=self.model.rules,
-        )
-        self._ahead[layer] += t
-        whole = int(self._ahead.min())
-        if whole:
-            self._ahead -= whole
-            for sequence in self.sequences:
-                sequence.length += whole
-        if not return_kv:
-            return None, None
-        n = self.lengths[0] + int(self._ahead[layer])
-        full_k, full_v = self.pool.gather(self.sequences[0], layer, n)
-        return full_k[:, :n], full_v[:, :n]
+        return layerwise.update(self, k, v, layer, return_kv)
 
     def attention(
         self, q: Float[Array, "B T H D"], layer: int, query: Attention | None = None
@@ -449,49 +418,11 @@ class Session:
         Raises:
           RequestError: wrong shape or layer, or more tokens than there are.
         """
-        c = self.model.config
-        batch, t = q.shape[:2]
-        shape = (self.batch_size, t, c.num_attention_heads, c.head_dim)
-        held = min(self.lengths) + int(self._ahead[layer]) if 0 <= layer < len(self._ahead) else -1
-        if q.shape != shape or t > held:
-            raise RequestError(
-                f"attention: q {q.shape}, layer {layer}; this session takes {shape} of the last "
-                f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
-            )
-        table = self._table(layer)
-        table = dataclasses.replace(table, length=table.length - t)
-        kv = self.pool.kv
-        count = jnp.full(batch, t, jnp.int32)
-        plans = self.plans(query, max(self.lengths) + t, prefill=t > 1)
-        # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-        indexed = self.cover(plans)
-        out, counts = engine.attend(
-            of_layer(plans, layer),
-            q,
-            kv.k[layer],
-            kv.v[layer],
-            table,
-            count,
-            indexed.layers[layer],
-            indexed.covered,
-            mesh=self.model.mesh,
-            rules=self.model.rules,
-        )
-        by_layer = _of_layer(
-            counts, layer, layers=c.num_hidden_layers, place=whole(self.model.mesh)
-        )
-        # The account is kept by token: the last layer closes it.
-        counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
-        self.count_reads("attention", plans, by_layer, np.asarray(table.length).tolist(), counted)
-        return out
-
-    def _table(self, layer: int) -> PageTable:
-        table = self.pool.table(self.sequences)
-        return dataclasses.replace(table, length=table.length + int(self._ahead[layer]))
+        return layerwise.attention(self, q, layer, query)
 
     def fork(self) -> "Session":
         """A second session with the same tokens. Pages are shared until one of the two writes."""
-        if any(self._ahead):
+        if any(self.ahead):
             raise RequestError("fork: update() wrote new tokens in some layers only")
         sequences = [self.pool.share(s, s.length) for s in self.sequences]
         other = Session(
@@ -551,32 +482,3 @@ class Session:
 def _release(pool: PagePool, sequences: list[Sequence]) -> None:
     for sequence in sequences:
         pool.release(sequence)
-
-
-def _append_layer(
-    params: Any,
-    kv: PagedKV,
-    table: PageTable,
-    count: Array,
-    k: Array,
-    v: Array,
-    *,
-    layer: int,
-    mesh: Mesh | None,
-    rules: ShardingRules,
-) -> PagedKV:
-    del params
-    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
-    return laid(new, rules.pool(mesh))
-
-
-@functools.partial(jax.jit, static_argnames=("layers", "place"))
-def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
-    """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
-    here = (jnp.arange(layers) == layer)[:, None, None]
-    return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
-
-
-_append = jax.jit(
-    _append_layer, static_argnames=("layer", "mesh", "rules"), donate_argnames=("kv",)
-)

@@ -30,7 +30,8 @@ from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params
 from alaya_jax.query import DIPR, Full, Query, Window
 from alaya_jax.query.plan import Plan
-from alaya_jax.sampling import Greedy, init_sampler
+from alaya_jax.sampler import init_sampler
+from alaya_jax.sampling import Greedy
 
 PAGE = 16
 

@@ -1,12 +1,15 @@
-"""One decode step of a Llama on GPUs that exist on paper: memory of each device, and collectives.
+"""A step of a Llama on GPUs that exist on paper: memory of each device, kernels, and collectives.
 
     .venv-aot/bin/python benchmarks/decode_step_aot.py [--model llama-3-8b] [--gpus 1 8]
-        [--context 131072] [--batch 1] [--target h100] [--json]
+        [--context 131072] [--batch 1] [--tokens 1] [--attention full dipr recovery pages tiles]
+        [--target h100] [--json]
 
 Nothing runs: the program is compiled from shapes (see `make aot` for what that needs), sharded as
-`aj.ShardingRules` says. Two programs: "engine" is `alaya_jax.programs.decode`, which decodes;
-"paged_decode" is the model with every layer's attention answered by the `paged_decode` kernel
-inside shard_map. Exits with 1 if a program does not fit the device.
+`aj.ShardingRules` says, with the attention asked for: "full", "dipr" (beta 50 through the sketch),
+"recovery" (0.95 through the sketch, by key: the scan is XLA's) or "pages" (the same by page: the
+scan is a kernel's); with `--tokens 512`, a chunk of a prefill, "full" or "tiles". Exits with 1 if
+the engine does not take the kernels there, if a program does not fit the device, or if it gathers
+anything along the vocabulary (the embedding, the logits): of those only rows and scores may travel.
 """
 
 import argparse
@@ -25,22 +28,27 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from alaya_jax import cache, configs, programs  # noqa: E402
+from alaya_jax import configs, programs  # noqa: E402
 from alaya_jax.cache import PagedKV, PageTable  # noqa: E402
+from alaya_jax.index import Indexed, Sketch  # noqa: E402
 from alaya_jax.models import LlamaConfig  # noqa: E402
-from alaya_jax.models.llama import abstract_params, forward, logical_axes  # noqa: E402
-from alaya_jax.pallas_kernels.paged_decode import paged_decode  # noqa: E402
-from alaya_jax.query import Full  # noqa: E402
+from alaya_jax.models.llama import abstract_params, logical_axes  # noqa: E402
+from alaya_jax.query import DIPR, Full, Tiles  # noqa: E402
 from alaya_jax.query.plan import Plan  # noqa: E402
-from alaya_jax.sampling import Greedy, init_sampler  # noqa: E402
+from alaya_jax.sampler import init_sampler  # noqa: E402
+from alaya_jax.sampling import Greedy  # noqa: E402
 from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
 PAGE = 16
+ATTENTION = ("full", "dipr", "recovery", "pages")
+CHUNK_ATTENTION = ("full", "tiles")
 MEMORY = {"h100": 80e9, "b200": 180e9}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def abstract_inputs(config: LlamaConfig, mesh: Any, batch: int, context: int) -> dict[str, Any]:
+def abstract_inputs(
+    config: LlamaConfig, mesh: Any, batch: int, context: int, tokens: int
+) -> dict[str, Any]:
     """Parameters in bf16, a pool for the batch, and the small arrays of a step, laid on a mesh."""
     rules = ShardingRules()
     here = NamedSharding(mesh, PartitionSpec())
@@ -63,6 +71,8 @@ def abstract_inputs(config: LlamaConfig, mesh: Any, batch: int, context: int) ->
         "params": params,
         "kv": PagedKV(layers, layers),
         "table": table,
+        "tokens": jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=here),
+        "count": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
         "token": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
         "running": jax.ShapeDtypeStruct((batch,), bool, sharding=here),
         "sampler": jax.tree.map(laid, sampler),
@@ -72,51 +82,48 @@ def abstract_inputs(config: LlamaConfig, mesh: Any, batch: int, context: int) ->
     }
 
 
-def lower_engine(config: LlamaConfig, mesh: Any, x: dict[str, Any]) -> Any:
-    """The program that decodes."""
+def plan_of(name: str) -> Plan:
+    """What `--attention` means."""
+    plans = {
+        "full": Plan(Full()),
+        "dipr": Plan(DIPR(beta=50.0), Sketch()),
+        "recovery": Plan(DIPR(recovery=0.95), Sketch()),
+        "pages": Plan(DIPR(recovery=0.95), Sketch(), by="page", share="group"),
+        "tiles": Plan(Tiles(recovery=0.9, kv_block=128)),
+    }
+    return plans[name]
+
+
+def lower(config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan) -> Any:
+    """`programs.decode` or `programs.extend`, as a session calls it."""
+    if x["tokens"].shape[1] > 1:
+        return programs.extend.lower(
+            x["params"], x["kv"], x["table"], x["tokens"], x["count"], plan,
+            config=config, mesh=mesh, rules=ShardingRules(),
+        )  # fmt: skip
     return programs.decode.lower(
         x["params"], x["kv"], x["table"], x["token"], x["running"], x["end_ids"], x["sampler"],
-        x["number"], Plan(Full()), config=config, processors=x["processors"], capacity=16,
+        x["number"], plan, indexed_inputs(config, mesh, x, plan), config=config,
+        processors=x["processors"], capacity=16, mesh=mesh, rules=ShardingRules(),
     )  # fmt: skip
 
 
-def lower_paged_decode(config: LlamaConfig, mesh: Any, x: dict[str, Any]) -> Any:
-    """The model with the kernel as its attention, one step, greedy."""
-    by_head = PartitionSpec(None, "tensor")
-    pool = PartitionSpec("tensor")
+def indexed_inputs(config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan) -> Indexed | None:
+    """The plan's index over the pool, in every layer."""
+    if plan.index is None:
+        return None
+    pool = x["kv"].k[0]
+    pages = pool.shape[1]
 
-    def attend_shard(q: Any, k: Any, v: Any, pages: Any, count: Any, length: Any) -> Any:
-        out = paged_decode(q, k, v, pages, count, length, implementation="mosaic_gpu").out
-        return out.astype(q.dtype)
-
-    sharded = jax.jit(  # so that it is lowered once, not once a layer
-        jax.shard_map(
-            attend_shard,
-            mesh=mesh,
-            in_specs=(by_head, pool, pool, PartitionSpec(), PartitionSpec(), PartitionSpec()),
-            out_specs=by_head,
-            check_vma=False,
+    def laid(leaf: Any) -> jax.ShapeDtypeStruct:
+        axes = ("kv_heads", *(None,) * (leaf.ndim - 1))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=ShardingRules().sharding(mesh, axes, leaf.shape)
         )
-    )
 
-    def step(params: Any, kv: PagedKV, table: PageTable, token: Any) -> Any:
-        one = jnp.ones_like(table.length)
-        length = table.length + 1
-        count = -(-length // PAGE)[:, None]
-
-        def attend(layer: int, q: Any, k: Any, v: Any, kv: Any) -> Any:
-            kv = cache.append(kv, layer, k, v, table, one)
-            pages = table.pages[:, None]
-            out = sharded(q[:, 0], kv.k[layer], kv.v[layer], pages, count, length)
-            return out[:, None], kv
-
-        positions = table.length[:, None]
-        logits, kv = forward(
-            params, config, token[:, None], positions, attend, kv, logits_at=one * 0
-        )
-        return jnp.argmax(logits, axis=-1), kv, PageTable(table.pages, length)
-
-    return jax.jit(step, donate_argnums=1).lower(x["params"], x["kv"], x["table"], x["token"])
+    layer = jax.eval_shape(lambda: plan.index.create(config, pages, PAGE, pool.dtype))
+    layer = jax.tree.map(laid, layer)
+    return Indexed((layer,) * config.num_hidden_layers, x["table"].length)
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
@@ -135,9 +142,6 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
-PROGRAMS = {"engine": lower_engine, "paged_decode": lower_paged_decode}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,21 +152,22 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try it out")
     parser.add_argument("--target", default="h100", choices=targets.NAMES)
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    parser.add_argument("--tokens", type=int, default=1, help="new tokens of each sequence")
+    parser.add_argument("--attention", nargs="+", choices=(*ATTENTION, "tiles"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     fields = configs.load(args.model)
     if args.layers:
         fields = {**fields, "num_hidden_layers": args.layers}
     config = LlamaConfig.from_hf(fields)
-    fits = True
+    passed = True
     for gpus in args.gpus:
         mesh = targets.mesh(args.target, data=1, tensor=gpus)
-        inputs = abstract_inputs(config, mesh, args.batch, args.context)
-        for name in args.programs:
+        inputs = abstract_inputs(config, mesh, args.batch, args.context, args.tokens)
+        for name in args.attention or (ATTENTION if args.tokens == 1 else CHUNK_ATTENTION):
             started = time.perf_counter()
             with jax.set_mesh(mesh):
-                compiled = PROGRAMS[name](config, mesh, inputs).compile()
+                compiled = lower(config, mesh, inputs, plan_of(name)).compile()
             memory = compiled.memory_analysis()
             peak = (
                 memory.argument_size_in_bytes
@@ -171,11 +176,13 @@ def main() -> int:
                 + memory.temp_size_in_bytes
             )
             text = compiled.as_text()
+            sent = collectives(text)
             row = {
                 "benchmark": "decode_step_aot",
                 "target": args.target,
                 "gpus": gpus,
-                "program": name,
+                "attention": name,
+                "tokens": args.tokens,
                 "model": args.model,
                 "layers": config.num_hidden_layers,
                 "batch": args.batch,
@@ -186,12 +193,14 @@ def main() -> int:
                 "peak_gb": peak / 1e9,
                 "fits": peak < MEMORY[args.target],
                 "kernels": text.count('custom_call_target="mosaic_gpu'),
-                "collectives": collectives(text),
+                "collectives": sent,
+                "gathers_vocabulary": sent.get("all-gather", {}).get("bytes", 0)
+                >= config.vocab_size,
                 "compile_s": round(time.perf_counter() - started, 1),
             }
-            fits &= row["fits"]
+            passed &= row["fits"] and row["kernels"] > 0 and not row["gathers_vocabulary"]
             print(json.dumps(row) if args.json else describe(row), flush=True)
-    return 0 if fits else 1
+    return 0 if passed else 1
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -201,7 +210,8 @@ def describe(row: dict[str, Any]) -> str:
         for kind, c in row["collectives"].items()
     )
     return (
-        f"{row['model']} ({row['layers']} layers), {row['program']}, {row['gpus']} x "
+        f"{row['model']} ({row['layers']} layers), {row['attention']}, {row['tokens']} new tokens, "
+        f"{row['gpus']} x "
         f"{row['target']}, batch {row['batch']}, {row['context']:,} tokens: "
         f"{row['peak_gb']:.2f} GB a device (arguments {row['arguments_gb']:.2f}, of them updated "
         f"in place {row['updated_in_place_gb']:.2f}, temporary {row['temporary_gb']:.2f}); "

@@ -14,14 +14,15 @@ Prints JSON lines, alpha 0.0144 throughout:
 
     build    seconds for the queries' exact lists and for linking, bytes of the graph
     search   critical: their share of the keys covered; recall of critical keys, pooled and as the
-             mean over rows that have some; scanned: keys scored for a row, centroids included, as a
-             share of the keys covered (where a group shares the work: of all its rows, each read
-             once); mass: of attention, in what is found and the window, beside that of exact DIPR
+             mean over rows that have some; scanned: keys scored for a row, as a share of the keys
+             covered (where a group shares the work: of all its rows, each read once); mass: of
+             attention, in what is found and the window, beside that of exact DIPR
     filter   the same for positions < limit, and the cost beside the unfiltered search's
     time     medians in ms of a decode step, all heads, and of a flat scan (scores alone), in turns
     layers   the mean over layers of what `search` says
 
-The index "clusters" is alaya_jax.index.cluster, by its setting z.
+The committed results have rows of an index "clusters" too, which was measured beside the graph and
+dropped; docs/decisions.md says where its code is.
 
 Timed on a machine that does other things, numbers in ms mean little; their ratio to the flat scan
 in the same run means more.
@@ -43,7 +44,7 @@ from alaya_jax import cache
 from alaya_jax.attention.engine import attend as attend_pages
 from alaya_jax.attention.paged import Pages
 from alaya_jax.cache import PagedKV, PageTable
-from alaya_jax.index import GraphSpec, cluster
+from alaya_jax.index import GraphSpec
 from alaya_jax.index.graph_build import link, query_lists
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
@@ -79,13 +80,6 @@ def graph_search(layer, q, pool, ids, limit, low, beta, seed, shared, l0=L0):
         capacity=CAPACITY,
         shared=shared,
     )
-
-
-@functools.partial(jax.jit, static_argnames="z")
-def cluster_search(layer, q, pool, ids, limit, low, beta, seed, z):
-    pages = Pages(pool, pool, ids)
-    limit = jnp.full(q.shape[2], limit)
-    return layer.search_range(q, pages, limit, low, beta, seed, z=z, capacity=CAPACITY)
 
 
 @jax.jit
@@ -132,10 +126,6 @@ class Truth:
         out = graph_search(
             layer, self.q, pool, ids, self.high, self.low, self.beta, self.seed, shared, l0
         )
-        return self.result(out, int(layer.length))
-
-    def clusters(self, layer, pool, ids, z):
-        out = cluster_search(layer, self.q, pool, ids, self.high, self.low, self.beta, self.seed, z)
         return self.result(out, int(layer.length))
 
     def result(self, out, covered):
@@ -262,7 +252,6 @@ def real(options):
             asked = q[i][:, :, n - 8 : n]
             truth = Truth(np.asarray(keys), asked, SINK, covered, window=True)
             graph = link(lists, covered, covered, spec)
-            several = cluster.build(keys[:, :covered], covered)
             heads = []
             for g in range(group):
                 mine = link(lists[:, own == g], covered, covered, spec)
@@ -278,10 +267,6 @@ def real(options):
                     ids,
                     False,
                 ),
-                **{
-                    ("clusters", f"z {z}"): truth.clusters(several, pool, ids, z)
-                    for z in (1.0, 2.0, 3.0)
-                },
             }
             for name, result in results.items():
                 show("search", data=repr(model), context=n, layer=layer, index=name[0], by=name[1],

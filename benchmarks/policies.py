@@ -21,7 +21,6 @@ Nothing is timed.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill
+from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill, stretched
 
 import alaya_jax as aj
 from alaya_jax import policies
@@ -195,17 +194,9 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [int(n) for n in options.lengths.split(",")]
     model = aj.load(options.model, dtype="float32", progress=False)
-    config = model.config
     if options.yarn:
-        rope = dataclasses.replace(
-            config.rope,
-            rope_type="yarn",
-            factor=options.yarn,
-            original_max_position_embeddings=config.max_position_embeddings,
-        )
-        longest = int(options.yarn * config.max_position_embeddings)
-        config = dataclasses.replace(config, rope=rope, max_position_embeddings=longest)
-        model = dataclasses.replace(model, config=config)
+        model = stretched(model, options.yarn)
+    config = model.config
     text = model.encode("\n\n".join((machine.ROOT / path).read_text() for path in TEXTS))
     tokens = np.resize(text, max(lengths))
     kv, queries = prefill(model, tokens, lengths)

@@ -51,6 +51,20 @@ ALPHAS = (0.0144, 0.001)
 SAVED = {"layers": (6, 20), "tokens": 1024}
 
 
+def stretched(model, factor):
+    """The model with its RoPE stretched by YaRN to so many times its length."""
+    config = model.config
+    rope = dataclasses.replace(
+        config.rope,
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=config.max_position_embeddings,
+    )
+    longest = int(factor * config.max_position_embeddings)
+    config = dataclasses.replace(config, rope=rope, max_position_embeddings=longest)
+    return dataclasses.replace(model, config=config)
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="kv")
 def chunk(params, kv, table, tokens, config):
     """One chunk of a prefill, and its last queries of every layer [L, K, G, QUERIES, D]."""
@@ -261,6 +275,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,4096,8192", help="multiples of 512")
     parser.add_argument("--bits", default="4,2,8")
     parser.add_argument("--save-keys", type=Path, metavar="FILE")
+    parser.add_argument("--yarn", type=float, help="stretch RoPE by this factor")
     options = parser.parse_args()
     lengths = [int(n) for n in options.lengths.split(",")]
     if options.save_keys:
@@ -268,11 +283,14 @@ def main() -> None:
     if any(n % CHUNK for n in lengths):
         parser.error(f"--lengths: multiples of {CHUNK}")
     model = aj.load(options.model, dtype="float32", progress=False)
+    if options.yarn:
+        model = stretched(model, options.yarn)
     text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
-    tokens = model.encode(text)
-    if max(lengths) > min(len(tokens), model.length_limit):
-        parser.error(f"--lengths: the texts have {len(tokens)} tokens, {model!r} its own limit")
-    kv, queries = prefill(model, tokens[: max(lengths)], lengths)
+    if max(lengths) > model.length_limit:
+        parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
+    # Again from the start where the texts are too short.
+    tokens = np.resize(model.encode(text), max(lengths))
+    kv, queries = prefill(model, tokens, lengths)
     k = kv.k
     if options.save_keys:
         save_keys(options.save_keys, k, queries)
@@ -283,6 +301,7 @@ def main() -> None:
             {
                 "benchmark": "sketch_recall",
                 "model": repr(model),
+                "yarn": options.yarn,
                 "texts": TEXTS,
                 "queries": QUERIES,
                 "page_size": PAGE,

@@ -6,7 +6,8 @@ these methods answers them its own way, and must be a pytree, so that it passes 
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 
 @runtime_checkable
@@ -24,3 +25,17 @@ class Kernel(Protocol):
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
         """Rows of a kernel [V, E], in the type the model computes in."""
         ...
+
+
+def take_rows(table: Shaped[Array, "V ..."], ids: Int[Array, "..."]) -> Array:
+    """Rows of a table by id; where a mesh splits the table along V, it is only rows that travel.
+
+    Of a split table each device takes the rows it holds, zeros for the others, and the devices sum:
+    so the partitioner answers a gather. But for GPUs a gather of a single row is first rewritten
+    as a slice, and for a slice at a place unknown until run time the whole table is sent around.
+    So a single row is asked for twice.
+    """
+    if ids.size != 1:
+        return jnp.take(table, ids, axis=0)
+    both = jnp.take(table, jnp.broadcast_to(ids.reshape(1), 2), axis=0)
+    return both[0].reshape(*ids.shape, *table.shape[1:])

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.kernels import Kernel
+from alaya_jax.models.kernels import Kernel, take_rows
 
 Params = dict[str, Any]
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -222,7 +222,7 @@ class _Embed(nn.Module):
     def __call__(self, tokens):
         if isinstance(self.embedding, Kernel):
             return self.embedding.rows(tokens)
-        return jnp.take(self.embedding, tokens, axis=0)
+        return take_rows(self.embedding, tokens)
 
     def logits(self, x):
         """Logits float32 [..., V] of x [..., E]."""

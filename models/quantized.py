@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import ConfigError
+from alaya_jax.models.kernels import take_rows
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -78,7 +79,7 @@ class QuantizedKernel:
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
         """Rows of an embedding [V, E]."""
-        values, scale = (jnp.take(x, ids, axis=0) for x in (self.values, self.scale))
+        values, scale = (take_rows(x, ids) for x in (self.values, self.scale))
         return _dense(values, scale, values.ndim - 1, self.dtype)
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:

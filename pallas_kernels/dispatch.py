@@ -76,7 +76,12 @@ def current_target() -> Target:
         return _target_of(default, "")
     if default is None:
         default = jax.devices()[0]
-    return _target_of(default.platform, default.device_kind)
+    return target_of(default)
+
+
+def target_of(device: Any) -> Target:
+    """What a program for a `jax.Device` is traced for."""
+    return _target_of(device.platform, device.device_kind)
 
 
 def _target_of(platform: str, kind: str) -> Target:
@@ -93,7 +98,7 @@ class Candidate:
     Attributes:
       name: one of `IMPLEMENTATIONS`.
       unfit: `(target, *args, **kwargs) -> reason` why it cannot run the call, or None; looks at
-        nothing but shapes, dtypes and static arguments.
+        nothing but shapes, dtypes and static arguments. None: it runs every call.
       run: the function; takes the arguments of the operation, and `target=` as well if
         `wants_target`.
       automatic: whether it is chosen when none is named.
@@ -101,7 +106,7 @@ class Candidate:
     """
 
     name: str
-    unfit: Callable[..., str | None]
+    unfit: Callable[..., str | None] | None
     run: Callable[..., Any]
     automatic: bool = True
     wants_target: bool = False
@@ -191,7 +196,7 @@ class Op:
         for candidate in self.candidates:
             if candidate.name != implementation if named else not candidate.automatic:
                 continue
-            reason = candidate.unfit(target, *args, **kwargs)
+            reason = candidate.unfit and candidate.unfit(target, *args, **kwargs)
             if reason is None:
                 return candidate, Choice(self.name, candidate.name, target, tuple(reasons))
             reasons.append((candidate.name, reason))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +12,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from alaya_jax import configs
-from alaya_jax.models import LlamaConfig
+from alaya_jax.models import LlamaConfig, llama
+from alaya_jax.models.quantized import QuantizedKernel
+from alaya_jax.sampler import init_sampler, sample
+from alaya_jax.sampling import Sampling
 from alaya_jax.sharding import make_mesh
 
 
@@ -60,3 +64,43 @@ def test_four_times_the_context_sends_not_a_byte_more(bench, plan):
     assert sum(long.ops.values()) >= 3
     if plan.startswith("DIPR"):  # best, count, ends, 7 rounds, two merges, the window's two, counts
         assert sum(long.ops.values()) <= 16
+
+
+def test_a_step_of_one_sequence_sends_rows_of_the_vocabulary_not_the_table(bench):
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = dataclasses.replace(config, num_hidden_layers=1, **heads)
+    plan = bench.PLANS["Full()"]
+    sent = bench.collectives(bench.compiled_step(config, plan, make_mesh(tensor=8), 64, batch=1))
+    assert set(sent.bytes) == {"all-reduce"}  # of the looked-up row, attention and MLP
+    row = 4 * config.hidden_size
+    assert 3 * row <= sent.bytes["all-reduce"] <= 4 * row < config.vocab_size * row // 8
+
+
+@pytest.mark.parametrize("kept", ["float32", "int8"])
+def test_no_lookup_in_the_vocabulary_is_of_a_single_row(kept):
+    """For GPUs, XLA rewrites such a gather as a slice, and sends the whole table around for it.
+
+    What is compiled for a CPU does not show that, so the program is read before it is compiled.
+    """
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    config = dataclasses.replace(config, num_hidden_layers=1, vocab_size=1009)
+    params = jax.tree.map(lambda x: x, llama.abstract_params(config))
+    if kept == "int8":
+        values = jax.ShapeDtypeStruct((1009, config.hidden_size), jnp.int8)
+        scale = jax.ShapeDtypeStruct((1009, 1), jnp.float32)
+        params["embed"]["embedding"] = QuantizedKernel(values, scale, 1, "float32")
+    processors, state = init_sampler(Sampling(top_k=5, logprobs=2), [[0]], config.vocab_size)
+
+    def step(params, token):
+        logits, _ = llama.forward(params, config, token, token, llama.causal_attend)
+        return sample(processors, state, logits[:, 0])[0]
+
+    text = jax.jit(step).lower(params, jnp.zeros((1, 1), jnp.int32)).as_text()
+    gathers = re.findall(
+        r"stablehlo\.gather.* : \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)xi32>\)", text
+    )
+    taken = [indices for operand, indices in gathers if "1009" in operand.split("x")]
+    assert len(taken) >= 2  # a row of the embedding; a score
+    assert not [indices for indices in taken if set(indices.split("x")[:-1]) <= {"1"}]
+    assert not re.search(r"dynamic_slice.*tensor<([\dx]+x)?1009x", text)

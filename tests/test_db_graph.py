@@ -125,7 +125,7 @@ def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, 
     built = context._graph[1][1]
     assert built.neighbours.shape == (2, 256, 8)
     assert (np.asarray(built.neighbours)[:, 70:] == -1).all()
-    assert again._evict()
+    assert again._residents.evict()
     assert context._graph is None
     compare(session, 70, rng)  # as its pages, a session keeps its graph
     with pytest.raises(DatabaseError, match="read_only"):

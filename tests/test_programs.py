@@ -12,7 +12,7 @@ from alaya_jax import DIPR, Full, Greedy, Window, programs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.query.plan import Plan
-from alaya_jax.sampling import init_sampler
+from alaya_jax.sampler import init_sampler
 
 GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
 TOLERANCE = 2e-4  # absolute, on logits; float32

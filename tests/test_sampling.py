@@ -14,14 +14,8 @@ from jax import lax
 from scipy import stats
 
 from alaya_jax.errors import RequestError
-from alaya_jax.sampling import (
-    Greedy,
-    Sampling,
-    StopText,
-    init_sampler,
-    process_logits,
-    sample,
-)
+from alaya_jax.sampler import init_sampler, process_logits, sample
+from alaya_jax.sampling import Greedy, Sampling, StopText
 
 step = jax.jit(sample, static_argnums=0)
 process = jax.jit(process_logits, static_argnums=0)

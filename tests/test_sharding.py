@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -11,6 +12,8 @@ import alaya_jax as aj
 from alaya_jax import configs
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
+from alaya_jax.models.kernels import take_rows
+from alaya_jax.models.quantized import QuantizedKernel, quantize
 from alaya_jax.sharding import parse_axes, tree_shardings
 
 TOLERANCE = 2e-4  # absolute, on logits; float32
@@ -40,6 +43,40 @@ def test_forward_on_a_mesh(tiny_model, all_logits, rng, axes):
     logits, _ = forward(model.params, model.config, batch, positions, llama.causal_attend)
     for row, ids in zip(np.asarray(logits), tokens, strict=True):
         np.testing.assert_allclose(row, all_logits(ids), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8", "int4"])
+def test_rows_of_a_split_vocabulary(rng, kept):
+    """Bit for bit those of one device, at the borders of the parts too, for any shape of ids."""
+    table = rng.normal(size=(64, 32)).astype(np.float32)
+    if kept in ("int8", "int4"):
+        table = QuantizedKernel(*quantize(table, kept, 1, (0,)), 1, "float32")
+        look_up = jax.jit(QuantizedKernel.rows)
+    else:
+        table, look_up = jnp.asarray(table, kept), jax.jit(take_rows)
+    mesh = aj.make_mesh(data=2, tensor=4)
+    spread = jax.device_put(table, jax.NamedSharding(mesh, PartitionSpec("tensor")))
+    by_batch = jax.NamedSharding(mesh, PartitionSpec("data"))
+    every = np.arange(64).reshape(2, 32)  # both sides of each border among them
+    asked = [every, np.array(63), np.array([[16]]), jax.device_put(every[:, 15:17], by_batch)]
+    for ids in asked:
+        bits = [np.asarray(look_up(x, ids)).view(np.uint8) for x in (table, spread)]
+        np.testing.assert_array_equal(*bits)
+    dense = table.dense() if isinstance(table, QuantizedKernel) else table
+    np.testing.assert_array_equal(look_up(spread, every), dense[every])
+
+
+def test_a_split_vocabulary_is_trained(rng):
+    """Of a row asked for alone, and of rows asked for twice, in several parts."""
+    table = rng.normal(size=(64, 32)).astype(np.float32)
+    place = jax.NamedSharding(aj.make_mesh(tensor=8), PartitionSpec("tensor"))
+    gradient = jax.grad(lambda table, ids: jnp.sum(take_rows(table, ids) ** 2))
+    gradient = jax.jit(gradient, out_shardings=place)
+    for ids in (np.array([[8]]), np.array([[7, 8, 63, 8]])):
+        wanted = np.zeros_like(table)
+        np.add.at(wanted, ids, 2 * table[ids])
+        got = gradient(jax.device_put(table, place), ids)
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng):

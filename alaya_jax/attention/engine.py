@@ -12,7 +12,6 @@ attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DI
 mass above some thresholds.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
+from alaya_jax.attention import kernels
+from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
@@ -42,29 +43,6 @@ QUERY_BLOCK = 128
 
 SCORES = 2**26
 """Scores held at once, at most, where a query needs those of all keys: fewer query tokens then."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What attention read, for each new token and query head.
-
-    Attributes:
-      attended: int32 [B, T, H], keys that the output is a mean of.
-      scored: int32 [B, T, H], keys (by page: of pages) that an index scored, and the window's.
-      read: int32 [B, T, H], keys outside the window whose K was read, once for a block of tokens
-        and the heads of a kv head: the sum over T and over the kv heads is what was read.
-      mass: float32 [B, T, H], estimated share of the attention mass attended to; NaN where it was
-        not estimated.
-      widened: int32 [B, T, H], 1 where an approximate search had no room for what it met, and the
-        scan of all keys answered instead.
-    """
-
-    attended: Int[Array, "B T H"]
-    scored: Int[Array, "B T H"]
-    read: Int[Array, "B T H"]
-    mass: Float[Array, "B T H"]
-    widened: Int[Array, "B T H"]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rules"))  # traced once, not once a layer
@@ -204,6 +182,20 @@ def _attend(
 ) -> tuple[Float[Array, "B T H D"], Counts]:
     if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
         raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
+    asked = kernels.Batch(
+        q,
+        k_pages,
+        v_pages,
+        table,
+        count,
+        None if isinstance(index, tuple) else index,
+        covered,
+        axis,
+        head_axis,
+    )
+    choice = kernels.choose(plan, asked)
+    if choice.implementation != "xla":
+        return kernels.attend(plan, asked, choice.implementation, choice.target)
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))
@@ -281,16 +273,7 @@ def _attend_rows(
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
     rows, query = q.shape[:-1], plan.query
-
-    def counts(
-        attended: Array,
-        scored: Array,
-        read: Array | int = 0,
-        mass: Any = jnp.nan,
-        widened: Array | int = 0,
-    ) -> Counts:
-        each = (attended, scored, read, mass, widened)
-        return Counts(*(jnp.broadcast_to(x, rows) for x in each))
+    counts = functools.partial(Counts.of, rows)
 
     if isinstance(query, Full):
         partial, _ = attend_range(q, pages, KeyRange(zero, end))

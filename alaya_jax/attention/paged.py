@@ -8,6 +8,7 @@ Everything here is for one sequence, with query rows `[K, G, T]`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,22 @@ from alaya_jax.pallas_kernels.dispatch import current_target
 
 TILE_TOKENS = 512
 """Keys a tile: large enough for the loop's overhead, small enough to stay in a core's cache."""
+
+FEW_ROWS = 16
+"""Query rows of a kv head for which a CPU's time goes into reading keys, not into scoring them."""
+
+WINDOW_TILE = 256
+"""Keys a tile for few rows that see the ends of a range: its tiles reach less beyond them."""
+
+Read = Callable[[Array, Array], Array]
+"""(pool [K, P, Z, D], tile) -> keys or values [K, S, D] of the tile's tokens."""
+
+DEVICE_TOKENS = 2**16
+"""Keys a tile of a scan for few queries on a GPU, where each turn of a loop costs some launches and
+a wait for the host."""
+
+FEW_ROWS = 16
+"""Query rows of a kv head, at most, for which tiles may be so large."""
 
 _LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
 
@@ -93,6 +110,10 @@ class Pages:
     def num_tiles(self) -> int:
         """Tiles of the whole table."""
         return -(-self.ids.shape[0] // self.tile_pages)
+
+    def in_tiles(self, tokens: int | None) -> "Pages":
+        """The same in tiles of so many tokens on a CPU, of `DEVICE_TOKENS` elsewhere."""
+        return dataclasses.replace(self, tile=tokens if on_cpu() else DEVICE_TOKENS)
 
     def first_page(self, tile: Array) -> Array:
         """Entry that a tile begins with: the last tile may reach back into the one before."""
@@ -206,6 +227,10 @@ def read_on_cpu(pool: Array, ids: Array) -> Array:
 
 
 def _scores(q: Array, k: Array) -> Float[Array, "K G T S"]:
+    if on_cpu() and q.shape[1] * q.shape[2] <= FEW_ROWS:
+        # Keys as rows: a CPU reads them as they lie, where else it would lay them out anew.
+        by_key = jnp.einsum("ksd,kgtd->ksgt", k, q.astype(k.dtype))
+        return jnp.moveaxis(by_key, 1, -1).astype(jnp.float32)
     return jnp.einsum("kgtd,ksd->kgts", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
 
 
@@ -224,25 +249,26 @@ def attend_range(
     """
     scale = q.shape[-1] ** -0.5
 
-    def visit(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def visit(read: Read, tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         top, total, acc = carry
         seen = keys.mask(pages.positions(tile)) & pages.fresh(tile)
-        scores = scale * _scores(q, pages.read(pages.k, tile))
+        scores = scale * _scores(q, read(pages.k, tile))
         scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         p = jnp.exp(scores - new_top[..., None])
         fade = jnp.exp(top - new_top)
         # Pages hold whatever was there before: 0 * NaN must not reach the sum.
-        v = jnp.where(seen.any(0)[:, None], pages.read(pages.v, tile), 0)
+        v = jnp.where(seen.any(0)[:, None], read(pages.v, tile), 0)
         return (
             new_top,
             total * fade + jnp.sum(p, axis=-1),
             acc * fade[..., None] + _weigh(p, v),
         )
 
+    pages, fold = _reader(q, pages, keys)
     rows = q.shape[:-1]
     start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros(q.shape))
-    top, total, acc = over_tiles(pages, keys, visit, start)
+    top, total, acc = fold(visit, start)
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
     partial = Partial(acc / safe[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(safe)))
@@ -257,15 +283,44 @@ def score_range(
 ) -> Float[Array, "K G T S"]:
     """Raw inner products with every key in range; elsewhere what `into` holds, or -inf."""
 
-    def visit(tile: Array, scores: Array) -> Array:
+    def visit(read: Read, tile: Array, scores: Array) -> Array:
         seen = keys.mask(pages.positions(tile))
         start, n = pages.first_column(tile), pages.tile_tokens
-        new = _scores(q, pages.read(pages.k, tile))
+        new = _scores(q, read(pages.k, tile))
         old = lax.dynamic_slice_in_dim(scores, start, n, axis=-1)
         return lax.dynamic_update_slice_in_dim(scores, jnp.where(seen, new, old), start, axis=-1)
 
-    nothing = jnp.full((*q.shape[:-1], pages.columns), -jnp.inf) if into is None else into
-    return over_tiles(pages, keys, visit, nothing)
+    pages, fold = _reader(q, pages, keys)
+    return fold(visit, jnp.full((*q.shape[:-1], pages.columns), -jnp.inf) if into is None else into)
+
+
+def _reader(q: Array, pages: Pages, keys: KeyRange) -> tuple[Pages, Callable[[Any, Any], Any]]:
+    """The pages in tiles fit for that many query rows, and what folds `visit(read, tile, carry)`
+    over those in range.
+
+    For few rows on a CPU most time goes into reading. There the loop is compiled twice: in the one
+    for consecutive pages what is sliced goes straight to where it is used.
+    """
+    few = on_cpu() and q.shape[1] * q.shape[2] <= FEW_ROWS
+    if few and keys.gap_low is not None:
+        pages = dataclasses.replace(pages, tile=min(WINDOW_TILE, TILE_TOKENS))
+
+    def by(read: Read) -> Callable[[Any, Any], Any]:
+        return lambda visit, start: over_tiles(pages, keys, functools.partial(visit, read), start)
+
+    if not few or keys.gap_low is not None or pages.tile_pages > pages.k.shape[1]:
+        return pages, by(pages.read)
+
+    def as_tokens(pool: Array, tile: Array) -> Array:
+        run = pages.read_run(pool, tile)
+        return run.reshape(run.shape[0], -1, run.shape[3]).astype(jnp.float32)
+
+    def fold(visit: Any, start: Any) -> Any:
+        is_run = pages.is_run(pages.before(jnp.max(keys.high)))
+        whole, parts = by(as_tokens), by(pages.read)
+        return lax.cond(is_run, lambda: whole(visit, start), lambda: parts(visit, start))
+
+    return pages, fold
 
 
 def over_tiles(pages: Pages, keys: KeyRange, visit: Callable[[Array, Any], Any], start: Any) -> Any:

@@ -128,12 +128,14 @@ def pivot(
     One key read for each query, and a best score that is surely attained. It stands in for
     `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
     """
-    best = jnp.max(scan.estimate, axis=-1)
-    # The first of the largest. XLA vectorises this on CPU, and argmax not.
-    column = jnp.arange(pages.columns)
-    is_best = scan.estimate == best[..., None]
-    first = jnp.min(jnp.where(is_best, column, pages.columns - 1), axis=-1)
-    exact = scores_at(q, pages, first[..., None])[..., 0]
+    # The first of the largest, its page before its slot. XLA's CPU backend vectorises a maximum and
+    # a minimum, and argmax not; a minimum over all columns would write them out first.
+    in_pages = scan.estimate.reshape(*q.shape[:-1], -1, pages.size)
+    by_page = jnp.max(in_pages, axis=-1)
+    best, entry = jnp.max(by_page, axis=-1), jnp.arange(by_page.shape[-1])
+    page = jnp.min(jnp.where(by_page == best[..., None], entry, entry[-1]), axis=-1)
+    slot = jnp.argmax(jnp.take_along_axis(in_pages, page[..., None, None], axis=-2)[..., 0, :], -1)
+    exact = scores_at(q, pages, (page * pages.size + slot)[..., None])[..., 0]
     # The best of several devices' own would be a tighter bound, but what is read would depend on
     # the mesh.
     here = (best > -jnp.inf) & (best == across(lax.pmax, best, axis))

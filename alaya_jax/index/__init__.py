@@ -26,7 +26,6 @@ import jax
 from jaxtyping import Array, Int
 
 from alaya_jax.index.block import Block, BlockLayer
-from alaya_jax.index.cluster import ClusterLayer
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.found import Found
 from alaya_jax.index.graph import GraphLayer
@@ -63,7 +62,6 @@ __all__ = [
     "MISS",
     "Block",
     "BlockLayer",
-    "ClusterLayer",
     "Flat",
     "Found",
     "Graph",

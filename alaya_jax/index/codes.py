@@ -3,6 +3,7 @@
 See `sketch.py` for what is made of it, and why.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -66,11 +67,18 @@ def pack(cell: Int8[Array, "... D"], bits: int) -> UInt8[Array, "... D*bits/8"]:
     return jnp.sum(fields << shifts[:, None], axis=-2, dtype=jnp.uint8)
 
 
-def unpack(codes: UInt8[Array, "... D*bits/8"], bits: int) -> Int8[Array, "... D"]:
-    """The inverse of `pack`: a shift left drops the higher fields, one right extends the sign."""
+def fields(codes: UInt8[Array, "... D*bits/8"], bits: int) -> list[Int8[Array, "... D*bits/8"]]:
+    """The 8 / bits fields of each byte: field i has channels i * bytes, i * bytes + 1, ...
+
+    A shift left drops the higher fields, one right extends the sign.
+    """
     codes = lax.bitcast_convert_type(codes, jnp.int8)
-    fields = [(codes << (8 - low - bits)) >> (8 - bits) for low in range(0, 8, bits)]
-    return jnp.concatenate(fields, axis=-1)
+    return [(codes << (8 - low - bits)) >> (8 - bits) for low in range(0, 8, bits)]
+
+
+def unpack(codes: UInt8[Array, "... D*bits/8"], bits: int) -> Int8[Array, "... D"]:
+    """The inverse of `pack`."""
+    return jnp.concatenate(fields(codes, bits), axis=-1)
 
 
 @functools.lru_cache
@@ -94,6 +102,44 @@ def norm_bound(bits: int, dim: int) -> float:
     most |u| sqrt(D) (2 / w + 1), which |u|^2 / s equals. A thousandth more: s is rounded.
     """
     return 1.001 * math.sqrt(dim) * (2 / STEPS[bits] + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedQuery:
+    """Queries as a scan multiplies them with codes, and what that may err by.
+
+    Attributes:
+      integers: int8 [K, N, D], the rotated queries over `step`, rounded.
+      step: float32 [K, N], such that what rounding adds is at right angles to the query.
+      of_spread, of_scale: float32 [K, N]: the error of an estimate is, with the probability asked
+        for, at most `of_spread` times the key's spread plus `of_scale` times its scale.
+    """
+
+    integers: Int8[Array, "K N D"]
+    step: Float[Array, "K N"]
+    of_spread: Float[Array, "K N"]
+    of_scale: Float[Array, "K N"]
+
+
+def round_query(q: Float[Array, "K N D"], bits: int, miss: float) -> RoundedQuery:
+    """Rounds queries for keys of some bits; `miss`: see `SketchLayer.scan`."""
+    dim = q.shape[-1]
+    turned = rotate(q.astype(jnp.float32))
+    step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) / 127
+    whole = jnp.round(turned / jnp.where(step > 0, step, 1.0))
+    square = jnp.sum(turned * turned, axis=-1)
+    inner = jnp.sum(whole * turned, axis=-1)
+    step = square / jnp.where(inner > 0, inner, 1.0)
+    norm = jnp.sqrt(square)
+    lost = jnp.sqrt(jnp.sum((step[..., None] * whole - turned) ** 2, axis=-1))
+    sure = deviations(miss / 2, dim)
+    of_spread = sure * norm + math.sqrt(dim - 1) * lost
+    of_scale = sure * norm_bound(bits, dim) / math.sqrt(dim - 1) * lost
+    return RoundedQuery(
+        whole.astype(jnp.int8),
+        step,
+        *(jnp.where(norm > 0, x, 0.0) for x in (of_spread, of_scale)),
+    )
 
 
 @functools.lru_cache

@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Float
 
-from alaya_jax.attention.paged import KeyRange, Pages, score_range
+from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, score_range
 from alaya_jax.index.scan import Scan
 
 
@@ -14,4 +14,6 @@ class Flat:
 
     def scan(self, q: Float[Array, "K G T D"], pages: Pages, keys: KeyRange) -> Scan:
         """Raw scores of all keys in range."""
+        if q.shape[1] * q.shape[2] <= FEW_ROWS:
+            pages = pages.in_tiles(pages.tile)
         return Scan(score_range(q, pages, keys))

@@ -15,7 +15,7 @@ class Found:
     Attributes:
       positions: int32 [K, G, T, C], in the sequence; what is found comes first.
       scores: float32 [K, G, T, C], exact raw inner products; -inf marks an unused slot.
-      visited: int32 [K, G, T], keys that were scored for this row (centroids included).
+      visited: int32 [K, G, T], keys that were scored for this row.
       overflow: bool [K, G, T], the list was full and something was left out: the caller has to
         answer this row by an exact plan.
     """

@@ -1,6 +1,10 @@
 """Which keys hold a given share of the attention mass, by estimated scores."""
 
 import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,8 @@ from alaya_jax.attention.partial import across
 MARGIN = 0.2
 """Share of the mass that may be lost which is not spent, for the estimates' errors."""
 
+_PARTS = 8
+_LEAST = 2.0**-126  # of a weight: the least normal float32
 _HALVINGS = 14
 _AT_ONCE = 2
 """Halvings with one exchange of masses, where the keys are split over devices: 7 exchanges; the
@@ -27,7 +33,8 @@ class Recovered:
     Attributes:
       beta: float32 [K, G, T], the range below the best score (of the window's too).
       mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept.
-      kept: bool [K, G, T, S], `estimate >= best - beta`.
+      kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
+        best's: `estimate >= best - beta`, but for what rounds to the same weight.
     """
 
     beta: Float[Array, "K G T"]
@@ -55,6 +62,8 @@ def recover(
     `beta` is found by halving an interval whose end drops at most the mass that may be dropped,
     whatever the scores: n eligible keys, each of weight below (1 - target) / n of the best. It is
     exact to 2**-14 of that interval: a key may be kept whose score is that much lower than needed.
+    Each halving weighs the keys once. Weights, once computed, stand in place of the estimates, and
+    thresholds are compared with them: a pass reads one array, and writes none of its size.
 
     Args:
       estimate: raw scores, -inf for keys that are not eligible (the window's).
@@ -69,38 +78,58 @@ def recover(
     best = jnp.maximum(across(lax.pmax, jnp.max(estimate, axis=-1), axis), seed)
     best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
-    weight = jnp.exp(scale * (estimate - best[..., None]))
+
+    def weigh(head: Array, scores: Array) -> Array:
+        log = scale * (scores[head] - best[head][..., None])
+        # An eligible key's weight is never 0, so that it tells which keys are.
+        new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
+        return lax.dynamic_update_index_in_dim(scores, new, head, axis=0)
+
+    weight = lax.fori_loop(0, estimate.shape[0], weigh, estimate)  # in its place
     window = jnp.exp(window_lse - scale * best)
 
-    def masses(beta: Float[Array, "K G T n"]) -> Float[Array, "K G T n"]:
-        kept = estimate[..., None, :] >= (best[..., None] - beta)[..., None]
-        held = jnp.sum(jnp.where(kept, weight[..., None, :], 0.0), axis=-1)
-        return window[..., None] + across(lax.psum, held, axis)
+    def held(least: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
+        return _sum(weight, lambda part: jnp.where(part >= least[..., None], part, 0.0))
+
+    def masses(betas: list[Float[Array, "K G T"]]) -> Float[Array, "n K G T"]:
+        each = jnp.stack([held(jnp.exp(-scale * beta)) for beta in betas])
+        return window + across(lax.psum, each, axis)
 
     # 2**-23: the smallest share that float32 tells from nothing.
-    keys = across(lax.psum, jnp.sum(estimate > -jnp.inf, axis=-1), axis)
+    keys = across(lax.psum, _sum(weight, lambda part: (part > 0).astype(jnp.float32)), axis)
     widest = jnp.log(jnp.maximum(keys, 1)) - jnp.log(jnp.maximum(1 - target, 2.0**-23))
     widest = jnp.broadcast_to(widest / scale, best.shape)
     zero = jnp.zeros_like(best)
-    ends = masses(jnp.stack([zero, widest, jnp.full_like(best, jnp.inf)], axis=-1))
-    at_zero, at_widest, total = jnp.moveaxis(ends, -1, 0)
+    at_zero, at_widest, total = masses([zero, widest, jnp.full_like(best, jnp.inf)])
     parts = 2 if axis is None else 2**_AT_ONCE
 
     def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         low, high, at_high = interval
         step = (high - low) / parts
-        held = masses(low[..., None] + step[..., None] * jnp.arange(1, parts))
-        first = jnp.sum(held < (target * total)[..., None], axis=-1)  # that holds enough
-        held = jnp.concatenate([held, at_high[..., None]], axis=-1)
-        at_high = jnp.take_along_axis(held, first[..., None], axis=-1)[..., 0]
+        inner = masses([low + step * i for i in range(1, parts)])
+        first = jnp.sum(inner < target * total, axis=0)  # that holds enough
+        inner = jnp.concatenate([inner, at_high[None]])
+        at_high = jnp.take_along_axis(inner, first[None], axis=0)[0]
         return low + step * first, low + step * (first + 1), at_high
 
     rounds = _HALVINGS if axis is None else _HALVINGS // _AT_ONCE
-    _, beta, held = lax.fori_loop(0, rounds, narrow, (zero, widest, at_widest))
-    for condition, value, mass in (
+    _, beta, mass = lax.fori_loop(0, rounds, narrow, (zero, widest, at_widest))
+    for condition, value, other in (
         (at_zero >= target * total, 0.0, at_zero),
         (target >= 1, jnp.inf, total),
     ):
-        beta, held = jnp.where(condition, value, beta), jnp.where(condition, mass, held)
-    kept = (estimate >= (best - beta)[..., None]) & (estimate > -jnp.inf)
-    return Recovered(beta, jnp.where(total > 0, held / total, 1.0), kept)
+        beta, mass = jnp.where(condition, value, beta), jnp.where(condition, other, mass)
+    kept = (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
+    return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept)
+
+
+def _sum(weight: Float[Array, "K G T S"], term: Callable[[Array], Array]) -> Float[Array, "K G T"]:
+    """The sum of `term(weight)` over keys, reading `weight` once.
+
+    Parts of the keys are added to each other first, number by number, in one loop that CPUs run on
+    whole vectors; what is left is short. XLA would else write the terms out to add them up.
+    """
+    count = math.gcd(weight.shape[-1], _PARTS)
+    parts = weight.reshape(*weight.shape[:-1], count, -1)
+    added = functools.reduce(operator.add, (term(parts[..., i, :]) for i in range(count)))
+    return jnp.sum(lax.optimization_barrier(added), axis=-1)

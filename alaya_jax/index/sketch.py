@@ -33,7 +33,6 @@ own centre never goes stale, whoever shares the page and whatever is appended be
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -42,19 +41,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import KeyRange, Pages, over_tiles, read_pages
+from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,
-    deviations,
-    norm_bound,
+    fields,
     quantize,
-    rotate,
+    round_query,
     to_half,
     to_half_above,
-    unpack,
 )
 from alaya_jax.index.scan import Scan
 from alaya_jax.models.config import LlamaConfig
@@ -63,10 +60,9 @@ from alaya_jax.sharding import ShardingRules
 MISS = 1e-4
 """Probability that a score is above its estimate plus error, at most; below likewise."""
 
-SCAN_TOKENS = 2048
+SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
 
-_FEW_ROWS = 16
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
 _HUGE = 1e30  # above every score, and zero times it is zero
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
@@ -149,39 +145,23 @@ class SketchLayer:
         heads, group, t, dim = q.shape
         size = self.codes.shape[2]
         rows = q.reshape(heads, group * t, dim)
-        turned = rotate(rows)
-        step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) / 127
-        whole = jnp.round(turned / jnp.where(step > 0, step, 1.0))
-        square = jnp.sum(turned * turned, axis=-1, keepdims=True)
-        inner = jnp.sum(whole * turned, axis=-1, keepdims=True)
-        step = square / jnp.where(inner > 0, inner, 1.0)  # [K, GT, 1]
-        norm = jnp.sqrt(square)
-        lost = jnp.sqrt(jnp.sum((step * whole - turned) ** 2, axis=-1, keepdims=True))
-        integers = whole.astype(jnp.int8)
-        total = jnp.sum(whole, axis=-1, keepdims=True)
-        # Of the error: times a key's spread, and times its scale.
-        sure = deviations(miss / 2, dim)
-        of_spread = sure * norm + math.sqrt(dim - 1) * lost
-        of_scale = sure * norm_bound(self.bits, dim) / math.sqrt(dim - 1) * lost
+        asked = round_query(rows, self.bits, miss)
+        integers, step = asked.integers, asked.step[..., None]
+        total = jnp.sum(integers, axis=-1, keepdims=True, dtype=jnp.int32)
 
-        if group * t <= _FEW_ROWS:
-            pages = dataclasses.replace(pages, tile=SCAN_TOKENS)
+        if group * t <= FEW_ROWS:
+            pages = pages.in_tiles(SCAN_TOKENS)
 
         def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             read = functools.partial(read_page, tile=tile)
-            codes = unpack(read(self.codes), self.bits)
-            levels = jnp.einsum(
-                "krd,ksd->krs",
-                integers,
-                codes.reshape(heads, -1, dim),
-                preferred_element_type=jnp.int32,
-            ).astype(jnp.float32)
-            scale, spread = (
-                read(pool).astype(jnp.float32).reshape(heads, -1)
-                for pool in (self.scale, self.spread)
+            # Field by field: put together, the codes would be written once more.
+            codes = fields(read(self.codes).reshape(heads, -1, self.codes.shape[3]), self.bits)
+            levels = sum(
+                jnp.einsum("ksd,krd->ksr", field, part, preferred_element_type=jnp.int32)
+                for field, part in zip(codes, jnp.split(integers, len(codes), -1), strict=True)
             )
-            # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
-            spread = jnp.minimum(spread, _HUGE)
+            levels = jnp.swapaxes(levels, 1, 2).astype(jnp.float32)
+            scale, spread = (read(x).reshape(heads, -1) for x in (self.scale, self.spread))
             centre = (
                 jnp.einsum(
                     "krd,kpd->krp",
@@ -191,12 +171,12 @@ class SketchLayer:
                 )
                 * read(self.centre_scale).astype(jnp.float32)[:, None]
             )
-            estimate = scale[:, None] * (step * (2 * levels + total))
+            estimate = scale.astype(jnp.float32)[:, None] * (step * (2 * levels + total))
             estimate = estimate.reshape(*centre.shape, size) + centre[..., None]
             seen = keys.mask(pages.positions(tile))
             new = (
                 jnp.where(seen, estimate.reshape(heads, group, t, -1), -jnp.inf),
-                *(jnp.where(seen.any(0), term, 0.0) for term in (spread, scale)),
+                *(jnp.where(seen.any(0), term, 0) for term in (spread, scale)),
             )
             at = pages.first_column(tile)
             return tuple(
@@ -204,28 +184,27 @@ class SketchLayer:
                 for whole, part in zip(carry, new, strict=True)
             )
 
-        start = (
-            jnp.full((heads, group, t, pages.columns), -jnp.inf),
-            *(jnp.zeros((heads, pages.columns)) for _ in range(2)),
-        )
-
         def fold(read_page: Any) -> tuple[Array, ...]:
+            # Made here, by the branch that is taken. float16 is what the pools hold.
+            start = (
+                jnp.full((heads, group, t, pages.columns), -jnp.inf),
+                *(jnp.zeros((heads, pages.columns), jnp.float16) for _ in range(2)),
+            )
             return over_tiles(pages, keys, functools.partial(visit, read_page), start)
 
         def by_page() -> tuple[Array, ...]:
             return fold(lambda pool, tile: read_pages(pool, pages.tile_ids(tile)))
 
         if pages.tile_pages > self.codes.shape[1]:  # the table is wider than the pool
-            estimate, *of_key = by_page()
+            estimate, spread, scale = by_page()
         else:
             # Sliced where they are used, codes are not copied: worth a second version of the loop.
             run = pages.is_run(pages.before(jnp.max(keys.high)))
-            estimate, *of_key = lax.cond(run, lambda: fold(pages.read_run), by_page)
-        of_row = tuple(
-            jnp.broadcast_to(jnp.where(norm > 0, x, 0.0), norm.shape).reshape(heads, group, t)
-            for x in (of_spread, of_scale)
-        )
-        return Scan(estimate, of_row, tuple(of_key))
+            estimate, spread, scale = lax.cond(run, lambda: fold(pages.read_run), by_page)
+        of_row = tuple(x.reshape(heads, group, t) for x in (asked.of_spread, asked.of_scale))
+        # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
+        spread = jnp.minimum(spread.astype(jnp.float32), _HUGE)
+        return Scan(estimate, of_row, (spread, scale.astype(jnp.float32)))
 
     def attend_means(
         self, q: Float[Array, "K G T D"], pages: Pages, scores: Float[Array, "K G T S"]

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention import engine
+from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.truth import Truth, truth
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
@@ -226,7 +227,7 @@ def _wanted(plan: Plan, otherwise: float) -> float:
 
 
 def _row(
-    true: Truth, out: Array, counts: engine.Counts, seconds: float, full: float, length: int
+    true: Truth, out: Array, counts: Counts, seconds: float, full: float, length: int
 ) -> dict[str, Any]:
     got, want = np.asarray(out[0, 0], np.float64), np.asarray(true.out, np.float64)
     # Columns ascend with positions; those past the last token hold nothing.

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alaya_jax.attention.engine import Counts
+from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
+from alaya_jax.pallas_kernels.dispatch import Choice as Implementation
 from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
 from alaya_jax.query.choice import Choice
+from alaya_jax.query.implementation import implementation_of
 from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
 from alaya_jax.query.prefill import PrefillChoice
 
@@ -28,14 +30,15 @@ class Reads:
       plans: how attention was answered.
       queries: query tokens so far, over the batch.
       visible: keys that those could see, summed over them; the same for each layer and head.
-      attended, scored, read: int64 [L, H], summed over them; see `engine.Counts`.
+      attended, scored, read: int64 [L, H], summed over them; see `Counts`.
       mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
       widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
     """
 
-    def __init__(self, plans: Plans, model: Model, page_size: int):
-        """Starts at nothing."""
+    def __init__(self, plans: Plans, model: Model, page_size: int, tokens: int = 1):
+        """Starts at nothing; `tokens`: new tokens of each sequence in one program call."""
         c = model.config
+        self._tokens = tokens
         self.plans = plans
         self.queries = 0
         self.visible = 0
@@ -83,6 +86,7 @@ class Reads:
         return {
             "layer": layer,
             **_plan_fields(plan),
+            **self._placed(layer),
             "keys_scanned": (self.scored[layer] / n).tolist(),
             "keys_attended": (self.attended[layer] / n).tolist(),
             "keys_read": read,
@@ -91,6 +95,10 @@ class Reads:
             "widened": self.widened[layer].tolist(),
             "bytes": self._bytes(plan, layer, read),
         }
+
+    def _placed(self, layer: int) -> dict[str, Any]:
+        plan = of_layer(self.plans, layer)
+        return _placed(implementation_of(plan, self._model, self._page_size, self._tokens))
 
     def mean(self, what: str) -> np.ndarray:
         """float64 [L, H], "attended" or "mass_estimated" a query token."""
@@ -130,7 +138,7 @@ class Reads:
         return {
             "query": _describe(self.plans),
             "index": ", ".join(dict.fromkeys(indexes)) or None,
-            "implementation": "xla",
+            "implementation": ", ".join(dict.fromkeys(row["implementation"] for row in rows)),
             "tier": "device",
             "steps": self.queries,
             "keys_visible_per_step": self.visible / n,
@@ -280,11 +288,15 @@ class Explanation:
         return f"<div>{html.escape(self.heading)}</div>{tables}"
 
 
-def planned_rows(plans: Plans, model: Model, choice: Choice | None) -> list[dict[str, Any]]:
+def planned_rows(
+    plans: Plans, model: Model, page_size: int, choice: Choice | None
+) -> list[dict[str, Any]]:
     """What would run, one row a layer; with predictions where `Auto` chose."""
     rows = []
     for layer in range(model.config.num_hidden_layers):
-        row = {"layer": layer, **_plan_fields(of_layer(plans, layer))}
+        plan = of_layer(plans, layer)
+        runs = implementation_of(plan, model, page_size)
+        row = {"layer": layer, **_plan_fields(plan), **_placed(runs)}
         if choice is not None:
             row |= choice.layers[layer].to_dict()
         rows.append(row)
@@ -299,8 +311,16 @@ def _plan_fields(plan: Plan) -> dict[str, Any]:
         "by": plan.by if plan.retrieves else None,
         "share": plan.share if plan.retrieves else None,
         "beta": None if beta is None else np.asarray(beta, np.float64).tolist(),
+    }
+
+
+def _placed(runs: Implementation) -> dict[str, Any]:
+    """Where it runs and by what; `passed_over`: what is faster, and why it cannot."""
+    return {
         "tier": "device",
-        "implementation": "xla",
+        "implementation": runs.implementation,
+        "passed_over": dict(runs.passed_over),
+        "platform": runs.target.platform,
     }
 
 
@@ -319,6 +339,13 @@ def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     ]
     if why is not None:
         notes.append(why)
+    for reason in dict.fromkeys(
+        given
+        for row in d["by_layer"]
+        if row["platform"] == "gpu"
+        for given in row["passed_over"].items()
+    ):
+        notes.append(f"not by {reason[0]}: {reason[1]}")
     if d["searches_widened"]:
         notes.append(
             f"{d['searches_widened']:,} searches (of a token, head and layer) met more than they "

@@ -42,6 +42,9 @@ class Plan:
         only.
       tail: adds an estimate of what was not read: each unread key's estimated weight times its
         page's mean value. `Sketch` only, by key.
+      implementation: of attention: None takes the fastest that can run. "mosaic_gpu" (kernels for
+        Hopper), "xla", or "reference" (the kernels' definition, slow); one that cannot run is
+        refused with the reason.
     """
 
     query: Query
@@ -49,6 +52,9 @@ class Plan:
     by: Literal["key", "page"] = field(default="key", metadata=STATIC)
     share: Literal["head", "group", "layer"] = field(default="head", metadata=STATIC)
     tail: bool = field(default=False, metadata=STATIC)
+    implementation: Literal["mosaic_gpu", "xla", "reference"] | None = field(
+        default=None, metadata=STATIC
+    )
 
     def __post_init__(self):
         if not isinstance(self.query, Query):
@@ -58,7 +64,11 @@ class Plan:
                 f"Plan(index={self.index!r}): use Flat(), Sketch(bits=...), Block(summary=...) or "
                 "Graph()"
             )
-        for name, options in (("by", ("key", "page")), ("share", ("head", "group", "layer"))):
+        for name, options in (
+            ("by", ("key", "page")),
+            ("share", ("head", "group", "layer")),
+            ("implementation", (None, "mosaic_gpu", "xla", "reference")),
+        ):
             if getattr(self, name) not in options:
                 raise RequestError(f"Plan({name}={getattr(self, name)!r}): use one of {options}")
         if self.share == "layer" and self.by != "page":
@@ -157,7 +167,7 @@ def plan_for(
                     "query heads; give one number, or for a range one a head"
                 )
         if not asked.retrieves:
-            return Plan(query)
+            return Plan(query, implementation=asked.implementation)
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
             asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())

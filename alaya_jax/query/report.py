@@ -32,7 +32,9 @@ def report(
         reused=session.reused,
         contexts=[c.id if c else None for c in session.contexts],
         phases=dict(reads),
-        planned=planned_rows(plans, session.model, choice) if would_run else None,
+        planned=planned_rows(plans, session.model, session.pool.page_size, choice)
+        if would_run
+        else None,
         choice=choice,
         prefill=_prefill_choice(session),
         analysis=analyze_last(session, plans, sequence, wanted) if analyze else None,

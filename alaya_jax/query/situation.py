@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.query import Full, calibration
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.choice import Choice
@@ -129,7 +130,7 @@ def default_dtype(stored: dict[str, int]) -> str:
     """
     most = max(stored, key=lambda name: stored[name])
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return names.get(most, "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return names.get(most, "float32" if current_target().platform == "cpu" else "bfloat16")
 
 
 def memory_beside(weights: int, mesh: Any) -> int | None:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
-from alaya_jax.storage.files import StoredContext, flush_directory, write_context
+from alaya_jax.storage.checked import flush_directory
+from alaya_jax.storage.files import StoredContext, write_context
 from alaya_jax.storage.index_files import PREFIX, StoredIndex, stored_indexes, write_index
 from alaya_jax.storage.interface import ContextHeader, ContextRecord, IndexRecord
 from alaya_jax.storage.lock import DatabaseLock

@@ -6,14 +6,12 @@
     layer_<l>.kv   keys, then values, each [n, K, D], little-endian
 
 Tokens come before heads in a layer file, so that a range of tokens is one run of bytes to map, to
-verify and to read. CRC-32 finds accidents, not forgeries.
+verify and to read.
 """
 
 import dataclasses
 import functools
 import io
-import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,21 +20,24 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.storage.checked import CheckedDirectory, flush, write_array, write_meta
 from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord
 
 BLOCK = 256  # tokens under one checksum
 VERSION = 1
 
 
-class StoredContext:
+class StoredContext(CheckedDirectory):
     """Reads a context's directory. A damaged one has `record.problem` set, and raises when used."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
-        self._files: dict[str, Any] = {}  # name -> [size, CRC-32]
+        super().__init__(directory)
         try:
-            self.record = self._read_meta()
-            self._compare_sizes()
+            self.record = self._read_meta(VERSION, ("id", directory.name), _record_of)
+            header = self._usable()
+            size = self.record.nbytes // header.num_layers
+            layers = range(header.num_layers)
+            self._compare_sizes({_layer_name(layer): size for layer in layers})
         except ContextError as error:
             known = getattr(self, "record", None) or ContextRecord(
                 id=directory.name, header=None, num_tokens=0, created=0.0
@@ -94,53 +95,12 @@ class StoredContext:
             raise ContextError(self.record.problem)
         return self.record.header
 
-    def _read_bytes(self, name: str) -> bytes:
-        try:
-            return (self.directory / name).read_bytes()
-        except OSError as error:
-            raise self._damaged(f"{name} cannot be read ({error.strerror})") from error
-
-    def _read_meta(self) -> ContextRecord:
-        text = self._read_bytes("meta.json")
-        try:
-            meta = json.loads(text)
-            version, stored = meta["version"], meta.pop("checksum", None)
-            if version != VERSION:
-                raise ContextError(
-                    f"context {self.directory.name} in {self.directory.parent.parent} has format "
-                    f"version {version!r}, and this alaya_jax reads version {VERSION}; use the "
-                    "release that wrote it, or remove it and import it again"
-                )
-            if stored != meta_checksum(meta) or meta["id"] != self.directory.name:
-                raise self._damaged("meta.json does not match its checksum or its directory")
-            self._files = meta["files"]
-            return ContextRecord(
-                id=meta["id"],
-                header=ContextHeader(**meta["header"]),
-                num_tokens=meta["num_tokens"],
-                created=meta["created"],
-            )
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._damaged(f"meta.json cannot be understood ({error})") from error
-
-    def _compare_sizes(self):
-        header = self._usable()
-        sizes = {name: size for name, (size, _) in self._files.items()}
-        layer_size = self.record.nbytes // header.num_layers
-        sizes |= {_layer_name(layer): layer_size for layer in range(header.num_layers)}
-        for name, size in sizes.items():
-            try:
-                found = (self.directory / name).stat().st_size
-            except OSError as error:
-                raise self._damaged(f"{name} is missing ({error.strerror})") from error
-            if found != size:
-                raise self._damaged(f"{name} has {found} bytes instead of {size}")
-
-    def _read_array(self, name: str) -> np.ndarray:
-        data = self._read_bytes(name)
-        if zlib.crc32(data) != self._files[name][1]:
-            raise self._damaged(f"{name} does not match its checksum")
-        return np.load(io.BytesIO(data))
+    def _other_version(self, found: Any, known: int) -> ContextError:
+        return ContextError(
+            f"context {self.directory.name} in {self.directory.parent.parent} has format "
+            f"version {found!r}, and this alaya_jax reads version {known}; use the "
+            "release that wrote it, or remove it and import it again"
+        )
 
     @functools.cached_property
     def _checksums(self) -> np.ndarray:
@@ -170,6 +130,15 @@ class StoredContext:
                     )
 
 
+def _record_of(meta: dict[str, Any]) -> ContextRecord:
+    return ContextRecord(
+        id=meta["id"],
+        header=ContextHeader(**meta["header"]),
+        num_tokens=meta["num_tokens"],
+        created=meta["created"],
+    )
+
+
 def write_context(
     directory: Path,
     record: ContextRecord,
@@ -194,7 +163,7 @@ def write_context(
         halves = (_checked(k, "k", layer, record), _checked(v, "v", layer, record))
         with (directory / _layer_name(layer)).open("xb") as file:
             checksums.append([_write_half(file, half) for half in halves])
-            _flush(file)
+            flush(file)
         if progress is not None:
             progress(layer + 1, header.num_layers)
     if next(layers, None) is not None:
@@ -211,18 +180,7 @@ def write_context(
         "created": record.created,
         "files": files,
     }
-    meta["checksum"] = meta_checksum(meta)
-    write_bytes(directory / "meta.json", json.dumps(meta, indent=2).encode())
-    flush_directory(directory)
-
-
-def flush_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_meta(directory, meta)
 
 
 def _checked(half: Any, name: str, layer: int, record: ContextRecord) -> np.ndarray:
@@ -247,30 +205,5 @@ def _write_half(file: io.BufferedWriter, array: np.ndarray) -> list[int]:
     return checksums
 
 
-def write_array(path: Path, array: np.ndarray) -> list[int]:
-    """Write an array as a new .npy file, and return its size and CRC-32."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return write_bytes(path, buffer.getvalue())
-
-
-def write_bytes(path: Path, data: bytes) -> list[int]:
-    """Write a new file, and return its size and CRC-32."""
-    with path.open("xb") as file:
-        file.write(data)
-        _flush(file)
-    return [len(data), zlib.crc32(data)]
-
-
-def _flush(file: io.BufferedWriter):
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _layer_name(layer: int) -> str:
     return f"layer_{layer:03d}.kv"
-
-
-def meta_checksum(meta: dict[str, Any]) -> int:
-    """CRC-32 of a meta.json without its own checksum."""
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())

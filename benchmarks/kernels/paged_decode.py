@@ -52,11 +52,12 @@ def _wrong(table: Any, run: Any, sizes: Any, kind: str, rng: np.random.Generator
     floats = ("q", "k_pages", "v_pages")
     seen = {n: np.asarray(x, np.float32) if n in floats else arrays[n] for n, x in typed.items()}
     with np.errstate(invalid="ignore"):
-        out, lse, kept = table.truth(seen, sizes.lists)
+        out, lse, best, kept = table.truth(seen, sizes.lists)
     got = run(**typed)
     try:
         np.testing.assert_allclose(got.out, out, atol=1e-2, rtol=1e-5)
         np.testing.assert_allclose(got.lse, lse, atol=1e-4, rtol=1e-5)
+        np.testing.assert_allclose(got.best, best, atol=1e-3, rtol=1e-5)
         np.testing.assert_array_equal(got.kept, kept)
     except AssertionError as e:
         return " ".join(str(e).split())[:300]

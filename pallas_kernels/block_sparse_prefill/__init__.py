@@ -48,17 +48,12 @@ def _mosaic_gpu(*args: Any, **options: Any) -> Prefill:
     return mosaic_gpu.prefill(*args, **options)
 
 
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
-
-
 OP = Op(
     "block_sparse_prefill",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.prefill, wants_target=True),
-        Candidate("reference", _fits, reference.prefill, automatic=False),
+        Candidate("xla", None, xla.prefill, wants_target=True),
+        Candidate("reference", None, reference.prefill, automatic=False),
     ),
 )
 
@@ -73,6 +68,7 @@ def block_sparse_prefill(
     *,
     blocks: Int[Array, "B J QB M"] | None = None,
     block_counts: Int[Array, "B J QB"] | None = None,
+    block_kept: Int[Array, "B J QB"] | None = None,
     beta: float | Float[Array, " H"] | None = None,
     block_kv: int = 128,
     scale: float | None = None,
@@ -91,7 +87,8 @@ def block_sparse_prefill(
     beta. A row's largest so far is at most its largest, so no key of DIPR's answer, `{j : q.k_j >=
     max_s q.k_s - beta}`, is lost (the tile-skip of Block-Sparse FlashAttention, arXiv 2512.07011,
     with DIPR's threshold in place of a calibrated one). A tile that holds a key at or after its
-    first query's position, or a row without a query, is never skipped.
+    first query's position, or a row without a query, is never skipped; nor are the first
+    `block_kept` of a list.
 
     Args:
       q: queries after RoPE, unscaled.
@@ -103,6 +100,7 @@ def block_sparse_prefill(
         head (J is K or H); block j has the keys from position `j * block_kv`. Not read past its
         count.
       block_counts: how many blocks each list has.
+      block_kept: how many of them, from the first on, `beta` does not skip; default none.
       beta: range below the best raw score, >= 0; for all heads or each.
       block_kv: keys of a block; a multiple of the page size.
       scale: of the scores in the softmax; default `D ** -0.5`.
@@ -122,6 +120,7 @@ def block_sparse_prefill(
         count,
         blocks=blocks,
         block_counts=block_counts,
+        block_kept=block_kept,
         beta=beta,
         block_kv=block_kv,
         scale=scale,
@@ -153,12 +152,16 @@ def _request(
     *,
     blocks: Any = None,
     block_counts: Any = None,
+    block_kept: Any = None,
     beta: Any = None,
     block_kv: int = 128,
     scale: float | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the implementations, checked."""
-    lists = None if blocks is None or block_counts is None else Lists(blocks, block_counts)
+    lists = None
+    if blocks is not None and block_counts is not None:
+        kept = jnp.zeros(block_counts.shape, jnp.int32) if block_kept is None else block_kept
+        lists = Lists(blocks, block_counts, kept)
     wrong = _wrong_shapes(q, k_pages, v_pages, pages, lengths, count, lists, block_kv)
     if (blocks is None) != (block_counts is None):
         wrong = "blocks and block_counts come together"
@@ -200,7 +203,7 @@ def _wrong_shapes(
     if lists is not None:
         q_blocks = -(-tokens // QUERY_BLOCK)
         per = lists.count.shape
-        if lists.blocks.shape[:3] != per or per not in (
+        if not lists.blocks.shape[:3] == lists.kept.shape == per or per not in (
             (batch, kv_heads, q_blocks),
             (batch, heads, q_blocks),
         ):

@@ -39,7 +39,8 @@ def case(
     options: dict[str, Any] = {}
     if listed is not None:
         per = (1, heads if of_heads else kv_heads, tokens // QUERY_BLOCK)
-        options |= {"blocks": array(*per, listed), "block_counts": array(*per)}
+        options["blocks"] = array(*per, listed)
+        options |= {"block_counts": array(*per), "block_kept": array(*per)}
     if beta:
         options["beta"] = array(heads, kind=jnp.float32)
     arguments = (array(1, tokens, heads, dim, kind=dtype), pool, pool, array(1, pages))

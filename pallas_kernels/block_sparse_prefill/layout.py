@@ -21,10 +21,12 @@ class Lists:
     Attributes:
       blocks: int32 [B, J, QB, M], ids, for each kv head or each query head (J is K or H).
       count: int32 [B, J, QB], how many of them.
+      kept: int32 [B, J, QB], how many come first that are never skipped.
     """
 
     blocks: Int[Array, "B J QB M"]
     count: Int[Array, "B J QB"]
+    kept: Int[Array, "B J QB"]
 
 
 @jax.tree_util.register_dataclass

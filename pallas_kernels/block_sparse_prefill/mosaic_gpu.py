@@ -101,12 +101,14 @@ def prefill(
 
     operands = [q, k_pages, v_pages, tail_k, tail_v, pages, lengths, count, whole]
     operands += [] if beta is None else [beta]
-    operands += [] if lists is None else [lists.blocks, lists.count]
+    operands += [] if lists is None else [lists.blocks, lists.count, lists.kept]
 
     def kernel(q_ref, k_ref, v_ref, tail_k_ref, tail_v_ref, page_ref, length_ref, count_ref,
                whole_ref, *refs):  # fmt: skip
         beta_ref, refs = (None, refs) if beta is None else (refs[0], refs[1:])
-        list_ref, n_ref, refs = (None, None, refs) if lists is None else (*refs[:2], refs[2:])
+        list_ref, n_ref, always_ref, refs = (
+            (None, None, None, refs) if lists is None else (*refs[:3], refs[3:])
+        )
         out_ref, lse_ref, skipped_ref, *refs = refs
         q_smem, k_smem, v_smem, lse_smem, wanted_smem, *refs = refs
         q_ready, k_ready, v_ready, k_free, v_free, *p_smem = refs
@@ -121,14 +123,15 @@ def prefill(
         # neighbourhood gives the running maximum that later tiles are judged by.
         last = length + jnp.minimum(start + QUERY_BLOCK, new) - 1
         visible = jnp.where(start < new, lax.div(last, jnp.int32(block_kv)) + 1, 0)
-        if lists is None or n_ref is None or list_ref is None:
-            tiles = visible
+        if lists is None or n_ref is None or list_ref is None or always_ref is None:
+            tiles, always = visible, 0
 
             def tile_at(i):
                 return visible - 1 - i
         else:
             of_list = head if lists.blocks.shape[1] == heads else kv_head
             tiles = jnp.where(start < new, n_ref[b, of_list, block], 0)
+            always = always_ref[b, of_list, block]
 
             def tile_at(i):
                 return list_ref[b, of_list, block, i]
@@ -193,7 +196,7 @@ def prefill(
                     wanted = wanted_smem.at[wg]
                     wanted[...] = jnp.where(tile_top >= top - beta_ref[head], 1.0, 0.0)
                     wanted = plgpu.load(wanted, layout=plgpu.Layout.WGMMA.reduce(0))
-                    keep = ragged | (jnp.max(wanted) > 0)
+                    keep = ragged | (i < always) | (jnp.max(wanted) > 0)
 
                     def skip(top, total, acc):
                         plgpu.barrier_wait(v_ready.at[slot])

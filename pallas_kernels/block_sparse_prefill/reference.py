@@ -56,9 +56,10 @@ def prefill(
     else:
         order, n = lists.blocks, lists.count
         n = jnp.where((visible > 0)[:, None], n, 0)
-    order, n = (
+    always = jnp.zeros_like(n) if lists is None else lists.kept
+    order, n, always = (
         jnp.repeat(jnp.repeat(x, heads // x.shape[1], axis=1), q_tiles // q_blocks, axis=2)
-        for x in (order, n)
+        for x in (order, n, always)
     )
 
     # A tile is judged by the maximum that its rows have reached when it is visited.
@@ -78,7 +79,7 @@ def prefill(
         if beta is None:
             keep = valid
         else:
-            wanted = jnp.any(tile_top >= top - beta[:, None, None], axis=-1)
+            wanted = jnp.any(tile_top >= top - beta[:, None, None], axis=-1) | (i < always)
             keep = valid & (wanted | jnp.take_along_axis(ragged[:, None], at, axis=-1)[..., 0])
         top = jnp.where(keep[..., None], jnp.maximum(top, tile_top), top)
         kept |= keep[..., None] & (block == at)

@@ -81,6 +81,8 @@ def prefill(
                 first = start + jnp.arange(_HALVES) * ROWS
                 ragged = ((tile + 1) * block_kv > length + first + 1) | (first + ROWS > new)
                 keep = ragged | jnp.any(tile_top >= top - limit[:, None, None], axis=-1)
+                if lists is not None:
+                    keep |= i < lists.kept[b, of_list, block]
 
             def attend(top: Array, total: Array, acc: Array) -> tuple[Array, Array, Array]:
                 taken = jnp.where(keep[..., None], tile_top, -jnp.inf)

@@ -8,7 +8,7 @@ lies elsewhere (another shard, another tier, the window) can be merged with it.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
@@ -23,11 +23,6 @@ DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 
 PAGE_SIZES = (16, 32, 64)
 """That the Hopper kernel takes: whole pages fill a tile of 64 keys."""
-
-
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
 
 
 def _unfit_for_mosaic_gpu(
@@ -57,8 +52,8 @@ OP = Op(
     "paged_decode",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.paged_decode, wants_target=True),
-        Candidate("reference", _fits, reference.paged_decode, automatic=False),
+        Candidate("xla", None, xla.paged_decode, wants_target=True),
+        Candidate("reference", None, reference.paged_decode, automatic=False),
     ),
 )
 
@@ -76,6 +71,7 @@ def paged_decode(
     gap_low: Int[Array, " B"] | None = None,
     gap_high: Int[Array, " B"] | None = None,
     threshold: Float[Array, "B H"] | None = None,
+    key_mask: Bool[Array, "B H N Z"] | None = None,
     k_scale: Float[Array, "K P Z"] | None = None,
     v_scale: Float[Array, "K P Z"] | None = None,
     scale: float | None = None,
@@ -98,6 +94,7 @@ def paged_decode(
       gap_low, gap_high: positions `gap_low <= p < gap_high` belong to another part, and are not
         seen.
       threshold: keys whose raw score `q.k` is below it are not seen (DIPR, exact inside a page).
+      key_mask: which keys of each listed page each query head sees.
       k_scale, v_scale: float32, what each token's 8-bit numbers are multiplied with.
       scale: of the scores under softmax; default `D ** -0.5`.
       want_kept: count the keys attended to.
@@ -120,6 +117,7 @@ def paged_decode(
         gap_low=gap_low,
         gap_high=gap_high,
         threshold=threshold,
+        key_mask=key_mask,
         k_scale=k_scale,
         v_scale=v_scale,
         scale=scale,
@@ -155,13 +153,14 @@ def _request(
     gap_low: Any = None,
     gap_high: Any = None,
     threshold: Any = None,
+    key_mask: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
     scale: float | None = None,
     want_kept: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the implementations, checked."""
-    keys = Keys(page_ids, count, starts, low, length, gap_low, gap_high, threshold)
+    keys = Keys(page_ids, count, starts, low, length, gap_low, gap_high, threshold, key_mask)
     args = (q, k_pages, v_pages, keys, k_scale, v_scale)
     wrong = wrong_shapes(*args)
     if wrong is not None:

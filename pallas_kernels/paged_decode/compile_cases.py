@@ -39,6 +39,7 @@ def case(
         "gap_low": array((batch,)),
         "gap_high": array((batch,)),
         "threshold": array((batch, heads), f32),
+        "key_mask": array((batch, heads, listed, size), jnp.bool_),
     }
     options = {name: available[name] for name in features}
     width = jnp.dtype(dtype).itemsize
@@ -95,6 +96,8 @@ def cases() -> tuple[CompileCase, ...]:
         case("sparse", 1048576, share=0.05, features=("starts", "threshold")),
         case("sparse", 131072, share=0.05, features=_ALL, size=32),
         case("sparse", 131072, share=0.05, features=_ALL, size=64, dtype=jnp.float16),
+        case("sparse, masked", 131072, share=0.05, features=("starts", "key_mask")),
+        case("sparse, masked", 131072, share=0.05, features=(*_ALL, "key_mask"), size=64),
         case("Llama-3.2-1B", 131072, dim=64, features=_ALL),
         case("Llama-3-70B over 8", 131072, kv_heads=1, groups=8, features=_ALL),
         case("head_dim 96", 32768, dim=96, features=_ALL),

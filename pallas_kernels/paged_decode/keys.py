@@ -17,11 +17,13 @@ class PagedDecode(NamedTuple):
     Attributes:
       out: float32 [B, H, D]; zeros for an empty set.
       lse: float32 [B, H], natural log-sum-exp of the scaled scores; -inf for an empty set.
+      best: float32 [B, H], the largest raw score attended to; -inf for an empty set.
       kept: int32 [B, H], how many keys were attended to; None unless asked for.
     """
 
     out: Float[Array, "B H D"]
     lse: Float[Array, "B H"]
+    best: Float[Array, "B H"]
     kept: Int[Array, "B H"] | None
 
 
@@ -38,6 +40,7 @@ class Keys:
       low, high: int32 [B]; positions `low <= p < high` are seen; low None: 0.
       gap_low, gap_high: int32 [B]; of those, `gap_low <= p < gap_high` are not; None: all are.
       threshold: float32 [B, H], keys whose raw score `q.k` is below it are not seen; None: all are.
+      mask: bool [B, H, N, Z], which keys of each listed page a query head sees; None: all.
     """
 
     page_ids: Int[Array, "B J N"]
@@ -48,6 +51,7 @@ class Keys:
     gap_low: Int[Array, " B"] | None
     gap_high: Int[Array, " B"] | None
     threshold: Float[Array, "B H"] | None
+    mask: Bool[Array, "B H N Z"] | None
 
     def of_sequences(self, which: Int[Array, " R"]) -> "Keys":
         """The same with the ranges of some sequences, row by row; for `seen`."""
@@ -106,6 +110,7 @@ def wrong_shapes(
         ("gap_low", keys.gap_low, (batch,)),
         ("gap_high", keys.gap_high, (batch,)),
         ("threshold", keys.threshold, (batch, heads)),
+        ("key_mask", keys.mask, (batch, heads, listed[2], size)),
         ("k_scale", k_scale, (kv_heads, pages, size)),
         ("v_scale", v_scale, (kv_heads, pages, size)),
     ]

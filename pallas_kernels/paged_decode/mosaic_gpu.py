@@ -43,7 +43,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.pallas_kernels import mosaic
 from alaya_jax.pallas_kernels.dispatch import Target
@@ -110,6 +110,12 @@ class _Shape:
     starts: bool
     gap: bool
     threshold: bool
+    mask: bool
+
+    @property
+    def word_keys(self) -> int:
+        """Keys of a page whose bits of the mask fill one word."""
+        return min(self.page_size, 32)
 
     @property
     def pages(self) -> int:
@@ -170,6 +176,7 @@ def paged_decode(
         starts=keys.starts is not None,
         gap=keys.gap_low is not None,
         threshold=keys.threshold is not None,
+        mask=keys.mask is not None,
     )
     pad = ((0, 0), (0, padded - groups))
     queries = jnp.pad(q.astype(shape.dtype).reshape(rows, groups, dim), (*pad, (0, 0)))
@@ -184,6 +191,8 @@ def paged_decode(
     if keys.threshold is not None:
         floor = keys.threshold.astype(jnp.float32).reshape(rows, groups)
         operands.append(jnp.pad(floor, pad, constant_values=-jnp.inf))
+    if keys.mask is not None:
+        operands.append(_words(keys.mask, shape))
     scales = [] if k_scale is None else [k_scale, v_scale]
     acc, top, total, kept = _kernel(shape, target)(*operands, *scales, k_pages, v_pages)
 
@@ -194,12 +203,26 @@ def paged_decode(
     # Not as a matmul, which a GPU would do in TF32.
     acc = jnp.sum(weight[:, :, None] * acc, axis=1).swapaxes(1, 2)[:, :groups]
     safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * best[:, 0, :groups] + jnp.log(safe), -jnp.inf)
+    best = jnp.where(total > 0, best[:, 0, :groups], -jnp.inf)
+    lse = jnp.where(total > 0, scale * best + jnp.log(safe), -jnp.inf)
     out = acc / safe[..., None]
     number = jnp.sum(kept, axis=1)[:, :groups].astype(jnp.int32).reshape(batch, heads)
     return PagedDecode(
-        out.reshape(q.shape), lse.reshape(batch, heads), number if want_kept else None
+        out.reshape(q.shape),
+        lse.reshape(batch, heads),
+        best.reshape(batch, heads),
+        number if want_kept else None,
     )
+
+
+def _words(mask: Bool[Array, "B H N Z"], shape: _Shape) -> Int[Array, "R N W heads"]:
+    """A mask as bits, the first key's lowest; R rows, W words a page."""
+    groups = mask.shape[0] * mask.shape[1] // shape.rows
+    bits = mask.reshape(shape.rows, groups, mask.shape[2], -1, shape.word_keys)
+    shifts = jnp.arange(shape.word_keys, dtype=jnp.uint32)
+    words = jnp.sum(bits.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
+    words = jnp.moveaxis(lax.bitcast_convert_type(words, jnp.int32), 1, -1)
+    return jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, shape.heads - groups)))
 
 
 def _kernel(shape: _Shape, target: Target) -> Any:
@@ -251,6 +274,7 @@ def _body(
     *optional, k_ref, v_ref, acc_ref, top_ref, total_ref, kept_ref = refs
     starts_ref = optional[0] if shape.starts else None
     floor_ref = optional[int(shape.starts)] if shape.threshold else None
+    word_ref = optional[shape.starts + shape.threshold] if shape.mask else None
     k_scale_ref, v_scale_ref = optional[-2:] if shape.quantized else (None, None)
     q_smem, k_smem, v_smem, p_smem = (scratch[f"{x}_smem"] for x in "qkvp")
     q_arrived, k_arrived, v_arrived = (scratch[f"{x}_arrived"] for x in "qkv")
@@ -271,6 +295,18 @@ def _body(
         last = jnp.maximum(count - 1, 0)
         return [ids_ref[batch, which, jnp.minimum(begin + j, last)] for j in range(shape.pages)]
 
+    def words(step: Any) -> list[Any]:
+        """The mask of one tile, a word for so many keys of each head."""
+        if word_ref is None:
+            return []
+        found = []
+        for key in range(0, TILE, shape.word_keys):
+            page, offset = divmod(key, shape.page_size)
+            entry = jnp.minimum((first + step) * shape.pages + page, jnp.maximum(count - 1, 0))
+            word = word_ref.at[row, entry, offset // shape.word_keys]
+            found.append(plgpu.load(word, layout=wgmma.reduce(0), optimized=False))
+        return found
+
     def issue(step: Any, pages: list[Any]) -> None:
         """Starts the copies of one tile."""
         slot = lax.rem(step, shape.stages)
@@ -283,11 +319,11 @@ def _body(
                 rows = pl.ds(j * shape.page_size, shape.page_size)
                 plgpu.copy_gmem_to_smem(ref.at[head, page], smem.at[slot, rows], arrived.at[slot])
 
+    wgmma = plgpu.Layout.WGMMA
     plgpu.copy_gmem_to_smem(q_ref.at[row], q_smem, q_arrived)
     for step in range(shape.stages - 1):
         pages = page_ids(step)
         pl.when(step < steps)(functools.partial(issue, jnp.int32(step), pages))
-    wgmma = plgpu.Layout.WGMMA
     per_key = functools.partial(plgpu.broadcasted_iota, jnp.int32)
     tile_shape = (TILE, shape.heads)
     floor = None
@@ -296,7 +332,7 @@ def _body(
     plgpu.barrier_wait(q_arrived)
 
     def visit(step: Any, carry: Any) -> Any:
-        pages, top, total, kept, acc = carry
+        pages, masks, top, total, kept, acc = carry
         slot = lax.rem(step, shape.stages)
         tile = first + step
         begins = []  # position of each page's first key; of a page that is not there, nowhere
@@ -356,6 +392,14 @@ def _body(
         keep = seen(per_key(tile_shape, 0, layout=wgmma))
         if floor is not None:
             keep = keep & (scores >= lax.broadcast_in_dim(floor, tile_shape, [1]))
+        if masks:
+            key = per_key(tile_shape, 0, layout=wgmma)
+            word = lax.broadcast_in_dim(masks[0], tile_shape, [1])
+            for j in range(1, len(masks)):
+                later = lax.broadcast_in_dim(masks[j], tile_shape, [1])
+                word = jnp.where(key >= j * shape.word_keys, later, word)
+            bit = lax.shift_right_logical(word, key & (shape.word_keys - 1)) & 1
+            keep = keep & (bit != 0)
         scores = jnp.where(keep, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=0))
         log2e = shape.scale * math.log2(math.e)
@@ -380,6 +424,7 @@ def _body(
         ahead = step + (shape.stages - 1)
         pl.when(ahead < steps)(functools.partial(issue, ahead, pages))
         pages = page_ids(ahead + 1)  # read a tile early: nothing waits for them
+        masks = words(step + 1)
         total = total * lax.broadcast_in_dim(fade, tile_shape, [1]) + p
         kept = kept + jnp.where(keep, 1.0, 0.0)
 
@@ -396,19 +441,20 @@ def _body(
                 plgpu.WGMMAAccumulatorRef(out_shape, jnp.float32),
             )
             new_acc.append(old * lax.broadcast_in_dim(fade, out_shape, [1]) + new)
-        return pages, new_top, total, kept, tuple(new_acc)
+        return pages, masks, new_top, total, kept, tuple(new_acc)
 
     def full(size: tuple[int, ...], value: float, layout: Any) -> Any:
         return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
 
     start = (
         page_ids(shape.stages - 1),
+        words(0),
         full((shape.heads,), LOWEST, wgmma.reduce(0)),
         full(tile_shape, 0.0, wgmma),
         full(tile_shape, 0.0, wgmma),
         tuple(full((size, shape.heads), 0.0, wgmma) for _, size in shape.d_blocks),
     )
-    _, top, total, kept, acc = lax.fori_loop(0, steps, visit, start)
+    _, _, top, total, kept, acc = lax.fori_loop(0, steps, visit, start)
     top_ref[row, split] = top
     total_ref[row, split] = total.sum(axis=0)
     kept_ref[row, split] = kept.sum(axis=0)

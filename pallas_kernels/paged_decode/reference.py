@@ -41,6 +41,9 @@ def paged_decode(
     seen = in_range[:, :, None]
     if keys.threshold is not None:
         seen = seen & (scores >= keys.threshold.reshape(*scores.shape[:3], 1))
+    if keys.mask is not None:
+        seen = seen & keys.mask.reshape(scores.shape)
+    best = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, initial=-jnp.inf)
     scores = jnp.where(seen, scores * scale, -jnp.inf)
     top = jnp.max(scores, axis=-1, initial=-jnp.inf, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top))
@@ -52,5 +55,6 @@ def paged_decode(
     return PagedDecode(
         out.reshape(q.shape),
         lse.reshape(batch, heads),
+        best.reshape(batch, heads),
         kept.reshape(batch, heads) if want_kept else None,
     )

@@ -49,6 +49,9 @@ def paged_decode(
     starts = per_row(jnp.pad(all_starts(keys, size), pad)).reshape(rows, steps, block)
     count = per_row(keys.count)
     queries = q.reshape(rows, groups, dim).astype(dtype)
+    mask = None
+    if keys.mask is not None:
+        mask = jnp.pad(keys.mask, (*pad, (0, 0))).reshape(rows, groups, steps, block * size)
     floor = None if keys.threshold is None else keys.threshold.reshape(rows, groups, 1)
 
     def visit(which: Array, step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -72,6 +75,8 @@ def paged_decode(
             scores *= read(k_scale)[:, None]
         if floor is not None:
             seen = seen & (scores >= floor[which])
+        if mask is not None:
+            seen = seen & mask[which, :, step]
         scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         p = jnp.exp(scale * (scores - new_top[..., None]))
@@ -112,6 +117,7 @@ def paged_decode(
         )
     total = total.reshape(batch, heads)
     safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * top.reshape(batch, heads) + jnp.log(safe), -jnp.inf)
+    best = jnp.where(total > 0, top.reshape(batch, heads), -jnp.inf)
+    lse = jnp.where(total > 0, scale * best + jnp.log(safe), -jnp.inf)
     out = acc.reshape(q.shape) / safe[..., None]
-    return PagedDecode(out, lse, kept.reshape(batch, heads) if want_kept else None)
+    return PagedDecode(out, lse, best, kept.reshape(batch, heads) if want_kept else None)

@@ -20,7 +20,9 @@ from alaya_jax.pallas_kernels.sketch_select.request import (
     Codes,
     Query,
     Selected,
+    in_range,
     select,
+    wanted,
 )
 
 _HEAD_DIMS = (64, 128)
@@ -54,17 +56,12 @@ def _mosaic_gpu(*args: Any, **options: Any) -> Bounds:
     return mosaic_gpu.bounds(*args, **options)
 
 
-def _fits(target: Target, *args: Any, **kwargs: Any) -> str | None:
-    del target, args, kwargs
-    return None
-
-
 OP = Op(
     "sketch_select",
     (
         Candidate("mosaic_gpu", _unfit_for_mosaic_gpu, _mosaic_gpu, wants_target=True),
-        Candidate("xla", _fits, xla.bounds),
-        Candidate("reference", _fits, reference.bounds, automatic=False),
+        Candidate("xla", None, xla.bounds),
+        Candidate("reference", None, reference.bounds, automatic=False),
     ),
 )
 """The scan; what is made of its `Bounds` is XLA in every implementation."""
@@ -105,13 +102,36 @@ def sketch_select(
     Raises:
       KernelError: shapes contradict each other, or the named implementation cannot run.
     """
-    _check(query, keys, pages, low, high)
-    bounds = OP.run(
+    found = bounds(
         query, keys, pages, low, high, scale=scale, implementation=implementation, target=target
     )
     beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), query.step.shape)
     capacity = pages.shape[1] if capacity is None else capacity
-    return select(bounds, pages, low, high, beta, best, keys.codes.shape[2], capacity)
+    return select(found, pages, low, high, beta, best, keys.codes.shape[2], capacity)
+
+
+def bounds(
+    query: Query,
+    keys: Codes,
+    pages: Int[Array, "B N"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    target: Target | None = None,
+) -> Bounds:
+    """The scan alone: what `sketch_select` chooses by; `wanted` and `select` take it.
+
+    Takes what `sketch_select` takes.
+
+    Raises:
+      KernelError: as `sketch_select`.
+    """
+    _check(query, keys, pages, low, high)
+    return OP.run(
+        query, keys, pages, low, high, scale=scale, implementation=implementation, target=target
+    )
 
 
 def choose(
@@ -168,4 +188,16 @@ def _check(query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> None:
         raise KernelError(f"sketch_select: {'; '.join(wrong)}")
 
 
-__all__ = ["OP", "Bounds", "Codes", "Query", "Selected", "choose", "select", "sketch_select"]
+__all__ = [
+    "OP",
+    "Bounds",
+    "Codes",
+    "Query",
+    "Selected",
+    "bounds",
+    "choose",
+    "in_range",
+    "select",
+    "sketch_select",
+    "wanted",
+]

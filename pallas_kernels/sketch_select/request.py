@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
+
+from alaya_jax.pallas_kernels.page_lists import compact
 
 
 @jax.tree_util.register_dataclass
@@ -103,29 +105,43 @@ def select(
     capacity: int,
 ) -> Selected:
     """The pages whose upper bound reaches the best score, less beta, for a head of the group."""
-    batch, kv_heads, n, group = bounds.upper.shape
-    first = jnp.arange(n) * page_size
-    some = (first + page_size > low[:, None]) & (first < high[:, None]) & (low < high)[:, None]
+    batch, _, n, _ = bounds.upper.shape
     top = bounds.best.reshape(batch, -1)
     if best is not None:
         top = jnp.maximum(top, best)
-    threshold = (top - beta).reshape(batch, kv_heads, 1, group)
-    wanted = (bounds.upper >= threshold) & (bounds.upper > -jnp.inf)
-    keep = jnp.any(wanted, axis=-1) & some[:, None]  # [B, K, N]
-
-    rank = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
-    slot = jnp.where(keep, rank - 1, capacity)  # past the end: dropped
-    b, k = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    index = jnp.zeros((batch, kv_heads, capacity), jnp.int32)
-    index = index.at[b, k, slot].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    keep = wanted(bounds, top - beta, low, high, page_size)
+    index, count = compact(keep, capacity)
     lse = None
     if bounds.lse is not None:
+        some = in_range(n, page_size, low, high)
         lse = jnp.where(some[:, None, :, None], bounds.lse, -jnp.inf)
         lse = jnp.moveaxis(lse, 3, 2).reshape(batch, -1, n)
     return Selected(
         page_ids=jnp.take_along_axis(pages[:, None], index, axis=2),
         starts=index * page_size,
-        count=rank[..., -1],
+        count=count,
         best=top,
         page_lse=lse,
     )
+
+
+def wanted(
+    bounds: Bounds,
+    threshold: Float[Array, "B H"],
+    low: Int[Array, " B"],
+    high: Int[Array, " B"],
+    page_size: int,
+) -> Bool[Array, "B K N"]:
+    """Which pages have a key in range that may reach the threshold of a head of the group."""
+    batch, kv_heads, n, group = bounds.upper.shape
+    least = threshold.reshape(batch, kv_heads, 1, group)
+    reaches = jnp.any((bounds.upper >= least) & (bounds.upper > -jnp.inf), axis=-1)
+    return reaches & in_range(n, page_size, low, high)[:, None]
+
+
+def in_range(
+    n: int, page_size: int, low: Int[Array, " B"], high: Int[Array, " B"]
+) -> Bool[Array, "B N"]:
+    """Which of a sequence's pages hold a position `low <= p < high`."""
+    first = jnp.arange(n) * page_size
+    return (first + page_size > low[:, None]) & (first < high[:, None]) & (low < high)[:, None]

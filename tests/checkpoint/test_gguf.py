@@ -15,6 +15,8 @@ from alaya_jax.checkpoint.params import match
 from alaya_jax.errors import AlayaError, CheckpointError, ConfigError
 from alaya_jax.models.config import RopeConfig
 from alaya_jax.models.rope import inverse_frequencies
+from alaya_jax.pallas_kernels.dispatch import H100
+from alaya_jax.query.situation import default_dtype
 from alaya_jax.sharding import make_mesh
 
 
@@ -50,6 +52,22 @@ def test_kinds(make_config, make_tensors, write_gguf, as_params, assert_same, ki
     want = {name: x.astype(dtype) for name, x in rounded.items()}
     assert_same(checkpoint.params, as_params(config, want))
     assert checkpoint.config == dataclasses.replace(config, dtype=np.dtype(dtype).name)
+
+
+def test_quantized_types_become_what_the_target_computes_in(
+    make_config, make_tensors, write_gguf, monkeypatch
+):
+    """The kernels' target; `jax.default_device` or a mesh decides it, not the default backend."""
+    config = make_config()
+    path = write_gguf(config, make_tensors(config), Quant.Q8_0)
+
+    def dtypes():
+        return default_dtype({"Q8_0": 9}), read(path).params["embed"]["embedding"].dtype.name
+
+    assert dtypes() == ("float32", "float32")
+    for module in ("checkpoint", "query.situation"):
+        monkeypatch.setattr(f"alaya_jax.{module}.current_target", lambda: H100)
+    assert dtypes() == ("bfloat16", "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_S"])

@@ -23,7 +23,7 @@ class Sizes:
     size: int = 16
     listed: int = 17
     lists: int = 2
-    features: tuple[str, ...] = ("starts", "low", "gap_low", "gap_high", "threshold")
+    features: tuple[str, ...] = ("starts", "low", "gap_low", "gap_high", "threshold", "key_mask")
     dtype: str = "bfloat16"
 
 
@@ -48,7 +48,12 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
     if "starts" in sizes.features:
         order = rng.permuted(order, axis=-1)
 
-    if kind == "threshold":
+    mask = np.ones((b, heads, n, z), bool)
+
+    if kind == "mask":
+        mask[:] = rng.random(mask.shape) < 0.3
+        mask[:, 0] = False
+    elif kind == "threshold":
         threshold[:] = rng.normal(0.0, 4.0, threshold.shape)
     elif kind == "nothing":
         count[0] = 0
@@ -77,6 +82,7 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
         "gap_low": gap_low,
         "gap_high": gap_high,
         "threshold": threshold,
+        "key_mask": mask,
     }
     arrays = {
         "q": q,
@@ -88,7 +94,7 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
     readable = np.zeros(pool[:3], bool)
     for row in range(b):
         for head in range(sizes.kv_heads):
-            for page, position in listed_keys(arrays, row, head, j, z):
+            for _, page, position in listed_keys(arrays, row, head, j, z):
                 readable[head, page, position % z] |= visible(arrays, row, position)
     if eight_bits(sizes):  # whole numbers, to be scaled
         arrays["k_scale"], arrays["v_scale"] = (
@@ -101,7 +107,7 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
     arrays["k_pages"] = np.where(readable[..., None], k, hidden)
     arrays["v_pages"] = np.where(readable[..., None], v, hidden)
     return {
-        name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32)
+        name: x if x.dtype == bool else x.astype(np.float32 if x.dtype.kind == "f" else np.int32)
         for name, x in arrays.items()
     }
 
@@ -109,6 +115,7 @@ def make(sizes: Sizes, kind: str, rng: np.random.Generator) -> dict[str, Any]:
 KINDS = (
     "plain",
     "threshold",
+    "mask",
     "nothing",
     "below the threshold",
     "one key",
@@ -132,8 +139,10 @@ def dtype_of(name: str, sizes: Sizes) -> str | None:
     return None
 
 
-def listed_keys(arrays: Any, row: int, head: int, lists: int, size: int) -> list[tuple[int, int]]:
-    """(page, position) of every key that one sequence and kv head lists."""
+def listed_keys(
+    arrays: Any, row: int, head: int, lists: int, size: int
+) -> list[tuple[int, int, int]]:
+    """(entry, page, position) of every key that one sequence and kv head lists."""
     which = head if lists > 1 else 0
     found = []
     for entry in range(int(arrays["count"][row, which])):
@@ -141,7 +150,7 @@ def listed_keys(arrays: Any, row: int, head: int, lists: int, size: int) -> list
         if "starts" in arrays:
             begin = int(arrays["starts"][row, which, entry])
         page = int(arrays["page_ids"][row, which, entry])
-        found += [(page, begin + offset) for offset in range(size)]
+        found += [(entry, page, begin + offset) for offset in range(size)]
     return found
 
 
@@ -155,23 +164,25 @@ def visible(arrays: Any, row: int, position: int) -> bool:
     return not int(arrays["gap_low"][row]) <= position < int(arrays["gap_high"][row])
 
 
-def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """out, lse, kept: key by key, in float64."""
+def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """out, lse, best, kept: key by key, in float64."""
     q, k, v = (arrays[name].astype(np.float64) for name in ("q", "k_pages", "v_pages"))
     if "k_scale" in arrays:
         k, v = k * arrays["k_scale"][..., None], v * arrays["v_scale"][..., None]
     batch, heads, dim = q.shape
     groups = heads // k.shape[0]
     out, lse = np.zeros(q.shape), np.full((batch, heads), -INF)
-    kept = np.zeros((batch, heads), int)
+    best, kept = np.full((batch, heads), -INF), np.zeros((batch, heads), int)
     for row in range(batch):
         for h in range(heads):
             head = h // groups
             scores, values = [], []
-            for page, position in listed_keys(arrays, row, head, lists, k.shape[2]):
+            for entry, page, position in listed_keys(arrays, row, head, lists, k.shape[2]):
                 if not visible(arrays, row, position):
                     continue
                 at = (head, page, position % k.shape[2])
+                if "key_mask" in arrays and not arrays["key_mask"][row, h, entry, at[2]]:
+                    continue
                 score = q[row, h] @ k[at]
                 if "threshold" in arrays and not score >= arrays["threshold"][row, h]:
                     continue
@@ -181,17 +192,23 @@ def truth(arrays: Any, lists: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if scores and max(scores) > -INF:
                 weights = np.exp(np.array(scores) - max(scores))
                 out[row, h] = weights @ np.array(values) / weights.sum()
+                best[row, h] = max(scores) / dim**-0.5
                 lse[row, h] = max(scores) + np.log(weights.sum())
-    return out, lse, kept
+    return out, lse, best, kept
 
 
 VARIANTS = {
     "one list, Z 16, D 128": Sizes(batch=1, groups=4, dim=128, lists=1, listed=19, features=()),
     "D 96, Z 32, float16": Sizes(
-        batch=1, dim=96, size=32, listed=9, dtype="float16", features=("starts", "threshold")
+        batch=1,
+        dim=96,
+        size=32,
+        listed=9,
+        dtype="float16",
+        features=("starts", "threshold", "key_mask"),
     ),
     "Z 64, 12 heads a group": Sizes(
-        batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=5, features=("low",)
+        batch=1, kv_heads=1, lists=1, groups=12, size=64, listed=5, features=("low", "key_mask")
     ),
     "int8": Sizes(batch=1, dtype="int8"),
     "fp8, D 128, Z 32": Sizes(

@@ -36,7 +36,7 @@ def compiled(case: Case, implementation: str):
     target = INTERPRET if implementation == "mosaic_gpu" else CPU
 
     def run(q, k, v, pages, lengths, count, lists, beta):
-        blocks, block_counts = lists or (None, None)
+        blocks, block_counts, block_kept = lists or (None, None, None)
         return op.block_sparse_prefill(
             q,
             k,
@@ -46,6 +46,7 @@ def compiled(case: Case, implementation: str):
             count,
             blocks=blocks,
             block_counts=block_counts,
+            block_kept=block_kept,
             beta=beta,
             block_kv=case.block_kv,
             implementation=implementation,
@@ -55,7 +56,9 @@ def compiled(case: Case, implementation: str):
     return jax.jit(run)
 
 
-def request_of(case, rng, lengths, count, gain=1.0, blocks=None, block_counts=None, beta=None):
+def request_of(
+    case, rng, lengths, count, gain=1.0, blocks=None, block_counts=None, block_kept=0, beta=None
+):
     """Random numbers; NaN wherever no implementation may look."""
     batch, pool = len(lengths), len(lengths) * case.table + 3
     q = rng.standard_normal((batch, case.tokens, case.heads, case.dim)) * gain
@@ -71,7 +74,8 @@ def request_of(case, rng, lengths, count, gain=1.0, blocks=None, block_counts=No
     dtype = jnp.dtype(case.dtype)
     lists = None
     if case.lists:
-        lists = (jnp.asarray(blocks, jnp.int32), jnp.asarray(block_counts, jnp.int32))
+        block_kept = np.broadcast_to(block_kept, np.shape(block_counts))
+        lists = tuple(jnp.asarray(x, jnp.int32) for x in (blocks, block_counts, block_kept))
     return (
         *(jnp.asarray(x, dtype) for x in (q, k, v)),
         *(jnp.asarray(x, jnp.int32) for x in (pages, lengths, count)),
@@ -101,22 +105,25 @@ def oracle(case, q, k, v, pages, lengths, count, lists, beta):
                 if t.size == 0:
                     continue
                 block = tile * op.ROWS // op.QUERY_BLOCK
+                kept = 0
                 if lists is None:
                     end = lengths[b] + min((block + 1) * op.QUERY_BLOCK, count[b])
                     order = list(range(-(-end // case.block_kv)))[::-1]
                 else:
                     j = h * lists[0].shape[1] // heads
                     order = np.asarray(lists[0])[b, j, block][: lists[1][b, j, block]]
+                    kept = int(lists[2][b, j, block])
                 top = np.full(t.size, -np.inf)
                 seen = np.zeros((t.size, total), bool)
                 score = q[b, t, h] @ rows_k.T
                 causal = np.arange(total) <= (lengths[b] + t)[:, None]
                 score = np.where(causal, score, -np.inf)
-                for j in order:
+                for i, j in enumerate(order):
                     of = (np.arange(total) // case.block_kv == j) & causal
                     tile_top = np.max(np.where(of, score, -np.inf), axis=1, initial=-np.inf)
                     exempt = (
                         beta is None
+                        or i < kept
                         or (j + 1) * case.block_kv > lengths[b] + first + 1
                         or first + op.ROWS > count[b]
                     )
@@ -181,6 +188,25 @@ def test_lists_of_heads_in_float16_with_wide_tiles(implementation, rng):
     blocks = np.stack([rng.permutation(4) for _ in range(4)]).reshape(1, 4, 1, 4)
     given = {"blocks": blocks, "block_counts": [[[1], [4], [4], [2]]]}  # more tiles than stages
     check(case, implementation, request_of(case, rng, [350], [90], **given))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_first_of_a_list_are_never_skipped(implementation, rng):
+    case = Case(lists=2, beta=True)
+    given = {
+        "blocks": np.broadcast_to([0, 1, 2, 3], (2, 2, 2, 4)),
+        "block_counts": np.full((2, 2, 2), 4),
+        "beta": 0.0,  # of what comes after the best, nothing
+    }
+    q, k, v, pages, *rest = request_of(case, rng, [120, 120], [130, 130], **given)
+    later = np.asarray(pages)[:, 4:16]  # all but the first block are far from every query
+    k = k.at[:, later[later < k.shape[1]]].multiply(0.01)
+    blocks, counts, _ = rest[2]
+    skipped = []
+    for kept in (jnp.zeros_like(counts), jnp.asarray([[[0, 1], [2, 3]], [[4, 4], [0, 4]]])):
+        rest[2] = (blocks, counts, kept)
+        skipped.append(check(case, implementation, (q, k, v, pages, *rest)).skipped.sum())
+    assert skipped[0] > skipped[1] > 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -36,10 +36,11 @@ def rounded(arrays, sizes):
 
 
 def check(got, expected, exact):
-    out, lse, kept = expected
+    out, lse, best, kept = expected
     # Weights are rounded to the pages' type before they meet the values; values are about 1.
     np.testing.assert_allclose(got.out, out, atol=1e-5 if exact else 1e-2, rtol=1e-5)
     np.testing.assert_allclose(got.lse, lse, atol=2e-5, rtol=2e-6)
+    np.testing.assert_allclose(got.best, best, atol=1e-4, rtol=2e-6)
     np.testing.assert_array_equal(got.kept, kept)
 
 
@@ -80,7 +81,7 @@ def tuned(arrays, tuning):
     names = ("page_ids", "count", "starts", "low", "length", "gap_low", "gap_high", "threshold")
     return mosaic_gpu.paged_decode(
         arrays["q"], arrays["k_pages"], arrays["v_pages"],
-        Keys(*(arrays.get(name) for name in names)), None, None,
+        Keys(*(arrays.get(name) for name in (*names, "key_mask"))), None, None,
         scale=arrays["q"].shape[-1] ** -0.5, want_kept=True, target=INTERPRET, tuning=tuning,
     )  # fmt: skip
 
@@ -120,6 +121,7 @@ def test_what_cannot_run_says_why():
     }
     for reason, shapes in cases.items():
         changed = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
+        changed["key_mask"] = None
         assert reason in str(choose(**{**arrays, **changed}, target=H100))
         with pytest.raises(KernelError, match=reason):
             choose(**{**arrays, **changed}, implementation="mosaic_gpu", target=H100)

@@ -158,6 +158,23 @@ def test_analysis_takes_what_decoding_did(session, monkeypatch, tmp_path):
     assert len(row["keys_read_by_group"]) == 2
     assert np.mean(row["keys_read_by_group"]) == pytest.approx(row["keys_read"] / 2)
     assert (row["tier"], row["implementation"], row["beta"]) == ("device", "xla", None)
+    assert "needs a Hopper GPU" in row["passed_over"]["mosaic_gpu"]
+    assert "implementation" not in str(found)  # nobody expects kernels for a GPU on a CPU
+
+
+def test_says_which_implementation_runs(db, prompt):
+    session, rest = db.create_session(prompt)
+    session.prefill(rest)
+    plan = aj.Plan(aj.DIPR(beta=4.0, window=WINDOW), implementation="reference")
+    list(aj.generate(session, [5], max_new_tokens=2, attention=plan))
+    decoded = session.explain().to_dict()["phases"]["decode"]
+    assert decoded["implementation"] == "reference"
+    assert decoded["by_layer"][0]["passed_over"] == {}
+    named = aj.Plan(aj.DIPR(beta=4.0, window=WINDOW), implementation="mosaic_gpu")
+    with pytest.raises(aj.AlayaError, match=r"(?s)mosaic_gpu.*needs a Hopper GPU"):
+        session.explain(attention=named)
+    with pytest.raises(aj.AlayaError, match="needs a Hopper GPU"):
+        list(aj.generate(session, [5], max_new_tokens=2, attention=named))
 
 
 def test_a_sequence_of_a_batch(db, rng):

@@ -1,0 +1,78 @@
+"""Attention by the operations of `pallas_kernels`, for all sequences of a batch at once.
+
+One new token of each sequence
+  Full                   paged_decode over the sequence's pages
+  Window                 paged_decode over the window's pages
+  DIPR(beta) @ Sketch()  sketch_select finds the pages that may hold the best key, paged_decode its
+                         score; then the pages that may hold a key in range, attended to with the
+                         exact threshold
+  another DIPR or TopK   the scan and the selection are the engine's own (`retrieve`); paged_decode
+                         over the pages that hold a kept key, with a mask of keys
+
+A chunk of new tokens
+  Full                   block_sparse_prefill
+  Tiles                  block_sparse_prefill with the lists of `select_tiles`
+
+What is selected and counted is what `engine` selects and counts without kernels, except `read`:
+here pages are read whole.
+"""
+
+from jaxtyping import Array, Float
+
+from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.kernels import decode, prefill
+from alaya_jax.attention.kernels.batch import Batch, passed_over
+from alaya_jax.errors import KernelError
+from alaya_jax.index import Graph
+from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target
+from alaya_jax.query import Tiles
+from alaya_jax.query.plan import Plan
+
+
+def choose(plan: Plan, batch: Batch, target: Target | None = None) -> Choice:
+    """What answers a plan, and why not what is faster.
+
+    Raises:
+      KernelError: the plan names an implementation that cannot.
+    """
+    target = target or current_target()
+    named = plan.implementation
+    if named == "xla":
+        return Choice("attention", "xla", target)
+    wanted = named or "mosaic_gpu"
+    reason = unfit(plan, batch, wanted, target)
+    if reason is None:
+        return Choice("attention", wanted, target)
+    if named is not None:
+        raise KernelError(
+            f"Plan({plan}, implementation={named!r}) cannot run on {target}: {reason}; leave "
+            "implementation out, or use 'xla'"
+        )
+    return Choice("attention", "xla", target, (("mosaic_gpu", reason),))
+
+
+def unfit(plan: Plan, batch: Batch, implementation: str, target: Target) -> str | None:
+    """Why kernels of this implementation cannot answer a plan; None if they can.
+
+    Looks at shapes and types only; arrays may be `jax.ShapeDtypeStruct`s.
+    """
+    t = batch.q.shape[1]
+    if isinstance(plan.index, Graph) and plan.retrieves:
+        return "a graph is walked key by key"
+    if t == 1 and isinstance(plan.query, Tiles):
+        return "Tiles are of a chunk of tokens, and this is one token"
+    found = (decode if t == 1 else prefill).choose(plan, batch, target)
+    return found if isinstance(found, str) else passed_over(found, implementation)
+
+
+def attend(
+    plan: Plan, batch: Batch, implementation: str, target: Target
+) -> tuple[Float[Array, "B T H D"], Counts]:
+    """As `engine.attend`; for plans and shapes that are not `unfit`."""
+    of_shape = decode if batch.q.shape[1] == 1 else prefill
+    options = {"implementation": implementation, "target": target}
+    out, counts = of_shape.attend(plan, batch, options)
+    return out.astype(batch.q.dtype), counts
+
+
+__all__ = ["Batch", "attend", "choose", "unfit"]

@@ -1,0 +1,333 @@
+"""One new token of each sequence: pages are listed, and `paged_decode` reads them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
+from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.attention.partial import Partial, across, merge, merge_across
+from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.index import MISS, Sketch, SketchLayer, recover
+from alaya_jax.index.codes import round_query
+from alaya_jax.pallas_kernels.dispatch import Choice, Target
+from alaya_jax.pallas_kernels.page_lists import compact
+from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
+from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
+from alaya_jax.pallas_kernels.sketch_select import Bounds, Codes, bounds, in_range, wanted
+from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
+from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
+from alaya_jax.query import DIPR, Full, TopK, Window
+from alaya_jax.query.plan import Plan
+
+
+def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+    """What `paged_decode` would run."""
+    del plan
+    (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
+    listed = (abstract(b, 1, n), abstract(b, 1), abstract(b))
+    q = abstract(b, h, d, dtype=batch.q.dtype)
+    return choose_decode(q, batch.k, batch.v, *listed, target=target)
+
+
+def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) -> bool:
+    """Whether `sketch_select` finds the pages."""
+    if not (
+        isinstance(plan.query, DIPR)
+        and plan.index == Sketch(4)
+        and isinstance(batch.index, SketchLayer)
+        and batch.table.start is None
+    ):
+        return False
+    exact = (plan.by, plan.share, plan.tail) == ("key", "head", False)
+    if not (exact and plan.query.recovery is None) and (plan.by, plan.share) != ("page", "group"):
+        return False
+    (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
+    numbers = (abstract(b, h, dtype=jnp.float32),) * 3
+    query = SketchQuery(
+        abstract(b, h, d, dtype=batch.q.dtype), abstract(b, h, d, dtype=jnp.int8), *numbers
+    )
+    pages = (abstract(b, n), abstract(b), abstract(b))
+    chosen = choose_select(query, _codes(batch.index), *pages, target=target)
+    return passed_over(chosen, implementation) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    """Pages to read, in the order of the sequence.
+
+    Attributes:
+      index: int32 [B, J, N], which entries of the table; J is K, or 1 for all kv heads.
+      count: int32 [B, J].
+    """
+
+    index: Int[Array, "B J N"]
+    count: Int[Array, "B J"]
+
+
+def _list(keep: Bool[Array, "B J N"]) -> _Listed:
+    return _Listed(*compact(keep))
+
+
+class _Reader:
+    """`paged_decode` of a batch's queries, over some of the pages."""
+
+    def __init__(self, batch: Batch, end: Int[Array, " B"], options: dict[str, Any]):
+        self.batch, self.end, self.options = batch, end, options
+
+    def __call__(
+        self, listed: _Listed, high: Int[Array, " B"] | None = None, **keys: Any
+    ) -> PagedDecode:
+        """`high` and `keys`: what is seen of those pages; see `paged_decode`."""
+        batch = self.batch
+
+        def of_list(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
+            return jnp.take_along_axis(x[:, None], listed.index, axis=2)
+
+        return paged_decode(
+            batch.q[:, 0],
+            batch.k,
+            batch.v,
+            of_list(batch.table.pages),
+            listed.count,
+            self.end if high is None else high,
+            starts=of_list(batch.starts),
+            want_kept=True,
+            **keys,
+            **self.options,
+        )
+
+
+def _partial(part: PagedDecode, axis: str | None) -> Partial:
+    return merge_across(Partial(part.out, part.lse), axis)
+
+
+def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+    """See `kernels.attend`; `options`: implementation and target of the operations."""
+    query, axis = plan.query, batch.axis
+    b, _, heads, _ = batch.q.shape
+    z = batch.k.shape[2]
+    end = jnp.where(batch.count > 0, batch.table.length + 1, 0)
+    read = _Reader(batch, end, options)
+    starts = batch.starts
+
+    def counts(attended: Array, scored: Array, **more: Any) -> Counts:
+        return Counts.of((b, 1, heads), attended, scored, **more)
+
+    if isinstance(query, Full):
+        # Entries ascend, so those before the end come first: no list is made.
+        held = jnp.sum(starts < end[:, None], axis=1, dtype=jnp.int32)[:, None]
+        part = paged_decode(
+            batch.q[:, 0],
+            batch.k,
+            batch.v,
+            batch.table.pages[:, None],
+            held,
+            end,
+            starts=None if batch.table.start is None else starts[:, None],
+            **options,
+        )
+        total = end[:, None, None]
+        return _partial(part, axis).out[:, None], counts(total, total, mass=1.0)
+
+    assert isinstance(query, Window | DIPR | TopK)
+    window = query if isinstance(query, Window) else query.window
+    sink_end = jnp.minimum(window.sink, end)
+    recent = jnp.maximum(sink_end, end - window.recent)
+    inside = (starts < sink_end[:, None]) | (starts + z > recent[:, None])
+    inside &= starts < end[:, None]
+    near = read(_list(inside[:, None]), gap_low=sink_end, gap_high=recent)
+    best = across(lax.pmax, near.best, axis)
+    near = _partial(near, axis)
+    in_window = (sink_end + end - recent)[:, None]
+    if isinstance(query, Window):
+        total = in_window[:, None]
+        return near.out[:, None], counts(total, total)
+
+    high = recent if query.before is None else jnp.minimum(recent, query.before)
+    answer = _through_sketch if _by_sketch(plan, batch, **options) else _through_mask
+    far, mass, extra, pages = answer(plan, read, sink_end, recent, high, near, best)
+    parts = [near, _partial(far, axis)]
+    assert far.kept is not None
+    attended = across(lax.psum, far.kept, axis) + in_window
+    keys_read = across(lax.psum, pages * z, axis)
+    if extra is not None:
+        mass = 1 / (1 + jnp.exp(extra.lse - merge(*parts).lse))
+        parts.append(extra)
+    group = heads // batch.k.shape[0]
+    return merge(*parts).out[:, None], counts(
+        attended[:, None],
+        end[:, None, None],
+        read=jnp.repeat(keys_read, group, axis=1)[:, None],
+        mass=jnp.nan if mass is None else mass[:, None],
+    )
+
+
+_Found = tuple[PagedDecode, Array | None, Partial | None, Array]
+"""The attention over the keys found, the estimated mass, that of the tail, pages read [B, K]."""
+
+
+def _codes(index: SketchLayer) -> Codes:
+    return Codes(index.codes, index.scale, index.spread, index.centre, index.centre_scale)
+
+
+def _scan(
+    read: _Reader, low: Int[Array, " B"], high: Int[Array, " B"], scale: float | None = None
+) -> tuple[Bounds, Int[Array, " B"], Bool[Array, "B 1 N"]]:
+    """What the sketch says of each page, up to which position, and the pages that hold keys in
+    range which it does not cover: those are read whatever happens.
+    """
+    batch = read.batch
+    assert isinstance(batch.index, SketchLayer)
+    b, _, heads, dim = batch.q.shape
+    q, kv_heads = batch.q[:, 0], batch.k.shape[0]
+    rows = jnp.moveaxis(q.reshape(b, kv_heads, -1, dim), 1, 0).reshape(kv_heads, -1, dim)
+    asked = round_query(rows, batch.index.bits, MISS)
+
+    def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
+        x = x.reshape(kv_heads, b, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 1).reshape(b, heads, *x.shape[3:])
+
+    numbers = map(by_head, (asked.integers, asked.step, asked.of_spread, asked.of_scale))
+    known = jnp.minimum(high, batch.covered)
+    found = bounds(
+        SketchQuery(q, *numbers),
+        _codes(batch.index),
+        batch.table.pages,
+        low,
+        known,
+        scale=scale,
+        **read.options,
+    )
+    behind = jnp.maximum(low, batch.covered)
+    uncovered = (batch.starts + batch.k.shape[2] > behind[:, None]) & (batch.starts < high[:, None])
+    return found, known, uncovered[:, None]
+
+
+def _through_sketch(
+    plan: Plan,
+    read: _Reader,
+    low: Int[Array, " B"],
+    recent: Int[Array, " B"],
+    high: Int[Array, " B"],
+    near: Partial,
+    best: Float[Array, "B H"],
+) -> _Found:
+    """DIPR by `sketch_select`'s bounds: by key exactly, or by page."""
+    del recent
+    query = plan.query
+    assert isinstance(query, DIPR)
+    b, heads = best.shape
+    z, kv_heads = read.batch.k.shape[2], read.batch.k.shape[0]
+    if query.recovery is not None:
+        scale = read.batch.q.shape[-1] ** -0.5
+        found, known, uncovered = _scan(read, low, high, scale)
+        assert found.lse is not None
+        n = found.lse.shape[2]
+        # A page counts with the mass of its keys.
+        some = in_range(n, z, low, known)[:, None, :, None]
+        scores = jnp.where(some, found.lse, -jnp.inf) / scale
+        by_row = (b * kv_heads, heads // kv_heads, 1)
+        recovered = recover(
+            jnp.moveaxis(scores, 3, 2).reshape(*by_row, n),
+            near.lse.reshape(by_row),
+            best.reshape(by_row),
+            jnp.broadcast_to(query.recovery, best.shape).reshape(by_row),
+            read.batch.q.shape[-1],
+        )
+        kept = recovered.kept.any((1, 2)).reshape(b, kv_heads, n)
+        listed = _list(kept | uncovered)
+        far = read(listed, low=low, high=high)
+        return far, recovered.mass.reshape(b, heads), None, listed.count
+
+    found, known, uncovered = _scan(read, low, high)
+
+    def reaching(threshold: Float[Array, "B H"]) -> _Listed:
+        return _list(wanted(found, threshold, low, known, z) | uncovered)
+
+    assert query.beta is not None
+    beta = jnp.asarray(query.beta, jnp.float32)
+    if plan.by == "page":
+        listed = reaching(best - beta)
+        return read(listed, low=low, high=high), None, None, listed.count
+    # The best key is in a page whose upper bound reaches the best lower bound.
+    surely = jnp.maximum(best, found.best.reshape(b, -1))
+    top = read(reaching(surely), low=low, high=high).best
+    threshold = jnp.maximum(best, top) - beta
+    listed = reaching(threshold)
+    far = read(listed, low=low, high=high, threshold=threshold)
+    return far, None, None, listed.count
+
+
+def _through_mask(
+    plan: Plan,
+    read: _Reader,
+    low: Int[Array, " B"],
+    recent: Int[Array, " B"],
+    high: Int[Array, " B"],
+    near: Partial,
+    best: Float[Array, "B H"],
+) -> _Found:
+    """What `retrieve` keeps, of each sequence."""
+    batch = read.batch
+    b, _, heads, dim = batch.q.shape
+    kv_heads, _, z, _ = batch.k.shape
+    group = heads // kv_heads
+    by_group = (kv_heads, group, 1)
+
+    def of_sequence(args: Any) -> tuple[Any, ...]:
+        q, ids, start, low, recent, covered, out, lse, best = args
+        pages = Pages(batch.k, batch.v, ids, start)
+        found = retrieve(
+            plan,
+            q.reshape(*by_group, dim),
+            pages,
+            KeyRange(low[None], recent[None]),
+            batch.index,
+            covered,
+            Partial(out.reshape(*by_group, dim), lse.reshape(by_group)),
+            best.reshape(by_group),
+            batch.axis,
+            batch.head_axis,
+        )
+        extra = None
+        if plan.tail:
+            assert isinstance(batch.index, SketchLayer)
+            assert found.scan is not None
+            unread = jnp.where(found.kept.mask, -jnp.inf, found.scan.estimate)
+            extra = batch.index.attend_means(q.reshape(*by_group, dim), pages, unread)
+        return found.kept.mask[:, :, 0], found.floor, found.mass, extra
+
+    each = (
+        batch.q[:, 0], batch.table.pages, batch.table.start, low, recent, batch.covered,
+        near.out, near.lse, best,
+    )  # fmt: skip
+    if b == 1:
+        done = of_sequence(jax.tree.map(lambda x: x[0], each))
+        done = jax.tree.map(lambda x: x[None], done)
+    else:
+        done = lax.map(of_sequence, each)
+    mask, floor, mass, extra = done
+    if plan.by == "key":
+        mask = mask.reshape(*mask.shape[:3], -1, z)  # [B, K, G, N, Z]
+        listed = _list(mask.any((2, 4)))
+    else:
+        listed = _list(mask.any(2))
+    keys: dict[str, Any] = {}
+    if floor is not None:
+        keys["threshold"] = floor.reshape(b, heads)
+    elif plan.by == "key" or plan.share == "head":
+        if plan.by == "page":
+            mask = jnp.broadcast_to(mask[..., None], (*mask.shape, z))
+        at = listed.index[:, :, None, :, None]
+        keys["key_mask"] = jnp.take_along_axis(mask, at, axis=3).reshape(b, heads, -1, z)
+    far = read(listed, low=low, high=high, **keys)
+    if extra is not None:
+        extra = Partial(extra.out.reshape(b, heads, dim), extra.lse.reshape(b, heads))
+        extra = merge_across(extra, batch.axis)
+    return far, None if mass is None else mass.reshape(b, heads), extra, listed.count

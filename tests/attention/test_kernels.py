@@ -1,0 +1,259 @@
+"""Attention by the kernels' operations is that of the engine without them: outputs and counts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from alaya_jax.attention import engine, kernels
+from alaya_jax.cache import PageTable
+from alaya_jax.errors import KernelError, RequestError
+from alaya_jax.index import Block, Flat, Graph, Sketch, SketchLayer
+from alaya_jax.index.block import BlockLayer
+from alaya_jax.pallas_kernels.dispatch import CPU, H100, INTERPRET
+from alaya_jax.query import DIPR, Full, Tiles, TopK, Window
+from alaya_jax.query.plan import Plan
+
+K, G, D, Z, N = 2, 3, 64, 16, 24
+POOL = 96
+WINDOW = Window(20, 41)
+
+DECODE = {
+    "full": Plan(Full()),
+    "window": Plan(WINDOW),
+    "dipr": Plan(DIPR(beta=60.0, window=WINDOW), Flat()),
+    "dipr, sketch": Plan(DIPR(beta=60.0, window=WINDOW), Sketch()),
+    "dipr, sketch, all": Plan(DIPR(beta=float("inf"), window=WINDOW), Sketch()),
+    "dipr, sketch, part": Plan(DIPR(beta=50.0, window=WINDOW, before=150), Sketch()),
+    "dipr, tail": Plan(DIPR(beta=40.0, window=WINDOW), Sketch(), tail=True),
+    "recovery": Plan(DIPR(recovery=0.9, window=WINDOW), Sketch()),
+    "recovery, group": Plan(DIPR(recovery=0.8, window=WINDOW), Sketch(), share="group"),
+    "recovery, page": Plan(DIPR(recovery=0.8, window=WINDOW), Sketch(), "page", "group"),
+    "dipr, page": Plan(DIPR(beta=60.0, window=WINDOW), Sketch(), "page", "group"),
+    "topk": Plan(TopK(9, WINDOW), Sketch()),
+    "topk, page": Plan(TopK(64, WINDOW), Flat(), "page"),
+    "quest": Plan(TopK(64, WINDOW), Block("mean"), "page", "group"),
+}
+
+PREFILL = {
+    "full": Plan(Full()),
+    "recovery": Plan(Tiles(recovery=0.8, kv_block=64, window=Window(16, 64))),
+    "beta": Plan(Tiles(beta=30.0, kv_block=64, window=Window(16, 64))),
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """Ragged sequences scattered over a poisoned pool."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    table: PageTable
+    count: jax.Array
+    covered: jax.Array
+    indexes: dict
+
+
+def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
+    ids = rng.permutation(POOL)[: len(lengths) * N].reshape(-1, N)
+    pool = np.full((2, K, POOL, Z, D), np.nan, np.float32)
+    for row, n, new in zip(ids, lengths, count, strict=True):
+        for j in range(n + new):
+            pool[:, :, row[j // Z], j % Z] = rng.standard_normal((2, K, D))
+    k, v = jnp.asarray(pool, dtype)
+    q = jnp.asarray(3 * rng.standard_normal((len(lengths), t, K * G, D)), dtype)
+    whole = [row[: n // Z] for row, n in zip(ids, lengths, strict=True)]
+    built = jnp.asarray(np.concatenate(whole))
+    filled = jnp.full(len(built), Z)
+
+    def zeros(shape, dtype):
+        return jnp.zeros((K, POOL, *shape), dtype)
+
+    empty = {
+        Sketch(): SketchLayer(
+            zeros((Z, D // 2), jnp.uint8),
+            *(zeros((Z,), jnp.float16),) * 2,
+            zeros((D,), jnp.int8),
+            zeros((), jnp.float16),
+            zeros((D,), jnp.int8),
+            zeros((), jnp.float16),
+        ),
+        Block("mean"): BlockLayer(zeros((1, D), jnp.float32), "mean"),
+    }
+    build = jax.jit(lambda layer: layer.build(k, v, built, filled))
+    # Not all that might be covered is: those keys are scored one by one.
+    covered = [max(n // Z - 4, 0) * Z for n in lengths]
+    return Case(
+        q,
+        k,
+        v,
+        PageTable(jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32)),
+        jnp.asarray(count, jnp.int32),
+        jnp.asarray(covered, jnp.int32),
+        {name: build(layer) for name, layer in empty.items()},
+    )
+
+
+# What is compiled here runs once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+by_engine = jax.jit(
+    engine.attend.__wrapped__, static_argnames=("mesh", "rules"), compiler_options=QUICK
+)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "target"), compiler_options=QUICK)
+def by_kernels(plan, batch, implementation, target=CPU):
+    assert kernels.unfit(plan, batch, implementation, target) is None
+    return kernels.attend(plan, batch, implementation, target)
+
+
+def both(plan, case, implementation, target=CPU):
+    index = case.indexes.get(plan.index)
+    batch = kernels.Batch(case.q, case.k, case.v, case.table, case.count, index, case.covered)
+    got = by_kernels(plan, batch, implementation, target)
+    args = (case.q, case.k, case.v, case.table, case.count, index, case.covered)
+    return got, by_engine(plan, *args)
+
+
+def check(got, want, real, atol):
+    out, counts = got
+    expected, seen = want
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=atol
+    )
+    for name in ("attended", "scored"):
+        np.testing.assert_array_equal(
+            np.where(real, getattr(counts, name), 0), np.where(real, getattr(seen, name), 0), name
+        )
+    np.testing.assert_allclose(counts.mass, seen.mass, atol=1e-4)
+    # Whole pages are read, those of the keys at least.
+    assert np.all(np.asarray(counts.read).sum(1) >= np.asarray(seen.read).sum(1))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Case:
+    return make(np.random.default_rng(3), [331, 75, 0, 200], [1, 1, 1, 0], 1)
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_one_token_of_each_sequence(name, tokens):
+    case = tokens
+    if name.endswith("page") and DECODE[name].index == Sketch():
+        # What the sketch does not cover would be read, in whole pages, instead of scored.
+        case = dataclasses.replace(case, covered=case.table.length // Z * Z)
+    got, want = both(DECODE[name], case, "xla")
+    check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+
+
+def test_pages_that_the_sketch_does_not_cover_are_read(tokens):
+    plan = Plan(DIPR(recovery=1e-6, window=WINDOW), Sketch(), "page", "group")
+    (_, counts), _ = both(plan, tokens, "xla")
+    end = np.asarray(tokens.table.length + 1)[:2]
+    uncovered = end - WINDOW.recent - np.maximum(np.asarray(tokens.covered)[:2], WINDOW.sink)
+    assert np.all(uncovered > 0)
+    assert np.all(counts.attended[:2, 0] >= (WINDOW.sink + WINDOW.recent + uncovered)[:, None])
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Case:
+    return make(np.random.default_rng(4), [331], [1], 1, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["full", "window", "dipr, sketch", "recovery", "topk"])
+def test_one_token_by_the_simulated_kernel(name, simulated):
+    case = simulated
+    got, want = both(DECODE[name], case, "mosaic_gpu", INTERPRET)
+    out, counts = got
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(want[0], np.float32), atol=2e-2
+    )
+    # Without kernels, scores are sums in another order: a key on the edge may fall differently.
+    assert np.abs(np.asarray(counts.attended - want[1].attended)).max() <= 1
+
+
+@pytest.mark.parametrize("name", PREFILL)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_chunk_of_tokens(name, implementation, rng):
+    case = make(rng, [140, 77, 130], [150, 60, 0], 150)
+    got, want = both(PREFILL[name], case, implementation)
+    real = np.arange(150)[None, :, None] < np.asarray(case.count)[:, None, None]
+    if name == "beta":  # tiles of 64 queries of a head are skipped, not of all queries of a list
+        out, counts = got
+        np.testing.assert_allclose(out, want[0], atol=2e-2)
+        assert np.all(counts.attended <= want[1].scored)
+        assert np.all(np.where(real, counts.attended > 0, True))
+        return
+    check(got, want, real, atol=1e-5)
+
+
+def test_what_is_skipped_is_not_counted(rng):
+    """All keys behind the window are far below it: they are listed, and skipped."""
+    case = make(rng, [256], [128], 128)
+    k = np.asarray(case.k).copy()
+    ids = np.asarray(case.table.pages)[0]
+    k[:, ids[4:16]] *= 1e-3
+    case.k, case.q = jnp.asarray(k), 5 * case.q
+    plan = Plan(Tiles(beta=1.0, kv_block=64, window=Window(64, 1)))
+    (_, counts), _ = both(plan, case, "xla")
+    attended = np.asarray(counts.attended)[0]
+    visible = np.arange(257, 385)[:, None]
+    np.testing.assert_array_equal(attended, np.broadcast_to(visible - 192, attended.shape))
+
+
+def test_inside_a_sharded_program(tokens):
+    """Heads and pages over devices, by the operations' XLA; see test_mesh for the engine's own."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("tensor", "context"), kinds, devices=jax.devices()[:4])
+    case, half = tokens, POOL // 2
+    ids = np.zeros((4, 2, N), np.int32)
+    start = np.full((4, 2, N), np.iinfo(np.int32).max, np.int32)
+    for b, row in enumerate(np.asarray(case.table.pages)):
+        for s in range(2):
+            mine = np.flatnonzero(row // half == s)
+            ids[b, s, : len(mine)], start[b, s, : len(mine)] = row[mine] % half, mine * Z
+    table = PageTable(
+        jnp.asarray(ids.reshape(4, -1)), case.table.length, jnp.asarray(start.reshape(4, -1))
+    )
+    for name in ("full", "dipr, tail"):
+        plan = dataclasses.replace(DECODE[name], implementation="reference")
+        index = case.indexes.get(plan.index)
+        args = (case.q, case.k, case.v, table, case.count, index, case.covered)
+        got = by_engine(plan, *args, mesh=mesh)
+        _, want = both(DECODE[name], case, "xla")
+        check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+
+
+def test_what_is_chosen_and_why(simulated):
+    case = simulated
+
+    def batch(**changes):
+        args = (case.q, case.k, case.v, case.table, case.count, None, case.covered)
+        return dataclasses.replace(kernels.Batch(*args), **changes)
+
+    plan = DECODE["recovery"]
+    assert kernels.choose(plan, batch(), H100).implementation == "mosaic_gpu"
+    chosen = kernels.choose(plan, batch(), CPU)
+    assert chosen.implementation == "xla"
+    assert "needs a Hopper GPU" in str(chosen)
+    chunk = batch(q=jnp.zeros((1, 9, K * G, D), jnp.bfloat16))
+    wide = {name: getattr(case, name).astype(jnp.float32) for name in "qkv"}
+    for plan, at, reason in (
+        (DECODE["topk"], chunk, "for Full and Tiles, not TopK"),
+        (Plan(Tiles(recovery=0.9)), chunk, "kv_block=None"),
+        (Plan(Tiles(recovery=0.9)), batch(), "this is one token"),
+        (Plan(TopK(3), Graph()), batch(), "a graph is walked"),
+        (Plan(Full()), batch(**wide), "pages are float32"),
+    ):
+        assert reason in str(kernels.choose(plan, at, H100))
+        named = dataclasses.replace(plan, implementation="mosaic_gpu")
+        with pytest.raises(KernelError, match=reason):
+            kernels.choose(named, at, H100)
+    named = dataclasses.replace(PREFILL["recovery"], implementation="xla")
+    assert kernels.choose(named, chunk, H100).implementation == "xla"
+    with pytest.raises(RequestError, match="implementation='cuda'"):
+        Plan(Full(), implementation="cuda")
