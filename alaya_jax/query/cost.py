@@ -31,6 +31,8 @@ _MET = (92.0, 0.65)
 listed keys are more and more often met before (benchmarks/plan_accuracy.py, part graph)."""
 
 _DEGREE = 32
+_STARTS = 64  # scored by each walk, and among those of the curve
+_START_EVERY = 256  # keys; a longer graph has more starts
 _MARK = 2  # bytes: index/graph_search.py
 
 
@@ -157,7 +159,8 @@ def visited(graph: Graph, length: int, listed: float) -> float:
     """Keys that a walk scores, of a kv head, to list so many; see `_MET`."""
     scale, power = _MET
     met = scale * graph.degree / _DEGREE * max(listed + graph.l0, 1.0) ** power
-    return max(length, 1) * -np.expm1(-met / max(length, 1))
+    starts = max(length / _START_EVERY - _STARTS, 0.0)
+    return float(starts + max(length, 1) * -np.expm1(-met / max(length, 1)))
 
 
 def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None) -> Cost:
