@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
     from alaya_jax.query.auto import Auto as Auto
-    from alaya_jax.query.calibration import calibrate as calibrate
+    from alaya_jax.query.calibrate import calibrate as calibrate
     from alaya_jax.query.plan import Plan as Plan
     from alaya_jax.sampling import Greedy as Greedy
     from alaya_jax.sampling import Sampling as Sampling
@@ -62,7 +62,7 @@ _HOME = {
     "Tiles": "query",
     "TopK": "query",
     "Window": "query",
-    "calibrate": "query.calibration",
+    "calibrate": "query.calibrate",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

@@ -36,7 +36,7 @@ class Context:
         self._tokens: np.ndarray | None = None
         self._resident: Sequence | None = None
         self._used = 0
-        self._graph: tuple[dict[str, Any], tuple[GraphLayer, ...]] | None = None
+        self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -64,16 +64,19 @@ class Context:
         """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
         return self._graph is not None or graphs.KIND in self._store.indexes(self.id)
 
-    def graph(self, wanted: Graph, model: Model) -> tuple[GraphLayer, ...]:
-        """Its graph of each layer, on the device; read when first asked for.
+    def graph(self, wanted: Graph, model: Model, layer: int) -> GraphLayer:
+        """Its graph of one layer, on the device; read when first asked for.
 
         Raises:
           ContextError: there is none, or it is damaged.
           RequestError: it was built with other settings.
         """
         if self._graph is None or self._graph[0] != wanted.built:
-            self._graph = wanted.built, graphs.load(self._store, self.id, wanted, model)
-        return self._graph[1]
+            self._graph = wanted.built, {}
+        layers = self._graph[1]
+        if layer not in layers:
+            layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
+        return layers[layer]
 
     def shared(self, tokens: np.ndarray) -> int:
         """How many tokens it has in common with a prompt, from the first on; 0 if it is damaged."""
@@ -106,11 +109,13 @@ def longest_prefix(contexts: Iterable[Context], tokens: np.ndarray) -> tuple[Con
 
 
 def lender(
-    contexts: Iterable[Context], tokens: np.ndarray, wanted: Graph
+    contexts: Iterable[Context], tokens: np.ndarray, wanted: Graph | None
 ) -> tuple[Context | None, int]:
-    """Of the contexts that have such a graph the one that shares most tokens, and how many."""
+    """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
+    many.
+    """
     usable = [c for c in contexts if c.problem is None]
-    having = [c for c in usable if any(wanted.fits(graph) for graph in c.indexes)]
+    having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
     shared = [context.shared(tokens) for context in having]
     most = max(shared, default=0)
     return (having[shared.index(most)], most) if most else (None, 0)

@@ -12,6 +12,7 @@ import numpy as np
 from alaya_jax import programs
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
+from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Attention
 from alaya_jax.sampler import init_sampler, sample
 from alaya_jax.sampling import Greedy, Sampling, StopText
@@ -90,7 +91,7 @@ def generate(
       max_new_tokens: at most so many for each sequence.
       attention: what decoding asks of the keys: a query or a `Plan`, or one a layer; default
         `Full()`.
-      prefill: what prefill asks of the keys; default `Full()`.
+      prefill: what prefill asks of the keys; default `Full()`, or what `attention=Auto(...)` says.
       sampling: default `Greedy()`; one for all sequences or one for each.
       progress: shows a bar for the prefill on stderr when it is a terminal.
 
@@ -150,7 +151,9 @@ class Generation(Iterator[Token]):
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
         self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
         longest = max(ends) + max_new_tokens
-        plans = session.plans(attention, longest), session.plans(prefill, longest, prefill=True)
+        if prefill is None and isinstance(attention, Auto):
+            prefill = attention  # which says what it means for a prefill
+        plans = session.plans(attention, longest), session.plans(prefill, max(ends), prefill=True)
         # The last token sampled is never fed, so it needs no room.
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
 

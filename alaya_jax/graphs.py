@@ -117,8 +117,8 @@ def _asked(
         yield np.asarray(queries)[:, : len(chosen)], first + chosen
 
 
-def load(store: ContextStore, id: str, wanted: Graph, model: Model) -> tuple[GraphLayer, ...]:
-    """A context's graph on the device, of each layer.
+def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) -> GraphLayer:
+    """One layer of a context's graph, on the device.
 
     Rows are padded to one of four sizes an octave, since a program is compiled for each size.
 
@@ -137,17 +137,12 @@ def load(store: ContextStore, id: str, wanted: Graph, model: Model) -> tuple[Gra
             f"the graph index of context {id} was built with {dict(record.settings)}, and the plan "
             f"asks for {wanted.built}; ask for the same, or {way_out}"
         )
-    layers = []
-    for layer in range(model.config.num_hidden_layers):
-        arrays = store.read_index(id, KIND, layer)
-        near, starts = arrays["neighbours"], arrays["starts"]
-        n = near.shape[1]
-        step = max(256, (1 << n.bit_length()) // 8)
-        near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
-        layers.append(
-            GraphLayer(_place(near, model), _place(starts, model), jnp.asarray(n, jnp.int32))
-        )
-    return tuple(layers)
+    arrays = store.read_index(id, KIND, layer)
+    near, starts = arrays["neighbours"], arrays["starts"]
+    n = near.shape[1]
+    step = max(256, (1 << n.bit_length()) // 8)
+    near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
+    return GraphLayer(_place(near, model), _place(starts, model), jnp.asarray(n, jnp.int32))
 
 
 def _place(x: np.ndarray, model: Model) -> jax.Array:
@@ -157,11 +152,9 @@ def _place(x: np.ndarray, model: Model) -> jax.Array:
     return jax.device_put(x, NamedSharding(model.mesh, heads))
 
 
-def of_prefix(layers: tuple[GraphLayer, ...], reused: int) -> tuple[GraphLayer, ...]:
-    """What the graphs know of a session that reuses so many tokens of their context."""
-    return tuple(
-        dataclasses.replace(graph, length=jnp.minimum(graph.length, reused)) for graph in layers
-    )
+def of_prefix(graph: GraphLayer, reused: int) -> GraphLayer:
+    """What a graph knows of a session that reuses so many tokens of its context."""
+    return dataclasses.replace(graph, length=jnp.minimum(graph.length, reused))
 
 
 def require_no_context_axis(model: Model, what: Any) -> None:

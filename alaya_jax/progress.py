@@ -7,7 +7,11 @@ from typing import Literal
 
 @contextmanager
 def progress_bar(
-    title: str, total: int, unit: Literal["tokens", "bytes"] = "tokens", *, show: bool = True
+    title: str,
+    total: int,
+    unit: Literal["tokens", "bytes", "steps"] = "tokens",
+    *,
+    show: bool = True,
 ) -> Iterator[Callable[[int], None]]:
     """Yields a function that adds to a bar with amount, rate and time left."""
     import jax

@@ -17,11 +17,12 @@ from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
+from alaya_jax.query.choice import Choice
 from alaya_jax.query.explain import Explanation, Reads
-from alaya_jax.query.optimizer import Choice
-from alaya_jax.query.plan import Attention, Plan, Plans, indexes_of, plan_for
+from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
+from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
-from alaya_jax.query.situation import choose_for
+from alaya_jax.query.situation import choose_for, choose_prefill_for
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -74,15 +75,17 @@ class Session:
         first.
         """
         self.reads: dict[str, Reads] = {}
-        self._graphs: dict[tuple[int, Any], tuple[GraphLayer, ...]] = {}
-        """By sequence and building settings; kept as the session's pages are."""
-        self.lender: Callable[[np.ndarray, Graph], tuple[Context | None, int]] = lambda *_: (
+        self._graphs: dict[tuple[int, Any, int], GraphLayer] = {}
+        """By sequence, building settings and layer; kept as the session's pages are."""
+        self.lender: Callable[[np.ndarray, Graph | None], tuple[Context | None, int]] = lambda *_: (
             None,
             0,
         )
         """Finds another context's graph where a sequence's own has none, and how far it goes."""
         self.choice: Choice | None = None
         """What `Auto` chose last, and why."""
+        self.prefill_choice: PrefillChoice | None = None
+        """The same for a prefill."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -179,7 +182,8 @@ class Session:
     def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
 
-        A prefill reads each key for many queries at once, so `Auto` has it read every key.
+        A prefill reads each key for many queries at once: `Auto` has it read every key, or blocks
+        of them, as its `prefill` says.
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none.
@@ -187,16 +191,17 @@ class Session:
 
         def choose(auto: Auto) -> Plans:
             if prefill:
-                return Plan(Full())
+                self.prefill_choice = choose_prefill_for(auto, self, length)
+                return self.prefill_choice.plan
             self.choice = choose_for(auto, self, length)
             return self.choice.plans
 
         asked = Full() if attention is None else attention
         plans = plan_for(asked, self.model.config, length, choose)
-        for index in indexes_of(plans, self.model.config.num_hidden_layers):
+        for layer, index in enumerate(indexes_of(plans, self.model.config.num_hidden_layers)):
             if isinstance(index, Graph):  # missing, it is refused before anything runs
                 for b in range(self.batch_size):
-                    self._graph(b, index)
+                    self._graph(b, index, layer)
         return plans
 
     def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
@@ -209,31 +214,49 @@ class Session:
         indexed = self.pool.cover(plans, [self.sequences[b] for b in rows])
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
         layers = (
-            tuple(self._graph(b, index)[i] for b in rows)
+            tuple(self._graph(b, index, i) for b in rows)
             if isinstance(index, Graph)
             else indexed.layers[i]
             for i, index in enumerate(wanted)
         )
         return dataclasses.replace(indexed, layers=tuple(layers))
 
-    def _graph(self, b: int, index: Graph) -> tuple[GraphLayer, ...]:
-        """The graphs of a sequence's context, as far as the sequence has reused it."""
-        key = b, tuple(index.built.items())
+    def _graph(self, b: int, index: Graph, layer: int) -> GraphLayer:
+        """The graph of a layer of a sequence's context, as far as the sequence has reused it."""
+        key = b, tuple(index.built.items()), layer
         if key not in self._graphs:
             graphs.require_no_context_axis(self.model, index)
-            context, known = self.contexts[b], self.reused[b]
-            if context is None or not context.has_graph:
-                # Keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
-                lent, shared = self.lender(self.tokens[b][:known], index)
-                context, known = (lent, shared) if lent is not None else (context, known)
+            context, known = self._graph_owner(b, index)
             if context is None:
                 raise RequestError(
                     f"sequence {b} was opened on no stored context, and a graph index belongs to "
                     "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
                     "aj.Graph()) before create_session"
                 )
-            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model), known)
+            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model, layer), known)
         return self._graphs[key]
+
+    def _graph_owner(self, b: int, wanted: Graph | None) -> "tuple[Context | None, int]":
+        """Whose graph a sequence asks, such a one or any, and how many of its keys it knows."""
+        context, known = self.contexts[b], self.reused[b]
+        if context is None or not context.has_graph:
+            # Keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
+            lent, shared = self.lender(self.tokens[b][:known], wanted)
+            context, known = (lent, shared) if lent is not None else (context, known)
+        return context, known
+
+    def known_graph(self) -> tuple[Graph | None, int]:
+        """The graph that all sequences can ask, and how many keys of each it knows at least; None,
+        and how many it would know, where they have none, or not the same.
+        """
+        least, same = min(self.reused), None
+        for b in range(self.batch_size):
+            context, known = self._graph_owner(b, None)
+            found = context.indexes if context else ()
+            if not found or (same and not same.fits(found[0])):
+                return None, least
+            same, least = found[0], min(least, known)
+        return same, least
 
     def feed(
         self,

@@ -206,7 +206,7 @@ def test_heads_are_split_over_a_mesh_and_pages_are_not(open_db, tiny_model, docu
     db = open_db(split)
     context = db.build_index(db.import_context(document), GRAPH)
     got, _ = answer(db, [*document, 5], THROUGH)
-    (graph,) = {g.neighbours.sharding.spec[0] for g in context._graph[1]}
+    (graph,) = {g.neighbours.sharding.spec[0] for g in context._graph[1].values()}
     assert graph == "tensor"
     db.close()
     alone = open_db()

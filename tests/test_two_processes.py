@@ -69,6 +69,12 @@ with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) a
     new = aj.generate(session, rest, max_new_tokens=9, attention=attention)
     said["ids"] = np.asarray([t.id for t in new])
     said["read"] = np.asarray(session.explain().phases["decode"].read)
+    # The last token once more, against full attention, its pages spread over both.
+    analysis = session.explain(analyze=True).analysis
+    assert (analysis.seconds > 0).all()
+    said["recovery"], said["error"] = analysis.recovery, analysis.error
+    said["needed"], said["chosen"] = analysis.keys_needed, analysis.attended
+    said["positions"] = np.concatenate([np.concatenate(x) for x in analysis.positions])
     # Both store what both hold, each in its own place; read back, it is in the pool once more.
     context = db.store(session)
     session.close()
@@ -120,4 +126,12 @@ def test_two_processes_give_the_answer_of_one(
             assert said["ids"].tolist() == want
             k = db.pool.read(session.sequences[0], 1)[0]
             np.testing.assert_allclose(said["k"], k, rtol=0, atol=1e-4)
-            np.testing.assert_array_equal(said["read"], session.explain().phases["decode"].read)
+            found = session.explain(analyze=True)
+            one = found.analysis
+            np.testing.assert_array_equal(said["read"], found.phases["decode"].read)
+            np.testing.assert_allclose(said["recovery"], one.recovery, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(said["error"], one.error, rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(said["needed"], one.keys_needed)
+            np.testing.assert_array_equal(said["chosen"], one.attended)
+            at = np.concatenate([np.concatenate(x) for x in one.positions])
+            np.testing.assert_array_equal(said["positions"], at)

@@ -47,10 +47,11 @@ def calibrate(
 
     from alaya_jax.cli import runtime
     from alaya_jax.query import calibration
+    from alaya_jax.query.calibrate import calibrate as measure
 
     loaded = runtime.load_model(model)
     with on_interrupt("Nothing was kept."):
-        found = calibration.calibrate(loaded, documents, length=tokens, queries=queries, save=False)
+        found = measure(loaded, documents, length=tokens, queries=queries, save=False)
     place = calibration.keep(found, loaded.directory)
     if json:
         report({"path": str(place), **found.to_dict()})

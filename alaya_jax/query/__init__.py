@@ -9,6 +9,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from alaya_jax.errors import RequestError
 
@@ -16,6 +18,14 @@ from alaya_jax.errors import RequestError
 def _is_number(value: Any) -> bool:
     """Tracers and other placeholders are none: jax rebuilds queries from their leaves."""
     return isinstance(value, int | float)
+
+
+def _words(value: Any) -> str:
+    """In a repr: of an array, one number a head, its range."""
+    arrays = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
+    if not arrays or value.ndim == 0:
+        return repr(value)
+    return f"[{np.min(value):.4g} to {np.max(value):.4g}]"
 
 
 def _check(query: Any, field: str, low: float) -> None:
@@ -88,6 +98,10 @@ class DIPR:
         _check(self, "beta", 0.0)
         _check_share(self, "recovery")
         _check(self, "before", 0)
+
+    def __repr__(self) -> str:
+        fields = (f.name for f in dataclasses.fields(self))
+        return f"DIPR({', '.join(f'{name}={_words(getattr(self, name))}' for name in fields)})"
 
 
 @jax.tree_util.register_dataclass

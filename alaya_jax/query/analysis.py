@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention import engine
@@ -26,7 +26,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -35,7 +35,7 @@ REPEATS = 5
 """Timed calls of a layer's attention; the median is reported."""
 
 WANTED = 0.95
-"""Share of the mass that "needed" figures are for, where the plan asks for none."""
+"""Share of the mass that "needed" figures are for, where nothing asks for one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,8 +127,16 @@ class Analysis:
         return [(int(at), self.decode([int(self.tokens[at])])) for at in positions]
 
 
-def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
+def analyze(
+    session: "Session", plans: Plans, sequence: int = 0, wanted: float = WANTED
+) -> Analysis:
     """Runs the last cached token of one sequence again by these plans.
+
+    Args:
+      session: where the token is.
+      plans: how its attention is answered.
+      sequence: of a batch, which.
+      wanted: share of the mass that "needed" figures are for, where a plan asks for none.
 
     Raises:
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
@@ -163,7 +171,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
     q = _queries(
         model.params, pool.kv, before, jnp.asarray(tokens[-1:]), plans, indexed, **session.static
     )
-    wanted = [_wanted(of_layer(plans, i)) for i in range(layers)]
+    shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
     for layer in range(layers):
         plan, index = of_layer(plans, layer), indexed.layers[layer]
@@ -182,7 +190,8 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
         (out, counts), seconds = _timed(lambda plan=plan, attend=attend: attend(plan))
         full = functools.partial(attend, Plan(Full()), index=None)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
-        pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages)
+        everywhere = whole(model.mesh)
+        pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
             q[layer, 0, 0],
@@ -190,8 +199,10 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
             table.length[0],
             local,
             indexed.covered[0],
-            jnp.float32(wanted[layer]),
+            np.float32(shares[layer]),
         )
+        # Of several processes each reads them.
+        true, out, counts = _laid((true, out, counts), everywhere)
         rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -201,7 +212,7 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
         plans=plans,
         sequence=sequence,
         position=held.length - 1,
-        wanted=wanted[0],
+        wanted=shares[0],
         positions=tuple(columns["positions"]),
         retrieved=tuple(columns["retrieved"]),
         tokens=tokens,
@@ -210,9 +221,9 @@ def analyze(session: "Session", plans: Plans, sequence: int = 0) -> Analysis:
     )
 
 
-def _wanted(plan: Plan) -> float:
+def _wanted(plan: Plan, otherwise: float) -> float:
     recovery = plan.query.recovery if isinstance(plan.query, DIPR) else None
-    return WANTED if recovery is None else float(np.max(np.asarray(recovery)))
+    return otherwise if recovery is None else float(np.max(np.asarray(recovery)))
 
 
 def _row(
@@ -308,27 +319,37 @@ def _queries(
 
 
 def _on_one(
-    kv: PagedKV, layer: int, table: PageTable, index: LayerIndex | Graphs | None, num_pages: int
+    kv: PagedKV,
+    layer: int,
+    table: PageTable,
+    index: LayerIndex | Graphs | None,
+    num_pages: int,
+    everywhere: NamedSharding | None,
 ) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | Graphs | None]:
     """A layer's pages, and its index, as one device of the context axis would hold them all."""
     k, v, ids = kv.k[layer], kv.v[layer], table.pages[0]
     if table.start is None:
         return (k, v, ids, None), index
     # Entries count from the first page of the device that they lie on; order them by position.
-    start = np.asarray(table.start[0])
+    ids, start = map(np.asarray, _laid((ids, table.start[0]), everywhere))
     shards = _shards_of(k, num_pages)
     shard = np.repeat(np.arange(shards), len(start) // shards)
     order = np.argsort(start, kind="stable")
-    pages = (np.asarray(ids) + shard * (num_pages // shards))[order]
-    copy = functools.partial(_take_pages, pages=jnp.asarray(pages))
-    own = jnp.arange(len(pages))
-    return (copy(k), copy(v), own, jnp.asarray(start[order])), jax.tree.map(copy, index)
+    pages = (ids + shard * (num_pages // shards))[order]
+    copy = functools.partial(_take_pages, pages=pages, place=everywhere)
+    own, start = _laid((np.arange(len(pages)), start[order]), everywhere)
+    return (copy(k), copy(v), own, start), jax.tree.map(copy, index)
 
 
 def _shards_of(pool: Array, num_pages: int) -> int:
     return num_pages // pool.sharding.shard_shape(pool.shape)[1]
 
 
-@jax.jit
-def _take_pages(pool: Array, pages: Array) -> Array:
-    return pool[:, pages]
+@functools.partial(jax.jit, static_argnames="place")
+def _take_pages(pool: Array, pages: Array, place: NamedSharding | None) -> Array:
+    return laid(pool[:, pages], place)
+
+
+@functools.partial(jax.jit, static_argnames="place")
+def _laid(tree: Any, place: NamedSharding | None) -> Any:
+    return laid(tree, place)

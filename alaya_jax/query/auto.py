@@ -1,6 +1,7 @@
 """What the optimizer may be asked: a goal, in place of a query."""
 
 import dataclasses
+from typing import Literal
 
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Window
@@ -20,18 +21,28 @@ class Auto:
       device_memory: for keys, values and indexes, over all devices, bytes or "8GiB"; None: what
         the device says it has beside the weights, or no limit where it does not say.
       window: tokens that are always attended to.
+      graph: whether a layer may ask the context's graph, where it has one. A walk estimates no
+        mass, so it is asked for the range of scores that held the share in the calibration; what
+        it misses of that is not known.
+      prefill: what it means for a prefill: "dense" reads every key; "sparse" may leave blocks of
+        keys out (`Tiles`), where that is predicted to be faster. Their share of the mass is an
+        estimate from a few queries, and what is lost goes into the keys and values that are kept.
     """
 
     tpot: float | None = None
     recovery: float = 0.95
     device_memory: int | str | None = None
     window: Window = dataclasses.field(default_factory=Window)
+    graph: bool = True
+    prefill: Literal["dense", "sparse"] = "dense"
 
     def __post_init__(self):
         if self.tpot is not None and not self.tpot > 0:
             raise RequestError(f"Auto(tpot={self.tpot}): seconds a token, above 0")
         if not 0 < self.recovery <= 1:
             raise RequestError(f"Auto(recovery={self.recovery}): above 0, at most 1")
+        if self.prefill not in ("dense", "sparse"):
+            raise RequestError(f"Auto(prefill={self.prefill!r}): use 'dense' or 'sparse'")
         if self.device_memory is not None:
             bytes_of(self.device_memory, "Auto(device_memory=...)")
 

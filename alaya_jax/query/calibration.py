@@ -1,8 +1,9 @@
 """How many keys a model's heads need, measured on texts like those that it will read.
 
 For sampled queries of each layer and head: the smallest range of scores whose keys hold a share of
-the attention mass, by exact scores, beside a window. `Auto` predicts from it what a plan will read;
-without one it takes figures of SmolLM2-135M (`assumed`).
+the attention mass, by exact scores, beside a window; and how many keys lie within other ranges.
+`Auto` predicts from it what a plan will read; without one it takes figures of SmolLM2-135M
+(`assumed`).
 """
 
 import dataclasses
@@ -14,34 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from alaya_jax.attention.paged import (
-    KeyRange,
-    Pages,
-    attend_range,
-    over_query_blocks,
-    score_range,
-)
 from alaya_jax.checkpoint.bundled import cache_directory
 from alaya_jax.errors import RequestError
-from alaya_jax.index import recover
-from alaya_jax.model import Model
-from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.llama import Params, forward
-from alaya_jax.progress import progress_bar
 from alaya_jax.query import Window, show
 from alaya_jax.query.cost import Kept
 
-RECOVERIES = (0.9, 0.95, 0.99)
+_ARRAYS = ("keys", "read", "beta", "in_range", "read_in_range")
 SURE = 0.95
 """Share of the queries for which `Calibration.beta` keeps its recovery."""
 
-_PAGE = 16
-_BLOCK = 128  # query tokens attended to at once
 _GROWTH = 0.3  # keys needed go with length to this power: from 4,096 to 8,192 tokens, 0.18 and 0.29
 
 
@@ -59,6 +43,9 @@ class Calibration:
       read: float [R, N, L, K], keys that any query head of a kv head needs.
       beta: float [R, L, H], the range of scores that keeps the share for `SURE` of the queries of
         all lengths: for `DIPR(beta=calibration.beta_for(layer, recovery))`.
+      ranges: [J] ranges of scores, ascending.
+      in_range: float [J, N, L, H], keys of a query head within each range of its best score.
+      read_in_range: float [J, N, L, K], keys that are so for any query head of a kv head.
     """
 
     model: str
@@ -70,6 +57,9 @@ class Calibration:
     keys: np.ndarray
     read: np.ndarray
     beta: np.ndarray
+    ranges: tuple[float, ...]
+    in_range: np.ndarray
+    read_in_range: np.ndarray
 
     def kept(self, layer: int, recovery: float, length: int) -> Kept:
         """Keys outside the window at this recovery and length.
@@ -82,13 +72,29 @@ class Calibration:
             self._at(self.read[:, :, layer].max(-1), recovery, length),
         )
 
+    def within(self, layer: int, recovery: float, length: int) -> Kept:
+        """Keys outside the window within the range `beta_near` of the best score, at this length.
+
+        `read` is of a kv head in the mean, unlike that of `kept`: for a search that serves the
+        query heads of each together.
+        """
+        return Kept(*(self._grown(x, length) for x in _in_range(self, layer, recovery)))
+
     def _at(self, counts: np.ndarray, recovery: float, length: int) -> float:
         """Of counts [R, N]."""
         if recovery >= 1:
             return float(length)
         logs = np.log1p(counts)
+        by_length = np.array([self._by_recovery(row, recovery) for row in logs.T])
+        return self._grown(by_length, length)
+
+    def _by_recovery(self, values: np.ndarray, recovery: float) -> float:
+        """Of values [R]."""
         lost = [-np.log(1 - p) for p in self.recoveries]
-        by_length = np.array([_through(lost, row, -np.log(1 - recovery)) for row in logs.T])
+        return _through(lost, values, -np.log(1 - recovery))
+
+    def _grown(self, by_length: np.ndarray, length: int) -> float:
+        """A number of keys, from log1p of those at the lengths measured, [N]."""
         x, at = np.log(self.lengths), np.log(max(length, 1))
         growth = _GROWTH
         if len(x) > 1:
@@ -120,6 +126,16 @@ class Calibration:
             )
         return self.beta[self.recoveries.index(recovery), layer].astype(np.float32)
 
+    def beta_near(self, layer: int, recovery: float) -> np.ndarray | None:
+        """float32 [H], `beta_for` of any recovery up to the largest that was measured: between two,
+        interpolated; below the least, that one's. None above.
+        """
+        if recovery > self.recoveries[-1]:
+            return None
+        asked = max(recovery, self.recoveries[0])
+        beta = [self._by_recovery(row, asked) for row in self.beta[:, layer].T]
+        return np.asarray(beta, np.float32)
+
     def table(self) -> show.Table:
         """Shares of the keys at the longest length, for people."""
         n = self.lengths[-1]
@@ -143,7 +159,7 @@ class Calibration:
         """For JSON; see `from_dict`."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["window"] = dataclasses.asdict(self.window)
-        for name in ("keys", "read", "beta"):
+        for name in _ARRAYS:
             data[name] = np.round(data[name], 3).tolist()
         return data
 
@@ -152,9 +168,9 @@ class Calibration:
         """The inverse of `to_dict`."""
         fields = dict(data)
         fields["window"] = Window(**fields["window"])
-        for name in ("recoveries", "lengths", "queries"):
+        for name in ("recoveries", "lengths", "queries", "ranges"):
             fields[name] = tuple(fields[name])
-        for name in ("keys", "read", "beta"):
+        for name in _ARRAYS:
             fields[name] = np.asarray(fields[name], np.float64)
         return cls(**fields)
 
@@ -177,7 +193,8 @@ class Calibration:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(
-                f"{path} is no calibration ({error}); delete it, or calibrate again"
+                f"{path} is no calibration, or one of another version ({error}); delete it, or "
+                "calibrate again"
             ) from error
 
 
@@ -191,98 +208,6 @@ def assumed(recovery: float, length: int, group: int) -> Kept:
     at_4096 = 4096 * 0.0073 * (1 - recovery) ** -0.75
     keys = min(at_4096 * (length / 4096) ** _GROWTH, length)
     return Kept(keys, min(group * keys, length))
-
-
-def calibrate(
-    model: Model,
-    texts: Sequence[Any],
-    *,
-    length: int | None = None,
-    queries: int = 32,
-    recoveries: tuple[float, ...] = RECOVERIES,
-    window: Window | None = None,
-    save: bool = True,
-    progress: bool = True,
-) -> Calibration:
-    """Measures how many keys each head needs, on texts; what `Auto` predicts from is kept.
-
-    Args:
-      model: whose heads.
-      texts: strings or lists of token ids; the longer the better. Each is cut into pieces.
-      length: of the pieces, tokens; default the longest text's, at most 4,096.
-      queries: sampled in each piece, near each of its lengths: whole, half, a quarter.
-      recoveries: shares of the mass to measure for.
-      window: tokens that count as attended in any case; default `Window()`.
-      save: keep it where `Auto` finds it (see `places`).
-      progress: shows a bar on stderr when it is a terminal.
-
-    Raises:
-      RequestError: the texts are too short for a query to see keys outside the window, or a
-        recovery is not between 0 and 1.
-    """
-    window = window or Window()
-    if not recoveries or not all(0 < p < 1 for p in recoveries):
-        raise RequestError(f"calibrate(recoveries={recoveries}): shares above 0 and below 1")
-    recoveries = tuple(sorted(recoveries))
-    rows = [model.check_tokens(model.encode(t) if isinstance(t, str) else t) for t in texts]
-    longest = max((len(row) for row in rows), default=0)
-    length = min(length or min(longest, 4096), model.length_limit, max(longest, 1))
-    seen = [n for n in (length // 4, length // 2, length) if n >= 2 * (window.sink + window.recent)]
-    if not seen:
-        raise RequestError(
-            f"calibrate: the longest text has {longest:,} tokens and pieces have {length:,}; for "
-            f"keys beside the window to matter they need {2 * (window.sink + window.recent):,}"
-        )
-    pieces = [row[at : at + length] for row in rows for at in range(0, max(len(row), 1), length)]
-    pieces = [piece for piece in pieces if len(piece) >= seen[0]]
-    rng = np.random.default_rng(0)
-    found: dict[int, list[tuple[np.ndarray, ...]]] = {n: [] for n in seen}
-    width = -(-length // _BLOCK) * _BLOCK
-    with progress_bar("calibrating", sum(map(len, pieces)), show=progress) as advance:
-        for piece in pieces:
-            fits = [n for n in seen if n <= len(piece)]
-            at = [np.sort(rng.integers(max(int(0.9 * n), 1), n, queries)) for n in fits]
-            at += [np.zeros(queries, np.int64)] * (len(seen) - len(fits))  # one program for all
-            tokens = np.zeros(width, np.int32)
-            tokens[: len(piece)] = piece
-            measured = _needed(
-                model.params,
-                jnp.asarray(tokens),
-                jnp.asarray(np.concatenate(at), jnp.int32),
-                jnp.asarray(recoveries, jnp.float32),
-                window,
-                config=model.config,
-                rope_length=model.rope_length,
-            )
-            keys, read, beta = (np.asarray(x, np.float64) for x in measured)
-            for i, n in enumerate(fits):
-                part = slice(i * queries, (i + 1) * queries)
-                found[n].append((keys[..., part], read[..., part], beta[..., part]))
-            advance(len(piece))
-    # Each [L, R, heads, queries].
-    joined = {
-        n: [np.concatenate(x, axis=-1) for x in zip(*parts, strict=True)]
-        for n, parts in found.items()
-        if parts
-    }
-    keys, read = (
-        np.stack([x[i].mean(-1).swapaxes(0, 1) for x in joined.values()], axis=1) for i in (0, 1)
-    )
-    beta = np.concatenate([x[2] for x in joined.values()], axis=-1)
-    result = Calibration(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        window=window,
-        recoveries=recoveries,
-        lengths=tuple(joined),
-        queries=tuple(x[0].shape[-1] for x in joined.values()),
-        keys=keys,
-        read=read,
-        beta=np.quantile(beta, SURE, axis=-1).swapaxes(0, 1),
-    )
-    if save:
-        keep(result, model.directory)
-    return result
 
 
 def places(fingerprint: str, directory: Path | None) -> list[Path]:
@@ -325,80 +250,36 @@ def find(fingerprint: str, directory: Path | None) -> Calibration | None:
     return None if path is None else Calibration.load(path)
 
 
+@functools.lru_cache(maxsize=1024)  # asked again at each length
+def _in_range(
+    calibration: Calibration, layer: int, recovery: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """log1p of the keys [N] in the range `beta_near`: of a query head, and of a kv head."""
+    beta = calibration.beta_near(layer, recovery)
+    if beta is None:
+        raise RequestError(
+            f"recovery {recovery}: at most {calibration.recoveries[-1]} was measured"
+        )
+
+    def at(counts: np.ndarray, beta: float) -> np.ndarray:
+        """[N], of counts [J, N]."""
+        logs = np.log1p(counts)
+        return np.expm1([np.interp(beta, calibration.ranges, column) for column in logs.T])
+
+    heads, groups = calibration.in_range[:, :, layer], calibration.read_in_range[:, :, layer]
+    alone = np.array([at(heads[:, :, h], x) for h, x in enumerate(beta)])  # [H, N]
+    together, mean = [], beta.reshape(groups.shape[-1], -1).mean(-1)
+    for group, members in enumerate(np.arange(len(beta)).reshape(len(mean), -1)):
+        # Those of a group overlap as they do where all its heads have the same range.
+        apart = sum(at(heads[:, :, h], mean[group]) for h in members)
+        overlap = at(groups[:, :, group], mean[group]) / np.maximum(apart, 1e-9)
+        together.append(alone[members].sum(0) * overlap)
+    return np.log1p(alone.mean(0)), np.log1p(np.mean(together, axis=0))
+
+
 def _through(x: Sequence[float], y: np.ndarray, at: float) -> float:
     """Linear between points, and beyond them as the first or the last two go on."""
     if len(x) == 1:
         return float(y[0])
     i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
     return float(y[i - 1] + (y[i] - y[i - 1]) * (at - x[i - 1]) / (x[i] - x[i - 1]))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rope_length"))
-def _needed(
-    params: Params,
-    tokens: Int[Array, " T"],
-    at: Int[Array, " n"],
-    recoveries: Float[Array, " R"],
-    window: Window,
-    *,
-    config: LlamaConfig,
-    rope_length: int | None,
-) -> tuple[Array, Array, Array]:
-    """The model over one piece of text, with full attention.
-
-    Args:
-      params, config, rope_length: the model.
-      tokens: of the piece; what is behind its end is never seen from `at`.
-      at: positions of the sampled queries.
-      recoveries: shares of the mass.
-      window: tokens attended in any case.
-
-    Returns:
-      keys needed int32 [L, R, H, n], for all heads of a group together [L, R, K, n], and their
-      range of scores float32 [L, R, H, n].
-    """
-    positions = jnp.arange(tokens.shape[0])
-
-    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        del layer
-        t, kv_heads, dim = k.shape[1:]
-        # [1, T, K, D] as pages of _PAGE tokens
-        k, v = (jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, _PAGE, dim) for x in (k, v))
-        pages = Pages(k, v, jnp.arange(t // _PAGE))
-        rows = jnp.moveaxis(q[0].reshape(t, kv_heads, -1, dim), 0, 2)
-
-        def causal(q: Array, p: Array) -> Array:
-            return attend_range(q, pages, KeyRange(jnp.zeros_like(p), p + 1))[0].out
-
-        out = over_query_blocks(causal, rows, positions, _BLOCK)
-        out = jnp.moveaxis(out, 2, 0).reshape(q.shape).astype(q.dtype)
-
-        sampled, zero, end = rows[:, :, at], jnp.zeros_like(at), at + 1
-        sink = jnp.minimum(window.sink, end)
-        inside_range = KeyRange(zero, end, sink, jnp.maximum(sink, end - window.recent))
-        inside, best = attend_range(sampled, pages, inside_range)
-        scores = score_range(sampled.astype(pages.operand_dtype), pages, KeyRange(zero, end))
-        scores = jnp.where(inside_range.mask(pages.all_positions()), -jnp.inf, scores)
-
-        def one(recovery: Array) -> tuple[Array, Array, Array]:
-            found = recover(scores, inside.lse, best, recovery, dim, margin=0.0)
-            n = found.kept.shape[2]
-            return (
-                jnp.sum(found.kept, axis=-1, dtype=jnp.int32).reshape(-1, n),
-                jnp.sum(found.kept.any(1), axis=-1, dtype=jnp.int32),
-                found.beta.reshape(-1, n),
-            )
-
-        return out, (*state, jax.lax.map(one, recoveries))
-
-    _, by_layer = forward(
-        params,
-        config,
-        tokens[None],
-        positions[None],
-        attend,
-        (),
-        logits_at=jnp.zeros(1, jnp.int32),
-        rope_length=rope_length,
-    )
-    return jax.tree.map(lambda *x: jnp.stack(x), *by_layer)

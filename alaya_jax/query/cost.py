@@ -4,12 +4,15 @@ The model has one term for each part of a decode step (attention/engine.py):
 
   Full        call + full * n
   Window      call + full * w
-  retrieval   call + full * w + scan * (n - w) + select * S + gather * r
+  retrieval   call + find + full * w + scan * (n - w) + select * S + gather * r
+  graph       call + full * w + walk + visit * visited(r) + a mark for each key of the graph
 
 n keys, w of them in the window, S columns of the page table (a table comes in few widths, and
-choosing among scores takes all of it), r keys read for the kv head that reads most. The constants
-are those of one layer of the model's own shape (`machine.py`). Where a mesh splits keys or heads,
-n and the shape are a device's share; what the devices tell each other is left out.
+choosing among scores takes all of it), r keys read for the kv head that reads most. Through a graph
+the window holds what the graph does not know, and r are the keys within the range that is asked for
+(`visited` says how many keys a walk scores to find them). The constants are those of one layer of
+the model's own shape (`machine.py`). Where a mesh splits keys or heads, n and the shape are a
+device's share; what the devices tell each other is left out.
 """
 
 import dataclasses
@@ -17,11 +20,20 @@ import dataclasses
 import numpy as np
 
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Flat, Sketch
+from alaya_jax.index import Flat, Graph, Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
 from alaya_jax.query import Full, TopK, Window
 from alaya_jax.query.plan import Plan
+
+_MET = (92.0, 0.65)
+"""A walk that lists m keys scores about `92 * m ** 0.65` in a graph of `_DEGREE`: the neighbours of
+listed keys are more and more often met before (benchmarks/plan_accuracy.py, part graph)."""
+
+_DEGREE = 32
+_STARTS = 64  # scored by each walk, and among those of the curve
+_START_EVERY = 256  # keys; a longer graph has more starts
+_MARK = 2  # bytes: index/graph_search.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Workload:
       reused: tokens of each sequence that come from a stored context.
       stored: tokens of that context; more than `reused` where it is reused in part.
       tensor, context: devices that heads and keys are split over.
+      graph: how the graph of that context is built; None: it has none.
+      graph_length: keys that it covers, from the first on.
     """
 
     config: LlamaConfig
@@ -53,6 +67,8 @@ class Workload:
     stored: int = 0
     tensor: int = 1
     context: int = 1
+    graph: Graph | None = None
+    graph_length: int = 0
 
     @property
     def held(self) -> int:
@@ -87,6 +103,9 @@ class Machine:
       flat, sketch: seconds a key to score it, from the key itself and from 4 bits a channel.
       select: seconds a column of the page table to choose among scores.
       gather: seconds a key kept, of all kv heads at once, to read and attend to it.
+      find: seconds of a retrieval beside all that grows with keys.
+      walk: seconds of a search of a graph beside what it scores; None: not measured.
+      visit: seconds a key scored by that search, of each kv head, values of what it finds included.
     """
 
     device: str
@@ -99,8 +118,11 @@ class Machine:
     sketch: float
     select: float
     gather: float
+    find: float = 0.0
+    walk: float | None = None
+    visit: float | None = None
 
-    def to_dict(self) -> dict[str, float | str]:
+    def to_dict(self) -> dict[str, float | str | None]:
         """For JSON."""
         return dataclasses.asdict(self)
 
@@ -133,11 +155,19 @@ class Cost:
     memory: int
 
 
+def visited(graph: Graph, length: int, listed: float) -> float:
+    """Keys that a walk scores, of a kv head, to list so many; see `_MET`."""
+    scale, power = _MET
+    met = scale * graph.degree / _DEGREE * max(listed + graph.l0, 1.0) ** power
+    starts = max(length / _START_EVERY - _STARTS, 0.0)
+    return float(starts + max(length, 1) * -np.expm1(-met / max(length, 1)))
+
+
 def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None) -> Cost:
     """Predicts one layer.
 
     Args:
-      plan: `Full`, `Window`, or a retrieval by key through `Flat` or `Sketch`.
+      plan: `Full`, `Window`, or a retrieval by key through `Flat`, `Sketch` or `Graph`.
       work: what is served.
       machine: where.
       kept: keys outside the window that are kept; may be left out for `TopK(k)`, whose k is known.
@@ -155,12 +185,16 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
     seconds = machine.call + machine.full * min(size, n)
     if isinstance(plan.query, Window):
         return Cost(work.batch * seconds, 2.0 * key * work.batch * size, 0)
-    if not isinstance(plan.index, Flat | Sketch) or plan.by != "key":
-        raise RequestError(f"there is no cost model of {plan}; it covers Flat and Sketch, by key")
+    if not isinstance(plan.index, Flat | Sketch | Graph) or plan.by != "key":
+        raise RequestError(
+            f"there is no cost model of {plan}; it covers Flat, Sketch and Graph, by key"
+        )
     if kept is None:
         if not isinstance(plan.query, TopK):
             raise RequestError(f"cost({plan}): say how many keys it keeps, with kept=Kept(...)")
         kept = Kept(plan.query.k, plan.query.k * work.config.group_size)
+    if isinstance(plan.index, Graph):
+        return _walk(plan.index, window, work, machine, kept)
     outside = max(work.length - size, 0)
     read = min(kept.read, outside)
     if isinstance(plan.index, Flat):
@@ -172,10 +206,32 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
     held = -(-work.held // work.page_size // work.context)
     width = min(table_width(-(-n // work.page_size), work.context), held)
     columns = work.page_size * width
-    seconds += scan * max(n - size, 0) + machine.select * columns
+    seconds += machine.find + scan * max(n - size, 0) + machine.select * columns
     seconds += machine.gather * read / work.context
     total = scanned * outside + 2.0 * key * (read + size)
     return Cost(work.batch * seconds, work.batch * total, memory)
+
+
+def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: Kept) -> Cost:
+    """Of a search through a graph; keys that it does not know are in the window."""
+    if machine.walk is None or machine.visit is None:
+        raise RequestError("a search of a graph was not measured on this machine: machine.graph()")
+    n, known = work.length, min(work.graph_length, work.length)
+    inside = min(int(window.sink) + max(int(window.recent), n - known), n)
+    outside = max(n - inside, 0)
+    met = visited(index, outside, min(kept.read, outside))
+    heads = work.config.num_key_value_heads
+    marks = _MARK * heads / work.tensor * known / machine.copy
+    seconds = machine.call + machine.full * inside + machine.walk + machine.visit * met + marks
+    if kept.read > index.capacity:  # such searches are answered by the scan of all keys
+        seconds += machine.find + machine.flat * outside
+        seconds += machine.gather * min(kept.read, outside)
+    item = work.key_bytes / heads
+    row = 4 * index.degree
+    read = (
+        heads * (met * item + min(kept.read, outside) * (row + item)) + 2.0 * inside * heads * item
+    )
+    return Cost(work.batch * seconds, work.batch * read, work.batch * heads * row * known)
 
 
 def step_seconds(work: Workload, machine: Machine) -> float:

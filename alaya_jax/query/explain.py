@@ -5,7 +5,6 @@ import html
 import re
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
@@ -15,9 +14,10 @@ from alaya_jax.model import Model
 from alaya_jax.pallas_kernels.dispatch import Choice as Implementation
 from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
+from alaya_jax.query.choice import Choice
 from alaya_jax.query.implementation import implementation_of
-from alaya_jax.query.optimizer import Choice
-from alaya_jax.query.plan import Plan, Plans, of_layer
+from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
+from alaya_jax.query.prefill import PrefillChoice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,6 +177,7 @@ class Explanation:
       planned: what would run, one row a layer; see `planned_rows`.
       choice: why, where `Auto` chose.
       analysis: one token's attention run again, where that was asked for.
+      prefill: why a prefill did what it did, where `Auto` chose.
     """
 
     tokens: list[int]
@@ -186,6 +187,7 @@ class Explanation:
     planned: list[dict[str, Any]] | None = None
     choice: Choice | None = None
     analysis: Analysis | None = None
+    prefill: PrefillChoice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -196,6 +198,7 @@ class Explanation:
             "phases": {name: reads.to_dict() for name, reads in self.phases.items()},
             "planned": self.planned,
             "choice": self.choice and self.choice.to_dict(),
+            "prefill_choice": self.prefill and self.prefill.to_dict(),
             "analysis": self.analysis and self.analysis.to_dict(),
         }
 
@@ -256,7 +259,10 @@ class Explanation:
 
     def tables(self) -> list[show.Table]:
         """One for each phase, or of the plan; and of the analysis."""
-        found = [_reads_table(name, reads) for name, reads in self.phases.items()]
+        why = {"prefill": self.prefill.reason} if self.prefill else {}
+        if self.choice and self.choice.graph:
+            why |= dict.fromkeys(("decode", "attention"), self.choice.graph)
+        found = [_reads_table(name, reads, why.get(name)) for name, reads in self.phases.items()]
         if self.planned is not None:
             found.append(_planned_table(self.planned, self.choice))
         if self.analysis is not None:
@@ -280,12 +286,6 @@ class Explanation:
     def _repr_html_(self) -> str:
         tables = "".join(table.to_html() for table in self.tables())
         return f"<div>{html.escape(self.heading)}</div>{tables}"
-
-
-def same_plans(one: Plans, other: Plans) -> bool:
-    """Whether they are equal; a beta may be an array."""
-    (ours, shape), (theirs, others) = jax.tree.flatten(one), jax.tree.flatten(other)
-    return shape == others and all(map(np.array_equal, ours, theirs))
 
 
 def planned_rows(
@@ -324,7 +324,7 @@ def _placed(runs: Implementation) -> dict[str, Any]:
     }
 
 
-def _reads_table(name: str, reads: Reads) -> show.Table:
+def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     d = reads.to_dict()
     index = f"index {d['index']}" if d["index"] else "no index"
     share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
@@ -337,11 +337,13 @@ def _reads_table(name: str, reads: Reads) -> show.Table:
         f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
         f"attended ({share:.1%})"
     ]
+    if why is not None:
+        notes.append(why)
     for reason in dict.fromkeys(
-        why
+        given
         for row in d["by_layer"]
         if row["platform"] == "gpu"
-        for why in row["passed_over"].items()
+        for given in row["passed_over"].items()
     ):
         notes.append(f"not by {reason[0]}: {reason[1]}")
     if d["searches_widened"]:

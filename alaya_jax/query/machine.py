@@ -1,9 +1,10 @@
 """The constants of a device for the cost model, measured with the engine itself, once.
 
-Three attention programs (`Full`, and a retrieval through `Flat` and through `Sketch`) run over
-random keys, at two lengths each and with few keys kept and many. The least of some calls counts:
-what the device does when nothing disturbs it. The result is kept in the cache directory, by device,
-JAX version and shape of the layer.
+Full attention, the exact scores, and a retrieval through `Sketch` run over random keys, at two
+lengths each and with few keys kept and many; where a graph is of interest, a search through one,
+with two ranges. The least of some calls counts: what the device does when
+nothing disturbs it. The result is kept in the cache directory, by device, JAX version and shape of
+the layer.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,30 @@ import numpy as np
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.checkpoint.bundled import cache_directory
-from alaya_jax.index import Sketch
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pool import table_width
-from alaya_jax.query import DIPR, Full, Window
+from alaya_jax.progress import progress_bar
+from alaya_jax.query import Full, Tiles
 from alaya_jax.query.cost import Machine
-from alaya_jax.query.plan import Plan, plan_for
+from alaya_jax.query.layer_bench import LayerBench, Timed, least
+from alaya_jax.query.plan import Plan
+from alaya_jax.query.prefill import PrefillMachine
 
-SECONDS = 0.15
-"""For which each program is called again and again, at least `_CALLS` times."""
-
-_CALLS = 5
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
+_COMPILERS = 2  # threads
+_QUERIES = 128  # of a prefill
+_RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
-def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: int = 1) -> Machine:
+def machine_for(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    tensor: int = 1,
+    *,
+    graph: bool = False,
+    progress: bool = False,
+) -> Machine:
     """The constants for a model's layer on the default device: those kept, or measured now.
 
     Args:
@@ -46,18 +56,49 @@ def machine_for(config: LlamaConfig, dtype: Any, page_size: int = 16, tensor: in
       dtype: of keys and values.
       page_size: Z.
       tensor: devices that the heads are split over.
+      graph: with those of a graph's search.
+      progress: shows a bar on stderr when it is a terminal and something is measured.
     """
+    shape = _share(config, tensor)
+    path, key = _place(shape, dtype, page_size, "")
+    known = _read(Machine, path, key)
+    if known is None or (graph and known.walk is None):
+        known = measure(shape, dtype, page_size, graph=graph, known=known, progress=progress)
+        _write(path, key, known)
+    return known
+
+
+def prefill_for(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    tensor: int = 1,
+    *,
+    progress: bool = False,
+) -> PrefillMachine:
+    """`machine_for` of a prefill's constants."""
+    shape = _share(config, tensor)
+    path, key = _place(shape, dtype, page_size, "prefill ")
+    known = _read(PrefillMachine, path, key)
+    if known is None:
+        known = measure_prefill(shape, dtype, page_size, progress=progress)
+        _write(path, key, known)
+    return known
+
+
+def _share(config: LlamaConfig, tensor: int) -> LlamaConfig:
+    """The shape of a device's heads."""
     heads, kv_heads = config.num_attention_heads // tensor, config.num_key_value_heads // tensor
-    shape = dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    device = device_name()
-    parts = [device, jax.__version__, np.dtype(dtype).name, heads, kv_heads, config.head_dim]
-    key = " ".join(map(str, [*parts, page_size]))
-    path = cache_directory() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    kept = _read(path, key)
-    if kept is None:
-        kept = measure(shape, dtype, page_size)
-        _write(path, key, kept)
-    return kept
+    return dataclasses.replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
+
+
+def _place(config: LlamaConfig, dtype: Any, page_size: int, kind: str) -> tuple[Path, str]:
+    """The file, and what is written in it to say of what it is."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    parts = [device_name(), jax.__version__, np.dtype(dtype).name, heads, kv_heads, config.head_dim]
+    key = kind + " ".join(map(str, [*parts, page_size]))
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return cache_directory() / "machine" / name, key
 
 
 def device_name() -> str:
@@ -74,73 +115,127 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def measure(config: LlamaConfig, dtype: Any, page_size: int = 16) -> Machine:
-    """Measures the default device for layers of this shape; takes some seconds."""
-    copy, matmul, weights = _rates(dtype)
-    window = Window(sink=page_size, recent=64)
-    pages, n = table_width(1), table_width(1) * page_size
-    few, many = n // 8, n
-    kv, d = config.num_key_value_heads, config.head_dim
-    rng = np.random.default_rng(0)
+def measure(
+    config: LlamaConfig,
+    dtype: Any,
+    page_size: int = 16,
+    *,
+    graph: bool = False,
+    known: Machine | None = None,
+    progress: bool = False,
+) -> Machine:
+    """Measures the default device for layers of this shape; takes some seconds.
 
-    def random(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
+    Args:
+      config: the shape.
+      dtype: of keys and values.
+      page_size: Z.
+      graph: measures a search of a graph, too.
+      known: what was measured without a graph; only that is measured now.
+      progress: shows a bar on stderr when it is a terminal.
+    """
+    bench = LayerBench.create(config, dtype, page_size)
+    programs = ["sketch"] * (known is None) + ["graph"] * graph
+    programs += ["full", "flat", "narrow"] if known is None else []
+    steps = 2 * len(programs) + (known is None)
+    with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
+        # Compiling takes most of the time.
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            ready = {name: pool.submit(bench.compiled, name) for name in programs}
+            for program in ready.values():
+                program.result()
+                advance(1)
+        found = known
+        if found is None:
+            rates = dict(zip(("copy", "matmul", "weights"), _rates(dtype), strict=True))
+            advance(1)
+            terms = _terms(bench, {name: x.result() for name, x in ready.items()}, advance)
+            found = Machine(device=device_name(), **rates, **terms)
+        if graph:
+            found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
+            advance(1)
+        return found
 
-    k, v = (jnp.asarray(random(kv, pages + 1, page_size, d), dtype) for _ in range(2))
+
+def measure_prefill(
+    config: LlamaConfig, dtype: Any, page_size: int = 16, *, progress: bool = False
+) -> PrefillMachine:
+    """Measures a block of queries over all keys: in full, by lists of all blocks, and of few."""
+    bench = LayerBench.create(config, dtype, page_size)
+    n = bench.length
+    rng = np.random.default_rng(2)
+    shape = (1, _QUERIES, config.num_attention_heads, config.head_dim)
+    q = jnp.asarray(rng.standard_normal(shape, np.float32), bench.k.dtype)
+    ids, known = np.arange(1, bench.k.shape[1], dtype=np.int32), np.full(1, n - _QUERIES, np.int32)
+    table = PageTable(*jax.device_put((ids[None], known)))
+    rest = q, bench.k, bench.v, table, np.full(1, _QUERIES, np.int32)
+    full, tiles = Plan(Full()), Plan(Tiles(recovery=1.0))
+    few = Plan(Tiles(recovery=1e-3))
+    with progress_bar("measuring this machine", 4, "steps", show=progress) as advance:
+        with ThreadPoolExecutor(2) as pool:
+            plans = (tiles, full)
+            run = pool.map(lambda plan: engine.attend.lower(plan, *rest).compile(), plans)
+            of_tiles, of_full = run
+        advance(1)
+        seconds, share = {}, {}
+        for name, call in (
+            ("full", functools.partial(of_full, full, *rest)),
+            ("all", functools.partial(of_tiles, tiles, *rest)),
+            ("few", functools.partial(of_tiles, few, *rest)),
+        ):
+            seconds[name] = least(call) / (_QUERIES * n)
+            share[name] = float(np.asarray(call()[1].scored).mean()) / n
+            advance(1)
+    tile, select = _line(share["few"], seconds["few"], share["all"], seconds["all"])
+    return PrefillMachine(device_name(), seconds["full"], tile, select)
+
+
+def _terms(
+    bench: LayerBench, programs: dict[str, Timed], advance: Callable[[int], None]
+) -> dict[str, float]:
+    """The constants of all but a graph's search."""
+    n, few, size = bench.length, bench.length // 8, bench.k.shape[2]
+    full, flat, sketch, narrow = (programs[x] for x in ("full", "flat", "sketch", "narrow"))
     # Scores of many deviations keep the best key only; of three, some percent of the keys.
-    q = random(1, 1, config.num_attention_heads, d)
-    sharp, broad = (jnp.asarray(x * q, dtype) for x in (1e3, 3.0))
-    ids = jnp.arange(1, pages + 1, dtype=jnp.int32)
-    whole = jnp.full(pages, page_size, jnp.int32)
-
-    def attend(plan: Plan, index: Any) -> Callable[[Any, int], tuple[float, float]]:
-        run = functools.partial(
-            engine.attend, plan, k_pages=k, v_pages=v, count=jnp.ones(1, jnp.int32), index=index
-        )
-
-        def at(q: Any, length: int) -> tuple[float, float]:
-            """Seconds, and keys read for the kv head that reads most."""
-            table = PageTable(ids[None], jnp.full(1, length - 1, jnp.int32))
-            call = functools.partial(run, q=q, table=table, covered=jnp.full(1, length, jnp.int32))
-            read = float(np.asarray(call()[1].read).max())
-            return _least(call), read
-
-        return at
-
-    asked = DIPR(recovery=0.95, window=window)
-    full = attend(Plan(Full()), None)
-    flat_plan = plan_for(asked, config, 1)
-    sketch_plan = plan_for(asked, config, 1 << 30)
-    assert isinstance(flat_plan, Plan)
-    assert isinstance(sketch_plan, Plan)
-    assert isinstance(sketch_plan.index, Sketch)
-    layer = sketch_plan.index.create(config, pages + 1, page_size, jnp.dtype(dtype))
-    layer = jax.jit(lambda layer, *args: layer.build(*args))(layer, k, v, ids, whole)
-
-    per_full, call = _line(few, full(sharp, few)[0], many, full(sharp, many)[0])
-    flat, sketch = attend(flat_plan, None), attend(sketch_plan, layer)
-    by_index, rest = {}, []
-    for name, at in (("flat", flat), ("sketch", sketch)):
-        by_index[name], left = _line(few, at(sharp, few)[0], many, at(sharp, many)[0])
-        rest.append(left)
-    outside = window.sink + window.recent
-    select = max((np.mean(rest) - call - per_full * outside) / n, 0.0)
-    (least, low), (most, high) = sketch(sharp, many), sketch(broad, many)
-    gather = max(most - least, 0.0) / max(high - low, 1.0)
-    return Machine(
-        device=device_name(),
-        copy=copy,
-        matmul=matmul,
-        weights=weights,
-        call=call,
-        full=per_full,
-        select=float(select),
-        gather=gather,
-        **by_index,
-    )
+    sharp, broad = 1e3, 3.0
+    call = full(sharp, size, None)[0]  # a page: nothing to speak of
+    per_full, _ = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
+    advance(1)
+    per_flat, _ = _line(few, flat(sharp, few, None)[0], n, flat(sharp, n, None)[0])
+    advance(1)
+    wide = sketch(sharp, few, None)[0]
+    (least, low), (most, high) = sketch(sharp, n, None), sketch(broad, n, None)
+    per_sketch, rest = _line(few, wide, n, least)
+    read = float(high.read.max()) - float(low.read.max())
+    gather = max(most - least, 0.0) / max(read, 1.0)
+    advance(1)
+    # The same keys in a table a part as wide.
+    columns = table_width(1) * size
+    select, _ = _line(columns, narrow(sharp, few, None)[0], n, wide)
+    outside = bench.window.sink + bench.window.recent
+    find = max(rest - call - per_full * outside - select * n, 0.0)
+    advance(1)
+    return {
+        "call": call,
+        "full": per_full,
+        "flat": per_flat,
+        "sketch": per_sketch,
+        "select": select,
+        "find": find,
+        "gather": gather,
+    }
 
 
-def _line(x0: int, y0: float, x1: int, y1: float) -> tuple[float, float]:
+def _graph_terms(bench: LayerBench, graph: Timed) -> dict[str, float]:
+    """The constants of a graph's search, by two ranges of scores."""
+    spread = float(np.sqrt(bench.config.head_dim))  # of the scores
+    least, few = graph(1.0, bench.length, 0.0)
+    most, many = graph(1.0, bench.length, _RANGE * spread)
+    visit, walk = _line(float(few.read.mean()), least, float(many.read.mean()), most)
+    return {"walk": walk, "visit": visit}
+
+
+def _line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:
     """Slope and what is left at 0, neither below 0."""
     slope = max(y1 - y0, 0.0) / (x1 - x0)
     return slope, max(y0 - slope * x0, 0.0)
@@ -160,36 +255,27 @@ def _rates(dtype: Any) -> tuple[float, float, float]:
         held[0] = add(held[0])
         return held[0]
 
-    copied = _least(copy)
-    product = _least(functools.partial(jax.jit(jnp.matmul), square, square))
-    row = _least(functools.partial(jax.jit(jnp.matmul), square[:1], matrix))
+    copied = least(copy)
+    product = least(functools.partial(jax.jit(jnp.matmul), square, square))
+    row = least(functools.partial(jax.jit(jnp.matmul), square[:1], matrix))
     return 2 * flat.nbytes / copied, 2 * side**3 / product, flat.nbytes / row
 
 
-def _least(call: Callable[[], Any]) -> float:
-    jax.block_until_ready(call())
-    times = []
-    while len(times) < _CALLS or sum(times) < SECONDS:
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def _read(path: Path, key: str) -> Machine | None:
+def _read(kind: type[Any], path: Path, key: str) -> Any:
     """What is kept; None where there is nothing, or not all that is wanted now."""
     try:
         data = json.loads(path.read_text())
-        return Machine(**data["machine"]) if data["of"] == key else None
+        return kind(**data["machine"]) if data["of"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measured again
 
 
-def _write(path: Path, key: str, machine: Machine) -> None:
+def _write(path: Path, key: str, machine: Machine | PrefillMachine) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"of": key, "machine": machine.to_dict()}, indent=1))
+        data = {"of": key, "machine": dataclasses.asdict(machine)}
+        part.write_text(json.dumps(data, indent=1))
         part.replace(path)
     except OSError:
         pass  # a cache that cannot be written is measured anew next time

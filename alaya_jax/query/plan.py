@@ -191,6 +191,12 @@ def indexes_of(plans: Plans, layers: int) -> tuple[Index, ...]:
     return tuple(of_layer(plans, i).index or Flat() for i in range(layers))
 
 
+def same_plans(one: Plans, other: Plans) -> bool:
+    """Whether they are equal; a beta may be an array."""
+    (ours, shape), (theirs, others) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return shape == others and all(map(np.array_equal, ours, theirs))
+
+
 __all__ = [
     "SKETCH_FROM",
     "Attention",
@@ -199,4 +205,5 @@ __all__ = [
     "indexes_of",
     "of_layer",
     "plan_for",
+    "same_plans",
 ]

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from alaya_jax.query.analysis import WANTED
 from alaya_jax.query.analysis import analyze as analyze_last
-from alaya_jax.query.explain import Explanation, planned_rows, same_plans
-from alaya_jax.query.plan import Attention
+from alaya_jax.query.explain import Explanation, planned_rows
+from alaya_jax.query.plan import Attention, same_plans
+from alaya_jax.query.prefill import PrefillChoice
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -23,6 +25,7 @@ def report(
     choice = session.choice
     if choice is not None and not same_plans(choice.plans, plans):
         choice = None
+    wanted = choice.auto.recovery if choice else WANTED
     would_run = attention is not None or ran is None
     return Explanation(
         tokens=session.lengths,
@@ -33,5 +36,14 @@ def report(
         if would_run
         else None,
         choice=choice,
-        analysis=analyze_last(session, plans, sequence) if analyze else None,
+        prefill=_prefill_choice(session),
+        analysis=analyze_last(session, plans, sequence, wanted) if analyze else None,
     )
+
+
+def _prefill_choice(session: "Session") -> PrefillChoice | None:
+    """What `Auto` chose for the prefill that ran, where it had a choice."""
+    choice, ran = session.prefill_choice, session.reads.get("prefill")
+    if choice is None or ran is None or not choice.others:
+        return None
+    return choice if same_plans(choice.plan, ran.plans) else None

@@ -1,5 +1,6 @@
 """What the optimizer is told of a session, or of a model that is not loaded yet."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +9,17 @@ import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.pallas_kernels.dispatch import current_target
-from alaya_jax.query import calibration
+from alaya_jax.query import Full, calibration
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.cost import Workload
-from alaya_jax.query.machine import machine_for
-from alaya_jax.query.optimizer import Choice, choose
+from alaya_jax.query.choice import Choice
+from alaya_jax.query.cost import Machine, Workload
+from alaya_jax.query.machine import machine_for, prefill_for
+from alaya_jax.query.optimizer import GRAPH_FROM, choose
+from alaya_jax.query.plan import Plan
+from alaya_jax.query.prefill import PrefillChoice, choose_prefill
 
 if TYPE_CHECKING:
+    from alaya_jax.model import Model
     from alaya_jax.session import Session
 
 
@@ -30,13 +35,8 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     if not model.config.tie_word_embeddings:  # a token reads one row of it
         weights -= model.params["embed"]["embedding"].nbytes
-    split = {
-        part: model.mesh.shape[axis] if model.mesh and axis else 1
-        for part, axis in (
-            ("tensor", model.rules.axis("kv_heads", model.mesh)),
-            ("context", model.rules.axis("pages", model.mesh)),
-        )
-    }
+    tensor, context = _split(model)
+    graph, known = session.known_graph() if context == 1 else (None, 0)
     work = Workload(
         config=model.config,
         dtype=model.dtype,
@@ -45,11 +45,36 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
         page_size=pool.page_size,
         pool_tokens=pool.num_pages * pool.page_size,
         weight_bytes=weights,
-        **split,
+        graph=graph,
+        graph_length=known,
+        tensor=tensor,
+        context=context,
     )
     found = calibration.find(model.fingerprint, model.directory)
-    machine = machine_for(model.config, model.dtype, pool.page_size, split["tensor"])
+    machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
+
+
+def choose_prefill_for(auto: Auto, session: "Session", length: int) -> PrefillChoice:
+    """What `auto` means for the tokens that a session's sequences lack of such a length."""
+    model = session.model
+    if auto.prefill == "dense":
+        return PrefillChoice(Plan(Full()), 0.0, {})
+    tensor, context = _split(model)
+    machine = prefill_for(model.config, model.dtype, session.pool.page_size, tensor, progress=True)
+    layers, known = model.config.num_hidden_layers, min(session.lengths)
+    # Each device scores its share of the keys.
+    of_all = dataclasses.replace(
+        machine, **{f: getattr(machine, f) / context for f in ("full", "tile", "select")}
+    )
+    return choose_prefill(auto, layers, of_all, known, length)
+
+
+def _split(model: "Model") -> tuple[int, int]:
+    """Devices that heads and keys are split over."""
+    axes = (model.rules.axis(name, model.mesh) for name in ("kv_heads", "pages"))
+    heads, pages = (model.mesh.shape[axis] if model.mesh and axis else 1 for axis in axes)
+    return heads, pages
 
 
 def choose_before(
@@ -78,10 +103,22 @@ def choose_before(
     weights = parameters * item
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * item
-    work = Workload(config, np.dtype(dtype), length, batch, weight_bytes=weights)
+    # Of all but the window a graph might be built.
+    covered = max(length - int(auto.window.recent), 0)
+    work = Workload(
+        config, np.dtype(dtype), length, batch, weight_bytes=weights, graph_length=covered
+    )
     found = calibration.find(fingerprint, directory)
-    machine = machine_for(config, dtype, work.page_size)
+    machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, None))
+
+
+def _machine(work: Workload, progress: bool) -> Machine:
+    """This machine's constants; those of a graph where there is one, or might well be."""
+    graph = work.graph is not None or work.graph_length >= GRAPH_FROM
+    return machine_for(
+        work.config, work.dtype, work.page_size, work.tensor, graph=graph, progress=progress
+    )
 
 
 def default_dtype(stored: dict[str, int]) -> str:

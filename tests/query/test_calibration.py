@@ -12,6 +12,7 @@ from alaya_jax.models import llama
 from alaya_jax.query import calibration
 from alaya_jax.query.calibration import Calibration
 from alaya_jax.query.cost import Machine
+from alaya_jax.query.prefill import PrefillMachine
 
 WINDOW = aj.Window(sink=4, recent=12)
 MACHINE = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 5e-6, 1e-6, 1e-9, 1e-6)
@@ -25,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def machine(monkeypatch):
     """Retrieval is always faster here than to read every key."""
-    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *args: MACHINE)
+    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *_, **__: MACHINE)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +64,7 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
     at = {n: np.sort(rng.integers(int(0.9 * n), n, 4)) for n in found.lengths}
     for layer, (q, k) in enumerate(queries_and_keys(tokens)):
         needs = np.zeros((3, 3, 4, 4))  # recoveries, lengths, heads, queries
+        within = np.zeros((2, len(found.ranges), 3, 4, 4))  # of a head; of its group
         for j, n in enumerate(found.lengths):
             for i, position in enumerate(at[n]):
                 keys = k[:, : position + 1]
@@ -77,7 +79,24 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
                 for r, p in enumerate(found.recoveries):
                     enough = weights[:, inside].sum(-1) >= p
                     needs[r, j, :, i] = np.where(enough, 0, 1 + np.argmax(mass >= p, axis=-1))
+                raw = 4 * scores
+                for r, beta in enumerate(found.ranges):
+                    kept = (raw >= raw.max(-1, keepdims=True) - beta) & ~inside
+                    within[0, r, j, :, i] = kept.sum(-1)
+                    union = kept.reshape(2, 2, -1).any(1).sum(-1)
+                    within[1, r, j, :, i] = np.repeat(union, 2)
         np.testing.assert_allclose(found.keys[:, :, layer], needs.mean(-1), atol=0.26)
+        alone, together = within.mean(-1)
+        np.testing.assert_allclose(found.in_range[:, :, layer], alone, atol=0.26)
+        np.testing.assert_allclose(found.read_in_range[:, :, layer], together[..., ::2], atol=0.26)
+        # What is read off between the ranges lies between the counts around them.
+        beta = found.beta_near(layer, 0.93)
+        kept = found.within(layer, 0.93, 128)
+        place = np.searchsorted(found.ranges, beta)  # the first range that is not narrower
+        low = np.mean([alone[max(i - 1, 0), -1, h] for h, i in enumerate(place)])
+        high = np.mean([alone[min(i, 14), -1, h] for h, i in enumerate(place)])
+        assert low - 0.26 <= kept.attended <= high + 0.26
+        assert kept.attended <= kept.read + 0.26
     # One head's keys at least, both heads' at most.
     by_group = found.keys.reshape(3, 3, 2, 2, 2)
     assert (found.read >= by_group.max(-1)).all()
@@ -156,6 +175,93 @@ def test_auto_in_a_session(db, machine, calibrated, rng):
     assert "calibrated on 12 queries" in other.explain(attention=auto).choice.basis
     # What was chosen once says nothing of another plan.
     assert other.explain(attention=aj.TopK(3)).choice is None
+
+
+GRAPH = aj.Graph(degree=8, listed=16, sink=0)
+WALKS = dataclasses.replace(MACHINE, sketch=1e-5, walk=1e-6, visit=1e-9)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """A machine on which a graph is faster than anything else, as long as all is in it."""
+    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *_, **__: WALKS)
+
+
+def test_auto_asks_the_graph_of_a_context(db, walks, calibrated, rng):
+    document = rng.integers(3, 256, 90)
+    context = db.build_index(db.import_context(document), GRAPH)
+    auto = aj.Auto(recovery=0.9, window=WINDOW)
+    session, rest = db.create_session([*document, 77])
+    asked = session.explain(attention=auto).choice
+    assert "no calibration" in asked.graph
+    assert asked.plans.index == aj.Flat()
+    calibration.keep(calibrated[1], None)
+    tokens = [t.id for t in aj.generate(session, rest, max_new_tokens=4, attention=auto)]
+    found = session.explain(analyze=True)
+    plans = found.choice.plans
+    for layer, plan in enumerate(plans):
+        assert plan.index == GRAPH
+        beta = calibrated[1].beta_for(layer, 0.9)
+        np.testing.assert_allclose(plan.query.beta, beta, atol=1e-3)
+    assert found.analysis.wanted == 0.9
+    assert "estimates no mass" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["choice"]["graph"]
+    other, rest = db.create_session([*document, 77])
+    assert tokens == [t.id for t in aj.generate(other, rest, max_new_tokens=4, attention=plans)]
+    # A stored session has no graph of its own and is lent one, which knows its beginning only.
+    stored = db.store(session)
+    session.close()
+    again, _ = db.create_session([*stored.tokens, 5])
+    assert again.context is stored
+    assert again.known_graph() == (GRAPH, 90)
+    assert {x.index for x in again.explain(attention=auto).choice.plans} == {GRAPH}
+    assert again.explain(
+        attention=aj.Auto(recovery=0.9, window=WINDOW, graph=False)
+    ).choice.plans == aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Flat())
+    assert db.create_session([7, 8, 9])[0].known_graph() == (None, 0)
+    # Of a batch all must have one; it knows as much as it knows of each.
+    both, _ = db.create_session([[*document, 5], [*document[:60], 5]])
+    assert both.known_graph() == (GRAPH, 60)
+    one, _ = db.create_session([[*document, 5], [7, 8, 9]])
+    assert one.known_graph() == (None, 0)
+    assert context.indexes == (GRAPH,)
+
+
+def test_only_layers_that_ask_a_graph_have_it_in_memory(db, rng):
+    document = rng.integers(3, 256, 90)
+    context = db.build_index(db.import_context(document), GRAPH)
+    through = aj.Plan(aj.DIPR(beta=5.0, window=WINDOW), GRAPH)
+    session, rest = db.create_session([*document, 77])
+    list(aj.generate(session, rest, max_new_tokens=2, attention=[aj.Full(), through]))
+    assert list(context._graph[1]) == [1]
+
+
+def test_a_prefill_by_auto(db, machine, monkeypatch, rng):
+    prompt = rng.integers(3, 256, 100)
+    fast = PrefillMachine("paper", full=1e-6, tile=1e-6, select=1e-9)
+    calls = []
+    monkeypatch.setattr(
+        "alaya_jax.query.situation.prefill_for", lambda *_, **__: calls.append(1) or fast
+    )
+    monkeypatch.setattr("alaya_jax.query.prefill._DENSITY", ((0.1, 0.1, 0.1),) * 4)
+    chosen = {}
+    for kind in ("dense", "sparse"):
+        session, rest = db.create_session(prompt)
+        auto = aj.Auto(recovery=0.9, window=WINDOW, prefill=kind)
+        list(aj.generate(session, rest, max_new_tokens=2, attention=auto))
+        found = session.explain()
+        chosen[kind] = found.phases["prefill"].plans
+        told = json.loads(json.dumps(found.to_dict()))["prefill_choice"]
+        if kind == "dense":
+            assert told is None
+            assert calls == []
+        else:
+            assert told["others"].keys() == {"Full()", "Tiles()"}
+            assert "predicted attention" in str(found)
+            # What was chosen once says nothing of another prefill.
+            session.prefill([5, 6], aj.Tiles(recovery=0.5))
+            assert session.explain().prefill is None
+    assert chosen == {"dense": aj.Plan(aj.Full()), "sparse": aj.Plan(aj.Tiles(recovery=0.9))}
 
 
 def test_auto_in_a_model_of_your_own_and_refused(db, machine, rng):

@@ -136,7 +136,7 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
 def test_analysis_takes_what_decoding_did(session, monkeypatch, tmp_path):
     monkeypatch.setenv("ALAYA_CACHE", str(tmp_path))
     flat = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 1e-9, 1e-6, 0.0, 0.0)
-    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *args: flat)
+    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *_, **__: flat)
     auto = aj.Auto(recovery=0.9, window=WINDOW)
     list(aj.generate(session, [5], max_new_tokens=4, attention=auto))
     asked = aj.DIPR(recovery=0.9, window=WINDOW)

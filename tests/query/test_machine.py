@@ -6,26 +6,30 @@ import json
 import numpy as np
 import pytest
 
-from alaya_jax.query import machine
+from alaya_jax.query import layer_bench, machine
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALAYA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layer_bench, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "_MEGABYTES", 4)
+    monkeypatch.setattr(layer_bench, "WIDTHS", 2)
 
 
 def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
     """Values are the device's; that all terms are there and finite is not."""
-    monkeypatch.setattr(machine, "SECONDS", 0.0)
-    monkeypatch.setattr(machine, "_MEGABYTES", 4)
-    found = machine.machine_for(tiny_model.config, np.float32)
+    found = machine.machine_for(tiny_model.config, np.float32, graph=True)
     numbers = [x for x in dataclasses.astuple(found) if not isinstance(x, str)]
     assert np.isfinite(numbers).all()
     assert min(numbers) >= 0
-    assert min(found.copy, found.matmul, found.weights, found.full) > 0
+    assert min(found.copy, found.matmul, found.weights, found.full, found.visit) > 0
     calls = []
-    monkeypatch.setattr(machine, "measure", lambda config, *args: calls.append(config) or found)
-    assert machine.machine_for(tiny_model.config, np.float32) == found
+    monkeypatch.setattr(
+        machine, "measure", lambda config, *args, **_: calls.append(config) or found
+    )
+    for graph in (True, False):
+        assert machine.machine_for(tiny_model.config, np.float32, graph=graph) == found
     assert calls == []
     # Another shape is another machine; a part of the heads, too.
     machine.machine_for(tiny_model.config, np.float32, tensor=2)
@@ -35,3 +39,20 @@ def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
         file.write_text(json.dumps({"of": "another", "machine": {}}))
     machine.machine_for(tiny_model.config, np.float32)
     assert len(calls) == 3, "what is not understood is measured again"
+
+
+def test_a_graph_is_measured_when_one_is_asked(tiny_model, monkeypatch):
+    """What was measured without one stays."""
+    bare = machine.Machine("paper", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    asked = []
+
+    def measure(*args, graph, known, **_):
+        asked.append((graph, known))
+        return dataclasses.replace(known or bare, walk=1.0 if graph else None)
+
+    monkeypatch.setattr(machine, "measure", measure)
+    assert machine.machine_for(tiny_model.config, np.float32) == bare
+    both = machine.machine_for(tiny_model.config, np.float32, graph=True)
+    assert both == dataclasses.replace(bare, walk=1.0)
+    assert machine.machine_for(tiny_model.config, np.float32) == both
+    assert asked == [(False, None), (True, bare)]

@@ -12,11 +12,14 @@ import alaya_jax as aj
 from alaya_jax.errors import PlanError, RequestError
 from alaya_jax.index import Block
 from alaya_jax.models import LlamaConfig
+from alaya_jax.query import show
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.calibration import Calibration, assumed
-from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds
-from alaya_jax.query.optimizer import alayadb_rules, choose
+from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds, visited
+from alaya_jax.query.optimizer import choose
 from alaya_jax.query.plan import plan_for
+from alaya_jax.query.prefill import PrefillMachine, choose_prefill, density
+from alaya_jax.query.rules import alayadb_rules
 
 CONFIG = LlamaConfig(
     vocab_size=1000,
@@ -67,7 +70,10 @@ def calibration():
         queries=(8, 8),
         keys=np.broadcast_to(keys / 2, (3, 2, 4, 32)),
         read=np.broadcast_to(keys, (3, 2, 4, 8)),
-        beta=np.ones((3, 4, 32)),
+        beta=np.broadcast_to(np.array([10.0, 20.0, 30.0])[:, None, None], (3, 4, 32)),
+        ranges=(0.0, 40.0),
+        in_range=np.broadcast_to(np.array([0.0, 100.0])[:, None, None, None], (2, 2, 4, 32)),
+        read_in_range=np.broadcast_to(np.array([0.0, 300.0])[:, None, None, None], (2, 2, 4, 8)),
     )
 
 
@@ -213,6 +219,166 @@ def test_the_largest_recovery_within_a_time():
     with pytest.raises(PlanError, match="weights alone takes 10 s") as refused:
         choose(Auto(tpot=1.0), hopeless, machine)
     assert "recovery=" not in str(refused.value).split("Nearest")[1]
+
+
+WALKS = dataclasses.replace(MACHINE, walk=1e-3, visit=1e-7)
+GRAPH = aj.Graph(degree=16)
+
+
+def with_graph(length, tail=600, **fields):
+    return work(length, graph=GRAPH, graph_length=length - tail, **fields)
+
+
+def test_the_terms_of_a_walk():
+    """What the graph does not know is in the window; keys scored follow those listed."""
+    plan = aj.Plan(aj.DIPR(beta=5.0), GRAPH)
+    at = with_graph(100_000, tail=2000)
+    found = cost(plan, at, WALKS, Kept(100, 300))
+    inside = 128 + 2000
+    met = visited(GRAPH, 100_000 - inside, 300)
+    assert 300 < met < 16 * 300
+    marks = 2 * 8 * 98_000 / WALKS.copy
+    want = 1e-4 + 1e-6 * inside + 1e-3 + 1e-7 * met + marks
+    assert found.seconds == pytest.approx(want)
+    assert found.memory == 8 * 4 * 16 * 98_000
+    assert visited(GRAPH, 500, 300) <= 500
+    assert visited(GRAPH, 10**6, 600) > visited(GRAPH, 10**6, 300)
+    assert visited(aj.Graph(degree=32), 10**6, 300) > visited(GRAPH, 10**6, 300)
+    # More than a list can hold: the flat scan answers, which reads all keys.
+    over = cost(plan, at, WALKS, Kept(2000, GRAPH.capacity + 1)).seconds
+    assert over > cost(plan, at, WALKS, Kept(2000, GRAPH.capacity)).seconds + 5e-7 * 90_000
+    two = cost(plan, with_graph(100_000, tail=2000, batch=2), WALKS, Kept(100, 300))
+    assert (two.seconds, two.memory) == pytest.approx((2 * found.seconds, 2 * found.memory))
+    with pytest.raises(RequestError, match="not measured"):
+        cost(plan, at, MACHINE, Kept(100, 300))
+
+
+def test_a_graph_wins_where_it_is_faster(calibration):
+    """Each way: by its own times, by what it does not cover, by who asks."""
+    auto = Auto()
+    through = lambda choice: [x.plan.index == GRAPH for x in choice.layers]  # noqa: E731
+    found = choose(auto, with_graph(100_000), WALKS, calibration)
+    assert through(found) == [True] * 4
+    assert found.plans.query.window == auto.window
+    np.testing.assert_array_equal(found.plans.query.beta, np.full(32, 20, np.float32))
+    # Keys within that range, half of 100 a head and 300 a group, in logarithms, grown.
+    assert 9 < found.layers[0].kept.attended < 30
+    assert "estimates no mass" in found.graph
+    assert "beta=20" in str(found.table())
+    assert "estimates no mass" in json.loads(json.dumps(found.to_dict()))["graph"]
+    slow = dataclasses.replace(WALKS, walk=1.0)
+    lost = choose(auto, with_graph(100_000), slow, calibration)
+    assert not any(through(lost))
+    assert lost.layers[0].others["Graph()"] > 1.0
+    # Nearly all of the session came after the graph: those keys are all attended to.
+    late = choose(auto, with_graph(100_000, tail=90_000), WALKS, calibration)
+    assert through(late)[1:] == [False] * 3
+    for other in (Auto(graph=False), Auto(recovery=1.0)):
+        off = choose(other, with_graph(100_000), WALKS, calibration)
+        assert not any(through(off))
+        assert off.graph == ""
+    assert choose(Auto(graph=False), with_graph(100_000), WALKS, calibration).full_below
+
+
+def test_a_graph_needs_a_calibration_of_its_range(calibration):
+    bare = choose(Auto(), with_graph(100_000), WALKS)
+    assert {str(x.plan.index) for x in bare.layers} == {"Sketch(bits=4)"}
+    assert "no calibration says which range" in bare.graph
+    high = choose(Auto(recovery=0.999), with_graph(100_000), WALKS, calibration)
+    assert not any(x.plan.index == GRAPH for x in high.layers)
+    assert "more than was calibrated (0.99" in high.graph
+    # Between those calibrated: interpolated; below: the least one's.
+    for recovery, low, most in ((0.93, 10, 20), (0.97, 20, 30), (0.5, 10, 10), (0.99, 30, 30)):
+        beta = calibration.beta_near(1, recovery)
+        assert np.all((low <= beta) & (beta <= most))
+        assert recovery in (0.5, 0.99) or np.all((low < beta) & (beta < most))
+    assert calibration.beta_near(1, 0.995) is None
+
+
+def test_a_graph_is_refused_for_memory(calibration):
+    """Its neighbours take more than a sketch; where only that fits, the sketch stays."""
+    at = with_graph(100_000)
+    machine = dataclasses.replace(WALKS, flat=1e-6)
+    free = choose(Auto(), at, machine, calibration)
+    graph, base = free.layers[1].cost.memory, at.kv_bytes
+    sketch = cost(aj.Plan(KEEPS, aj.Sketch()), at, machine, Kept(10, 30)).memory
+    assert free.memory == base + 4 * graph
+    assert sketch != graph
+    two = choose(Auto(device_memory=base + 2 * graph), at, machine, calibration)
+    assert two.memory <= base + 2 * graph
+    assert 0 < sum(x.plan.index == GRAPH for x in two.layers) <= 2
+    assert "no memory left" in next(x.reason for x in two.layers if x.plan.index != GRAPH)
+    none = choose(Auto(device_memory=base), at, machine, calibration)
+    assert none.plans == aj.Plan(aj.Full())
+    # And a time that only the graph reaches is refused with the memory that it takes.
+    tpot = 1.01 * free.seconds
+    with pytest.raises(PlanError) as refused:
+        choose(Auto(tpot=tpot, device_memory=base), at, machine, calibration)
+    nearest = str(refused.value).split("Nearest")[1]
+    least = int(re.search(r"device_memory=(\d+)", nearest)[1])
+    assert least == base + 4 * graph
+    assert choose(Auto(tpot=tpot, device_memory=least), at, machine, calibration).seconds <= tpot
+
+
+def test_what_a_graph_would_save_is_said(calibration):
+    stored = work(100_000, graph_length=99_400)
+    found = choose(Auto(), stored, WALKS, calibration)
+    built = choose(
+        Auto(), dataclasses.replace(stored, graph=aj.Graph()), WALKS, calibration
+    ).seconds
+    assert built < 0.9 * found.seconds
+    assert "alaya db index ID" in found.graph
+    assert show.seconds(built) in found.graph
+    assert "alaya db index" in str(found.table())
+    # Nothing to say: it would not help, or what it would do is not known.
+    slow = dataclasses.replace(WALKS, walk=1.0)
+    for at, machine, known in (
+        (stored, slow, calibration),
+        (stored, MACHINE, calibration),
+        (stored, WALKS, None),
+        (work(100_000), WALKS, calibration),
+        (dataclasses.replace(stored, context=2), WALKS, calibration),
+    ):
+        assert choose(Auto(), at, machine, known).graph == ""
+    assert choose(Auto(graph=False), stored, WALKS, calibration).graph == ""
+
+
+PREFILLS = PrefillMachine("paper", full=1e-8, tile=1e-8, select=1e-9)
+
+
+def test_a_prefill_takes_blocks_only_where_that_is_faster():
+    auto = Auto(prefill="sparse")
+
+    def plan(known, length, machine=PREFILLS, auto=auto):
+        return choose_prefill(auto, 4, machine, known, length).plan.query
+
+    assert plan(0, 400) == aj.Full()
+    assert plan(0, 8192) == aj.Tiles(recovery=0.95)
+    assert plan(0, 600) == aj.Full()
+    assert plan(7000, 8192) == aj.Tiles(recovery=0.95)
+    # All keys, by lists: exact, and on some devices faster.
+    fast = dataclasses.replace(PREFILLS, tile=5e-9, select=5e-8)
+    assert plan(0, 400, fast) == plan(0, 8192, fast) == aj.Tiles()
+    assert plan(0, 8192, dataclasses.replace(PREFILLS, select=1e-8)) == aj.Full()
+    assert plan(0, 8192, auto=Auto(prefill="sparse", recovery=1.0)) == aj.Full()
+    found = choose_prefill(auto, 4, PREFILLS, 0, 512)
+    seen = 512 * 512 / 2
+    assert found.seconds == pytest.approx(4 * seen * 1e-8)
+    assert json.dumps(found.to_dict())
+    assert "against" in found.reason
+    with pytest.raises(RequestError, match="prefill='thin'"):
+        Auto(prefill="thin")
+
+
+def test_the_density_of_a_prefill():
+    assert density(0.95, 4096) == pytest.approx(0.365)
+    assert density(0.9, 8192) == pytest.approx(0.16)
+    along = [density(0.95, n) for n in (128, 1024, 3000, 8192, 65536)]
+    assert along == sorted(along, reverse=True)
+    assert along[0] == 1.0
+    up = [density(p, 4096) for p in (0.5, 0.85, 0.95, 0.97, 0.999)]
+    assert up == sorted(up)
+    assert density(1.0, 8192) == 1.0
 
 
 def test_what_auto_refuses():
