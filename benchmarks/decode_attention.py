@@ -1,12 +1,16 @@
 """One layer's attention of a decode step on the CPU: this library's plans and torch's in one run.
 
-    python benchmarks/decode_attention.py [--lengths 1024,4096,16384,65536,131072]
+    python benchmarks/decode_attention.py [--lengths 1024,4096,16384,65536,131072] [--queries 20]
 
 Keys with planted critical sets (planted.py), of Llama-3-8B's shape (K 8, G 4, D 128), float32. The
 sides take turns; the peer is a process of its own with the variants an expert would try, and the
 fastest of them counts. Medians; ratio = peer's seconds / ours. Each query is another one. Beside
-the time stands what the answer is worth: the true share of the attention mass that was attended to,
-its mean and its least over queries and heads, and the relative error of the output.
+the time stands what the answer is worth, over all queries and heads: the true share of the
+attention mass that was attended to, its mean and its least, the mean relative error of the output,
+and how many searches overflowed ("widened").
+
+"dipr_graph" walks a graph built from queries of its own (not those asked), one for each `--queries`
+th key; it is measured from `GRAPH_FROM` keys on. What building it took stands beside the numbers.
 
 "crossover" is the length at which a plan begins to be faster than this library's own `Full`, from
 the lengths measured, linear between them on a logarithmic scale.
@@ -31,8 +35,10 @@ from planted import Planted
 
 from alaya_jax import configs
 from alaya_jax.attention import engine
+from alaya_jax.attention.truth import truth
 from alaya_jax.cache import PageTable
-from alaya_jax.index import Flat, Sketch
+from alaya_jax.index import Flat, Graph, Graphs, LayerIndex, Sketch
+from alaya_jax.index.graph_build import build as build_graph
 from alaya_jax.models import LlamaConfig
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
@@ -40,6 +46,9 @@ from alaya_jax.query.plan import Plan
 RESULTS = Path(__file__).resolve().parent / "results" / "decode_attention.jsonl"
 HEADS, GROUP, DIM, PAGE = 8, 4, 128, 16
 WINDOW = Window(128, 512)
+GRAPH = Graph()
+GRAPH_FROM = 16384  # keys; planted sets are fewer and smaller below, and searches short
+BUILD_STREAM = 1000  # of queries: none of those asked
 SETTLE_S = 0.3  # thread pools spin for a while after their last work: let them fall asleep
 
 
@@ -52,13 +61,20 @@ def plans(beta: float) -> dict[str, Plan]:
         "recovery_sketch": Plan(DIPR(recovery=0.99, window=WINDOW), Sketch()),
         "recovery_sketch_tail": Plan(DIPR(recovery=0.95, window=WINDOW), Sketch(), tail=True),
         "top100_sketch": Plan(TopK(100, WINDOW), Sketch()),
+        "dipr_graph": Plan(DIPR(beta, WINDOW), GRAPH),
     }
 
 
 class Layer:
-    """A layer's pages, its sketch, and queries [turns, 1, 1, H, D] of the last token."""
+    """A layer's pages, its indexes, and queries [1, 1, H, D] of the last token.
 
-    def __init__(self, planted: Planted, turns: int):
+    Args:
+      planted: keys, and what queries ask for.
+      turns: how many queries there are.
+      queries: the graph is built from one query for so many keys; 0 for no graph.
+    """
+
+    def __init__(self, planted: Planted, turns: int, queries: int = 0):
         n = planted.n
         self.planted, self.count = planted, -(-n // PAGE)
 
@@ -78,75 +94,88 @@ class Layer:
         self.sketch = jax.block_until_ready(build(empty, self.k, self.v, ids, filled))
         self.table = PageTable(ids[None].astype(jnp.int32), jnp.full(1, n - 1, jnp.int32))
         self.covered = jnp.full(1, (n - 1) // PAGE * PAGE, jnp.int32)
-        queries = np.concatenate([planted.queries(1, i)[0] for i in range(turns)], axis=2)
-        # [K, G, turns, D] -> one token of all heads each
-        self.queries = jnp.asarray(
-            np.moveaxis(queries, 2, 0).reshape(turns, 1, 1, HEADS * GROUP, DIM)
-        )
+        # [K, G, 1, D] -> one token of all heads each
+        self.queries = [
+            jnp.asarray(planted.queries(1, i)[0].reshape(1, 1, HEADS * GROUP, DIM))
+            for i in range(turns)
+        ]
+        self.one = jnp.ones(1, jnp.int32)
+        self.graphs: Graphs | None = None
+        self.graph_facts = {}
+        if queries:
+            asked, _ = planted.queries(n // (GROUP * queries), BUILD_STREAM)
+            asked = jnp.asarray(asked.reshape(HEADS, -1, DIM))
+            keys = self.k[:, 1:].reshape(HEADS, -1, DIM)
+            started = time.perf_counter()
+            graph = build_graph(keys, n, asked, low=WINDOW.sink, spec=GRAPH.spec)
+            self.graphs = (jax.block_until_ready(graph),)
+            self.graph_facts = {
+                "graph_queries": asked.shape[1],
+                "graph_seconds": round(time.perf_counter() - started, 1),
+                "graph_share_of_kv": round(graph.neighbours.nbytes / (2 * self.k.nbytes), 3),
+            }
+
+    def index(self, plan: Plan) -> LayerIndex | Graphs | None:
+        """What the plan's index holds."""
+        if isinstance(plan.index, Graph):
+            return self.graphs
+        return self.sketch if isinstance(plan.index, Sketch) else None
 
     def attend(self, plan: Plan, turn: int):
         """Output and counts of one step."""
-        index = self.sketch if isinstance(plan.index, Sketch) else None
-        one = jnp.ones(1, jnp.int32)
-        return engine.attend(
-            plan, self.queries[turn], self.k, self.v, self.table, one, index, self.covered
-        )
+        index, q = self.index(plan), self.queries[turn]
+        return engine.attend(plan, q, self.k, self.v, self.table, self.one, index, self.covered)
+
+    def mass(self, plan: Plan, turn: int) -> np.ndarray:
+        """The true share of the attention mass that the plan attends to, of each head."""
+        pages = (self.k, self.v, self.table.pages[0], None)
+        q, n = self.queries[turn][0, 0], self.planted.n
+        index, covered = self.index(plan), self.covered[0]
+        judged = truth(plan, q, pages, jnp.int32(n), index, covered, jnp.float32(0.99))
+        return np.asarray(judged.recovery)
 
 
-class Judge:
-    """What a plan's output is worth, by every key's score in float64."""
+def full_attention(layer: Layer, turn: int) -> np.ndarray:
+    """Attention over all keys in float64, [K, G, D]."""
+    n = layer.planted.n
+    q = np.asarray(layer.queries[turn]).reshape(HEADS, GROUP, DIM).astype(np.float64)
+    out = np.empty(q.shape)
+    for head in range(HEADS):
+        k, v = (np.asarray(pool[head, 1:]).reshape(-1, DIM)[:n] for pool in (layer.k, layer.v))
+        scores = q[head] @ k.T
+        weights = np.exp((scores - scores.max(-1, keepdims=True)) / np.sqrt(DIM))
+        out[head] = weights @ v / weights.sum(-1, keepdims=True)
+    return out
 
-    def __init__(self, layer: Layer, turn: int):
-        n = layer.planted.n
-        q = np.asarray(layer.queries[turn]).reshape(HEADS, GROUP, DIM).astype(np.float64)
-        self.full = np.empty(q.shape)
-        self.scores = np.empty((HEADS, GROUP, n), np.float32)
-        for head in range(HEADS):
-            k = np.asarray(layer.k[head, 1:]).reshape(-1, DIM)[:n]
-            v = np.asarray(layer.v[head, 1:]).reshape(-1, DIM)[:n]
-            scores = q[head] @ k.T
-            weights = np.exp((scores - scores.max(-1, keepdims=True)) / np.sqrt(DIM))
-            self.full[head] = weights @ v / weights.sum(-1, keepdims=True)
-            self.scores[head] = scores
 
-    def error(self, out) -> np.ndarray:
-        """|out - full| / |full| of each head."""
-        out = np.asarray(out).reshape(HEADS, GROUP, DIM)
-        return np.linalg.norm(out - self.full, axis=-1) / np.linalg.norm(self.full, axis=-1)
-
-    def mass(self, attended: np.ndarray) -> np.ndarray:
-        """Share of the mass that the window and the best keys outside it hold, as many as were
-        attended to: exact for DIPR and TopK; for a selection by estimates, from above.
-        """
-        n = self.scores.shape[-1]
-        inside = np.zeros(n, bool)
-        inside[: WINDOW.sink], inside[n - WINDOW.recent :] = True, True
-        shares = []
-        for scores, count in zip(self.scores.reshape(-1, n), attended.ravel(), strict=True):
-            weights = np.exp((scores - scores.max()) / np.sqrt(DIM), dtype=np.float64)
-            outside = np.sort(weights[~inside])[::-1][: max(count - inside.sum(), 0)]
-            shares.append((weights[inside].sum() + outside.sum()) / weights.sum())
-        return np.asarray(shares)
+def worth(layer: Layer, plan: Plan, full: list[np.ndarray]) -> dict:
+    """What a plan's answers are worth, of all queries."""
+    counts, errors, masses = [], [], []
+    for turn, exact in enumerate(full):
+        out, count = layer.attend(plan, turn)
+        out = np.asarray(out).reshape(exact.shape)
+        errors.append(np.linalg.norm(out - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
+        counts.append(jax.tree.map(np.asarray, count))
+        masses.append(layer.mass(plan, turn))
+    return {
+        "keys": round(float(np.mean([c.attended for c in counts])), 1),
+        "keys_read": round(float(np.mean([c.read for c in counts])), 1),
+        "mass": round(float(np.mean(masses)), 5),
+        "least_mass": round(float(np.min(masses)), 5),
+        "error": round(float(np.mean(errors)), 5),
+        "widened": int(np.sum([c.widened for c in counts])),
+    }
 
 
 def measure(layer: Layer, peer: PeerProcess, rounds: int) -> dict:
     """Seconds of each plan and of each of the peer's variants, by turns; and the plans' worth."""
     chosen = plans(layer.planted.beta)
+    if layer.graphs is None:
+        del chosen["dipr_graph"]
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     theirs: dict[str, list[float]] = {}
-    worth = {}
-    for name, plan in chosen.items():
-        out, counts = jax.block_until_ready(layer.attend(plan, 0))  # compiles
-        judge = Judge(layer, 0)
-        attended = np.asarray(counts.attended)
-        mass = judge.mass(attended)
-        worth[name] = {
-            "keys": round(float(attended.mean()), 1),
-            "keys_read": round(float(np.mean(counts.read)), 1),
-            "mass": round(float(mass.mean()), 5),
-            "least_mass": round(float(mass.min()), 5),
-            "error": round(float(judge.error(out).mean()), 5),
-        }
+    full = [full_attention(layer, turn) for turn in range(rounds)]
+    value = {name: worth(layer, plan, full) for name, plan in chosen.items()}  # compiles, too
     for turn in range(rounds):
         for name, plan in chosen.items():
             started = time.perf_counter()
@@ -169,12 +198,14 @@ def measure(layer: Layer, peer: PeerProcess, rounds: int) -> dict:
         "times_sdpa_gqa_f32": {
             name: round(their["sdpa_gqa_f32"] / x, 2) for name, x in ours.items()
         },
-        "worth": worth,
+        "worth": value,
+        **layer.graph_facts,
     }
 
 
 def crossover(rows: list[dict], name: str) -> float | None:
     """Length at which a plan's time falls below `full`'s; None: nowhere between those measured."""
+    rows = [r for r in rows if name in r["times_full"]]
     points = [(np.log2(r["length"]), np.log(r["times_full"][name])) for r in rows]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 < 0 <= y1:
@@ -188,6 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--queries", type=int, default=20, help="keys for each of the graph's")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
     try:
@@ -212,10 +244,11 @@ def main() -> None:
         put({"benchmark": "decode_attention", **shape, **loaded, **facts})
         rows = []
         for n in map(int, options.lengths.split(",")):
-            layer = Layer(Planted.create(n, HEADS, GROUP, DIM), options.rounds)
+            queries = options.queries if n >= GRAPH_FROM else 0
+            layer = Layer(Planted.create(n, HEADS, GROUP, DIM), options.rounds, queries)
             rows.append(measure(layer, peer, options.rounds))
             put(rows[-1])
-        names = [name for name in rows[0]["ours_ms"] if name != "full"]
+        names = [name for name in rows[-1]["ours_ms"] if name != "full"]
         put({"crossover": {name: crossover(rows, name) for name in names}})
 
 

@@ -26,6 +26,8 @@ from jaxtyping import Array, Float, Int
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.graph import GraphLayer
 
+_START_EVERY = 256  # keys
+_STARTS = 64  # in steps of: a program is compiled for their number
 _CHUNK = 32  # scores of which only the best is looked at first
 _SCORES = 2**26  # float32 held at once
 
@@ -39,7 +41,9 @@ class GraphSpec:
       listed: best keys of a query that are linked (RoarGraph's N_q).
       fanout: children of a key in a query's tree.
       beside: neighbours by position, on each side.
-      starts: E, keys where searches may start: those that are most queries' best.
+      starts: E, keys where searches may start: those that are most queries' best. None:
+        `default_starts`. A search that knows a good score from its window does not walk through
+        worse keys: it must start near its answer.
 
     Raises:
       ConfigError: a number that is not positive, or no room for edges between listed keys.
@@ -49,10 +53,11 @@ class GraphSpec:
     listed: int = 512
     fanout: int = 2
     beside: int = 1
-    starts: int = 64
+    starts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.beside < 0 or min(self.listed, self.fanout, self.starts) < 1:
+        starts = 1 if self.starts is None else self.starts
+        if self.beside < 0 or min(self.listed, self.fanout, starts) < 1:
             raise ConfigError(f"{self}: all but `beside` must be at least 1, and that at least 0")
         if self.degree <= 2 * self.beside:
             raise ConfigError(f"{self}: `degree` must exceed twice `beside`; use 32 or so")
@@ -161,7 +166,8 @@ def link(lists: np.ndarray, length: int, n: int, spec: GraphSpec) -> GraphLayer:
     beside = position + np.asarray(side, np.int32)
     beside[(beside < 0) | (beside >= length)] = -1
     near = np.empty((heads, n, spec.degree), np.int32)
-    starts = np.full((heads, spec.starts), -1, np.int32)
+    count = spec.starts or default_starts(length)
+    starts = np.full((heads, count), -1, np.int32)
     child = np.arange(1, spec.listed)
     parent = (child - 1) // spec.fanout
     for head, best in enumerate(lists):
@@ -171,10 +177,15 @@ def link(lists: np.ndarray, length: int, n: int, spec: GraphSpec) -> GraphLayer:
         linked = most_asked(ends.ravel(), ends[::-1].ravel(), n, spec.degree - len(side))
         near[head] = np.concatenate([linked, beside], axis=1)
         asked = np.bincount(best[best[:, 0] >= 0, 0], minlength=n)
-        most = np.argsort(-asked, kind="stable")[: spec.starts]
+        most = np.argsort(-asked, kind="stable")[:count]
         starts[head, : len(most)] = np.where(asked[most] > 0, most, -1)
     near[:, length:] = -1
     return GraphLayer(jnp.asarray(near), jnp.asarray(starts), jnp.asarray(length, jnp.int32))
+
+
+def default_starts(length: int) -> int:
+    """One start for each 256 keys of a context, and at least 64."""
+    return _STARTS * max(1, -(-length // (_START_EVERY * _STARTS)))
 
 
 def most_asked(source: np.ndarray, target: np.ndarray, n: int, width: int) -> np.ndarray:

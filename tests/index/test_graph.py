@@ -332,6 +332,23 @@ def test_built_graph_stays_within_the_context(asked):
         np.testing.assert_array_equal(head[1:-1, 22:], np.arange(1, n - 1)[:, None] + [1, -1])
 
 
+def test_starts_grow_with_the_context(rng):
+    """A search with a good seed does not walk up to its answer: it must start there."""
+    assert [graph_build.default_starts(n) for n in (1, 2**14, 2**14 + 1, 2**17)] == [
+        64,
+        64,
+        128,
+        512,
+    ]
+    n = 2**14 + 2**13
+    lists = rng.permutation(n)[:600].reshape(1, 300, 2).astype(np.int32)
+    lists[0, :200, 0] = np.repeat(lists[0, :100, 0], 2)  # the best of two queries each
+    starts = np.asarray(graph_build.link(lists, n, n, GraphSpec(listed=2)).starts[0])
+    assert len(starts) == 128
+    assert set(starts[:100]) == set(lists[0, :200, 0])
+    assert (starts >= 0).all()
+
+
 def test_every_prefix_of_a_list_is_found(make_keys):
     """Of a query that the graph was built from, as long as no key has more edges than fit."""
     rng = np.random.default_rng(8)
