@@ -105,9 +105,6 @@ Quantize = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, not text.")]
 
 
-Length = Annotated[
-    str, typer.Option(metavar="TOKENS", help="Tokens of each sequence, such as 32768 or 128k.")
-]
 Recovery = Annotated[
     float,
     typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Share of the attention to keep."),

@@ -1,18 +1,33 @@
 """`alaya plan`: how attention would be answered on this machine, before a model is loaded."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.terminal import note, report, show
 
+if TYPE_CHECKING:
+    from alaya_jax.models.config import LlamaConfig
+
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model, as --model takes it.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model, as --model takes it; or a known architecture, such as llama-3.1-8b.",
+        ),
     ] = options.MODEL,
-    length: options.Length = "32k",
+    length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens of each sequence, such as 32768 or 128k.",
+            show_default="as many as the model takes",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences served at once.")] = 1,
     recovery: options.Recovery = 0.95,
     tpot: Annotated[
@@ -44,43 +59,64 @@ def plan(
 
     Examples:
       alaya plan smollm2-135m --length 8k
+      alaya plan llama-3.1-8b --length 32k
       alaya plan ~/models/Llama-3.1-8B-Instruct --length 128k --tpot 0.24 --memory 8GiB
       alaya plan ~/models/Llama-3.2-1B-Instruct --recovery 0.9 --batch 4 --json
     """
-    tokens = options.length(length)
-    from pathlib import Path
+    tokens = None if length is None else options.length(length)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(
+            f"{dtype!r}; use float32, bfloat16 or float16", param_hint="--dtype"
+        )
 
-    from alaya_jax import checkpoint
     from alaya_jax.cli import runtime
     from alaya_jax.query.auto import Auto
 
     asked = Auto(tpot=tpot, recovery=recovery, device_memory=memory)
-    data = checkpoint.inspect(model)
-    if dtype is not None and dtype not in data["bytes"]["weights"]:
-        allowed = ", ".join(data["bytes"]["weights"])
-        raise typer.BadParameter(f"{dtype!r}; use {allowed}", param_hint="--dtype")
     runtime.start_jax()
 
-    from alaya_jax.model import served_as
-    from alaya_jax.models.config import LlamaConfig, RopeConfig
-    from alaya_jax.query.situation import choose_before, default_dtype
+    from alaya_jax.query.situation import choose_before
 
-    fields = {**data["config"], "rope": RopeConfig(**data["config"]["rope"])}
-    config = LlamaConfig(**fields)
-    place = Path(data["path"])
-    choice = choose_before(
-        asked,
-        config,
-        dtype or default_dtype(data["parameters_by_stored_type"]),
-        tokens,
-        batch=batch,
-        parameters=data["parameters"],
-        fingerprint=served_as(data["fingerprint"], config),
-        directory=place if place.is_dir() else None,
-    )
+    config, kind, of_model = _described(model)
+    tokens = tokens or config.max_length
+    choice = choose_before(asked, config, dtype or kind, tokens, batch=batch, **of_model)
     if tokens > config.max_length:
         note(f"{model} declares at most {config.max_length:,} tokens.")
     if json:
         report({"model": model, **choice.to_dict()})
     else:
         show(choice.table())
+
+
+def _described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
+    """A model's architecture, the dtype it would have, and what else a plan depends on."""
+    import math
+
+    import jax
+
+    from alaya_jax import checkpoint, configs
+    from alaya_jax.checkpoint import bundled
+    from alaya_jax.model import served_as
+    from alaya_jax.models.config import LlamaConfig, RopeConfig
+    from alaya_jax.models.llama import abstract_params
+    from alaya_jax.query.situation import default_dtype
+
+    if model in configs.names() and model not in bundled.MODELS and not Path(model).exists():
+        fields = configs.load(model)
+        config = LlamaConfig.from_hf(fields)
+        leaves = jax.tree.leaves(abstract_params(config))
+        rest = {"fingerprint": "", "directory": None}
+        parameters = sum(math.prod(leaf.shape) for leaf in leaves)
+        return config, fields["torch_dtype"], {"parameters": parameters, **rest}
+    data = checkpoint.inspect(model)
+    config = LlamaConfig(**{**data["config"], "rope": RopeConfig(**data["config"]["rope"])})
+    place = Path(data["path"])
+    return (
+        config,
+        default_dtype(data["parameters_by_stored_type"]),
+        {
+            "parameters": data["parameters"],
+            "fingerprint": served_as(data["fingerprint"], config),
+            "directory": place if place.is_dir() else None,
+        },
+    )

@@ -84,6 +84,15 @@ def test_plan_before_anything_is_loaded(alaya, tiny_model):
     tight = json.loads(alaya(*asked, "--memory", kv + sketch, "--json").stdout)
     assert [("Sketch" in x["plan"]) for x in tight["layers"]] == [False, True]
     assert "declares at most 8,000" in alaya("plan", tiny_model, "--length", "16k").stderr
+    assert json.loads(alaya("plan", tiny_model, "--json").stdout)["length"] == 8000
+
+
+def test_plan_of_a_known_architecture_without_any_file(alaya):
+    data = json.loads(alaya("plan", "llama-3.1-8b", "--json").stdout)
+    assert data["length"] == 131_072
+    # 8.03e9 parameters in bfloat16, less the embeddings, of which a token reads one row.
+    assert data["bytes"]["weights"] == 2 * (8_030_261_248 - 128_256 * 4096)
+    assert data["bytes"]["kv"] == 131_072 * 131_072
 
 
 def test_plan_refuses_with_the_nearest_goals(alaya, tiny_model):
