@@ -329,7 +329,7 @@ def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     index = f"index {d['index']}" if d["index"] else "no index"
     share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
     title = (
-        f"{name}: {d['query']}, {index}, {d['implementation']}, pages on {d['tier']}, "
+        f"{name}: {_brief(d['query'])}, {index}, {d['implementation']}, pages on {d['tier']}, "
         f"{d['steps']} query tokens"
     )
     notes = [
@@ -413,10 +413,13 @@ def _spread(values: Any) -> str:
     return show.count(low) if low == high else f"{show.count(low)} to {show.count(high)}"
 
 
+def _brief(query: str) -> str:
+    """Without the window and what was left open, which would fill the line."""
+    return re.sub(r"(window=Window\([^)]*\)|\w+=None)(, )?", "", query).replace(", )", ")")
+
+
 def _short(row: dict[str, Any]) -> str:
-    # The window and what was left open would fill the line.
-    query = re.sub(r"(window=Window\([^)]*\)|\w+=None)(, )?", "", row["query"])
-    words = [query.replace(", )", ")")]
+    words = [_brief(row["query"])]
     if row["index"]:
         words.append(f"@ {row['index']}")
     if row["by"] == "page":
