@@ -1,6 +1,7 @@
 """One layer's attention of a decode step on the CPU: this library's plans and torch's in one run.
 
     python benchmarks/decode_attention.py [--lengths 1024,4096,16384,65536,131072] [--queries 20]
+    python benchmarks/decode_attention.py --lengths 1048576 --kv-heads 1 --queries 80
 
 Keys with planted critical sets (planted.py), of Llama-3-8B's shape (K 8, G 4, D 128), float32. The
 sides take turns; the peer is a process of its own with the variants an expert would try, and the
@@ -20,6 +21,7 @@ code 3: no peer here.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -44,7 +46,7 @@ from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "decode_attention.jsonl"
-HEADS, GROUP, DIM, PAGE = 8, 4, 128, 16
+GROUP, DIM, PAGE = 4, 128, 16
 WINDOW = Window(128, 512)
 GRAPH = Graph()
 GRAPH_FROM = 16384  # keys; planted sets are fewer and smaller below, and searches short
@@ -75,19 +77,22 @@ class Layer:
     """
 
     def __init__(self, planted: Planted, turns: int, queries: int = 0):
-        n = planted.n
+        n, heads = planted.n, planted.kv_heads
         self.planted, self.count = planted, -(-n // PAGE)
 
         def paged(x: np.ndarray) -> jax.Array:
             x = np.pad(x, ((0, 0), (PAGE, -n % PAGE), (0, 0)))
-            return jnp.asarray(x.reshape(HEADS, self.count + 1, PAGE, DIM))
+            return jnp.asarray(x.reshape(heads, self.count + 1, PAGE, DIM))
 
         self.k, self.v = (
             paged(planted.keys()),
-            paged(np.random.default_rng(1).standard_normal((HEADS, n, DIM), np.float32)),
+            paged(np.random.default_rng(1).standard_normal((heads, n, DIM), np.float32)),
         )
         ids = jnp.arange(1, self.count + 1)
         config = LlamaConfig.from_hf(configs.load("llama-3-8b"))
+        config = dataclasses.replace(
+            config, num_key_value_heads=heads, num_attention_heads=heads * GROUP
+        )
         empty = Sketch().create(config, self.count + 1, PAGE)
         build = jax.jit(lambda layer, *args: layer.build(*args))
         filled = jnp.full(self.count, PAGE)
@@ -96,7 +101,7 @@ class Layer:
         self.covered = jnp.full(1, (n - 1) // PAGE * PAGE, jnp.int32)
         # [K, G, 1, D] -> one token of all heads each
         self.queries = [
-            jnp.asarray(planted.queries(1, i)[0].reshape(1, 1, HEADS * GROUP, DIM))
+            jnp.asarray(planted.queries(1, i)[0].reshape(1, 1, heads * GROUP, DIM))
             for i in range(turns)
         ]
         self.one = jnp.ones(1, jnp.int32)
@@ -104,8 +109,8 @@ class Layer:
         self.graph_facts = {}
         if queries:
             asked, _ = planted.queries(n // (GROUP * queries), BUILD_STREAM)
-            asked = jnp.asarray(asked.reshape(HEADS, -1, DIM))
-            keys = self.k[:, 1:].reshape(HEADS, -1, DIM)
+            asked = jnp.asarray(asked.reshape(heads, -1, DIM))
+            keys = self.k[:, 1:].reshape(heads, -1, DIM)
             started = time.perf_counter()
             graph = build_graph(keys, n, asked, low=WINDOW.sink, spec=GRAPH.spec)
             self.graphs = (jax.block_until_ready(graph),)
@@ -137,10 +142,10 @@ class Layer:
 
 def full_attention(layer: Layer, turn: int) -> np.ndarray:
     """Attention over all keys in float64, [K, G, D]."""
-    n = layer.planted.n
-    q = np.asarray(layer.queries[turn]).reshape(HEADS, GROUP, DIM).astype(np.float64)
+    n, heads = layer.planted.n, layer.planted.kv_heads
+    q = np.asarray(layer.queries[turn]).reshape(heads, GROUP, DIM).astype(np.float64)
     out = np.empty(q.shape)
-    for head in range(HEADS):
+    for head in range(heads):
         k, v = (np.asarray(pool[head, 1:]).reshape(-1, DIM)[:n] for pool in (layer.k, layer.v))
         scores = q[head] @ k.T
         weights = np.exp((scores - scores.max(-1, keepdims=True)) / np.sqrt(DIM))
@@ -220,6 +225,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--queries", type=int, default=20, help="keys for each of the graph's")
+    parser.add_argument("--kv-heads", type=int, default=8, help="K, each with 4 query heads")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
     try:
@@ -238,14 +244,14 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             file.write(json.dumps(row) + "\n")
 
-        shape = {"kv_heads": HEADS, "group": GROUP, "dim": DIM}
+        shape = {"kv_heads": options.kv_heads, "group": GROUP, "dim": DIM}
         loaded = peer.ask("load", **shape, threads=machine.cores())
         facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
         put({"benchmark": "decode_attention", **shape, **loaded, **facts})
         rows = []
         for n in map(int, options.lengths.split(",")):
             queries = options.queries if n >= GRAPH_FROM else 0
-            layer = Layer(Planted.create(n, HEADS, GROUP, DIM), options.rounds, queries)
+            layer = Layer(Planted.create(n, options.kv_heads, GROUP, DIM), options.rounds, queries)
             rows.append(measure(layer, peer, options.rounds))
             put(rows[-1])
         names = [name for name in rows[-1]["ours_ms"] if name != "full"]
