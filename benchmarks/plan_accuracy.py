@@ -242,13 +242,18 @@ def main() -> None:
     given = parser.parse_args()
     layer_bench.SECONDS = given.patience
     facts = facts_of.facts("alaya_jax", "jax", "jaxlib", "numpy")
-    lines = [{"benchmark": "plan_accuracy", **vars(given), **facts}]
+
+    def keep(line: dict) -> None:
+        if given.json:
+            with RESULTS.open("a") as file:  # line by line: a run that is cut short leaves its part
+                file.write(json.dumps(line) + "\n")
 
     def put(result: str, **row) -> None:
         line = {name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()}
-        lines.append({"result": result, **line})
+        keep({"result": result, **line})
         print(f"{result:12}", *(f"{name} {x}" for name, x in line.items()), sep="  ", flush=True)
 
+    keep({"benchmark": "plan_accuracy", **vars(given), **facts})
     for shape in given.shapes.split(","):
         config = LlamaConfig.from_hf(configs.load(shape))
         started = time.perf_counter()
@@ -257,14 +262,11 @@ def main() -> None:
         constants = {f: x for f, x in dataclasses.asdict(known).items() if isinstance(x, float)}
         print("constants", *(f"{f} {x:.3g}" for f, x in constants.items()), sep="  ")
         put("machine", shape=shape, measuring_s=took)
-        lines.append({"result": "constants", "shape": shape, **dataclasses.asdict(known)})
+        keep({"result": "constants", "shape": shape, **dataclasses.asdict(known)})
         if "layer" in given.parts:
             by_layer(shape, known, list(map(int, given.lengths.split(","))), given.rounds, put)
         if "step" in given.parts and shape == "smollm2-135m":
             by_step(known, given.rounds, put)
-    if given.json:
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 if __name__ == "__main__":
