@@ -24,7 +24,7 @@ from alaya_jax.attention.kernels import decode, prefill
 from alaya_jax.attention.kernels.batch import Batch, passed_over
 from alaya_jax.errors import KernelError
 from alaya_jax.index import Graph
-from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target
+from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target, not_a_hopper
 from alaya_jax.query import Tiles
 from alaya_jax.query.plan import Plan
 
@@ -57,6 +57,8 @@ def unfit(plan: Plan, batch: Batch, implementation: str, target: Target) -> str 
     Looks at shapes and types only; arrays may be `jax.ShapeDtypeStruct`s.
     """
     t = batch.q.shape[1]
+    if implementation == "mosaic_gpu" and (reason := not_a_hopper(target)) is not None:
+        return reason  # of all reasons the one that no other plan or mesh would change
     if isinstance(plan.index, Graph) and plan.retrieves:
         return "a graph is walked key by key"
     if t == 1 and isinstance(plan.query, Tiles):
