@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from alaya_jax.attention import engine
-from alaya_jax.attention.engine import Counts
+from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.query.plan import Attention, of_layer

@@ -1,13 +1,28 @@
 """From which pages are wanted to lists of them."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def compact(
-    keep: Bool[Array, "B K N"], capacity: int | None = None
-) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """Numbers of the entries that are kept, in order, and how many there are.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """Entries of a page table that lists hold, in order.
+
+    Attributes:
+      index: int32 [B, J, C], their numbers; what is past the count means nothing.
+      count: int32 [B, J], how many there are.
+    """
+
+    index: Int[Array, "B J C"]
+    count: Int[Array, "B J"]
+
+
+def compact(keep: Bool[Array, "B J N"], capacity: int | None = None) -> Entries:
+    """The entries that are kept.
 
     Args:
       keep: which of N entries each list holds.
@@ -18,10 +33,10 @@ def compact(
     capacity = n if capacity is None else capacity
     rank = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
     slot = jnp.where(keep, rank - 1, capacity)  # past the end: dropped
-    b, k = jnp.arange(batch)[:, None, None], jnp.arange(lists)[:, None]
+    b, j = jnp.arange(batch)[:, None, None], jnp.arange(lists)[:, None]
     index = jnp.zeros((batch, lists, capacity), jnp.int32)
-    index = index.at[b, k, slot].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
-    return index, rank[..., -1] if n else jnp.zeros((batch, lists), jnp.int32)
+    index = index.at[b, j, slot].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    return Entries(index, rank[..., -1] if n else jnp.zeros((batch, lists), jnp.int32))
 
 
-__all__ = ["compact"]
+__all__ = ["Entries", "compact"]

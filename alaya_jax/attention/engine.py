@@ -27,13 +27,13 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
-from alaya_jax.attention.partial import Partial, across, merge, merge_across
-from alaya_jax.attention.retrieve import Retrieved, retrieve
+from alaya_jax.attention.partial import across, merge, merge_across, share_read
+from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Graph, GraphLayer, Graphs, LayerIndex, SketchLayer
+from alaya_jax.index import Graph, GraphLayer, Graphs, LayerIndex
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import ShardingRules
@@ -302,30 +302,11 @@ def _attend_rows(
     parts = [inside, merge_across(partial, axis)]
     mass = found.mass
     if plan.tail:
-        unread, mass = _tail(q, found, index, parts, axis)
+        unread = merge_across(found.tail(q, index), axis)
+        mass = share_read(merge(*parts).lse, unread.lse)
         parts.append(unread)
     # What was read is read for the block: it is put down to its first token.
     read = jnp.where(jnp.arange(rows[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
     return merge(*parts).out, counts(attended + in_window, end, read, mass)
-
-
-def _tail(
-    q: Float[Array, "K G T D"],
-    found: Retrieved,
-    index: LayerIndex | None,
-    parts: list[Partial],
-    axis: str | None,
-) -> tuple[Partial, Float[Array, "K G T"]]:
-    """An estimate of the attention over the keys that were not read, by page means of values.
-
-    Returns:
-      the partial attention, and the estimated share of the mass that `parts` have.
-    """
-    assert isinstance(index, SketchLayer)
-    assert found.scan is not None
-    unread = jnp.where(found.kept.mask, -jnp.inf, found.scan.estimate)
-    partial = merge_across(index.attend_means(q, found.kept.pages, unread), axis)
-    read = merge(*parts).lse
-    return partial, 1 / (1 + jnp.exp(partial.lse - read))

@@ -25,20 +25,17 @@ TILE_TOKENS = 512
 """Keys a tile: large enough for the loop's overhead, small enough to stay in a core's cache."""
 
 FEW_ROWS = 16
-"""Query rows of a kv head for which a CPU's time goes into reading keys, not into scoring them."""
+"""Query rows of a kv head, at most, for which time goes into reading keys, not scoring them."""
 
 WINDOW_TILE = 256
 """Keys a tile for few rows that see the ends of a range: its tiles reach less beyond them."""
 
+DEVICE_TOKENS = 2**16
+"""Keys a tile for few rows on a GPU, where each turn of a loop costs some launches and a wait for
+the host."""
+
 Read = Callable[[Array, Array], Array]
 """(pool [K, P, Z, D], tile) -> keys or values [K, S, D] of the tile's tokens."""
-
-DEVICE_TOKENS = 2**16
-"""Keys a tile of a scan for few queries on a GPU, where each turn of a loop costs some launches and
-a wait for the host."""
-
-FEW_ROWS = 16
-"""Query rows of a kv head, at most, for which tiles may be so large."""
 
 _LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
 

@@ -29,6 +29,11 @@ class Partial:
     lse: Float[Array, "..."]
 
 
+def share_read(read: Float[Array, "..."], unread: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The share of the mass that was read, from the log-sum-exp of what was and what was not."""
+    return 1 / (1 + jnp.exp(unread - read))
+
+
 def across(collective: Callable[..., Array], x: Array, axis: str | None) -> Array:
     """`collective` (`lax.pmax`, `lax.psum`) over a mesh axis, or x itself where there is none."""
     return x if axis is None else collective(x, axis)

@@ -36,6 +36,13 @@ class Retrieved:
     mass: Float[Array, "K G T"] | None = None
     scan: Scan | None = None
 
+    def tail(self, q: Float[Array, "K G T D"], index: LayerIndex | None) -> Partial:
+        """An estimate of the attention over the keys that are not read, by page means of values."""
+        assert isinstance(index, SketchLayer)
+        assert self.scan is not None
+        unread = jnp.where(self.kept.mask, -jnp.inf, self.scan.estimate)
+        return index.attend_means(q, self.kept.pages, unread)
+
 
 def retrieve(
     plan: Plan,

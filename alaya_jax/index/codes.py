@@ -76,11 +76,6 @@ def fields(codes: UInt8[Array, "... D*bits/8"], bits: int) -> list[Int8[Array, "
     return [(codes << (8 - low - bits)) >> (8 - bits) for low in range(0, 8, bits)]
 
 
-def unpack(codes: UInt8[Array, "... D*bits/8"], bits: int) -> Int8[Array, "... D"]:
-    """The inverse of `pack`."""
-    return jnp.concatenate(fields(codes, bits), axis=-1)
-
-
 @functools.lru_cache
 def _rotation(dim: int) -> np.ndarray:
     """A random orthogonal matrix, the same for all: QR of normal numbers, signs made unique (F.

@@ -91,7 +91,7 @@ class Calibration:
     def _by_recovery(self, values: np.ndarray, recovery: float) -> float:
         """Of values [R]."""
         lost = [-np.log(1 - p) for p in self.recoveries]
-        return _through(lost, values, -np.log(1 - recovery))
+        return through(lost, values, -np.log(1 - recovery))
 
     def _grown(self, by_length: np.ndarray, length: int) -> float:
         """A number of keys, from log1p of those at the lengths measured, [N]."""
@@ -277,7 +277,7 @@ def _in_range(
     return np.log1p(alone.mean(0)), np.log1p(np.mean(together, axis=0))
 
 
-def _through(x: Sequence[float], y: np.ndarray, at: float) -> float:
+def through(x: Sequence[float] | np.ndarray, y: np.ndarray, at: float) -> float:
     """Linear between points, and beyond them as the first or the last two go on."""
     if len(x) == 1:
         return float(y[0])

@@ -16,6 +16,7 @@ import numpy as np
 
 from alaya_jax.query import Full, Tiles, show
 from alaya_jax.query.auto import Auto
+from alaya_jax.query.calibration import through
 from alaya_jax.query.plan import Plan
 
 CHUNK = 512
@@ -85,17 +86,11 @@ def density(recovery: float, length: int) -> float:
         return 1.0
     lost = -np.log(1 - np.asarray(_RECOVERIES))
     rows = np.log(np.asarray(_DENSITY))
-    at = [_line(lost, column, -np.log(1 - recovery)) for column in rows.T]
+    at = [through(lost, column, -np.log(1 - recovery)) for column in rows.T]
     x, here = np.log(_LENGTHS), np.log(max(length, 1))
     slope = min((at[-1] - at[0]) / (x[-1] - x[0]), 0.0)
     inside = np.interp(here, x, at) + slope * (here - np.clip(here, x[0], x[-1]))
     return float(min(np.exp(inside), 1.0))
-
-
-def _line(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """Between points linear, beyond them as the two at that end go on."""
-    i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
-    return float(y[i - 1] + (y[i] - y[i - 1]) * (at - x[i - 1]) / (x[i] - x[i - 1]))
 
 
 def choose_prefill(

@@ -110,16 +110,16 @@ def select(
     if best is not None:
         top = jnp.maximum(top, best)
     keep = wanted(bounds, top - beta, low, high, page_size)
-    index, count = compact(keep, capacity)
+    kept = compact(keep, capacity)
     lse = None
     if bounds.lse is not None:
         some = in_range(n, page_size, low, high)
         lse = jnp.where(some[:, None, :, None], bounds.lse, -jnp.inf)
         lse = jnp.moveaxis(lse, 3, 2).reshape(batch, -1, n)
     return Selected(
-        page_ids=jnp.take_along_axis(pages[:, None], index, axis=2),
-        starts=index * page_size,
-        count=count,
+        page_ids=jnp.take_along_axis(pages[:, None], kept.index, axis=2),
+        starts=kept.index * page_size,
+        count=kept.count,
         best=top,
         page_lse=lse,
     )

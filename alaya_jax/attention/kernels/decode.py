@@ -1,6 +1,5 @@
 """One new token of each sequence: pages are listed, and `paged_decode` reads them."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
 from alaya_jax.attention.paged import KeyRange, Pages
-from alaya_jax.attention.partial import Partial, across, merge, merge_across
+from alaya_jax.attention.partial import Partial, across, merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.index import MISS, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import round_query
 from alaya_jax.pallas_kernels.dispatch import Choice, Target
-from alaya_jax.pallas_kernels.page_lists import compact
+from alaya_jax.pallas_kernels.page_lists import Entries, compact
 from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
 from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
 from alaya_jax.pallas_kernels.sketch_select import Bounds, Codes, bounds, in_range, wanted
@@ -57,23 +56,6 @@ def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) ->
     return passed_over(chosen, implementation) is None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Listed:
-    """Pages to read, in the order of the sequence.
-
-    Attributes:
-      index: int32 [B, J, N], which entries of the table; J is K, or 1 for all kv heads.
-      count: int32 [B, J].
-    """
-
-    index: Int[Array, "B J N"]
-    count: Int[Array, "B J"]
-
-
-def _list(keep: Bool[Array, "B J N"]) -> _Listed:
-    return _Listed(*compact(keep))
-
-
 class _Reader:
     """`paged_decode` of a batch's queries, over some of the pages."""
 
@@ -81,22 +63,22 @@ class _Reader:
         self.batch, self.end, self.options = batch, end, options
 
     def __call__(
-        self, listed: _Listed, high: Int[Array, " B"] | None = None, **keys: Any
+        self, listed: Entries, high: Int[Array, " B"] | None = None, **keys: Any
     ) -> PagedDecode:
         """`high` and `keys`: what is seen of those pages; see `paged_decode`."""
         batch = self.batch
 
-        def of_list(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
+        def ofcompact(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
             return jnp.take_along_axis(x[:, None], listed.index, axis=2)
 
         return paged_decode(
             batch.q[:, 0],
             batch.k,
             batch.v,
-            of_list(batch.table.pages),
+            ofcompact(batch.table.pages),
             listed.count,
             self.end if high is None else high,
-            starts=of_list(batch.starts),
+            starts=ofcompact(batch.starts),
             want_kept=True,
             **keys,
             **self.options,
@@ -141,7 +123,7 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
     recent = jnp.maximum(sink_end, end - window.recent)
     inside = (starts < sink_end[:, None]) | (starts + z > recent[:, None])
     inside &= starts < end[:, None]
-    near = read(_list(inside[:, None]), gap_low=sink_end, gap_high=recent)
+    near = read(compact(inside[:, None]), gap_low=sink_end, gap_high=recent)
     best = across(lax.pmax, near.best, axis)
     near = _partial(near, axis)
     in_window = (sink_end + end - recent)[:, None]
@@ -151,13 +133,13 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
 
     high = recent if query.before is None else jnp.minimum(recent, query.before)
     answer = _through_sketch if _by_sketch(plan, batch, **options) else _through_mask
-    far, mass, extra, pages = answer(plan, read, sink_end, recent, high, near, best)
+    far, mass, extra, pages = answer(plan, read, sink_end, high, near, best)
     parts = [near, _partial(far, axis)]
     assert far.kept is not None
     attended = across(lax.psum, far.kept, axis) + in_window
     keys_read = across(lax.psum, pages * z, axis)
     if extra is not None:
-        mass = 1 / (1 + jnp.exp(extra.lse - merge(*parts).lse))
+        mass = share_read(merge(*parts).lse, extra.lse)
         parts.append(extra)
     group = heads // batch.k.shape[0]
     return merge(*parts).out[:, None], counts(
@@ -204,8 +186,8 @@ def _scan(
         scale=scale,
         **read.options,
     )
-    behind = jnp.maximum(low, batch.covered)
-    uncovered = (batch.starts + batch.k.shape[2] > behind[:, None]) & (batch.starts < high[:, None])
+    n, z = batch.table.pages.shape[1], batch.k.shape[2]
+    uncovered = in_range(n, z, jnp.maximum(low, batch.covered), high)
     return found, known, uncovered[:, None]
 
 
@@ -213,13 +195,11 @@ def _through_sketch(
     plan: Plan,
     read: _Reader,
     low: Int[Array, " B"],
-    recent: Int[Array, " B"],
     high: Int[Array, " B"],
     near: Partial,
     best: Float[Array, "B H"],
 ) -> _Found:
     """DIPR by `sketch_select`'s bounds: by key exactly, or by page."""
-    del recent
     query = plan.query
     assert isinstance(query, DIPR)
     b, heads = best.shape
@@ -241,14 +221,14 @@ def _through_sketch(
             read.batch.q.shape[-1],
         )
         kept = recovered.kept.any((1, 2)).reshape(b, kv_heads, n)
-        listed = _list(kept | uncovered)
+        listed = compact(kept | uncovered)
         far = read(listed, low=low, high=high)
         return far, recovered.mass.reshape(b, heads), None, listed.count
 
     found, known, uncovered = _scan(read, low, high)
 
-    def reaching(threshold: Float[Array, "B H"]) -> _Listed:
-        return _list(wanted(found, threshold, low, known, z) | uncovered)
+    def reaching(threshold: Float[Array, "B H"]) -> Entries:
+        return compact(wanted(found, threshold, low, known, z) | uncovered)
 
     assert query.beta is not None
     beta = jnp.asarray(query.beta, jnp.float32)
@@ -268,7 +248,6 @@ def _through_mask(
     plan: Plan,
     read: _Reader,
     low: Int[Array, " B"],
-    recent: Int[Array, " B"],
     high: Int[Array, " B"],
     near: Partial,
     best: Float[Array, "B H"],
@@ -281,13 +260,13 @@ def _through_mask(
     by_group = (kv_heads, group, 1)
 
     def of_sequence(args: Any) -> tuple[Any, ...]:
-        q, ids, start, low, recent, covered, out, lse, best = args
+        q, ids, start, low, high, covered, out, lse, best = args
         pages = Pages(batch.k, batch.v, ids, start)
         found = retrieve(
             plan,
             q.reshape(*by_group, dim),
             pages,
-            KeyRange(low[None], recent[None]),
+            KeyRange(low[None], high[None]),
             batch.index,
             covered,
             Partial(out.reshape(*by_group, dim), lse.reshape(by_group)),
@@ -295,16 +274,11 @@ def _through_mask(
             batch.axis,
             batch.head_axis,
         )
-        extra = None
-        if plan.tail:
-            assert isinstance(batch.index, SketchLayer)
-            assert found.scan is not None
-            unread = jnp.where(found.kept.mask, -jnp.inf, found.scan.estimate)
-            extra = batch.index.attend_means(q.reshape(*by_group, dim), pages, unread)
+        extra = found.tail(q.reshape(*by_group, dim), batch.index) if plan.tail else None
         return found.kept.mask[:, :, 0], found.floor, found.mass, extra
 
     each = (
-        batch.q[:, 0], batch.table.pages, batch.table.start, low, recent, batch.covered,
+        batch.q[:, 0], batch.table.pages, batch.table.start, low, high, batch.covered,
         near.out, near.lse, best,
     )  # fmt: skip
     if b == 1:
@@ -315,9 +289,9 @@ def _through_mask(
     mask, floor, mass, extra = done
     if plan.by == "key":
         mask = mask.reshape(*mask.shape[:3], -1, z)  # [B, K, G, N, Z]
-        listed = _list(mask.any((2, 4)))
+        listed = compact(mask.any((2, 4)))
     else:
-        listed = _list(mask.any(2))
+        listed = compact(mask.any(2))
     keys: dict[str, Any] = {}
     if floor is not None:
         keys["threshold"] = floor.reshape(b, heads)

@@ -79,7 +79,7 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
     seen = jnp.clip(end[:, None, :, None] - first, 0, rule.kv_block)
     real = jnp.arange(first.shape[-1]) < tiles.count[:, :, block, None]
     listed = jnp.sum(jnp.where(real, seen, 0), axis=-1)  # [B, K, T]
-    tile = offset // (ROWS)
+    tile = offset // ROWS
     skipped = done.skipped[:, :, tile] * rule.kv_block * (offset < count[:, None])[:, None]
 
     def by_head(x: Array) -> Array:  # [B, K, T] -> [B, T, H]
