@@ -17,6 +17,7 @@ Prints JSON lines, alpha 0.0144 throughout:
              mean over rows that have some; scanned: keys scored for a row, as a share of the keys
              covered (where a group shares the work: of all its rows, each read once); mass: of
              attention, in what is found and the window, beside that of exact DIPR
+    top      the best 100 by TopK's search: recall of them, and keys scored
     filter   the same for positions < limit, and the cost beside the unfiltered search's
     time     medians in ms of a decode step, all heads, and of a flat scan (scores alone), in turns
     layers   the mean over layers of what `search` says
@@ -52,7 +53,7 @@ from alaya_jax.query.plan import Plan
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 CHUNK, SINK = 512, 128
-PAGE, ALPHA, CAPACITY, L0 = 16, 0.0144, 4096, 8
+PAGE, ALPHA, CAPACITY, L0, TOP = 16, 0.0144, 4096, 8, 100
 LAYERS = (1, 4, 10, 16, 22, 28)
 
 
@@ -82,6 +83,12 @@ def graph_search(layer, q, pool, ids, limit, low, beta, seed, shared, l0=L0):
     )
 
 
+@functools.partial(jax.jit, static_argnames=("k", "shared"))
+def graph_top(layer, q, pool, ids, limit, low, k=TOP, shared=False):
+    limits = jnp.full(q.shape[2], limit)
+    return layer.search_top(q, Pages(pool, pool, ids), limits, low, k, shared=shared)
+
+
 @jax.jit
 def flat_scan(q, pool):
     return jnp.einsum("kgtd,kpzd->kgtpz", q, pool)
@@ -91,7 +98,7 @@ class Truth:
     """Exact scores of queries [K, G, T, D], and DIPR's answer in low <= j < high."""
 
     def __init__(self, k, q, low, high, window):
-        self.q, self.low, self.high, self.dim = q, low, high, q.shape[-1]
+        self.q, self.dim = q, q.shape[-1]
         scores = np.einsum("kgtd,knd->kgtn", q, k)
         self.beta = float(-np.sqrt(self.dim) * np.log(ALPHA))
         outside = scores.copy()
@@ -106,6 +113,7 @@ class Truth:
         top = np.where(eligible, scores, -np.inf).max(-1, keepdims=True)
         self.weight = np.where(eligible, np.exp((scores - top) / np.sqrt(self.dim)), 0)
         self.weight /= self.weight.sum(-1, keepdims=True)
+        self.scores, self.low, self.high = scores, low, high
         self.attended = np.isneginf(outside) == False if window else np.zeros(scores.shape, bool)  # noqa: E712
 
     def of(self, found, covered):
@@ -128,6 +136,20 @@ class Truth:
         )
         return self.result(out, int(layer.length))
 
+    def top(self, layer, pool, ids, shared=False):
+        out = graph_top(layer, self.q, pool, ids, self.high, self.low, shared=shared)
+        inside = self.scores[..., self.low : self.high]
+        bar = np.sort(inside, -1)[..., -TOP, None]
+        # The search's own scores may differ from these by rounding.
+        near = bar - 1e-4 * np.abs(bar)
+        found = np.minimum(np.sum(np.asarray(out.scores) >= near, -1), TOP)
+        return {
+            "k": TOP,
+            "recall": round(float(found.mean() / TOP), 4),
+            "scanned": round(float(out.visited.mean() / int(layer.length)), 5),
+            "overflows": int(out.overflow.sum()),
+        }
+
     def result(self, out, covered):
         out = jax.tree.map(np.asarray, out)
         found = np.zeros(self.critical.shape, bool)
@@ -141,7 +163,7 @@ class Truth:
         }
 
 
-def median_ms(*calls, repeats=7):
+def median_ms(*calls, repeats=21):
     """Medians of each, taken in turns."""
     times = np.empty((repeats, len(calls)))
     for call in calls:
@@ -211,17 +233,23 @@ def planted(options):
     show("search", **name, graphs="lists of 128", walk=walk(False),
          **truth.search(short, pool, ids, False))  # fmt: skip
 
+    show("top", **name, **truth.top(layer, pool, ids))
+
     one = jnp.asarray(q[:, :, :1])
     seed = jnp.asarray(truth.seed[:, :, :1])
 
     def step(limit, shared):
         return lambda: graph_search(layer, one, pool, ids, limit, 0, truth.beta, seed, shared)
 
-    alone_ms, shared_ms, flat_ms = median_ms(
-        step(n, False), step(n, True), lambda: flat_scan(one, pool)
+    alone_ms, shared_ms, top_ms, flat_ms = median_ms(
+        step(n, False),
+        step(n, True),
+        lambda: graph_top(layer, one, pool, ids, n, 0),
+        lambda: flat_scan(one, pool),
     )
-    show("time", **name, heads_alone_ms=alone_ms, group_shares_ms=shared_ms, flat_ms=flat_ms)
-    for share in (1.0, 0.8, 0.6, 0.4, 0.2):
+    show("time", **name, heads_alone_ms=alone_ms, group_shares_ms=shared_ms, top_ms=top_ms,
+         flat_ms=flat_ms)  # fmt: skip
+    for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.1):
         limit = int(share * n)
         part = Truth(np.asarray(keys), q, 0, limit, False)
         ms, full = median_ms(step(limit, False), step(n, False))
@@ -268,6 +296,9 @@ def real(options):
                     False,
                 ),
             }
+            top = truth.top(graph, pool, ids)
+            show("top", data=repr(model), context=n, layer=layer, **top)
+            rows.setdefault(("graph of a group", "top"), []).append(top)
             for name, result in results.items():
                 show("search", data=repr(model), context=n, layer=layer, index=name[0], by=name[1],
                      **result)  # fmt: skip

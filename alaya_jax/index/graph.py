@@ -23,6 +23,13 @@ from alaya_jax.index.found import Found, per_row, to_front
 from alaya_jax.index.graph_search import Goal, Read, Terrain, search
 
 
+_TOP_STARTS = 8
+"""Where a search for the best k starts, of the layer's starts those that score best."""
+
+_TOP_LISTED = 32
+"""Keys that such a search may list, over those that it keeps in view."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GraphLayer:
@@ -97,7 +104,7 @@ class GraphLayer:
             )
         beta = jnp.full(q.shape[:3], jnp.inf)
         seed = jnp.full(q.shape[:3], -jnp.inf)
-        found = self._each(q, pages, limit, low, beta, seed, ef, ef, 16 * ef, shared)
+        found = self._each(q, pages, limit, low, beta, seed, ef, ef, _TOP_LISTED * ef, shared)
         scores, order = lax.top_k(found.scores, k)
         positions = jnp.take_along_axis(found.positions, order, axis=-1)
         return dataclasses.replace(found, positions=positions, scores=scores)
@@ -160,6 +167,9 @@ class GraphLayer:
             return pages.k[head, page, position % size].astype(dtype)
 
         starts = self._starts(q, read, low, limit, walks)
+        if keep is not None:
+            # Nothing bars what is met before `keep` are listed: the fewer, the nearer to the best.
+            starts = starts[:, :_TOP_STARTS]
         terrain = Terrain(self.neighbours, starts, read, low, limit)
         beta, seed = beta.reshape(walks, rows), seed.reshape(walks, rows)
         walked = search(q, seed, terrain, Goal(beta, l0, keep, capacity))

@@ -21,7 +21,7 @@ class Graph:
       sink: the first tokens, which are not linked: a query's window should hold them. Building.
       l0: a search goes on everywhere until it has met so many keys; more finds more, and reads
         more. Searching.
-      capacity: the most keys that a search for `DIPR` may list (for `TopK` it is 16 times what the
+      capacity: the most keys that a search for `DIPR` may list (for `TopK` it is 32 times what the
         walk keeps in view). One that would list more is answered by `Flat` instead, and counted
         (`Counts.widened`). Searching.
 

@@ -2,9 +2,9 @@
 
 A walk is a search in the graph of one kv head. It serves one query row, or the rows of all heads
 of a group at once: then a key is read once for all of them, and goes on the list when any of them
-wants it. All walks share one loop. Its state holds one queue of (walk, node) pairs; an iteration
-takes a block of them whosever they are, so a walk that has ended costs nothing and one that has
-much to do gets the whole block.
+wants it. All walks share one loop. Its state holds a queue of what is listed and one of what is
+only passed through; an iteration takes a block of either, whosever it is, so a walk that has ended
+costs nothing and one that has much to do gets the whole block.
 """
 
 import dataclasses
@@ -21,11 +21,15 @@ BLOCK = 256
 TILE = 1024
 """Keys read and scored at once."""
 
-FIRST_HOP = 8
-"""Neighbours of a node, the first of its list, that are passed through if they are not eligible."""
-
 SECOND_HOP = 4
-"""Neighbours tried, the first of its list, of a node that is passed through."""
+"""Neighbours tried, the first of its list, of a node that is passed through: a block holds so many
+more of these that it comes to as many neighbours."""
+
+PASSED = 4
+"""Nodes that may be passed through over those that may be listed, by all walks together."""
+
+RANKED = 8
+"""The best `keep` are ranked anew whenever the lists have grown by this part of their lengths."""
 
 Read = Callable[[Array, Array], Array]
 """(kv head [N], position [N]) -> keys [N, D]."""
@@ -55,33 +59,68 @@ class Terrain:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class _Queue:
+    """What waits, between `head` and `tail`; nothing leaves the array."""
+
+    items: Int[Array, " room"]
+    head: Array
+    tail: Array
+
+    @classmethod
+    def create(cls, room: int, block: int) -> "_Queue":
+        """Empty, with room for so many; taken by blocks."""
+        return cls(jnp.zeros(room + block, jnp.int32), jnp.int32(0), jnp.int32(0))
+
+    @property
+    def waiting(self) -> Array:
+        return self.tail - self.head
+
+    def next(self, block: int) -> tuple[Array, Array]:
+        """The next items, and which of them there are."""
+        items = lax.dynamic_slice_in_dim(self.items, self.head, block)
+        return items, jnp.arange(block) < self.waiting
+
+    def past(self, block: int) -> "_Queue":
+        return dataclasses.replace(self, head=jnp.minimum(self.head + block, self.tail))
+
+    def add(self, items: Array, wanted: Array, room: int) -> tuple["_Queue", Array]:
+        """With those that are wanted at its end; and which of these found no room."""
+        place = self.tail + jnp.cumsum(wanted, dtype=jnp.int32) - 1
+        fits = wanted & (place < room)
+        at = jnp.where(fits, place, self.items.shape[0])
+        tail = self.tail + jnp.sum(fits, dtype=jnp.int32)
+        return _Queue(self.items.at[at].set(items, mode="drop"), self.head, tail), wanted & ~fits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _State:
     """The lists C of W walks, for rows of G queries each.
 
     Attributes:
       turn: iterations done.
       seen: int16 or int32 [W * N], the mark that a node got when it was met, or the largest number.
-      queue: int32, nodes (walk * N + position) to expand, between `head` and `tail`; the
-        complement of a node that is only passed through. `slots` says where each is listed.
+      listed: what is to be expanded, as places in the lists (walk * C + place).
+      passed: what is to be passed through, as nodes (walk * N + position).
       count: int32 [W], lengths of the lists.
       positions, scores: [W * C], [W * C, G], the lists.
       best: float32 [W, G], best score so far, the seed included.
       bar: float32 [W, G], score below which nothing is wanted, whatever beta says.
+      ranked: how long the lists were, all together, when the bar was last found out.
       visited: int32 [W], keys scored.
       overflow: bool [W].
     """
 
     turn: Array
     seen: Int[Array, " W*N"]
-    queue: Int[Array, " queue"]
-    slots: Int[Array, " queue"]
-    head: Array
-    tail: Array
+    listed: "_Queue"
+    passed: "_Queue"
     count: Int[Array, " W"]
     positions: Int[Array, " W*C"]
     scores: Float[Array, "W*C G"]
     best: Float[Array, "W G"]
     bar: Float[Array, "W G"]
+    ranked: Array
     visited: Int[Array, " W"]
     overflow: Bool[Array, " W"]
 
@@ -136,7 +175,7 @@ def search(
     A neighbour that is not eligible is not scored; its key need not be in the session's pages. It
     is passed through: its own neighbours are tried, those of them that are not eligible are left
     (section 7.1: neighbours and their neighbours). The second hop is taken where the first one
-    fails, and both along the edges that most queries asked for: `FIRST_HOP`, `SECOND_HOP`.
+    fails, and along the edges that most queries asked for: `SECOND_HOP`.
 
     With `keep`, the same walk finds the best `keep` of each row: the bar is then the score of the
     worst of the best `keep` on the list. It only rises, too.
@@ -153,72 +192,91 @@ def search(
     # What was met is marked; marks are small numbers where they may be, since the marks are many.
     mark_dtype = jnp.int16 if width < jnp.iinfo(jnp.int16).max else jnp.int32
     unseen = jnp.iinfo(mark_dtype).max
-    room = 2 * walks * capacity  # of the queue: as many to pass through as are listed
+    blocks = BLOCK, width // min(SECOND_HOP, degree)  # listed, passed
+    room = walks * min(n, PASSED * capacity)
 
-    def met_from_queue(state: _State) -> tuple[Array, Array]:
-        nodes = lax.dynamic_slice_in_dim(state.queue, state.head, BLOCK)
-        waiting = jnp.arange(BLOCK) < state.tail - state.head
-        # A walk's nodes together, in the order they were listed in.
-        walk = jnp.where(waiting, jnp.where(nodes < 0, ~nodes, nodes) // n, walks)
-        walk, order = lax.sort((walk, jnp.arange(BLOCK)), num_keys=1)
-        waiting, nodes = waiting[order], nodes[order]
-        passing = nodes < 0
-        position = jnp.where(passing, ~nodes, nodes) % n
-        near = terrain.neighbours[walk // per_head, position]  # [BLOCK, R]
-        there = (near >= 0) & waiting[:, None]
+    def near(walk: Array, position: Array, hops: int) -> tuple[Array, Array, Array]:
+        """The first neighbours of a block of nodes [block, hops], those of a walk together; whether
+        there is one, and where each node of the block was. A walk past the last is none."""
+        walk, order = lax.sort((walk, jnp.arange(walk.shape[0])), num_keys=1)
+        near = terrain.neighbours[walk // per_head, position[order], :hops]
+        there = (near >= 0) & (walk < walks)[:, None]
+        return walk[:, None] * n + near, there, order
+
+    def beside_listed(state: _State) -> Array:
+        slots, waiting = state.listed.next(blocks[0])
+        walk = jnp.where(waiting, slots // capacity, walks)
+        nodes, there, order = near(walk, state.positions[slots], degree)
         if goal.keep is not None:
-            slots = lax.dynamic_slice_in_dim(state.slots, state.head, BLOCK)[order]
-            above = jnp.any(state.scores[slots] >= state.bar[walk], axis=-1)
-            there &= (passing | above)[:, None]
+            above = jnp.any(state.scores[slots] >= state.bar[slots // capacity], axis=-1)
+            there &= above[order, None]
+        return jnp.where(there, nodes, -1).ravel()
+
+    def beside_passed(state: _State) -> Array:
+        nodes, waiting = state.passed.next(blocks[1])
+        walk = jnp.where(waiting, nodes // n, walks)
+        nodes, there, _ = near(walk, nodes % n, SECOND_HOP)
         # What is met while passing through must be eligible itself.
-        eligible, place = terrain.eligible(near), jnp.arange(degree)
-        there &= jnp.where(
-            passing[:, None], eligible & (place < SECOND_HOP), eligible | (place < FIRST_HOP)
-        )
-        return jnp.where(there, walk[:, None] * n + near, -1).ravel(), there.ravel()
+        met = jnp.where(there & terrain.eligible(nodes % n), nodes, -1).ravel()
+        return jnp.pad(met, (0, width - met.shape[0]), constant_values=-1)
+
+    def started(state: _State) -> Array:
+        return lax.dynamic_slice_in_dim(starts, state.turn * width, width)
 
     def turn(state: _State) -> _State:
-        met, there = met_from_queue(state)
-        if start_turns:
-            at = jnp.minimum(state.turn, start_turns - 1) * width
-            first = lax.dynamic_slice_in_dim(starts, at, width)
-            starting = state.turn < start_turns
-            met = jnp.where(starting, first, met)
-            there = met >= 0
-        else:
-            starting = jnp.bool_(False)
+        # Of the queue that fills more of its block.
+        listed, passed = state.listed.waiting, state.passed.waiting
+        passing = (listed == 0) | (passed // blocks[1] > listed // blocks[0])
+        kind = jnp.where(state.turn < start_turns, 0, jnp.where(passing, 2, 1))
+        met = lax.switch(kind, [started, beside_listed, beside_passed], state)
         # Each node once: the first to leave its mark has it.
         mark = jnp.arange(width, dtype=mark_dtype)
-        new = there & (state.seen[jnp.maximum(met, 0)] == unseen)
+        new = (met >= 0) & (state.seen[jnp.maximum(met, 0)] == unseen)
         seen = state.seen.at[jnp.where(new, met, walks * n)].min(mark, mode="drop")
         new &= seen[jnp.maximum(met, 0)] == mark
         eligible = terrain.eligible(met % n)
-        head = state.head + jnp.where(starting, 0, jnp.minimum(BLOCK, state.tail - state.head))
-        state = dataclasses.replace(state, turn=state.turn + 1, seen=seen, head=head)
-        state = _enqueue(state, ~met, jnp.zeros_like(met), new & ~eligible, met // n, room)
-        state = _try_append(q, terrain, goal, met, new & eligible, state, room)
+        passed = state.passed.past(jnp.where(kind == 2, blocks[1], 0))
+        passed, lost = passed.add(met, new & ~eligible, room)
+        lost = jnp.where(lost, met // n, walks)
+        state = dataclasses.replace(
+            state,
+            turn=state.turn + 1,
+            seen=seen,
+            listed=state.listed.past(jnp.where(kind == 1, blocks[0], 0)),
+            passed=passed,
+            overflow=state.overflow.at[lost].set(True, mode="drop"),
+        )
+        state = _try_append(q, terrain, goal, met, new & eligible, state)
         if goal.keep is None:
             return state
-        listed = jnp.moveaxis(state.scores.reshape(walks, capacity, group), 1, 2)
-        best, _ = lax.top_k(listed, goal.keep)
-        return dataclasses.replace(state, bar=best[..., -1])
+
+        listed = jnp.sum(state.count)
+
+        def raised() -> tuple[Array, Array]:
+            scores = jnp.moveaxis(state.scores.reshape(walks, capacity, group), 1, 2)
+            best, _ = lax.top_k(scores, goal.keep)
+            return best[..., -1], listed
+
+        # A bar of some turns ago is lower than it might be, which costs less than ranking anew.
+        grown = listed > state.ranked + state.ranked // RANKED
+        bar, ranked = lax.cond(grown, raised, lambda: (state.bar, state.ranked))
+        return dataclasses.replace(state, bar=bar, ranked=ranked)
 
     def unfinished(state: _State) -> Array:
-        return (state.turn < start_turns) | (state.head < state.tail)
+        waiting = (state.listed.waiting > 0) | (state.passed.waiting > 0)
+        return (state.turn < start_turns) | waiting
 
-    zero = jnp.int32(0)
     start = _State(
-        turn=zero,
+        turn=jnp.int32(0),
         seen=jnp.full(walks * n, unseen, mark_dtype),
-        queue=jnp.zeros(room + BLOCK, jnp.int32),
-        slots=jnp.zeros(room + BLOCK, jnp.int32),
-        head=zero,
-        tail=zero,
+        listed=_Queue.create(walks * capacity, blocks[0]),
+        passed=_Queue.create(room, blocks[1]),
         count=jnp.zeros(walks, jnp.int32),
         positions=jnp.zeros(walks * capacity, jnp.int32),
         scores=jnp.full((walks * capacity, group), -jnp.inf),
         best=seed.astype(jnp.float32),
         bar=jnp.full((walks, group), -jnp.inf),
+        ranked=jnp.int32(0),
         visited=jnp.zeros(walks, jnp.int32),
         overflow=jnp.zeros(walks, bool),
     )
@@ -232,23 +290,6 @@ def search(
     )
 
 
-def _enqueue(
-    state: _State, nodes: Array, slots: Array, wanted: Array, walk: Array, room: int
-) -> _State:
-    """Appends the wanted nodes to the queue; a walk whose node does not fit overflows."""
-    place = state.tail + jnp.cumsum(wanted, dtype=jnp.int32) - 1
-    fits = wanted & (place < room)
-    at = jnp.where(fits, place, state.queue.shape[0])
-    lost = jnp.where(wanted & ~fits, walk, state.overflow.shape[0])
-    return dataclasses.replace(
-        state,
-        queue=state.queue.at[at].set(nodes, mode="drop"),
-        slots=state.slots.at[at].set(slots, mode="drop"),
-        tail=state.tail + jnp.sum(fits, dtype=jnp.int32),
-        overflow=state.overflow.at[lost].set(True, mode="drop"),
-    )
-
-
 def _try_append(
     q: Float[Array, "W G D"],
     terrain: Terrain,
@@ -256,7 +297,6 @@ def _try_append(
     met: Int[Array, " M"],
     new: Bool[Array, " M"],
     state: _State,
-    room: int,
 ) -> _State:
     """`tryAppend` for the nodes that are new, tile by tile."""
     walks, capacity = q.shape[0], goal.capacity
@@ -286,11 +326,12 @@ def _try_append(
         place = state.count[walk] + upto[index] - upto[before]
         fits = append & (place < capacity)
         at = walk * capacity + place
-        state = _enqueue(state, nodes, at, fits, walk, room)
+        listed, _ = state.listed.add(at, fits, walks * capacity)
         at = jnp.where(fits, at, walks * capacity)
         count = state.count + jnp.diff(upto[begin])
         return dataclasses.replace(
             state,
+            listed=listed,
             count=jnp.minimum(count, capacity),
             positions=state.positions.at[at].set(position, mode="drop"),
             scores=state.scores.at[at].set(scores, mode="drop"),

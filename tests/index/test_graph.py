@@ -87,7 +87,7 @@ def algorithm_1(neighbours, scores, starts, l0, beta, seed, low, limit):
                 continue
             if low <= key < limit:
                 try_append(key)
-            elif two_hops:  # no key here has more than FIRST_HOP neighbours
+            elif two_hops:
                 seen.add(key)
                 meet(eligible(neighbours[key][:SECOND_HOP]), two_hops=False)
 
@@ -246,6 +246,19 @@ def test_top_of_a_complete_graph(make_keys, shared):
         want = 3 + np.argsort(-true[row][3 : limit[row[2]]])[:9]
         np.testing.assert_array_equal(found.positions[row], want)
     assert not found.overflow.any()
+
+
+@pytest.mark.parametrize("k", [1, 9])
+def test_top_holds_more_starts_than_it_wants(odd, k):
+    """A walk for few keys starts near the best, and its list has room for what it meets there."""
+    graph = random_graph(np.random.default_rng(4), odd, degree=32, starts=290)
+    limit = np.full(2, odd.length, np.int32)
+    found = compiled_top(graph, odd.q, odd.k_pages, odd.ids, limit, np.int32(0), k, 2 * k, False)
+    assert not found.overflow.any()
+    best = np.sort(odd.scores(), -1)[..., -k:]
+    hit = np.isclose(best[..., None], np.asarray(found.scores)[..., None, :]).any(-1)
+    assert hit[..., -1].mean() > 0.8  # nearly every key is a start, and the best of them are taken
+    assert hit.mean() > 0.6
 
 
 def test_top_with_too_few_keys(make_keys):
