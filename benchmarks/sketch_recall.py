@@ -1,9 +1,10 @@
 """What the sketch finds and what its estimates of mass are worth, on keys of a real model.
 
     python benchmarks/sketch_recall.py [--model smollm2-135m] [--lengths 2048,4096,8192]
+    python benchmarks/sketch_recall.py --planted --lengths 131072 [--kv-heads 8]
 
 Prefills texts of this repository and asks with the last queries at each length, all layers and
-heads. Prints JSON lines:
+heads; with `--planted`, one layer of synthetic keys and queries (planted.py). Prints JSON lines:
 
     bound     how often a score lies outside its error bar, per side, beside what is stated; the
               mean spread of keys with the page's centre, the context's, and none
@@ -28,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+from planted import Planted
 
 import alaya_jax as aj
-from alaya_jax import cache
+from alaya_jax import cache, configs
 from alaya_jax.attention import engine
 from alaya_jax.attention.kept import Kept, scores_kept
 from alaya_jax.attention.paged import KeyRange, Pages
@@ -39,6 +41,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import MISS, Flat, Sketch, recover
 from alaya_jax.index.codes import quantize
 from alaya_jax.index.recovery import MARGIN
+from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan
@@ -130,6 +133,17 @@ def in_window(true, n, window, dim):
         return nothing, nothing, low, high
     lse = np.logaddexp.reduce(scores / np.sqrt(dim), -1).astype(np.float32)
     return scores.max(-1).astype(np.float32), lse, low, high
+
+
+def planted(n, kv_heads):
+    """The model's shape, the cache and the queries of one layer, as `prefill` has them."""
+    data = Planted.create(n, kv_heads)
+    pages = data.keys().reshape(kv_heads, -1, PAGE, data.dim)
+    k = jnp.concatenate([jnp.zeros_like(pages[:, :1]), pages], axis=1)
+    config = LlamaConfig.from_hf(configs.load("llama-3-8b"))
+    heads = {"num_key_value_heads": kv_heads, "num_attention_heads": kv_heads * data.group}
+    q, _ = data.queries(QUERIES, 2)
+    return dataclasses.replace(config, **heads), (k,), {n: jnp.asarray(q)[None]}
 
 
 def bound(sketch, k, q, n):
@@ -276,33 +290,40 @@ def main() -> None:
     parser.add_argument("--bits", default="4,2,8")
     parser.add_argument("--save-keys", type=Path, metavar="FILE")
     parser.add_argument("--yarn", type=float, help="stretch RoPE by this factor")
+    parser.add_argument("--planted", action="store_true", help="synthetic keys of one layer")
+    parser.add_argument("--kv-heads", type=int, default=8, help="of the synthetic layer")
     options = parser.parse_args()
     lengths = [int(n) for n in options.lengths.split(",")]
     if options.save_keys:
         lengths = [SAVED["tokens"]]
     if any(n % CHUNK for n in lengths):
         parser.error(f"--lengths: multiples of {CHUNK}")
-    model = aj.load(options.model, dtype="float32", progress=False)
-    if options.yarn:
-        model = stretched(model, options.yarn)
-    text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
-    if max(lengths) > model.length_limit:
-        parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
-    # Again from the start where the texts are too short.
-    tokens = np.resize(model.encode(text), max(lengths))
-    kv, queries = prefill(model, tokens, lengths)
-    k = kv.k
-    if options.save_keys:
-        save_keys(options.save_keys, k, queries)
-        return
+    if options.planted:
+        if len(lengths) > 1:
+            parser.error("--planted: one length at a time")
+        config, k, queries = planted(lengths[0], options.kv_heads)
+        source = {"planted": {"kv_heads": options.kv_heads, "head_dim": config.head_dim}}
+    else:
+        model = aj.load(options.model, dtype="float32", progress=False)
+        if options.yarn:
+            model = stretched(model, options.yarn)
+        text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
+        if max(lengths) > model.length_limit:
+            parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
+        # Again from the start where the texts are too short.
+        tokens = np.resize(model.encode(text), max(lengths))
+        kv, queries = prefill(model, tokens, lengths)
+        config, k = model.config, kv.k
+        source = {"model": repr(model), "yarn": options.yarn, "texts": TEXTS}
+        if options.save_keys:
+            save_keys(options.save_keys, k, queries)
+            return
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
     print(
         json.dumps(
             {
                 "benchmark": "sketch_recall",
-                "model": repr(model),
-                "yarn": options.yarn,
-                "texts": TEXTS,
+                **source,
                 "queries": QUERIES,
                 "page_size": PAGE,
                 "miss": MISS,
@@ -312,7 +333,7 @@ def main() -> None:
     )
     for bits in (int(b) for b in options.bits.split(",")):
         ids = jnp.arange(1, max(lengths) // PAGE + 1)
-        empty = Sketch(bits).create(model.config, len(ids) + 1, PAGE)
+        empty = Sketch(bits).create(config, len(ids) + 1, PAGE)
         build = jax.jit(
             lambda k, ids=ids, empty=empty: empty.build(k, k, ids, jnp.full(len(ids), PAGE))
         )
