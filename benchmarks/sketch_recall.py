@@ -34,7 +34,6 @@ from planted import Planted
 import alaya_jax as aj
 from alaya_jax import cache, configs
 from alaya_jax.attention import engine
-from alaya_jax.attention.kept import Kept, scores_kept
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.retrieve import pivot
 from alaya_jax.cache import PagedKV, PageTable
@@ -111,13 +110,13 @@ def scans(layer, q, k, n, low, high, miss=MISS):
 
 
 @functools.partial(jax.jit, static_argnames=("n", "low", "high"))
-def range_scores(layer, q, k, n, low, high, beta, seed):
+def in_question(layer, q, k, n, low, high, beta, seed):
+    """The keys that DIPR rescores."""
     pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
     keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
     scan = layer.scan(q, pages, keys)
     best = jnp.maximum(seed, pivot(q, pages, scan))
-    mask = in_range(scan.estimate + scan.error, best, beta)
-    return scores_kept(q, Kept(pages, keys, mask))
+    return in_range(scan.estimate + scan.error, best, beta)
 
 
 recover_jit = jax.jit(recover, static_argnames="head_dim")
@@ -177,8 +176,8 @@ def ranges(sketch, k, q, n):
             for layer, keys, query in zip(sketch, k, q, strict=True):
                 true = np.asarray(scans(layer, query, keys, n, 0, n)[0])
                 seed, _, low, high = in_window(true, n, window, q.shape[-1])
-                exact = range_scores(layer, query, keys, n, low, high, beta, seed)
-                found = np.asarray(exact)[..., low:high] > -np.inf
+                asked = in_question(layer, query, keys, n, low, high, beta, seed)
+                found = np.asarray(asked)[..., low:high]
                 wanted = true[..., low:high] >= true.max(-1, keepdims=True) - beta
                 critical += wanted.sum()
                 rescored += found.sum()

@@ -156,26 +156,30 @@ def attend_kept(
     return Partial(acc / safe[..., None], lse), attended, read
 
 
-def scores_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T S"]:
-    """Raw scores of the kept keys by column, -inf elsewhere."""
-    walk, count = kept.blocks()
-    pages = kept.pages
-    heads, group, t, _ = q.shape
-    rows = q.astype(pages.operand_dtype)
+def scores_listed(
+    q: Float[Array, "K G T D"], kept: Kept, room: int
+) -> tuple[Float[Array, "K G T M"], Int[Array, "K M"]]:
+    """Raw scores of the kept keys and their columns, ascending.
 
-    def block(i: Array, scores: Array) -> Array:
-        column, valid = walk.block(i)
-        k = pages.gather(pages.k, column)
-        new = jnp.einsum("kgtd,kcd->kcgt", rows, k, preferred_element_type=jnp.float32)
-        at = jnp.where(valid, column, pages.columns)
-        return jax.vmap(lambda s, c, x: s.at[c].set(x, mode="drop"))(
-            scores, at, new.reshape(heads, BLOCK, -1)
-        )
+    Args:
+      room: of these keys, any row's, of one kv head; there must not be more. Static.
 
-    start = jnp.zeros((heads, pages.columns, group * t))
-    scores = lax.fori_loop(0, -(-jnp.max(count) // BLOCK), block, start)
-    scores = jnp.moveaxis(scores, 1, 2).reshape(heads, group, t, -1)
-    return jnp.where(kept.mask, scores, -jnp.inf)
+    Returns:
+      scores, -inf for keys that the row does not want and where there is none; columns.
+    """
+    room = -(-room // BLOCK) * BLOCK
+
+    def visit(column: Array, valid: Array, scores: Array, carry: Any) -> Any:
+        at, listed, columns = carry
+        del valid
+        listed = lax.dynamic_update_slice_in_dim(listed, scores, at, -1)
+        columns = lax.dynamic_update_slice_in_dim(columns, column, at, -1)
+        return at + BLOCK, listed, columns
+
+    listed = jnp.full((*q.shape[:-1], room), -jnp.inf)
+    columns = jnp.zeros((q.shape[0], room), jnp.int32)
+    (_, listed, columns), _ = _walk(q, kept, visit, (jnp.int32(0), listed, columns))
+    return listed, columns
 
 
 def scores_at(

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alaya_jax.attention.kept import Kept, best_kept, scores_at, scores_kept
+from alaya_jax.attention.kept import Kept, best_kept, scores_at, scores_listed
 from alaya_jax.attention.paged import KeyRange, Pages, score_range
 from alaya_jax.attention.partial import Partial, across
-from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, recover
+from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
-from alaya_jax.query.select import by_row, in_range, top
+from alaya_jax.query.select import as_mask, by_row, in_range, largest, largest_of_all
+
+_ROOM = 2048
+"""Keys that may be among the best, of a kv head, for which there is always room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +31,19 @@ class Retrieved:
       floor: attend only to kept keys that score at least this; None: to all.
       mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept
         keys; None where it was not estimated.
-      scan: the estimates, where there are such.
+      weights: of all keys, estimated, for the tail; None without one.
     """
 
     kept: Kept
     floor: Float[Array, "K G T"] | None = None
     mass: Float[Array, "K G T"] | None = None
-    scan: Scan | None = None
+    weights: Weights | None = None
 
     def tail(self, q: Float[Array, "K G T D"], index: LayerIndex | None) -> Partial:
         """An estimate of the attention over the keys that are not read, by page means of values."""
         assert isinstance(index, SketchLayer)
-        assert self.scan is not None
-        unread = jnp.where(self.kept.mask, -jnp.inf, self.scan.estimate)
-        return index.attend_means(q, self.kept.pages, unread)
+        assert self.weights is not None
+        return index.attend_means(q, self.kept.pages, self.weights, self.kept.mask)
 
 
 def retrieve(
@@ -78,19 +80,18 @@ def retrieve(
         return _by_page(plan, q, pages, keys, index, covered, window, best, axis, head_axis)
     q = q.astype(pages.operand_dtype)
     scan = _scan(q, pages, keys, index, covered)
-    floor, mass = None, None
+    floor, mass, weights = None, None, None
     if isinstance(query, TopK):
-        scores = scan.estimate
-        if not scan.exact:
-            scores = scores_kept(q, Kept(pages, keys, _may_be_top(query.k, q, pages, scan, axis)))
-        if plan.share == "group":
-            scores = jnp.max(scores, axis=1, keepdims=True)
-        mask = top(scores, query.k, pages.all_positions(), axis)
-        mask = mask & (scan.estimate > -jnp.inf)
+        if scan.exact:
+            scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
+        else:
+            scores, column = _best_exact(plan, q, pages, keys, scan, axis)
+        chosen = largest_of_all(scores, pages.position_of(column), axis)
+        mask = as_mask(column, chosen, pages.columns)
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
         found = recover(scan.estimate, window.lse, best, recovery, q.shape[-1], axis=axis)
-        mask, mass = found.kept, found.mass
+        mask, mass, weights = found.kept, found.mass, found.weights
     else:
         assert query.beta is not None
         sure = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan, axis)
@@ -102,12 +103,12 @@ def retrieve(
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
             floor = jnp.maximum(best, exact) - by_row(query.beta, q)
     if plan.tail:  # what the index does not cover has no mean value
-        mask |= pages.all_positions() >= covered
-        mask &= scan.estimate > -jnp.inf
+        weights = weights or Weights.of(scan.estimate, jnp.max(scan.estimate, -1), q.shape[-1])
+        mask |= (pages.all_positions() >= covered) & (weights.weight > 0)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
-    return Retrieved(Kept(pages, keys, mask), floor, mass, scan)
+    return Retrieved(Kept(pages, keys, mask), floor, mass, weights)
 
 
 def _scan(
@@ -149,13 +150,48 @@ def pivot(
     return jnp.where(here, exact, -jnp.inf)
 
 
+def _shared(plan: Plan, scores: Float[Array, "K G T S"]) -> Array:
+    """Scores that a choice for the whole group goes by, [K, 1, T, S]; else as they are."""
+    return jnp.max(scores, axis=1, keepdims=True) if plan.share == "group" else scores
+
+
+def _best_exact(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    scan: Scan,
+    axis: str | None,
+) -> tuple[Array, Array]:
+    """The k best exact scores among keys that may be so, and their columns.
+
+    Those keys are few, and put side by side; where they are more than there is room for, all
+    columns are.
+    """
+    query, width = plan.query, pages.columns
+    assert isinstance(query, TopK)
+    kept = Kept(pages, keys, _may_be_top(query.k, q, pages, scan, axis))
+    k = min(query.k, width)
+    room = min(width, max(_ROOM, 4 * k * q.shape[1]))
+
+    def among(room: int) -> tuple[Array, Array]:
+        scores, columns = scores_listed(q, kept, room)
+        best, at = largest(_shared(plan, scores), k)
+        return best, jax.vmap(lambda column, at: column[at])(columns, at)
+
+    if room == width:
+        return among(width)
+    fits = jnp.max(kept.blocks()[1]) <= room
+    return lax.cond(fits, lambda: among(room), lambda: among(width))
+
+
 def _may_be_top(
     k: int, q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None
 ) -> Bool[Array, "K G T S"]:
     """Keys that may be among the k best: no worse, by their error bars, than the least exact score
     of the k keys of best estimate.
     """
-    estimate, column = lax.top_k(scan.estimate, min(k, pages.columns))
+    estimate, column = largest(scan.estimate, min(k, pages.columns))
     exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
     if axis is not None:
         found = -estimate, pages.position_of(column), exact
@@ -202,8 +238,10 @@ def _by_page(
     if isinstance(query, TopK):
         if plan.share == "group":
             scores = jnp.max(scores, axis=1, keepdims=True)
-        count = max(1, query.k // pages.size)
-        mask = top(scores, count, pages.starts(), axis) & eligible
+        count = min(max(1, query.k // pages.size), scores.shape[-1])
+        scores, page = largest(scores, count)
+        chosen = largest_of_all(scores, jnp.take(pages.starts(), page), axis)
+        mask = as_mask(page, chosen, eligible.shape[-1]) & eligible
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
         found = recover(scores, window.lse, best, recovery, q.shape[-1], axis=axis)

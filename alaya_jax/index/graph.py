@@ -22,7 +22,6 @@ from alaya_jax.errors import ConfigError
 from alaya_jax.index.found import Found, per_row, to_front
 from alaya_jax.index.graph_search import Goal, Read, Terrain, search
 
-
 _TOP_STARTS = 8
 """Where a search for the best k starts, of the layer's starts those that score best."""
 

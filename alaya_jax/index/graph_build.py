@@ -25,10 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.graph import GraphLayer
+from alaya_jax.query.select import largest
 
 _START_EVERY = 256  # keys
 _STARTS = 64  # in steps of: a program is compiled for their number
-_CHUNK = 32  # scores of which only the best is looked at first
 _SCORES = 2**26  # float32 held at once
 
 
@@ -136,24 +136,13 @@ def best_keys(
     high: Int[Array, " Q"],
     count: int,
 ) -> Int[Array, "Q count"]:
-    """Positions of each query's best keys in `low <= j < high`, best first; -1 past the last.
-
-    Exact: the best `count` are among the chunks with the best `count` maxima.
-    """
+    """Positions of each query's best keys in `low <= j < high`, best first; -1 past the last."""
     n = keys.shape[0]
     scores = jnp.einsum("qd,nd->qn", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     position = jnp.arange(n)
     seen = (position >= low) & (position < high[:, None])
     scores = jnp.where(seen, scores, -jnp.inf)
-    if n > 2 * count * _CHUNK:
-        scores = jnp.pad(scores, ((0, 0), (0, -n % _CHUNK)), constant_values=-jnp.inf)
-        chunks = scores.reshape(q.shape[0], -1, _CHUNK)
-        _, which = lax.top_k(jnp.max(chunks, axis=-1), count)
-        inside = jnp.take_along_axis(chunks, which[..., None], axis=1).reshape(q.shape[0], -1)
-        best, at = lax.top_k(inside, count)
-        found = jnp.take_along_axis(which, at // _CHUNK, axis=1) * _CHUNK + at % _CHUNK
-    else:
-        best, found = lax.top_k(scores, min(count, n))
+    best, found = largest(scores, min(count, n))
     found = jnp.where(best > -jnp.inf, found, -1).astype(jnp.int32)
     return jnp.pad(found, ((0, 0), (0, count - found.shape[1])), constant_values=-1)
 

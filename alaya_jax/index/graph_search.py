@@ -197,7 +197,8 @@ def search(
 
     def near(walk: Array, position: Array, hops: int) -> tuple[Array, Array, Array]:
         """The first neighbours of a block of nodes [block, hops], those of a walk together; whether
-        there is one, and where each node of the block was. A walk past the last is none."""
+        there is one, and where each node of the block was. A walk past the last is none.
+        """
         walk, order = lax.sort((walk, jnp.arange(walk.shape[0])), num_keys=1)
         near = terrain.neighbours[walk // per_head, position[order], :hops]
         there = (near >= 0) & (walk < walks)[:, None]

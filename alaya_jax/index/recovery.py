@@ -27,6 +27,37 @@ three thresholds that two halvings may ask for are weighed together.
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Weights:
+    """Keys' weights in the softmax, beside that of the best.
+
+    Attributes:
+      weight: float32 [K, G, T, S], `exp((score - best) / sqrt(D))`, at least `_LEAST`; 0 for keys
+        that are not eligible.
+      best: float32 [K, G, T], a raw score.
+    """
+
+    weight: Float[Array, "K G T S"]
+    best: Float[Array, "K G T"]
+
+    @classmethod
+    def of(
+        cls, scores: Float[Array, "K G T S"], best: Float[Array, "K G T"], head_dim: int
+    ) -> "Weights":
+        """Of raw scores, -inf for keys that are not eligible, in their place if they end here."""
+        scale = head_dim**-0.5
+        best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
+
+        def weigh(head: Array, scores: Array) -> Array:
+            log = scale * (scores[head] - best[head][..., None])
+            # An eligible key's weight is never 0, so that it tells which keys are.
+            new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
+            return lax.dynamic_update_index_in_dim(scores, new, head, axis=0)
+
+        return cls(lax.fori_loop(0, scores.shape[0], weigh, scores), best)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Recovered:
     """A range of scores that keeps a share of the mass.
 
@@ -35,11 +66,13 @@ class Recovered:
       mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept.
       kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
         best's: `estimate >= best - beta`, but for what rounds to the same weight.
+      weights: of the estimates.
     """
 
     beta: Float[Array, "K G T"]
     mass: Float[Array, "K G T"]
     kept: Bool[Array, "K G T S"]
+    weights: Weights
 
 
 def recover(
@@ -76,16 +109,10 @@ def recover(
     """
     scale = head_dim**-0.5
     best = jnp.maximum(across(lax.pmax, jnp.max(estimate, axis=-1), axis), seed)
-    best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
 
-    def weigh(head: Array, scores: Array) -> Array:
-        log = scale * (scores[head] - best[head][..., None])
-        # An eligible key's weight is never 0, so that it tells which keys are.
-        new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
-        return lax.dynamic_update_index_in_dim(scores, new, head, axis=0)
-
-    weight = lax.fori_loop(0, estimate.shape[0], weigh, estimate)  # in its place
+    weights = Weights.of(estimate, best, head_dim)
+    weight, best = weights.weight, weights.best
     window = jnp.exp(window_lse - scale * best)
 
     def held(least: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
@@ -120,7 +147,7 @@ def recover(
     ):
         beta, mass = jnp.where(condition, value, beta), jnp.where(condition, other, mass)
     kept = (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
-    return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept)
+    return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept, weights)
 
 
 def _sum(weight: Float[Array, "K G T S"], term: Callable[[Array], Array]) -> Float[Array, "K G T"]:

@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float16, Int, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
 from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
@@ -53,6 +53,7 @@ from alaya_jax.index.codes import (
     to_half,
     to_half_above,
 )
+from alaya_jax.index.recovery import Weights
 from alaya_jax.index.scan import Scan
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
@@ -207,20 +208,29 @@ class SketchLayer:
         return Scan(estimate, of_row, (spread, scale.astype(jnp.float32)))
 
     def attend_means(
-        self, q: Float[Array, "K G T D"], pages: Pages, scores: Float[Array, "K G T S"]
+        self,
+        q: Float[Array, "K G T D"],
+        pages: Pages,
+        weights: Weights,
+        read: Bool[Array, "K G T S"],
     ) -> Partial:
-        """Attention over keys of these raw scores, each with its page's mean value.
+        """Attention over keys of these weights, each with its page's mean value.
 
         Args:
           q: only its shape matters.
           pages: which pages; its keys and values are not read.
-          scores: by column; -inf for keys that are not meant.
+          weights: by column.
+          read: keys that are left out.
         """
         heads, group, t, dim = q.shape
-        scale = dim**-0.5
-        top = jnp.max(scores, axis=-1)
-        weights = jnp.exp(scale * (scores - jnp.where(top > -jnp.inf, top, 0.0)[..., None]))
-        by_page = jnp.sum(weights.reshape(heads, group * t, -1, pages.size), axis=-1)
+
+        def sums(head: tuple[Array, Array]) -> Float[Array, "R N"]:
+            weight, read = head
+            unread = jnp.where(read, 0.0, weight)
+            return jnp.sum(unread.reshape(group * t, -1, pages.size), axis=-1)
+
+        # A head at a time: as one loop, XLA's CPU backend would add number by number.
+        by_page = lax.map(sums, (weights.weight, read))
 
         def visit(tile: Array, acc: Array) -> Array:
             first, ids = pages.first_page(tile), pages.tile_ids(tile)
@@ -232,14 +242,13 @@ class SketchLayer:
             value = read_pages(self.value, ids).astype(jnp.float32)
             return acc + jnp.einsum("krn,knd->krd", w, value)
 
-        end = jnp.max(
-            jnp.where(jnp.any(scores > -jnp.inf, axis=(0, 1, 2)), 1 + pages.all_positions(), 0)
-        )
+        some = jnp.any(by_page > 0, axis=(0, 1))
+        end = jnp.max(jnp.where(some, pages.starts() + pages.size, 0))
         keys = KeyRange(jnp.zeros(1, jnp.int32), end[None])
         acc = over_tiles(pages, keys, visit, jnp.zeros((heads, group * t, dim)))
         total = jnp.sum(by_page, axis=-1).reshape(heads, group, t)
         safe = jnp.where(total > 0, total, 1.0)
-        lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
+        lse = jnp.where(total > 0, dim**-0.5 * weights.best + jnp.log(safe), -jnp.inf)
         return Partial(acc.reshape(q.shape) / safe[..., None], lse)
 
 

@@ -1,5 +1,7 @@
 """The engine against its definitions in numpy float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alaya_jax import configs
 from alaya_jax.attention import Partial, merge
 from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.index import Sketch
+from alaya_jax.models import LlamaConfig
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
 
@@ -179,8 +184,28 @@ def test_merge_is_exact_and_ignores_empty_sets(rng):
 
 
 def test_paged_kv_repr_says_its_size():
-    from alaya_jax import configs
-    from alaya_jax.models import LlamaConfig
-
     config = LlamaConfig.from_hf(configs.load("llama-tiny"))
     assert "5 pages of 16 tokens" in repr(PagedKV.create(config, 5, 16, jnp.float32))
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("room", [0, 2048])
+def test_the_best_keys_through_a_sketch_are_those_of_flat(share, room, rng, monkeypatch):
+    """However many may be among the best: with no room for them put side by side, all are."""
+    monkeypatch.setattr("alaya_jax.attention.retrieve._ROOM", room)
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    config = dataclasses.replace(config, num_key_value_heads=KV_HEADS, head_dim=DIM)
+    length = 190
+    q, _, _, k_pages, v_pages, pages = make_batch(rng, [length], 1, group=2)
+    full = (length // PAGE) * PAGE
+    ids, filled = pages[0, : full // PAGE], jnp.full(full // PAGE, PAGE)
+    sketch = Sketch(bits=2).create(config, k_pages.shape[1], PAGE)
+    sketch = sketch.build(k_pages, v_pages, ids, filled)
+    asked, covered = TopK(k=3, window=Window(3, 5)), jnp.full(1, full)
+    rest = q, k_pages, v_pages, PageTable(pages, jnp.full(1, length)), jnp.ones(1, jnp.int32)
+    attend_now = jax.jit(lambda *args: attend.__wrapped__(*args))  # with the room of this test
+    through = attend_now(Plan(asked, Sketch(bits=2), share=share), *rest, sketch, covered)
+    flat = attend_now(Plan(asked, share=share), *rest)
+    np.testing.assert_allclose(through[0], flat[0], atol=1e-6)
+    np.testing.assert_array_equal(through[1].attended, flat[1].attended)
+    assert (np.asarray(flat[1].attended) == 3 + 5 + 3).all()

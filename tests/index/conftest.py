@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alaya_jax.attention.kept import Kept, scores_kept
+from alaya_jax.attention.kept import Kept, scores_listed
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.retrieve import pivot
 from alaya_jax.index import MISS, Flat, SketchLayer
@@ -28,7 +28,10 @@ def compiled_answers(layer, k_pages, ids, q, low, high, beta, seed, miss):
     error = jnp.broadcast_to(scan.error, scan.estimate.shape)
     kept = Kept(pages, keys, in_range(scan.estimate + error, best, beta))
     true = Flat().scan(q, pages, keys).estimate
-    return Answers(true, scan.estimate, error, scores_kept(q, kept))
+    listed, columns = scores_listed(q, kept, pages.columns)
+    place = jax.vmap(lambda scores, at, new: scores.at[..., at].max(new))
+    found = place(jnp.full(true.shape, -jnp.inf), columns, listed)
+    return Answers(true, scan.estimate, error, found)
 
 
 @jax.tree_util.register_dataclass
