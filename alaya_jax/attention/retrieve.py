@@ -103,7 +103,10 @@ def retrieve(
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
             floor = jnp.maximum(best, exact) - by_row(query.beta, q)
     if plan.tail:  # what the index does not cover has no mean value
-        weights = weights or Weights.of(scan.estimate, jnp.max(scan.estimate, -1), q.shape[-1])
+        if weights is None:
+            # Once the choice is made, weights may take the estimates' place.
+            estimate, mask = lax.optimization_barrier((scan.estimate, mask))
+            weights = Weights.of(estimate, jnp.max(estimate, axis=-1), q.shape[-1])
         mask |= (pages.all_positions() >= covered) & (weights.weight > 0)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)

@@ -80,7 +80,8 @@ class _Queue:
         items = lax.dynamic_slice_in_dim(self.items, self.head, block)
         return items, jnp.arange(block) < self.waiting
 
-    def past(self, block: int) -> "_Queue":
+    def past(self, block: int | Array) -> "_Queue":
+        """Without the next items."""
         return dataclasses.replace(self, head=jnp.minimum(self.head + block, self.tail))
 
     def add(self, items: Array, wanted: Array, room: int) -> tuple["_Queue", Array]:
@@ -250,12 +251,11 @@ def search(
         state = _try_append(q, terrain, goal, met, new & eligible, state)
         if goal.keep is None:
             return state
-
         listed = jnp.sum(state.count)
 
-        def raised() -> tuple[Array, Array]:
+        def raised(keep: int = goal.keep) -> tuple[Array, Array]:
             scores = jnp.moveaxis(state.scores.reshape(walks, capacity, group), 1, 2)
-            best, _ = lax.top_k(scores, goal.keep)
+            best, _ = lax.top_k(scores, keep)
             return best[..., -1], listed
 
         # A bar of some turns ago is lower than it might be, which costs less than ranking anew.

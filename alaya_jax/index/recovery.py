@@ -47,13 +47,16 @@ class Weights:
         scale = head_dim**-0.5
         best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
 
+        axis = heads_axis(scores)
+
         def weigh(head: Array, scores: Array) -> Array:
-            log = scale * (scores[head] - best[head][..., None])
+            of_head, top = (lax.dynamic_index_in_dim(x, head, axis) for x in (scores, best))
+            log = scale * (of_head - top[..., None])
             # An eligible key's weight is never 0, so that it tells which keys are.
             new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
-            return lax.dynamic_update_index_in_dim(scores, new, head, axis=0)
+            return lax.dynamic_update_slice_in_dim(scores, new, head, axis)
 
-        return cls(lax.fori_loop(0, scores.shape[0], weigh, scores), best)
+        return cls(lax.fori_loop(0, scores.shape[axis], weigh, scores), best)
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +151,13 @@ def recover(
         beta, mass = jnp.where(condition, value, beta), jnp.where(condition, other, mass)
     kept = (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
     return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept, weights)
+
+
+def heads_axis(x: Float[Array, "K G ..."]) -> int:
+    """The axis for a loop over heads: of the kv heads, or of the group if there is but one of them.
+    XLA takes a loop of one for none, and then does anew what the loop was to do once.
+    """
+    return 0 if x.shape[0] > 1 else 1
 
 
 def _sum(weight: Float[Array, "K G T S"], term: Callable[[Array], Array]) -> Float[Array, "K G T"]:

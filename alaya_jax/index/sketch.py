@@ -53,7 +53,7 @@ from alaya_jax.index.codes import (
     to_half,
     to_half_above,
 )
-from alaya_jax.index.recovery import Weights
+from alaya_jax.index.recovery import Weights, heads_axis
 from alaya_jax.index.scan import Scan
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
@@ -226,11 +226,13 @@ class SketchLayer:
 
         def sums(head: tuple[Array, Array]) -> Float[Array, "R N"]:
             weight, read = head
-            unread = jnp.where(read, 0.0, weight)
-            return jnp.sum(unread.reshape(group * t, -1, pages.size), axis=-1)
+            unread = jnp.where(read, 0.0, weight).reshape(-1, weight.shape[-1])
+            return jnp.sum(unread.reshape(len(unread), -1, pages.size), axis=-1)
 
-        # A head at a time: as one loop, XLA's CPU backend would add number by number.
-        by_page = lax.map(sums, (weights.weight, read))
+        # By heads: XLA's CPU backend writes out what it adds up.
+        axis = heads_axis(read)
+        of_heads = tuple(jnp.moveaxis(x, axis, 0) for x in (weights.weight, read))
+        by_page = lax.map(sums, of_heads).reshape(heads, group * t, -1)
 
         def visit(tile: Array, acc: Array) -> Array:
             first, ids = pages.first_page(tile), pages.tile_ids(tile)
