@@ -44,6 +44,7 @@ from alaya_jax.pool import table_width
 from alaya_jax.query import DIPR, Full, Window, layer_bench, machine
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.calibrate import calibrate
+from alaya_jax.query.choice import describe
 from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds, visited
 from alaya_jax.query.optimizer import choose, options
 from alaya_jax.query.plan import Plan
@@ -89,6 +90,7 @@ class Layer:
         """What `Auto` weighs; the graph with the range of alpha 0.0144."""
         asked = DIPR(recovery=RECOVERY, window=WINDOW)
         found = {"Full": Plan(Full()), "Flat": Plan(asked, Flat()), "Sketch": Plan(asked, Sketch())}
+        found["Pages"] = Plan(asked, Sketch(), by="page", share="group")
         if "Graph" in self.index:
             found["Graph"] = Plan(DIPR(beta=self.data.beta, window=WINDOW), Graph())
         return found
@@ -97,7 +99,7 @@ class Layer:
         """Output and counts of one step."""
         q = jnp.asarray(self.q[turn]).reshape(1, 1, -1, self.q.shape[-1])
         one, covered = jnp.ones(1, jnp.int32), jnp.full(1, self.n, jnp.int32)
-        index = self.index.get(name)
+        index = self.index.get("Sketch" if name == "Pages" else name)
         plan = self.plans()[name]
         return engine.attend(plan, q, self.k, self.v, self.table, one, index, covered)
 
@@ -155,7 +157,7 @@ def by_layer(shape: str, known: Machine, lengths: list[int], rounds: int, put) -
                 predicted_ms=1e3 * guess, off=guess / seconds - 1, **row)  # fmt: skip
         took, guess = ({k[1]: v for k, v in x.items() if k[0] == n} for x in (measured, predicted))
         chosen(put, "choice", took, guess, shape=shape, length=n)
-    for name in ("Flat", "Sketch", "Graph"):
+    for name in ("Flat", "Sketch", "Pages", "Graph"):
         put("crossover", shape=shape, plan=name, length=crossing(measured, lengths, name),
             predicted=crossing(predicted, lengths, name))  # fmt: skip
 
@@ -208,7 +210,7 @@ def by_step(known: Machine, rounds: int, put) -> None:
                     off=guess[name] / value - 1)  # fmt: skip
             best = min(seconds, key=seconds.get)
             regret = seconds["Auto"] / seconds[best]
-            mix = sorted({str(plan.index or plan.query) for plan in plans["Auto"]})
+            mix = sorted({describe(plan) for plan in plans["Auto"]})
             put("step choice", length=n, chosen=" and ".join(mix), fastest=best, regret=regret)
             db.remove(context)
 
@@ -257,7 +259,7 @@ def main() -> None:
     for shape in given.shapes.split(","):
         config = LlamaConfig.from_hf(configs.load(shape))
         started = time.perf_counter()
-        known = machine.measure(config, np.float32, PAGE, graph=True)
+        known = machine.measure(config, np.float32, PAGE, pages=True, graph=True)
         took = time.perf_counter() - started
         constants = {f: x for f, x in dataclasses.asdict(known).items() if isinstance(x, float)}
         print("constants", *(f"{f} {x:.3g}" for f, x in constants.items()), sep="  ")

@@ -175,7 +175,7 @@ def _best_exact(
     assert isinstance(query, TopK)
     kept = Kept(pages, keys, _may_be_top(query.k, q, pages, scan, axis))
     k = min(query.k, width)
-    room = min(width, max(_ROOM, 4 * k * q.shape[1]))
+    room = min(width, max(_ROOM, 4 * k * q.shape[1] * q.shape[2]))
 
     def among(room: int) -> tuple[Array, Array]:
         scores, columns = scores_listed(q, kept, room)

@@ -23,14 +23,13 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Window
-from alaya_jax.query.calibration import SURE, Calibration, keep
+from alaya_jax.query.calibration import PAGE, SURE, Calibration, keep
 
 RECOVERIES = (0.9, 0.95, 0.99)
 
 _RANGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 """Ranges, over sqrt(D), within which keys are counted."""
 
-_PAGE = 16
 _BLOCK = 128  # query tokens attended to at once
 
 
@@ -108,11 +107,11 @@ def calibrate(
         for n, parts in found.items()
         if parts
     }
-    keys, read, in_range, read_in_range = (
+    keys, read, pages, in_range, read_in_range = (
         np.stack([x[i].mean(-1).swapaxes(0, 1) for x in joined.values()], axis=1)
-        for i in (0, 1, 3, 4)
+        for i in (0, 1, 2, 4, 5)
     )
-    beta = np.concatenate([x[2] for x in joined.values()], axis=-1)
+    beta = np.concatenate([x[3] for x in joined.values()], axis=-1)
     result = Calibration(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -122,6 +121,7 @@ def calibrate(
         queries=tuple(x[0].shape[-1] for x in joined.values()),
         keys=keys,
         read=read,
+        pages=pages,
         beta=np.quantile(beta, SURE, axis=-1).swapaxes(0, 1),
         ranges=ranges,
         in_range=in_range,
@@ -143,7 +143,7 @@ def _needed(
     *,
     config: LlamaConfig,
     rope_length: int | None,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array, Array]:
     """The model over one piece of text, with full attention.
 
     Args:
@@ -155,18 +155,18 @@ def _needed(
       window: tokens attended in any case.
 
     Returns:
-      keys needed int32 [L, R, H, n], for all heads of a group together [L, R, K, n], and their
-      range of scores float32 [L, R, H, n]; keys within each range int32 [L, J, H, n], and for all
-      heads of a group together [L, J, K, n].
+      keys needed int32 [L, R, H, n], for all heads of a group together [L, R, K, n], keys of the
+      pages that those need [L, R, K, n], and their range of scores float32 [L, R, H, n]; keys
+      within each range int32 [L, J, H, n], and for all heads of a group together [L, J, K, n].
     """
     positions = jnp.arange(tokens.shape[0])
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         del layer
         t, kv_heads, dim = k.shape[1:]
-        # [1, T, K, D] as pages of _PAGE tokens
-        k, v = (jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, _PAGE, dim) for x in (k, v))
-        pages = Pages(k, v, jnp.arange(t // _PAGE))
+        # [1, T, K, D] as pages of PAGE tokens
+        k, v = (jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, PAGE, dim) for x in (k, v))
+        pages = Pages(k, v, jnp.arange(t // PAGE))
         rows = jnp.moveaxis(q[0].reshape(t, kv_heads, -1, dim), 0, 2)
 
         def causal(q: Array, p: Array) -> Array:
@@ -188,9 +188,15 @@ def _needed(
             each = jnp.sum(kept, axis=-1, dtype=jnp.int32)
             return each.reshape(-1, len(at)), jnp.sum(kept.any(1), axis=-1, dtype=jnp.int32)
 
-        def needed(recovery: Array) -> tuple[Array, Array, Array]:
+        # A page counts with the mass of its keys, as in the engine.
+        in_pages = scores.reshape(*scores.shape[:-1], -1, PAGE)
+        by_page = jax.nn.logsumexp(in_pages * dim**-0.5, axis=-1) * dim**0.5
+
+        def needed(recovery: Array) -> tuple[Array, Array, Array, Array]:
             found = recover(scores, inside.lse, best, recovery, dim, margin=0.0)
-            return *counted(found.kept), found.beta.reshape(-1, len(at))
+            pages = recover(by_page, inside.lse, best, recovery, dim, margin=0.0)
+            _, whole = counted(pages.kept)
+            return *counted(found.kept), PAGE * whole, found.beta.reshape(-1, len(at))
 
         def within(beta: Array) -> tuple[Array, Array]:
             return counted((scores >= top - beta) & (scores > -jnp.inf))

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,10 +22,14 @@ from alaya_jax.errors import RequestError
 from alaya_jax.query import Window, show
 from alaya_jax.query.cost import Kept
 
-_ARRAYS = ("keys", "read", "beta", "in_range", "read_in_range")
+_ARRAYS = ("keys", "read", "pages", "beta", "in_range", "read_in_range")
+PAGE = 16
+"""Tokens of the pages that are counted; others are taken to need as many keys."""
+
 SURE = 0.95
 """Share of the queries for which `Calibration.beta` keeps its recovery."""
 
+_PAGES = 2  # keys of the pages that are needed, over keys needed: 2.3 at 0.9, 1.8 at 0.98
 _GROWTH = 0.3  # keys needed go with length to this power: from 4,096 to 8,192 tokens, 0.18 and 0.29
 
 
@@ -41,6 +45,7 @@ class Calibration:
       queries: [N] how many were sampled at each.
       keys: float [R, N, L, H], keys a query head needs.
       read: float [R, N, L, K], keys that any query head of a kv head needs.
+      pages: float [R, N, L, K], keys of the pages (of `PAGE`) that any of them needs.
       beta: float [R, L, H], the range of scores that keeps the share for `SURE` of the queries of
         all lengths: for `DIPR(beta=calibration.beta_for(layer, recovery))`.
       ranges: [J] ranges of scores, ascending.
@@ -56,17 +61,25 @@ class Calibration:
     queries: tuple[int, ...]
     keys: np.ndarray
     read: np.ndarray
+    pages: np.ndarray
     beta: np.ndarray
     ranges: tuple[float, ...]
     in_range: np.ndarray
     read_in_range: np.ndarray
 
-    def kept(self, layer: int, recovery: float, length: int) -> Kept:
-        """Keys outside the window at this recovery and length.
+    def kept(
+        self, layer: int, recovery: float, length: int, by: Literal["key", "page"] = "key"
+    ) -> Kept:
+        """Keys outside the window at this recovery and length; by page, those of the pages that
+        any head of a group needs.
 
         Between the figures measured, logarithms are interpolated; past the lengths measured, keys
         grow as they do from the shortest to the longest, no faster than the length.
         """
+        if by == "page":
+            pages = self.pages[:, :, layer]
+            mean, most = (self._at(x, recovery, length) for x in (pages.mean(-1), pages.max(-1)))
+            return Kept(mean, most)
         return Kept(
             self._at(self.keys[:, :, layer].mean(-1), recovery, length),
             self._at(self.read[:, :, layer].max(-1), recovery, length),
@@ -198,16 +211,19 @@ class Calibration:
             ) from error
 
 
-def assumed(recovery: float, length: int, group: int) -> Kept:
+def assumed(recovery: float, length: int, group: int, by: Literal["key", "page"] = "key") -> Kept:
     """Keys that a model nobody has calibrated needs: as SmolLM2-135M at 4,096 tokens, which keeps
     0.90, 0.95 and 0.98 of the mass with 4.1, 7.4 and 13% of the keys; the heads of a group are
-    taken to need different ones, the worst case.
+    taken to need different ones, the worst case. Pages hold twice as many.
     """
     if recovery >= 1:
         return Kept(length, length)
     at_4096 = 4096 * 0.0073 * (1 - recovery) ** -0.75
-    keys = min(at_4096 * (length / 4096) ** _GROWTH, length)
-    return Kept(keys, min(group * keys, length))
+    keys = at_4096 * (length / 4096) ** _GROWTH
+    if by == "page":
+        read = min(_PAGES * group * keys, length)
+        return Kept(read, read)
+    return Kept(min(keys, length), min(group * keys, length))
 
 
 def places(fingerprint: str, directory: Path | None) -> list[Path]:

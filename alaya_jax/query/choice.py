@@ -157,7 +157,8 @@ def describe(plan: Plan) -> str:
         return repr(query)
     asked = f"recovery={query.recovery:g}" if query.recovery is not None else _range(query.beta)
     index = "Graph()" if isinstance(plan.index, Graph) else repr(plan.index)
-    return f"DIPR({asked}) @ {index}"
+    by = " by page" if plan.by == "page" else ""
+    return f"DIPR({asked}) @ {index}{by}"
 
 
 def _range(beta: Any) -> str:

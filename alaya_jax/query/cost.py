@@ -5,14 +5,16 @@ The model has one term for each part of a decode step (attention/engine.py):
   Full        call + full * n
   Window      call + full * w
   retrieval   call + find + full * w + scan * (n - w) + select * S + gather * r
+  by page     the same with constants of its own
   graph       call + full * w + walk + visit * visited(r) + a mark for each key of the graph
 
 n keys, w of them in the window, S columns of the page table (a table comes in few widths, and
-choosing among scores takes all of it), r keys read for the kv head that reads most. Through a graph
-the window holds what the graph does not know, and r are the keys within the range that is asked for
-(`visited` says how many keys a walk scores to find them). The constants are those of one layer of
-the model's own shape (`machine.py`). Where a mesh splits keys or heads, n and the shape are a
-device's share; what the devices tell each other is left out.
+choosing among scores takes all of it), r keys read for the kv head that reads most, of whole pages
+where those are retrieved. Through a graph the window holds what the graph does not know, and r are
+the keys within the range that is asked for (`visited` says how many keys a walk scores to find
+them). The constants are those of one layer of the model's own shape (`machine.py`). Where a mesh
+splits keys or heads, n and the shape are a device's share; what the devices tell each other is left
+out.
 """
 
 import dataclasses
@@ -104,6 +106,8 @@ class Machine:
       select: seconds a column of the page table to choose among scores.
       gather: seconds a key kept, of all kv heads at once, to read and attend to it.
       find: seconds of a retrieval beside all that grows with keys.
+      page_scan, page_select, page_gather, page_find: what `sketch`, `select`, `gather` and `find`
+        are where pages are retrieved, for all heads of a group; None: not measured.
       walk: seconds of a search of a graph beside what it scores; None: not measured.
       visit: seconds a key scored by that search, of each kv head, values of what it finds included.
     """
@@ -119,6 +123,10 @@ class Machine:
     select: float
     gather: float
     find: float = 0.0
+    page_scan: float | None = None
+    page_select: float | None = None
+    page_gather: float | None = None
+    page_find: float | None = None
     walk: float | None = None
     visit: float | None = None
 
@@ -167,7 +175,8 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
     """Predicts one layer.
 
     Args:
-      plan: `Full`, `Window`, or a retrieval by key through `Flat`, `Sketch` or `Graph`.
+      plan: `Full`, `Window`, a retrieval by key through `Flat`, `Sketch` or `Graph`, or by page for
+        a group through `Sketch`.
       work: what is served.
       machine: where.
       kept: keys outside the window that are kept; may be left out for `TopK(k)`, whose k is known.
@@ -185,31 +194,49 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
     seconds = machine.call + machine.full * min(size, n)
     if isinstance(plan.query, Window):
         return Cost(work.batch * seconds, 2.0 * key * work.batch * size, 0)
-    if not isinstance(plan.index, Flat | Sketch | Graph) or plan.by != "key":
+    index, by_page = plan.index, plan.by == "page"
+    paged = plan.share == "group" and isinstance(index, Sketch)
+    if not isinstance(index, Flat | Sketch | Graph) or (by_page and not paged):
         raise RequestError(
-            f"there is no cost model of {plan}; it covers Flat, Sketch and Graph, by key"
+            f"there is no cost model of {plan}; it covers Flat, Sketch and Graph by key, "
+            "and Sketch by page for a group"
         )
     if kept is None:
         if not isinstance(plan.query, TopK):
             raise RequestError(f"cost({plan}): say how many keys it keeps, with kept=Kept(...)")
         kept = Kept(plan.query.k, plan.query.k * work.config.group_size)
-    if isinstance(plan.index, Graph):
-        return _walk(plan.index, window, work, machine, kept)
+    if isinstance(index, Graph):
+        return _walk(index, window, work, machine, kept)
     outside = max(work.length - size, 0)
     read = min(kept.read, outside)
-    if isinstance(plan.index, Flat):
-        scan, memory, scanned = machine.flat, 0, float(key)
+    scan, select, gather, find = _constants(index, by_page, machine)
+    if isinstance(index, Flat):
+        memory, scanned = 0, float(key)
     else:
-        scan = machine.sketch * plan.index.bits / 4
-        page = plan.index.page_bytes(work.config, work.page_size, work.dtype)
+        page = index.page_bytes(work.config, work.page_size, work.dtype)
         memory, scanned = page * -(-work.held // work.page_size), page / work.page_size
     held = -(-work.held // work.page_size // work.context)
     width = min(table_width(-(-n // work.page_size), work.context), held)
     columns = work.page_size * width
-    seconds += machine.find + scan * max(n - size, 0) + machine.select * columns
-    seconds += machine.gather * read / work.context
+    seconds += find + scan * max(n - size, 0) + select * columns + gather * read / work.context
     total = scanned * outside + 2.0 * key * (read + size)
     return Cost(work.batch * seconds, work.batch * total, memory)
+
+
+def _constants(
+    index: Flat | Sketch, by_page: bool, machine: Machine
+) -> tuple[float, float, float, float]:
+    """Of a retrieval: scan, select, gather and find."""
+    bits = index.bits / 4 if isinstance(index, Sketch) else 0.0
+    if not by_page:
+        scan = machine.sketch * bits if bits else machine.flat
+        return scan, machine.select, machine.gather, machine.find
+    asked = machine.page_scan, machine.page_select, machine.page_gather, machine.page_find
+    known = [x for x in asked if x is not None]
+    if len(known) < len(asked):
+        raise RequestError("retrieving pages was not measured on this machine: measure(pages=True)")
+    scan, select, gather, find = known
+    return scan * bits, select, gather, find
 
 
 def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: Kept) -> Cost:

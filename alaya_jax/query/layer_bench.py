@@ -71,15 +71,21 @@ class LayerBench:
         return (self.k.shape[1] - 1) * self.k.shape[2]
 
     def compiled(self, name: str) -> Timed:
-        """The program of that name."""
+        """A program: "full", "flat", "sketch", "pages" or "graph"; "narrow sketch" and "narrow
+        pages" have a page table a part as wide.
+        """
         if name == "flat":
             return self._scores()
         plan, index, pages = Plan(Full()), None, self.k.shape[1] - 1
-        if name in ("sketch", "narrow"):
-            plan = Plan(DIPR(recovery=0.95, window=self.window), Sketch())
+        kind, narrow = name.removeprefix("narrow "), name.startswith("narrow ")
+        if kind in ("sketch", "pages"):
+            query = DIPR(recovery=0.95, window=self.window)
+            plan = Plan(query, Sketch())
+            if kind == "pages":
+                plan = Plan(query, Sketch(), by="page", share="group")
             with self.building:
                 index = self._sketch
-            pages = table_width(1) if name == "narrow" else pages
+            pages = table_width(1) if narrow else pages
         elif name == "graph":
             plan, index = Plan(DIPR(beta=0.0, window=self.window), Graph()), (self._graph(),)
 

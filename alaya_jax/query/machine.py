@@ -1,8 +1,8 @@
 """The constants of a device for the cost model, measured with the engine itself, once.
 
-Full attention, the exact scores, and a retrieval through `Sketch` run over random keys, at two
-lengths each and with few keys kept and many; where a graph is of interest, a search through one,
-with two ranges. The least of some calls counts: what the device does when
+Full attention, the exact scores, and retrievals through `Sketch`, by key and by page, run over
+random keys, at two lengths each and with few keys kept and many; where a graph is of interest, a
+search through one, with two ranges. The least of some calls counts: what the device does when
 nothing disturbs it. The result is kept in the cache directory, by device, JAX version and shape of
 the layer.
 """
@@ -26,6 +26,7 @@ from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.checkpoint.bundled import cache_directory
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.pool import table_width
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full, Tiles
@@ -37,6 +38,15 @@ from alaya_jax.query.prefill import PrefillMachine
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
 _COMPILERS = 2  # threads
 _QUERIES = 128  # of a prefill
+_SHARP, _BROAD = 1e3, 3.0
+"""Scales of a query: its scores are so far apart that one key is kept, or some percent of them."""
+
+_RETRIEVALS = {
+    "sketch": ("sketch", "select", "gather", "find"),
+    "pages": ("page_scan", "page_select", "page_gather", "page_find"),
+}
+"""By program, the constants that `_retrieval` finds."""
+
 _RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
@@ -46,6 +56,7 @@ def machine_for(
     page_size: int = 16,
     tensor: int = 1,
     *,
+    pages: bool | None = None,
     graph: bool = False,
     progress: bool = False,
 ) -> Machine:
@@ -56,14 +67,20 @@ def machine_for(
       dtype: of keys and values.
       page_size: Z.
       tensor: devices that the heads are split over.
+      pages: with those of a retrieval by page. Default: but on a CPU, where it has been slower than
+        one by key wherever it was measured, and costs two more programs to compile.
       graph: with those of a graph's search.
       progress: shows a bar on stderr when it is a terminal and something is measured.
     """
     shape = _share(config, tensor)
     path, key = _place(shape, dtype, page_size, "")
     known = _read(Machine, path, key)
+    pages = current_target().platform != "cpu" if pages is None else pages
+    if known is not None and pages and known.page_scan is None:
+        known = None
     if known is None or (graph and known.walk is None):
-        known = measure(shape, dtype, page_size, graph=graph, known=known, progress=progress)
+        asked = {"pages": pages, "graph": graph, "known": known, "progress": progress}
+        known = measure(shape, dtype, page_size, **asked)
         _write(path, key, known)
     return known
 
@@ -120,6 +137,7 @@ def measure(
     dtype: Any,
     page_size: int = 16,
     *,
+    pages: bool = False,
     graph: bool = False,
     known: Machine | None = None,
     progress: bool = False,
@@ -130,13 +148,15 @@ def measure(
       config: the shape.
       dtype: of keys and values.
       page_size: Z.
+      pages: measures a retrieval by page, too.
       graph: measures a search of a graph, too.
       known: what was measured without a graph; only that is measured now.
       progress: shows a bar on stderr when it is a terminal.
     """
     bench = LayerBench.create(config, dtype, page_size)
-    programs = ["sketch"] * (known is None) + ["graph"] * graph
-    programs += ["full", "flat", "narrow"] if known is None else []
+    retrievals = ["sketch"] + ["pages"] * pages if known is None else []
+    programs = retrievals + ["graph"] * graph + [f"narrow {name}" for name in retrievals]
+    programs += ["full", "flat"] if known is None else []
     steps = 2 * len(programs) + (known is None)
     with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
         # Compiling takes most of the time.
@@ -195,35 +215,37 @@ def _terms(
 ) -> dict[str, float]:
     """The constants of all but a graph's search."""
     n, few, size = bench.length, bench.length // 8, bench.k.shape[2]
-    full, flat, sketch, narrow = (programs[x] for x in ("full", "flat", "sketch", "narrow"))
-    # Scores of many deviations keep the best key only; of three, some percent of the keys.
-    sharp, broad = 1e3, 3.0
-    call = full(sharp, size, None)[0]  # a page: nothing to speak of
-    per_full, _ = _line(few, full(sharp, few, None)[0], n, full(sharp, n, None)[0])
+    full, flat = programs["full"], programs["flat"]
+    call = full(_SHARP, size, None)[0]  # a page: nothing to speak of
+    per_full, _ = _line(few, full(_SHARP, few, None)[0], n, full(_SHARP, n, None)[0])
     advance(1)
-    per_flat, _ = _line(few, flat(sharp, few, None)[0], n, flat(sharp, n, None)[0])
+    per_flat, _ = _line(few, flat(_SHARP, few, None)[0], n, flat(_SHARP, n, None)[0])
     advance(1)
-    wide = sketch(sharp, few, None)[0]
-    (least, low), (most, high) = sketch(sharp, n, None), sketch(broad, n, None)
-    per_sketch, rest = _line(few, wide, n, least)
+    outside = bench.window.sink + bench.window.recent
+    rest = call + per_full * outside
+    found = {"call": call, "full": per_full, "flat": per_flat}
+    for kind, names in _RETRIEVALS.items():
+        if kind in programs:
+            terms = _retrieval(bench, programs[kind], programs[f"narrow {kind}"], rest)
+            found |= dict(zip(names, terms, strict=True))
+            advance(2)
+    return found
+
+
+def _retrieval(
+    bench: LayerBench, wide: Timed, narrow: Timed, rest: float
+) -> tuple[float, float, float, float]:
+    """Seconds a key scanned, a column chosen from, a key read; and what is left beside `rest`."""
+    n, few = bench.length, bench.length // 8
+    scanned = wide(_SHARP, few, None)[0]
+    (least, low), (most, high) = wide(_SHARP, n, None), wide(_BROAD, n, None)
+    scan, left = _line(few, scanned, n, least)
     read = float(high.read.max()) - float(low.read.max())
     gather = max(most - least, 0.0) / max(read, 1.0)
-    advance(1)
     # The same keys in a table a part as wide.
-    columns = table_width(1) * size
-    select, _ = _line(columns, narrow(sharp, few, None)[0], n, wide)
-    outside = bench.window.sink + bench.window.recent
-    find = max(rest - call - per_full * outside - select * n, 0.0)
-    advance(1)
-    return {
-        "call": call,
-        "full": per_full,
-        "flat": per_flat,
-        "sketch": per_sketch,
-        "select": select,
-        "find": find,
-        "gather": gather,
-    }
+    columns = table_width(1) * bench.k.shape[2]
+    select, _ = _line(columns, narrow(_SHARP, few, None)[0], n, scanned)
+    return scan, select, gather, max(left - rest - select * n, 0.0)
 
 
 def _graph_terms(bench: LayerBench, graph: Timed) -> dict[str, float]:

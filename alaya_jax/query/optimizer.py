@@ -9,7 +9,7 @@ the calibration, and without a calibration it is no choice.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -96,16 +96,22 @@ def options(
     """What a layer may do to keep the recovery."""
     # A scan aims higher by this much, for the errors of its estimates.
     aim = auto.recovery + MARGIN * (1 - auto.recovery)
-    if calibration is None:
-        kept = assumed(aim, work.length, work.config.group_size)
-    else:
-        kept = calibration.kept(layer, aim, work.length)
+
+    def needed(by: Literal["key", "page"]) -> Kept:
+        if calibration is None:
+            return assumed(aim, work.length, work.config.group_size, by)
+        return calibration.kept(layer, aim, work.length, by)
+
+    kept = needed("key")
     plans = {"Full()": (Plan(Full()), kept)}
     window = int(auto.window.sink) + int(auto.window.recent)
     if auto.recovery < 1 and work.length > window:
         query = DIPR(recovery=auto.recovery, window=auto.window)
         for index in (Flat(), Sketch()):
             plans[repr(index)] = Plan(query, index), kept
+        if machine.page_scan is not None:
+            by_page = Plan(query, Sketch(), by="page", share="group")
+            plans[f"{Sketch()!r} by page"] = by_page, needed("page")
         if auto.graph and work.graph and machine.walk is not None and calibration is not None:
             beta = calibration.beta_near(layer, auto.recovery)
             if beta is not None:

@@ -64,6 +64,7 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
     at = {n: np.sort(rng.integers(int(0.9 * n), n, 4)) for n in found.lengths}
     for layer, (q, k) in enumerate(queries_and_keys(tokens)):
         needs = np.zeros((3, 3, 4, 4))  # recoveries, lengths, heads, queries
+        in_pages = np.zeros((3, 3, 2, 4))
         within = np.zeros((2, len(found.ranges), 3, 4, 4))  # of a head; of its group
         for j, n in enumerate(found.lengths):
             for i, position in enumerate(at[n]):
@@ -79,6 +80,20 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
                 for r, p in enumerate(found.recoveries):
                     enough = weights[:, inside].sum(-1) >= p
                     needs[r, j, :, i] = np.where(enough, 0, 1 + np.argmax(mass >= p, axis=-1))
+                # Pages of 16, whole, by their mass; what either head of a group needs.
+                by_page = np.zeros((4, 128))
+                by_page[:, : position + 1] = np.where(inside, 0.0, weights)
+                by_page = by_page.reshape(4, 8, 16).sum(-1)
+                for r, p in enumerate(found.recoveries):
+                    wanted = np.zeros((4, 8), bool)
+                    for head in range(4):
+                        have = weights[head, inside].sum()
+                        for page in np.argsort(-by_page[head]):
+                            if have >= p:
+                                break
+                            wanted[head, page] = True
+                            have += by_page[head, page]
+                    in_pages[r, j, :, i] = 16 * wanted.reshape(2, 2, 8).any(1).sum(-1)
                 raw = 4 * scores
                 for r, beta in enumerate(found.ranges):
                     kept = (raw >= raw.max(-1, keepdims=True) - beta) & ~inside
@@ -86,6 +101,7 @@ def test_keys_that_heads_need(calibrated, queries_and_keys):
                     union = kept.reshape(2, 2, -1).any(1).sum(-1)
                     within[1, r, j, :, i] = np.repeat(union, 2)
         np.testing.assert_allclose(found.keys[:, :, layer], needs.mean(-1), atol=0.26)
+        np.testing.assert_allclose(found.pages[:, :, layer], in_pages.mean(-1), atol=4.1)
         alone, together = within.mean(-1)
         np.testing.assert_allclose(found.in_range[:, :, layer], alone, atol=0.26)
         np.testing.assert_allclose(found.read_in_range[:, :, layer], together[..., ::2], atol=0.26)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.query import layer_bench, machine
 
 
@@ -19,7 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
     """Values are the device's; that all terms are there and finite is not."""
-    found = machine.machine_for(tiny_model.config, np.float32, graph=True)
+    found = machine.machine_for(tiny_model.config, np.float32, pages=True, graph=True)
     numbers = [x for x in dataclasses.astuple(found) if not isinstance(x, str)]
     assert np.isfinite(numbers).all()
     assert min(numbers) >= 0
@@ -43,7 +44,7 @@ def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
 
 def test_a_graph_is_measured_when_one_is_asked(tiny_model, monkeypatch):
     """What was measured without one stays."""
-    bare = machine.Machine("paper", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    bare = machine.Machine("paper", *map(float, range(1, 10)))
     asked = []
 
     def measure(*args, graph, known, **_):
@@ -56,3 +57,15 @@ def test_a_graph_is_measured_when_one_is_asked(tiny_model, monkeypatch):
     assert both == dataclasses.replace(bare, walk=1.0)
     assert machine.machine_for(tiny_model.config, np.float32) == both
     assert asked == [(False, None), (True, bare)]
+
+
+def test_pages_are_measured_where_they_may_be_chosen(tiny_model, monkeypatch):
+    """On a CPU if asked; elsewhere as a matter of course."""
+    bare = machine.Machine("paper", *map(float, range(1, 11)))
+    paged = dataclasses.replace(bare, page_scan=1.0)
+    monkeypatch.setattr(machine, "measure", lambda *_, pages, **__: paged if pages else bare)
+    assert machine.machine_for(tiny_model.config, np.float32) == bare
+    hopper = Target("gpu", (9, 0))
+    monkeypatch.setattr(machine, "current_target", lambda: hopper)
+    assert machine.machine_for(tiny_model.config, np.float32) == paged
+    assert machine.machine_for(tiny_model.config, np.float32, pages=False) == paged

@@ -43,6 +43,9 @@ MACHINE = Machine(
     select=5e-8,
     gather=2e-6,
 )
+PAGED = dataclasses.replace(
+    MACHINE, page_scan=2e-8, page_select=1e-9, page_gather=1e-6, page_find=1e-5
+)
 KEEPS = aj.DIPR(recovery=0.95)
 KEY = 8 * 64 * 4  # bytes of a layer's key, float32
 
@@ -70,6 +73,7 @@ def calibration():
         queries=(8, 8),
         keys=np.broadcast_to(keys / 2, (3, 2, 4, 32)),
         read=np.broadcast_to(keys, (3, 2, 4, 8)),
+        pages=np.broadcast_to(3 * keys, (3, 2, 4, 8)),
         beta=np.broadcast_to(np.array([10.0, 20.0, 30.0])[:, None, None], (3, 4, 32)),
         ranges=(0.0, 40.0),
         in_range=np.broadcast_to(np.array([0.0, 100.0])[:, None, None, None], (2, 2, 4, 32)),
@@ -114,6 +118,36 @@ def test_the_terms_of_a_cost():
     split = cost(plan, work(10_000, context=2), MACHINE, Kept(100, 300)).seconds
     assert split == pytest.approx(1e-4 + 1e-6 * 640 + 1e-7 * 4360 + 5e-8 * 5008 + 2e-6 * 150)
     assert step_seconds(work(1, weight_bytes=4 * 10**9, tensor=2), MACHINE) == pytest.approx(0.2)
+
+
+def test_the_terms_of_pages():
+    plan = aj.Plan(KEEPS, aj.Sketch(), by="page", share="group")
+    found = cost(plan, work(10_000, pool_tokens=100_000), PAGED, Kept(800, 900))
+    want = 1e-4 + 1e-6 * 640 + 2e-8 * 9360 + 1e-9 * 32768 + 1e-6 * 900 + 1e-5
+    assert found.seconds == pytest.approx(want)
+    by_key = cost(aj.Plan(KEEPS, aj.Sketch()), work(10_000, pool_tokens=100_000), PAGED, Kept(9, 9))
+    assert found.memory == by_key.memory
+    assert found.read - by_key.read == 2 * KEY * (900 - 9)
+    with pytest.raises(RequestError, match="not measured"):
+        cost(plan, work(10_000), MACHINE, Kept(800, 900))
+
+
+def test_auto_takes_pages_where_they_are_faster(calibration):
+    """As on a device whose scan is a kernel: all layers but the one that needs every page."""
+    found = choose(Auto(), work(65536), PAGED, calibration)
+    assert [str(x.plan.index) for x in found.layers[1:]] == ["Sketch(bits=4)"] * 3
+    assert [x.plan.by for x in found.layers[1:]] == ["page"] * 3
+    assert "Sketch(bits=4) by page" in found.layers[0].others
+    kept = calibration.kept(1, 0.96, 65536, by="page")
+    assert found.layers[1].kept == kept
+    assert kept.read == pytest.approx(3 * calibration.kept(1, 0.96, 65536).read, rel=0.03)
+    assert "by page" in str(found.table())
+    # Pages hold more than what is needed of them: with dear reading it is keys that are chosen.
+    dear = dataclasses.replace(PAGED, page_gather=2e-5)
+    assert {x.plan.by for x in choose(Auto(), work(65536), dear, calibration).layers} == {"key"}
+    # And it is no choice on a machine where it was not measured.
+    unknown = choose(Auto(), work(65536), MACHINE, calibration)
+    assert not [name for x in unknown.layers for name in x.others if "page" in name]
 
 
 def test_costs_that_are_not_known():
