@@ -1,7 +1,7 @@
 """How much of DIPR's answer the graph finds, how many keys it scores for that, and in what time.
 
     python benchmarks/graph_recall.py planted [--keys 131072] [--queries 0.05]
-    python benchmarks/graph_recall.py real [--queries 0.4]
+    python benchmarks/graph_recall.py real [--queries 0.4] [--lengths 32768 --yarn 4]
 
 benchmarks/results/graph_recall.jsonl holds what they print. `planted`: synthetic keys with planted
 critical sets (planted.py), one layer of 8 kv heads of 4 query heads, D 128; queries to build from
@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 from planted import Planted
+from sketch_recall import stretched
 
 import alaya_jax as aj
 from alaya_jax import cache
@@ -260,8 +261,11 @@ def planted(options):
 def real(options):
     lengths = [int(n) for n in options.lengths.split(",")]
     model = aj.load("smollm2-135m", dtype="float32", progress=False)
+    if options.yarn:
+        model = stretched(model, options.yarn)
     text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
-    tokens = model.encode(text)[: max(lengths)]
+    # Again from the start where the texts are too short.
+    tokens = np.resize(model.encode(text), max(lengths))
     k, q = prefill(model, tokens)
     kv_heads, group, _, dim = q[0].shape
     for n in lengths:
@@ -364,6 +368,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--queries", type=float, default=0.1, help="to build from, over keys")
     parser.add_argument("--lengths", default="2048,4096,8192")
+    parser.add_argument("--yarn", type=float, help="real: stretch RoPE by this factor")
     options = parser.parse_args()
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
     print(json.dumps({"benchmark": "graph_recall", **vars(options), **facts}), flush=True)
