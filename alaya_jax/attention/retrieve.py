@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from alaya_jax.attention.kept import Kept, best_kept, scores_at, scores_listed
 from alaya_jax.attention.paged import KeyRange, Pages, score_range
 from alaya_jax.attention.partial import Partial, across
-from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, recover
+from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
@@ -153,8 +153,8 @@ def pivot(
     return jnp.where(here, exact, -jnp.inf)
 
 
-def _shared(plan: Plan, scores: Float[Array, "K G T S"]) -> Array:
-    """Scores that a choice for the whole group goes by, [K, 1, T, S]; else as they are."""
+def _shared(plan: Plan, scores: Float[Array, "K G T M"]) -> Array:
+    """Scores that a choice for the whole group goes by, [K, 1, T, M]; else as they are."""
     return jnp.max(scores, axis=1, keepdims=True) if plan.share == "group" else scores
 
 
@@ -231,16 +231,13 @@ def _by_page(
         scores = scan.estimate.reshape(by_page).max(-1)
         upper = (scan.estimate + scan.error).reshape(by_page).max(-1) if index else scores
         if isinstance(query, DIPR) and query.recovery is not None:
-            # A page counts with the mass of its keys.
-            scale = q.shape[-1] ** -0.5
-            scores = jax.nn.logsumexp(scale * scan.estimate.reshape(by_page), axis=-1) / scale
+            scores = of_pages(scan.estimate, pages.size, q.shape[-1])
     eligible = scores > -jnp.inf
     if plan.share == "layer":
         mean = jnp.mean(jnp.where(eligible, scores, 0.0), axis=(0, 1), keepdims=True)
         scores = jnp.where(eligible, across(lax.pmean, mean, head_axis), -jnp.inf)
     if isinstance(query, TopK):
-        if plan.share == "group":
-            scores = jnp.max(scores, axis=1, keepdims=True)
+        scores = _shared(plan, scores)
         count = min(max(1, query.k // pages.size), scores.shape[-1])
         scores, page = largest(scores, count)
         chosen = largest_of_all(scores, jnp.take(pages.starts(), page), axis)

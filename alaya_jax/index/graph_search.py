@@ -249,11 +249,12 @@ def search(
             overflow=state.overflow.at[lost].set(True, mode="drop"),
         )
         state = _try_append(q, terrain, goal, met, new & eligible, state)
-        if goal.keep is None:
+        keep = goal.keep
+        if keep is None:
             return state
         listed = jnp.sum(state.count)
 
-        def raised(keep: int = goal.keep) -> tuple[Array, Array]:
+        def raised() -> tuple[Array, Array]:
             scores = jnp.moveaxis(state.scores.reshape(walks, capacity, group), 1, 2)
             best, _ = lax.top_k(scores, keep)
             return best[..., -1], listed

@@ -153,6 +153,15 @@ def recover(
     return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept, weights)
 
 
+def of_pages(scores: Float[Array, "*R S"], size: int, head_dim: int) -> Float[Array, "*R N"]:
+    """The score of a key that would have the mass of its page's keys together: pages of `size`
+    count with it where they are retrieved.
+    """
+    scale = head_dim**-0.5
+    in_pages = scores.reshape(*scores.shape[:-1], -1, size)
+    return jax.nn.logsumexp(scale * in_pages, axis=-1) / scale
+
+
 def heads_axis(x: Float[Array, "K G ..."]) -> int:
     """The axis for a loop over heads: of the kv heads, or of the group if there is but one of them.
     XLA takes a loop of one for none, and then does anew what the loop was to do once.

@@ -17,7 +17,7 @@ from alaya_jax.attention.paged import (
     score_range,
 )
 from alaya_jax.errors import RequestError
-from alaya_jax.index import recover
+from alaya_jax.index import of_pages, recover
 from alaya_jax.model import Model
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
@@ -188,9 +188,7 @@ def _needed(
             each = jnp.sum(kept, axis=-1, dtype=jnp.int32)
             return each.reshape(-1, len(at)), jnp.sum(kept.any(1), axis=-1, dtype=jnp.int32)
 
-        # A page counts with the mass of its keys, as in the engine.
-        in_pages = scores.reshape(*scores.shape[:-1], -1, PAGE)
-        by_page = jax.nn.logsumexp(in_pages * dim**-0.5, axis=-1) * dim**0.5
+        by_page = of_pages(scores, PAGE, dim)
 
         def needed(recovery: Array) -> tuple[Array, Array, Array, Array]:
             found = recover(scores, inside.lse, best, recovery, dim, margin=0.0)

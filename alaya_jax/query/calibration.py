@@ -29,7 +29,7 @@ PAGE = 16
 SURE = 0.95
 """Share of the queries for which `Calibration.beta` keeps its recovery."""
 
-_PAGES = 2  # keys of the pages that are needed, over keys needed: 2.3 at 0.9, 1.8 at 0.98
+_PAGES = 2  # keys of the pages that are needed, over keys needed: 2.3 at 0.90, 1.6 at 0.99
 _GROWTH = 0.3  # keys needed go with length to this power: from 4,096 to 8,192 tokens, 0.18 and 0.29
 
 

@@ -68,17 +68,17 @@ class _Reader:
         """`high` and `keys`: what is seen of those pages; see `paged_decode`."""
         batch = self.batch
 
-        def ofcompact(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
+        def of_list(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
             return jnp.take_along_axis(x[:, None], listed.index, axis=2)
 
         return paged_decode(
             batch.q[:, 0],
             batch.k,
             batch.v,
-            ofcompact(batch.table.pages),
+            of_list(batch.table.pages),
             listed.count,
             self.end if high is None else high,
-            starts=ofcompact(batch.starts),
+            starts=of_list(batch.starts),
             want_kept=True,
             **keys,
             **self.options,
