@@ -7,7 +7,7 @@
     python3 benchmarks/gpu_kernels.py --rehearse check rates table model session copies    # no GPU
 
 Each job is a process of its own with a time limit, so that one that fails, hangs or crashes stops
-no other; what a job finds is written as it comes. Checks run side by side, timings one after another.
+no other; what a job finds is written as it comes. Checks run side by side, timings one by one.
 Needs jax with CUDA and the packages that are there; installs nothing.
 
 A row is a JSON line in benchmarks/results/gpu_kernels.jsonl (`--out` names another folder), with
