@@ -153,6 +153,10 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
             "title": record.header.title if record.header else "",
             "tokens": record.num_tokens,
             "bytes": record.nbytes,
+            "origin": [
+                {"from": first, "plan": plan}
+                for first, plan in (record.header.origin if record.header else ())
+            ],
             "created": record.created,
             "model": record.header.fingerprint if record.header else None,
             "dtype": record.header.dtype if record.header else None,
@@ -182,6 +186,7 @@ def table(data: dict[str, Any]) -> str:
             f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
             f"  {row['title']}".rstrip()
         )
+        lines += [f"    from token {o['from']:,} on by {o['plan']}" for o in row["origin"]]
         lines += [f"    {kind} index, {size(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:
             lines.append(f"    {row['problem']}")
