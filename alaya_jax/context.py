@@ -128,8 +128,8 @@ def longest_prefix(
     """
     best, most = None, (0, 0)
     for context in contexts:
-        held = context.exact_tokens if exact else context.num_tokens
-        if context.problem is not None or min(held, len(tokens) - 1) < max(most[0], 1):
+        held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
+        if context.problem is not None or (held, context.origin.exact(held)) <= most:
             continue
         shared = context.shared(tokens[:-1], exact=exact)
         if (found := (shared, context.origin.exact(shared))) > most:

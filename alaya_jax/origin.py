@@ -6,6 +6,7 @@ above and of every later token. So a sequence is exact up to a token, and no tok
 
 import dataclasses
 import math
+import textwrap
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ class Origin:
     def __str__(self) -> str:
         if not self.runs:
             return "exact"
-        runs = (f"from token {start:,} on by {name}" for start, name in self.runs)
+        runs = (f"from token {at:,} on by {textwrap.shorten(name, 100)}" for at, name in self.runs)
         return f"exact up to token {self.runs[0][0]:,}, {', '.join(runs)}"
 
 

@@ -1,5 +1,6 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -493,7 +494,7 @@ class Session:
             if analyze or attention is not None:
                 raise RequestError("the session is closed; what it read is explain() without more")
             return self._explanation
-        with self.pool.lock:
+        with self.pool.lock if analyze else contextlib.nullcontext():
             return report(self, analyze, attention, sequence)
 
     def close(self) -> None:

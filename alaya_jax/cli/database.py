@@ -1,5 +1,6 @@
 """`alaya db`: look after a database of contexts. Only `index` loads a model."""
 
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,7 +187,9 @@ def table(data: dict[str, Any]) -> str:
             f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
             f"  {row['title']}".rstrip()
         )
-        lines += [f"    from token {o['from']:,} on by {o['plan']}" for o in row["origin"]]
+        for run in row["origin"]:
+            plan = textwrap.shorten(run["plan"], 50)
+            lines.append(f"    not exact: from token {run['from']:,} on by {plan}")
         lines += [f"    {kind} index, {size(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:
             lines.append(f"    {row['problem']}")

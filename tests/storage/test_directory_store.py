@@ -149,7 +149,13 @@ def test_equal_contexts_are_stored_once(store):
 
 @pytest.mark.parametrize(
     "change",
-    [{"fingerprint": "g"}, {"namespace": "other"}, {"dtype": "float16"}, {"page_size": 32}],
+    [
+        {"fingerprint": "g"},
+        {"namespace": "other"},
+        {"dtype": "float16"},
+        {"page_size": 32},
+        {"origin": ((3, "Window()"),)},
+    ],
     ids=str,
 )
 def test_what_differs_is_stored_apart(store, change):
