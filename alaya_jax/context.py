@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from alaya_jax import graphs
-from alaya_jax.errors import ContextError
+from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.model import Model
+from alaya_jax.origin import Origin
 from alaya_jax.pool import Sequence
 from alaya_jax.storage import ContextRecord, DirectoryStore
 
@@ -20,6 +21,7 @@ class Context:
       id: name in the database.
       title: for people.
       num_tokens: length.
+      origin: how its keys and values were computed.
       problem: why it cannot be used, and the way out; None when it can.
     """
 
@@ -32,6 +34,7 @@ class Context:
         self.created = record.created
         self.problem = record.problem
         self.header = record.header
+        self.origin = Origin(record.header.origin if record.header else ())
         self._store = store
         self._tokens: np.ndarray | None = None
         self._resident: Sequence | None = None
@@ -78,9 +81,19 @@ class Context:
             layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
         return layers[layer]
 
-    def shared(self, tokens: np.ndarray) -> int:
-        """How many tokens it has in common with a prompt, from the first on; 0 if it is damaged."""
-        n = min(self.num_tokens, len(tokens))
+    @property
+    def exact_tokens(self) -> int:
+        """How many of its tokens, from the first on, have exact keys and values."""
+        return self.origin.exact(self.num_tokens)
+
+    def shared(self, tokens: np.ndarray, *, exact: bool = True) -> int:
+        """How many tokens it has in common with a prompt, from the first on; 0 if it is damaged.
+
+        Args:
+          tokens: of the prompt.
+          exact: of those that have exact keys and values.
+        """
+        n = min(self.exact_tokens if exact else self.num_tokens, len(tokens))
         try:
             differ = self.tokens[:n] != tokens[:n]
         except ContextError as error:  # not known to be a prefix: the others serve
@@ -88,24 +101,40 @@ class Context:
             return 0
         return int(np.argmax(differ)) if differ.any() else n
 
+    def __reduce__(self) -> Any:
+        raise RequestError(
+            f"a context belongs to an open database and cannot be copied or pickled; pass its id, "
+            f"{self.id!r}"
+        )
+
     def __repr__(self) -> str:
         place = "in memory" if self._resident else "on disk"
         name = f"{self.title!r}, " if self.title else ""
-        return f"Context({name}{self.num_tokens:,} tokens, {place}, {self.problem or self.id})"
+        exact = f"the first {self.exact_tokens:,} exact, " if self.origin.runs else ""
+        return (
+            f"Context({name}{self.num_tokens:,} tokens, {exact}{place}, {self.problem or self.id})"
+        )
 
 
-def longest_prefix(contexts: Iterable[Context], tokens: np.ndarray) -> tuple[Context | None, int]:
-    """The context that shares most tokens; the last token of a prompt is always left over."""
-    best, length = None, 0
+def longest_prefix(
+    contexts: Iterable[Context], tokens: np.ndarray, *, exact: bool = True
+) -> tuple[Context | None, int]:
+    """The context that shares most tokens; the last token of a prompt is always left over.
+
+    Args:
+      contexts: where to look.
+      tokens: the prompt.
+      exact: only what has exact keys and values is shared; else, of equally many, the most exact.
+    """
+    best, most = None, (0, 0)
     for context in contexts:
-        if context.problem is not None:
+        held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
+        if context.problem is not None or (held, context.origin.exact(held)) <= most:
             continue
-        if min(context.num_tokens, len(tokens) - 1) <= length:
-            continue
-        shared = context.shared(tokens[:-1])
-        if shared > length:
-            best, length = context, shared
-    return best, length
+        shared = context.shared(tokens[:-1], exact=exact)
+        if (found := (shared, context.origin.exact(shared))) > most:
+            best, most = context, found
+    return best, most[0]
 
 
 def lender(

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -18,12 +18,17 @@ from alaya_jax.context import Context, lender, longest_prefix
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
+from alaya_jax.origin import Origin
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
 from alaya_jax.residents import Residents
 from alaya_jax.session import Session
+from alaya_jax.sharding import memory_of
 from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, DirectoryStore
+
+Reuse = Literal["exact", "any"]
+"""Which stored keys and values a session takes; see `DB.create_session`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Budget:
 
 
 class DB:
-    """Contexts of one model, on disk and in a pool of pages on the device. Not thread-safe.
+    """Contexts of one model, on disk and in a pool of pages on the device.
+
+    Threads may share it, each with sessions of its own: they take turns, a program at a time.
 
     Args:
       path: directory of the database; made if it is not there.
@@ -61,7 +68,7 @@ class DB:
 
     Raises:
       DatabaseError: the path cannot be used, or another process has it open.
-      RequestError: the budget holds no page.
+      RequestError: the budget holds no page, or is more memory than there is.
     """
 
     def __init__(
@@ -74,11 +81,15 @@ class DB:
         page_size: int = 16,
         read_only: bool = False,
     ):
+        if not isinstance(model, Model):
+            raise RequestError(f"DB(model={model!r}): load it first, aj.DB(path, aj.load(...))")
         self.model = model
-        self.budget = budget or Budget()
+        self.budget = Budget() if budget is None else budget
+        if not isinstance(self.budget, Budget):
+            raise RequestError(f"DB(budget={budget!r}): write aj.Budget(device={budget!r})")
         self.namespace = namespace
-        if page_size < 1:
-            raise RequestError(f"DB(page_size={page_size}): must be at least 1 token")
+        if not isinstance(page_size, int | np.integer) or page_size < 1:
+            raise RequestError(f"DB(page_size={page_size}): must be a count of tokens, at least 1")
         page_bytes = self.token_bytes * page_size
         num_pages = self.budget.device_bytes // page_bytes
         shards = model.rules.page_shards(model.mesh)
@@ -88,6 +99,12 @@ class DB:
                 f"Budget(device={self.budget.device!r}) holds no page{parts}: a page of "
                 f"{page_size} tokens of {model.name} takes {page_bytes:,} bytes, and one{parts} "
                 f"stays empty; raise the budget to at least {2 * shards * page_bytes:,} bytes"
+            )
+        there = memory_of(model.mesh)
+        if there is not None and self.budget.device_bytes > there:  # else it fails when first used
+            raise RequestError(
+                f"Budget(device={self.budget.device!r}) is {self.budget.device_bytes:,} bytes, and "
+                f"there are {there:,} in all, weights included; give less"
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self._store = DirectoryStore(path, read_only=read_only)
@@ -131,7 +148,8 @@ class DB:
 
         Args:
           text_or_tokens: the prompt.
-          kv: per layer keys (after RoPE) and values, each [K, n, D]; None: they are computed.
+          kv: per layer keys (after RoPE) and values, each [K, n, D], taken to be exact; None: they
+            are computed.
           title: for people.
           progress: shows a bar on stderr when it is a terminal.
 
@@ -157,26 +175,30 @@ class DB:
 
     @overload
     def create_session(
-        self, prompt: str | np.ndarray | list[int]
+        self, prompt: str | np.ndarray | list[int], *, reuse: Reuse = "exact"
     ) -> tuple[Session, np.ndarray]: ...
 
     @overload
     def create_session(
-        self, prompt: list[str] | list[np.ndarray] | list[list[int]]
+        self, prompt: list[str] | list[np.ndarray] | list[list[int]], *, reuse: Reuse = "exact"
     ) -> tuple[Session, list[np.ndarray]]: ...
 
-    def create_session(self, prompt: Any) -> tuple[Session, Any]:
+    def create_session(self, prompt: Any, *, reuse: Reuse = "exact") -> tuple[Session, Any]:
         """Opens a session on the longest stored prefix of a prompt, at any token.
 
         Args:
           prompt: text or token ids; or a list of texts or of id lists, for a batch.
+          reuse: "exact": only keys and values that are those of full attention. What was stored
+            after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
+            there; "any": all of it, as the session that stored it would have gone on.
 
         Returns:
           the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
           at least the last one, whose logits come next.
 
         Raises:
-          RequestError: a prompt is empty, too long, or has ids outside the vocabulary.
+          RequestError: a prompt is empty, too long, or has ids outside the vocabulary; `reuse` is
+            something else.
           ContextError: the stored context is damaged.
           CacheFullError: the stored context does not fit into the budget.
         """
@@ -186,26 +208,42 @@ class DB:
         prompts = [self._tokens_of(p) for p in (prompt if batched else [prompt])]
         if not prompts:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
-        sequences, found = [], []
-        try:
-            for tokens in prompts:
-                self._check_length(tokens)
-                context, length = longest_prefix(self._contexts.values(), tokens)
-                found.append(context)
-                shared = self._residents.share(context, length) if context else Sequence()
-                sequences.append(shared)
-        except BaseException:
-            for sequence in sequences:
-                self.pool.release(sequence)
-            raise
+        if reuse not in ("exact", "any"):
+            raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
+        sequences, found, origins = [], [], []
+        with self.pool.lock:
+            try:
+                for tokens in prompts:
+                    self._check_length(tokens)
+                    context, length = longest_prefix(
+                        self._contexts.values(), tokens, exact=reuse == "exact"
+                    )
+                    found.append(context)
+                    origins.append(context.origin.upto(length) if context else Origin())
+                    shared = self._residents.share(context, length) if context else Sequence()
+                    sequences.append(shared)
+            except BaseException:
+                for sequence in sequences:
+                    self.pool.release(sequence)
+                raise
         tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
-        session = Session(self.model, self.pool, sequences, tokens, found, batched=batched)
-        session.lender = lambda *wanted: lender(self._contexts.values(), *wanted)
+        session = Session(
+            self.model, self.pool, sequences, tokens, found, origins=origins, batched=batched
+        )
+        session.lender = self._lend
         rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
         return session, rest if batched else rest[0]
 
+    def _lend(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
+        with self.pool.lock:
+            return lender(self._contexts.values(), tokens, wanted)
+
     def store(self, session: Session, *, title: str = "", tokens: Any = None) -> Context:
         """Stores what a session holds as a context; the session goes on as before.
+
+        The session may be one of another database, such as a shared one that is open for reading
+        only, if its model is the same. What its plans left out is stored with it: see
+        `Context.origin`, and `create_session(reuse=...)`.
 
         Args:
           session: of one sequence.
@@ -213,10 +251,23 @@ class DB:
           tokens: ids of the session's tokens, needed when it was filled by `Session.update` alone.
 
         Raises:
-          RequestError: the session is empty, a batch, or its token ids are not known.
+          RequestError: the session is empty, a batch, or of another model, or its token ids are
+            not known.
           DatabaseError: it cannot be written.
         """
+        if not isinstance(session, Session):
+            raise RequestError(
+                f"store({type(session).__name__}): takes a session; for text or token ids there is "
+                "import_context"
+            )
         sequence, known = session.sequences[0], session.tokens[0]
+        theirs, ours = ((m.fingerprint, m.dtype.name) for m in (session.model, self.model))
+        if session.model is not self.model and (theirs != ours or not ours[0]):
+            raise RequestError(
+                f"store: the session's keys and values are of {session.model.name} {theirs}, and "
+                f"this database is of {self.model.name} {ours}; store it in a database that is "
+                "opened with the session's model"
+            )
         if session.batch_size != 1:
             raise RequestError(
                 f"store: the session is a batch of {session.batch_size}, and a context is one "
@@ -229,9 +280,12 @@ class DB:
                 "known; prefill something first, or pass tokens="
             )
         layers = range(self.model.config.num_hidden_layers)
-        kv = (self.pool.read(sequence, layer) for layer in layers)
-        context = self._write(self._header(title), ids, kv)
-        self._residents.keep(context, sequence)
+        kv = (session.pool.read(sequence, layer) for layer in layers)
+        origin = session.origins[0].upto(len(ids))
+        context = self._write(self._header(title, origin.runs), ids, kv)
+        if session.pool is self.pool:
+            with self.pool.lock:
+                self._residents.keep(context, sequence)
         return context
 
     def build_index(
@@ -262,7 +316,7 @@ class DB:
             )
         graphs.require_no_context_axis(self.model, "build_index")
         self._store.require_writable()
-        id = context if isinstance(context, str) else context.id
+        id = self._id_of(context, "build_index")
         if id not in self._contexts:
             raise ContextError(f"build_index: there is no context {id!r} in {self.path}")
         known = self._contexts[id]
@@ -270,7 +324,8 @@ class DB:
             id, graphs.KIND
         ):
             return known
-        sequence = self._residents.share(known, known.num_tokens)
+        with self.pool.lock:
+            sequence = self._residents.share(known, known.num_tokens)
         try:
             layers = graphs.build_layers(
                 self.model, self.pool, sequence, known.tokens, index, progress=progress
@@ -287,21 +342,29 @@ class DB:
         Raises:
           ContextError: it is not there.
         """
-        id = context if isinstance(context, str) else context.id
-        self._store.remove(id)
-        gone = self._contexts.pop(id, None)
-        if gone is not None:
-            self._residents.drop(gone)
+        id = self._id_of(context, "remove")
+        with self.pool.lock:
+            self._store.remove(id)
+            gone = self._contexts.pop(id, None)
+            if gone is not None:
+                self._residents.drop(gone)
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
-        return list(self._store.check(context if isinstance(context, str) else context.id))
+        return list(self._store.check(self._id_of(context, "check")))
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""
-        for context in self._contexts.values():
-            self._residents.drop(context)
+        with self.pool.lock:
+            for context in self._contexts.values():
+                self._residents.drop(context)
         self._store.close()
+
+    def __reduce__(self) -> Any:
+        raise RequestError(
+            "a database is open in this process and cannot be copied or pickled; pass its path "
+            f"({self.path!r}), and open it there"
+        )
 
     def __enter__(self) -> "DB":
         return self
@@ -342,7 +405,20 @@ class DB:
                 "bytes"
             )
 
-    def _header(self, title: str) -> ContextHeader:
+    def _id_of(self, context: Context | str, what: str) -> str:
+        """A context's id; that of another database is not meant by a handle of one's own."""
+        if isinstance(context, str):
+            return context
+        if not isinstance(context, Context):
+            raise RequestError(f"{what}({context!r}): takes a context of this database, or its id")
+        if context._store is not self._store:
+            raise ContextError(
+                f"{what}: {context!r} is of the database {str(context._store.path)!r}, opened by "
+                f"another DB, and this one is {self.path!r}; pass its id to mean the one here"
+            )
+        return context.id
+
+    def _header(self, title: str, origin: tuple[tuple[int, str], ...] = ()) -> ContextHeader:
         c = self.model.config
         return ContextHeader(
             fingerprint=self.model.fingerprint,
@@ -351,12 +427,13 @@ class DB:
             num_kv_heads=c.num_key_value_heads,
             head_dim=c.head_dim,
             page_size=self.pool.page_size,
+            origin=origin,
             namespace=self.namespace,
             title=title,
         )
 
     def _is_ours(self, header: ContextHeader) -> bool:
-        return header == dataclasses.replace(self._header(""), title=header.title)
+        return header == self._header(header.title, header.origin)
 
     def _write(self, header: ContextHeader, tokens: np.ndarray, kv: Iterable[Any]) -> Context:
         def on_host() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -367,7 +444,8 @@ class DB:
         if known is not None and known.problem is not None:
             self.remove(known)  # damage that the store has not seen, it would keep
         id = self._store.write(header, tokens, on_host())
-        if id not in self._contexts:
-            record = next(r for r in self._store.list() if r.id == id)
-            self._contexts[id] = Context(record, self._store)
-        return self._contexts[id]
+        with self.pool.lock:
+            if id not in self._contexts:
+                record = next(r for r in self._store.list() if r.id == id)
+                self._contexts[id] = Context(record, self._store)
+            return self._contexts[id]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from alaya_jax import programs
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
+from alaya_jax.origin import Way
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Attention
@@ -101,25 +103,72 @@ def generate(
       TokenizerError: stop strings are asked for and the model has no tokenizer.
     """
     return Generation(
-        session,
-        tokens,
-        max_new_tokens,
-        attention,
-        prefill,
-        sampling or Greedy(),
-        progress,
+        _Request(
+            session,
+            tokens,
+            max_new_tokens,
+            attention,
+            prefill,
+            Greedy() if sampling is None else sampling,
+            progress,
+        )
     )
 
 
 class Generation(Iterator[Token]):
     """A running generation: an iterator of tokens, and what is known so far.
 
+    Dropped, it gives its room back at once: the iterator refers to the request, never to this.
+
     Attributes:
+      session: where it runs.
       ids: token ids so far, without those that end a sequence; a list for each sequence.
       finish_reasons: "eos" (or another of the ids that end it), "stop" (a stop string), "length",
         or None while it runs; for each sequence.
       timing: see `Timing`.
     """
+
+    def __init__(self, request: "_Request"):
+        """See `generate`."""
+        self._request = request
+        self._tokens = request.run()
+        self.session = request.session
+        self.ids, self.finish_reasons = request.ids, request.finish_reasons
+        self.timing = request.timing
+        self._dropped = weakref.finalize(self, request.give_back)
+        self._dropped.atexit = False
+
+    @property
+    def text(self) -> str | list[str]:
+        """All text so far; a list for a batch."""
+        return self._request.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the (first) sequence ended."""
+        return self.finish_reasons[0]
+
+    def __next__(self) -> Token:
+        self._request.require_its_turn()
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """Stops here, as leaving the loop does."""
+        self._tokens.close()
+        self._request.give_back()
+
+    def __reduce__(self) -> Any:
+        raise RequestError(
+            "a generation runs in this process and cannot be copied or pickled; take its tokens, "
+            "or fork its session"
+        )
+
+    def __repr__(self) -> str:
+        return f"Generation({[len(i) for i in self.ids]} tokens, {self.finish_reasons})"
+
+
+class _Request:
+    """What a generation is asked, and how far it is."""
 
     def __init__(
         self,
@@ -131,7 +180,11 @@ class Generation(Iterator[Token]):
         sampling: Sampling | list[Sampling],
         progress: bool,
     ):
-        """See `generate`."""
+        if not isinstance(session, Session):
+            raise RequestError(
+                f"generate({type(session).__name__}, ...): takes a session first; write session, "
+                "rest = db.create_session(prompt), then generate(session, rest)"
+            )
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be a count, at least 1")
         max_new_tokens = int(max_new_tokens)
@@ -142,7 +195,12 @@ class Generation(Iterator[Token]):
                 "generate: every sequence needs at least one token to go on from; pass what "
                 "create_session left over"
             )
-        each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+        each = [sampling] * batch if isinstance(sampling, Sampling) else sampling
+        if not (isinstance(each, list | tuple) and all(isinstance(s, Sampling) for s in each)):
+            raise RequestError(
+                f"sampling={sampling!r}: use aj.Greedy(), aj.Sampling(temperature=...), or a list "
+                "with one for each sequence"
+            )
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
@@ -166,6 +224,7 @@ class Generation(Iterator[Token]):
         self._alternatives = [s.logprobs for s in each]
         self._max = max_new_tokens
         self._attention, self._prefill = plans
+        self._way = Way.of(self._attention)
         self._progress = progress
         eos = model.config.eos_token_ids
         if model.tokenizer is not None:
@@ -174,42 +233,26 @@ class Generation(Iterator[Token]):
         self._texts: list[list[str]] = [[] for _ in range(batch)]
         self._streams = [model.tokenizer.stream() if model.tokenizer else None for _ in each]
         self._stops = [StopText(s.stop) for s in each]
-        self._tokens = self._run()
 
     @property
     def text(self) -> str | list[str]:
-        """All text so far; a list for a batch."""
         texts = ["".join(pieces) for pieces in self._texts]
         return texts if self.session.batched else texts[0]
 
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the (first) sequence ended."""
-        return self.finish_reasons[0]
-
-    def __next__(self) -> Token:
+    def require_its_turn(self) -> None:
+        """Raises RequestError where somebody else has gone on with the session."""
         if self._turn != self.session.turn and self._running.any():
             raise RequestError(
                 "the session was closed, or went on by another call, since this generation began; "
                 "start another generate()"
             )
-        return next(self._tokens)
 
-    def close(self) -> None:
-        """Stops here, as leaving the loop does."""
-        self._tokens.close()
-        self._give_back()
-
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         """Gives up the room that was not used; what a later call has reserved is not ours."""
         if self._turn == self.session.turn:
-            for sequence in self.session.sequences:
-                self.session.pool.trim(sequence)
+            self.session.give_room_back()
 
-    def __repr__(self) -> str:
-        return f"Generation({[len(i) for i in self.ids]} tokens, {self.finish_reasons})"
-
-    def _run(self) -> Generator[Token]:
+    def run(self) -> Generator[Token]:
         session, started = self.session, time.perf_counter()
         total = self.timing.prefill_tokens
         try:
@@ -226,7 +269,7 @@ class Generation(Iterator[Token]):
                     self.timing.decode_tokens += 1
                     yield new
         finally:
-            self._give_back()
+            self.give_back()
 
     def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
@@ -244,21 +287,22 @@ class Generation(Iterator[Token]):
             finished, under_way = under_way, None
             if left > 0 and self._running.any():
                 steps, before = min(block, left), table.length
-                decoded, table, token, sampler = session.pool.run(
-                    programs.decode,
-                    table,
-                    token,
-                    on_device & jnp.asarray(self._running),
-                    end_ids,
-                    sampler,
-                    jnp.int32(steps),
-                    self._attention,
-                    session.cover(self._attention),
-                    kv_result=1,
-                    processors=self._processors,
-                    capacity=BLOCK,
-                    **session.static,
-                )
+                with session.pool.lock:
+                    decoded, table, token, sampler = session.pool.run(
+                        programs.decode,
+                        table,
+                        token,
+                        on_device & jnp.asarray(self._running),
+                        end_ids,
+                        sampler,
+                        jnp.int32(steps),
+                        self._attention,
+                        session.cover(self._attention),
+                        kv_result=1,
+                        processors=self._processors,
+                        capacity=BLOCK,
+                        **session.static,
+                    )
                 on_device = decoded.running
                 under_way, left = (decoded, before, table.length), left - steps
                 block = min(2 * block, BLOCK)  # short ones first: the reader waits for them
@@ -300,7 +344,7 @@ class Generation(Iterator[Token]):
                     f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; "
                     "check the weights, or use dtype='float32'"
                 )
-            session.accept(b, id)
+            session.accept(b, id, self._way)
             stream, stop = self._streams[b], self._stops[b]
             if id in self._end_ids[b]:
                 self.finish_reasons[b] = "eos"

@@ -102,18 +102,19 @@ def _asked(
         take = np.zeros(-(-CHUNK // step), np.int32)
         take[: len(chosen)] = chosen
         so_far = dataclasses.replace(pool.table([sequence]), length=jnp.asarray([first], jnp.int32))
-        queries = programs.asked(
-            model.params,
-            pool.kv,
-            so_far,
-            jnp.asarray(chunk),
-            jnp.asarray([len(part)], jnp.int32),
-            jnp.asarray(take),
-            config=c,
-            rope_length=model.rope_length,
-            mesh=model.mesh,
-            rules=model.rules,
-        )
+        with pool.lock:
+            queries = programs.asked(
+                model.params,
+                pool.kv,
+                so_far,
+                jnp.asarray(chunk),
+                jnp.asarray([len(part)], jnp.int32),
+                jnp.asarray(take),
+                config=c,
+                rope_length=model.rope_length,
+                mesh=model.mesh,
+                rules=model.rules,
+            )
         yield np.asarray(queries)[:, : len(chosen)], first + chosen
 
 

@@ -18,6 +18,7 @@ from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
+from alaya_jax.origin import Way
 from alaya_jax.query.plan import Attention, of_layer
 from alaya_jax.sharding import ShardingRules, laid, whole
 
@@ -40,12 +41,12 @@ def update(
     if return_kv and session.batch_size != 1:
         raise RequestError("update: return_kv is for a session of one sequence")
     c = session.model.config
-    batch, t = k.shape[:2]
-    shape = (session.batch_size, t, c.num_key_value_heads, c.head_dim)
-    if k.shape != shape or v.shape != shape or not 0 <= layer < c.num_hidden_layers:
+    batch, t = session.batch_size, _tokens_of(k)
+    shape = (batch, t, c.num_key_value_heads, c.head_dim)
+    if np.shape(k) != shape or np.shape(v) != shape or not 0 <= layer < c.num_hidden_layers:
         raise RequestError(
-            f"update: k {k.shape}, v {v.shape}, layer {layer}; this session takes {shape} and "
-            f"layers 0 to {c.num_hidden_layers - 1}"
+            f"update: k {np.shape(k)}, v {np.shape(v)}, layer {layer}; this session takes {shape} "
+            f"and layers 0 to {c.num_hidden_layers - 1}"
         )
     session.turn += 1
     start = session.ahead[layer]
@@ -81,41 +82,52 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """See `Session.attention`."""
     c = session.model.config
-    batch, t = q.shape[:2]
-    shape = (session.batch_size, t, c.num_attention_heads, c.head_dim)
+    batch, t = session.batch_size, _tokens_of(q)
+    shape = (batch, t, c.num_attention_heads, c.head_dim)
     held = (
         min(session.lengths) + int(session.ahead[layer]) if 0 <= layer < len(session.ahead) else -1
     )
-    if q.shape != shape or t > held:
+    if np.shape(q) != shape or t > held:
         raise RequestError(
-            f"attention: q {q.shape}, layer {layer}; this session takes {shape} of the last "
+            f"attention: q {np.shape(q)}, layer {layer}; this session takes {shape} of the last "
             f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
         )
     table = _table(session, layer)
     table = dataclasses.replace(table, length=table.length - t)
-    kv = session.pool.kv
     count = jnp.full(batch, t, jnp.int32)
     plans = session.plans(query, max(session.lengths) + t, prefill=t > 1)
-    # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-    indexed = session.cover(plans)
-    out, counts = engine.attend(
-        of_layer(plans, layer),
-        q,
-        kv.k[layer],
-        kv.v[layer],
-        table,
-        count,
-        indexed.layers[layer],
-        indexed.covered,
-        mesh=session.model.mesh,
-        rules=session.model.rules,
-    )
+    with session.pool.lock:
+        kv = session.pool.kv
+        # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
+        indexed = session.cover(plans)
+        out, counts = engine.attend(
+            of_layer(plans, layer),
+            q,
+            kv.k[layer],
+            kv.v[layer],
+            table,
+            count,
+            indexed.layers[layer],
+            indexed.covered,
+            mesh=session.model.mesh,
+            rules=session.model.rules,
+        )
+    way = Way.of(of_layer(plans, layer))
+    for b, length in enumerate(session.lengths):
+        end, origin = length + int(session.ahead[layer]), session.origins[b]
+        if way.name not in [name for _, name in origin.runs]:  # once, not by turns with a layer's
+            session.origins[b] = origin.then(end - t, end, way)
     by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(session.model.mesh))
     # The account is kept by token: the last layer closes it.
     counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
     lengths = np.asarray(table.length).tolist()
     session.count_reads("attention", plans, by_layer, lengths, counted, t)
     return out
+
+
+def _tokens_of(array: Any) -> int:
+    """T of an array [B, T, ...]; of another shape 0, which fits no request."""
+    return np.shape(array)[1] if np.ndim(array) == 4 else 0
 
 
 def _table(session: "Session", layer: int) -> PageTable:

@@ -90,7 +90,10 @@ class Model:
         if ids.size == 0:
             return np.zeros(0, np.int32)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError(f"token ids must be whole numbers [n], got {ids.dtype} {ids.shape}")
+            raise RequestError(
+                f"token ids must be whole numbers [n], got {ids.dtype} {ids.shape}; encode text "
+                "with model.encode(text)"
+            )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise RequestError(
                 f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary of {self.name} "

@@ -2,12 +2,15 @@
 owners.
 
 The one place where the cache pytree changes hands: every compiled program that donates it goes
-through `PagePool.run`.
+through `PagePool.run`. And the one place that knows when a page's contents change: whoever writes
+has reserved the page (`PagePool.reserve`).
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import cache
 from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
-from alaya_jax.errors import DatabaseError
-from alaya_jax.index import Flat, Graph, Index, Indexed, LayerIndex
+from alaya_jax.errors import CacheFullError, DatabaseError
+from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
 from alaya_jax.model import Model
 from alaya_jax.query.plan import Plans, indexes_of
 from alaya_jax.sharding import ShardingRules, laid, spread, whole
@@ -55,6 +58,20 @@ def uninterrupted() -> Iterator[None]:
             before(*caught[0])
 
 
+@contextlib.contextmanager
+def _within_memory(setting: str, what: str) -> Iterator[None]:
+    """Says which setting to change where the device has no memory left."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CacheFullError(
+            f"there is no memory left for {what}; lower {setting}, which is taken whole when a "
+            f"database is first used ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
 @dataclasses.dataclass
 class Sequence:
     """One sequence's place in the pool. Owned by a session or a context.
@@ -69,7 +86,11 @@ class Sequence:
 
 
 class PagePool:
-    """Device pages and the host's accounts of them."""
+    """Device pages and the host's accounts of them.
+
+    Threads may share it: they take turns, a call at a time. Where one call gives what the next one
+    takes (an index, then the program that reads it), hold `lock` around both.
+    """
 
     def __init__(self, model: Model, num_pages: int, page_size: int, setting: str):
         """Args: model; P, of which whole shards are used; Z; the setting to name when the pool is
@@ -80,7 +101,13 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = num_pages - num_pages % self._shards
         self._model = model
+        self._setting = setting
         self._allocator = PageAllocator(self.num_pages, page_size, setting, self._shards)
+        self.lock = threading.RLock()
+        self._returned: collections.deque[np.ndarray] = collections.deque()
+        """Pages given back and not yet counted as free. A session may be collected at any moment,
+        in any thread, and must not wait for the lock then.
+        """
         self._kv: PagedKV | None = None
         self._indexes: dict[tuple[Index, int], _LayerState] = {}
         self.evict: Callable[[], bool] = lambda: False
@@ -91,9 +118,10 @@ class PagePool:
         """The cache; allocated when first needed."""
         if self._kv is None:
             m = self._model
-            self._kv = PagedKV.create(
-                m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules
-            )
+            with _within_memory(self._setting, "the pages of the KV cache"):
+                self._kv = PagedKV.create(
+                    m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules
+                )
         if self._kv.k[0].is_deleted():
             raise DatabaseError(
                 "the KV cache was lost when a program was interrupted; open the database again "
@@ -109,7 +137,19 @@ class PagePool:
     @property
     def free_tokens(self) -> int:
         """Tokens that fit without evicting anything."""
-        return self._allocator.num_free * self.page_size
+        with self.lock:
+            self._take_back()
+            return self._allocator.num_free * self.page_size
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread, and no Ctrl-C, until the block ends."""
+        with self.lock, uninterrupted():
+            yield
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._allocator.release(self._returned.popleft())
 
     def run(
         self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any
@@ -126,7 +166,7 @@ class PagePool:
           the result without the cache.
         """
         args = spread(args, self._model.mesh)
-        with uninterrupted():
+        with self._alone(), _within_memory(self._setting, "a program beside the KV cache"):
             result = program(self._model.params, self.kv, *args, **static)
             if kv_result is None:
                 self._kv = result
@@ -134,35 +174,43 @@ class PagePool:
             self._kv = result[kv_result]
         return (*result[:kv_result], *result[kv_result + 1 :])
 
-    @uninterrupted()
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
+
+        Only what is reserved is written to. So what was known of these pages is forgotten here,
+        also of the one that the last token is in: others may have filled it before they left it.
 
         Raises:
           CacheFullError: the pool is exhausted, whatever is evicted; nothing changes.
         """
+        if not count:
+            return
         size = self.page_size
-        needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
-        # Only the page that the last token is in can be shared: later ones hold no token.
-        tail = sequence.length // size if count and sequence.length % size else None
-        if tail is not None and not self._allocator.is_shared(int(sequence.pages[tail])):
-            tail = None
-        after = int(sequence.pages[-1]) if len(sequence.pages) else None
-        fresh = self._allocate(needed + (tail is not None), after)
-        if tail is not None:
-            shared = sequence.pages[tail : tail + 1].copy()
-            self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
-            sequence.pages[tail], fresh = fresh[0], fresh[1:]
-            self._allocator.release(shared)
-        sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
+        tail = sequence.length // size
+        with self._alone():
+            self._take_back()
+            needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
+            # Only the page that the last token is in can be shared: later ones hold no token.
+            copied = bool(sequence.length % size)
+            copied = copied and self._allocator.is_shared(int(sequence.pages[tail]))
+            after = int(sequence.pages[-1]) if len(sequence.pages) else None
+            fresh = self._allocate(needed + copied, after)
+            if copied:
+                shared = sequence.pages[tail : tail + 1].copy()
+                self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
+                sequence.pages[tail], fresh = fresh[0], fresh[1:]
+                self._allocator.release(shared)
+            sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
+            for state in self._indexes.values():
+                state.built[sequence.pages[tail:]] = False
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
         while self._allocator.num_free < n and self.evict():
-            pass
-        fresh = self._allocator.allocate(n, after)
-        for state in self._indexes.values():
-            state.built[fresh] = False
-        return fresh
+            self._take_back()
+        if self._allocator.num_free < n:
+            gc.collect()  # sessions that nobody can reach any more, in a circle of references
+            self._take_back()
+        return self._allocator.allocate(n, after)
 
     def cover(self, plans: Plans, sequences: list[Sequence]) -> Indexed:
         """Has the plans' indexes know the full pages of these sequences.
@@ -170,28 +218,30 @@ class PagePool:
         What was built once stays, for every sequence that shares the page.
         """
         size = self.page_size
-        layers = self._model.config.num_hidden_layers
+        indexes = indexes_of(plans, self._model.config.num_hidden_layers)
         full = [s.pages[: s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
-        for layer, index in enumerate(indexes_of(plans, layers)):
-            if isinstance(index, Flat | Graph):  # a graph is of a context, not of pages
-                continue
-            state = self._indexes.get((index, layer))
-            if state is None:
-                m = self._model
-                made = index.create(m.config, self.num_pages, size, m.dtype, m.mesh, m.rules)
-                state = _LayerState(made, np.zeros(self.num_pages, bool))
-                self._indexes[index, layer] = state
-            missing = pages[~state.built[pages]]
-            if len(missing):
-                self._build(state, layer, missing)
-        states = (
-            self._indexes.get((index, i)) for i, index in enumerate(indexes_of(plans, layers))
-        )
-        return Indexed(
-            tuple(state.index if state else None for state in states),
-            jnp.asarray([len(p) * size for p in full], jnp.int32),
-        )
+        with self.lock:
+            for layer, index in enumerate(indexes):
+                if isinstance(index, Flat | Graph):  # a graph is of a context, not of pages
+                    continue
+                state = self._indexes.get((index, layer))
+                if state is None:
+                    state = self._indexes[index, layer] = self._new_index(index)
+                missing = pages[~state.built[pages]]
+                if len(missing):
+                    self._build(state, layer, missing)
+            states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
+            return Indexed(
+                tuple(state.index if state else None for state in states),
+                jnp.asarray([len(p) * size for p in full], jnp.int32),
+            )
+
+    def _new_index(self, index: Block | Sketch) -> "_LayerState":
+        m = self._model
+        with _within_memory(self._setting, f"{index!r} beside the KV cache"):
+            made = index.create(m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules)
+        return _LayerState(made, np.zeros(self.num_pages, bool))
 
     def index_bytes(self) -> dict[str, int]:
         """Bytes that each index takes on the device, all layers."""
@@ -210,7 +260,7 @@ class PagePool:
             row[: len(pages)] = pages
         filled = np.where(ids == cache.NO_PAGE, 0, self.page_size).astype(np.int32)
         m, kv = self._model, self.kv
-        with uninterrupted():
+        with self._alone():
             state.index = _build_index(
                 state.index,
                 kv.k[layer],
@@ -224,22 +274,25 @@ class PagePool:
 
     @uninterrupted()
     def trim(self, sequence: Sequence, keep: int = 0) -> None:
-        """Gives back pages past the sequence's length, but for the first `keep`."""
+        """Gives back pages past the sequence's length, but for the first `keep`; waits for
+        nobody.
+        """
         keep = max(keep, -(-sequence.length // self.page_size))
-        self._allocator.release(sequence.pages[keep:])
-        sequence.pages = sequence.pages[:keep]
+        pages, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
+        self._returned.append(pages)
 
     def share(self, sequence: Sequence, length: int) -> Sequence:
         """A second holder of the first `length` tokens."""
         pages = sequence.pages[: -(-length // self.page_size)]
-        self._allocator.share(pages)
+        with self.lock:
+            self._allocator.share(pages)
         return Sequence(pages.copy(), length)
 
     @uninterrupted()
     def release(self, sequence: Sequence) -> None:
-        """Gives back all pages of a sequence, which is empty then."""
-        self._allocator.release(sequence.pages)
-        sequence.pages, sequence.length = sequence.pages[:0], 0
+        """Gives back all pages of a sequence, which is empty then; waits for nobody."""
+        pages, sequence.pages, sequence.length = sequence.pages, sequence.pages[:0], 0
+        self._returned.append(pages)
 
     def table(self, sequences: list[Sequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
@@ -296,7 +349,7 @@ class PagePool:
             out[:, :n] = x
             return out.reshape(heads, width, self.page_size, dim)
 
-        with uninterrupted():
+        with self._alone():
             old = self.kv
             new_k, new_v = _write_pages(
                 old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
@@ -314,7 +367,8 @@ class PagePool:
         pages = np.zeros(_bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[:count]
         place = whole(self._model.mesh)
-        return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
+        with self.lock:
+            return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from alaya_jax.index import Indexed
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
-from alaya_jax.query.plan import Plan, Plans, of_layer
+from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
 from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.sharding import ShardingRules, laid, whole
 
@@ -34,7 +34,7 @@ def step(
     table: PageTable,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
-    plans: Plans,
+    plans: Attention,
     indexed: Indexed | None = None,
     rope_length: int | None = None,
     mesh: Mesh | None = None,
@@ -48,7 +48,7 @@ def step(
       table: pages, and lengths before the new tokens.
       tokens: padded to T.
       count: how many of the T are real.
-      plans: how attention is answered; one, or one a layer.
+      plans: how attention is answered; a query or a plan, or one a layer.
       indexed: what the plans' indexes hold; None: nothing, and every key is scored.
       rope_length: see `models.rope.inverse_frequencies`.
       mesh, rules: where the model and the cache lie.
@@ -56,7 +56,11 @@ def step(
     Returns:
       logits of each sequence's last new token, float32; the cache with the new tokens; what was
       read, [L, B, H], summed over the new tokens.
+
+    Raises:
+      RequestError: plans that are none, or not of this model's layers or heads.
     """
+    plans = plan_for(plans, config, 0)
     offset = jnp.arange(tokens.shape[1])
     positions = table.length[:, None] + offset
     real = (offset < count[:, None])[..., None]

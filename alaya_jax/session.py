@@ -1,5 +1,6 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
+from alaya_jax.origin import Origin, Way
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
@@ -47,10 +49,12 @@ class Session:
     - a model of your own calls `update` and `attention` in each layer.
 
     Pages are given back by `close`, at the end of a `with` block, or when the session is collected.
+    One thread at a time may use a session; threads may share its database.
 
     Attributes:
       reused: tokens of each sequence that came from a stored context.
       contexts: the context of each, or None.
+      origins: how the keys and values of each were computed; see `Origin`.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Session:
         tokens: list[np.ndarray],
         contexts: "list[Context | None]",
         *,
+        origins: list[Origin],
         batched: bool,
     ):
         """Made by the database; takes over the pages of `sequences`."""
@@ -69,6 +74,7 @@ class Session:
         self._sequences = sequences
         self.batched = batched
         self.contexts = contexts
+        self.origins = origins
         self.reused = [s.length for s in sequences]
         self.pending: list[list[int]] = [[] for _ in sequences]
         """Tokens that were generated but are not in the cache yet: the next call feeds them
@@ -224,7 +230,9 @@ class Session:
     def _graph(self, b: int, index: Graph, layer: int) -> GraphLayer:
         """The graph of a layer of a sequence's context, as far as the sequence has reused it."""
         key = b, tuple(index.built.items()), layer
-        if key not in self._graphs:
+        with self.pool.lock:
+            if key in self._graphs:
+                return self._graphs[key]
             graphs.require_no_context_axis(self.model, index)
             context, known = self._graph_owner(b, index)
             if context is None:
@@ -240,8 +248,9 @@ class Session:
         """Whose graph a sequence asks, such a one or any, and how many of its keys it knows."""
         context, known = self.contexts[b], self.reused[b]
         if context is None or not context.has_graph:
-            # Keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
-            lent, shared = self.lender(self.tokens[b][:known], wanted)
+            # Exact keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
+            exact = self.origins[b].exact(known)
+            lent, shared = self.lender(self.tokens[b][:exact], wanted)
             context, known = (lent, shared) if lent is not None else (context, known)
         return context, known
 
@@ -266,7 +275,7 @@ class Session:
     ) -> Float[Array, "B V"]:
         """`prefill` of what `rows` returned, for which room is made."""
         logits: Array | None = None
-        done = 0
+        done, way = 0, Way.of(plans)
         while done < max(len(row) for row in rows):
             left = max(len(row) for row in rows) - done
             widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
@@ -277,24 +286,24 @@ class Session:
                 part = row[done : done + width]
                 chunk[b, : len(part)], new[b] = part, len(part)
             table = self.pool.table(self.sequences)
-            indexed = self.cover(plans)
-            part_logits, counts = self.pool.run(
-                programs.extend,
-                table,
-                jnp.asarray(chunk),
-                jnp.asarray(new),
-                plans,
-                indexed,
-                kv_result=1,
-                **self.static,
-            )
+            with self.pool.lock:
+                part_logits, counts = self.pool.run(
+                    programs.extend,
+                    table,
+                    jnp.asarray(chunk),
+                    jnp.asarray(new),
+                    plans,
+                    self.cover(plans),
+                    kv_result=1,
+                    **self.static,
+                )
             # Only after its last chunk are a sequence's logits those of its last token.
             fresh = jnp.asarray(new > 0)[:, None]
             logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
             self.count_reads("prefill", plans, counts, self.lengths, new, width)
             with uninterrupted():
                 for b, count in enumerate(new):
-                    self._commit(b, rows[b][done : done + count].tolist())
+                    self._commit(b, rows[b][done : done + count].tolist(), way)
                 self.pending = [[] for _ in rows]  # was in front of the first chunk
             if on_chunk is not None:
                 on_chunk(int(new.max()))
@@ -330,15 +339,23 @@ class Session:
             raise
         self.turn += 1
 
-    def accept(self, b: int, token: int) -> None:
+    def give_room_back(self) -> None:
+        """Gives up what was reserved and holds no token; of a closed session there is nothing."""
+        for sequence in self._sequences:
+            self.pool.trim(sequence)
+
+    def accept(self, b: int, token: int, way: Way) -> None:
         """Records a generated token of sequence `b`; the one before it is in the cache now."""
         with uninterrupted():
-            self._commit(b, self.pending[b])
+            self._commit(b, self.pending[b], way)
             self.pending[b] = [token]
 
-    def _commit(self, b: int, tokens: list[int]) -> None:
+    def _commit(self, b: int, tokens: list[int], way: Way) -> None:
+        sequence = self.sequences[b]
+        end = sequence.length + len(tokens)
+        self.origins[b] = self.origins[b].then(sequence.length, end, way)
         self._tokens[b].extend(tokens)
-        self.sequences[b].length += len(tokens)
+        sequence.length = end
 
     @property
     def static(self) -> dict[str, Any]:
@@ -426,12 +443,31 @@ class Session:
             raise RequestError("fork: update() wrote new tokens in some layers only")
         sequences = [self.pool.share(s, s.length) for s in self.sequences]
         other = Session(
-            self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
+            self.model,
+            self.pool,
+            sequences,
+            self.tokens,
+            list(self.contexts),
+            origins=list(self.origins),
+            batched=self.batched,
         )
         other.reused = list(self.reused)
         other._graphs, other.lender = dict(self._graphs), self.lender
         other.pending = [list(p) for p in self.pending]
         return other
+
+    def __copy__(self) -> "Session":
+        return self.fork()
+
+    def __deepcopy__(self, memo: Any) -> "Session":
+        return self.fork()
+
+    def __reduce__(self) -> Any:
+        raise RequestError(
+            "a session cannot be pickled: its keys and values are in this process's memory; "
+            "db.store(session), and in the other process open the database and call "
+            "create_session with its tokens"
+        )
 
     def explain(
         self,
@@ -458,7 +494,8 @@ class Session:
             if analyze or attention is not None:
                 raise RequestError("the session is closed; what it read is explain() without more")
             return self._explanation
-        return report(self, analyze, attention, sequence)
+        with self.pool.lock if analyze else contextlib.nullcontext():
+            return report(self, analyze, attention, sequence)
 
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""

@@ -8,6 +8,8 @@ rules = dataclasses.replace(aj.ShardingRules(), vocab=None)         # another st
 import dataclasses
 import functools
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -181,3 +183,23 @@ def tree_shardings(mesh: Mesh, rules: ShardingRules, axes: Any, shapes: Any) -> 
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def memory_of(mesh: Mesh | None) -> int | None:
+    """Bytes that the devices of a mesh have, or the default device; None where they do not say.
+
+    CPU devices share what the machine has, or what a container may use of it.
+    """
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    if devices[0].platform == "cpu":
+        try:
+            pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+            allowed = Path("/sys/fs/cgroup/memory.max")
+            allowed = allowed.read_text().strip() if allowed.exists() else "max"
+        except (OSError, ValueError):
+            return None
+        return min(pages * size, int(allowed) if allowed.isdigit() else pages * size)
+    here = [d for d in devices if d.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
+    known = [limit for limit in limits if limit is not None]
+    return sum(known) * len(devices) // len(here) if here and len(known) == len(here) else None

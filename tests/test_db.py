@@ -1,5 +1,6 @@
 """Contexts: stored once, found by their longest prefix, reused by later processes, never wrong."""
 
+import copy
 import dataclasses
 import functools
 import pickle
@@ -264,6 +265,104 @@ def test_a_session_is_stored_with_what_it_generated(open_db, greedy, document):
     assert answer(db, prompt) == (expected, 70 + 19)
     db.close()
     assert answer(open_db(), prompt) == (expected, 70 + 19)
+
+
+def test_a_session_of_another_database_is_stored_with_its_own_keys(open_db, greedy, document):
+    """Of a shared one that is read-only; pages of the two have equal numbers and other contents."""
+    shared = open_db(path="shared")
+    shared.import_context(document)
+    shared.close()
+    shared, mine = open_db(path="shared", read_only=True), open_db(path="mine", page_size=8)
+    mine.import_context(document[::-1])
+    session, rest = shared.create_session([*document, 9])
+    session.prefill(rest)
+    context = mine.store(session)
+    want = [shared.pool.read(session.sequences[0], layer) for layer in range(2)]
+    np.testing.assert_array_equal(stored(mine, context), want)
+    prompt = [*document, 9, 10]
+    assert answer(mine, prompt) == (greedy(prompt, 6), 71)
+    session.close()
+    shared.close()
+    mine.close()
+    assert answer(open_db(path="mine", page_size=8), prompt) == (greedy(prompt, 6), 71)
+
+
+def test_a_session_of_another_model_is_not_stored(open_db, tiny_model, document):
+    """Other weights, another type, or a model that does not say which it is."""
+    mine = open_db()
+    bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    for change in ({"fingerprint": "another"}, {"params": bf16}, {"fingerprint": ""}):
+        other = open_db(dataclasses.replace(tiny_model, **change), path="other")
+        session, rest = other.create_session(document)
+        session.prefill(rest)
+        with pytest.raises(RequestError, match="opened with the session's model"):
+            mine.store(session)
+        assert other.store(session).num_tokens == 70
+        other.close()
+    assert mine.contexts == []
+
+
+def test_a_context_of_another_database_is_not_taken_for_ones_own(open_db, document):
+    """It has the same id, being of the same tokens, and would have been removed."""
+    mine, other = open_db(), open_db(path="other")
+    own, foreign = mine.import_context(document), other.import_context(document)
+    assert own.id == foreign.id
+    for call in (mine.remove, mine.check, lambda c: mine.build_index(c, aj.Graph())):
+        with pytest.raises(ContextError, match=r"other.*pass its id"):
+            call(foreign)
+        with pytest.raises(RequestError, match="context of this database, or its id"):
+            call(None)
+    assert mine.contexts == [own]
+    assert mine.check(foreign.id) == []
+
+
+def test_what_is_no_session_prompt_or_model(db, tmp_path, tiny_model, document):
+    """Each an error that says what to write instead."""
+    for call, match in (
+        (lambda: db.store(document), r"store\(ndarray.*import_context"),
+        (lambda: db.store(db.create_session(document)), r"store\(tuple.*takes a session"),
+        (lambda: db.create_session(b"text"), r"whole numbers.*model\.encode"),
+        (lambda: db.create_session({1, 2}), r"whole numbers.*model\.encode"),
+        (lambda: db.create_session(db), r"whole numbers.*model\.encode"),
+        (lambda: db.create_session(document, reuse=True), "reuse=True.*'exact' or 'any'"),
+        (lambda: aj.DB(tmp_path / "x", "smollm2-135m"), r"aj\.load"),
+        (lambda: aj.DB(tmp_path / "x", tiny_model, "1GiB"), r"aj\.Budget\(device='1GiB'\)"),
+        (lambda: aj.DB(tmp_path / "x", tiny_model, page_size=1.5), "page_size=1.5"),
+        (lambda: db.create_session(document)[0].prefill("text"), r"model\.encode"),
+        (lambda: db.create_session(document)[0].update(None, [1.0], [1.0], 0), "update: k"),
+        (lambda: db.create_session(document)[0].attention(np.ones(3), 0), "attention: q"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+def test_copies_and_pickles(db, greedy, document):
+    """A copy of a session is a fork; what lives in this process alone says what to pass instead."""
+    context = db.import_context(document)
+    session, rest = db.create_session([*document, 9])
+    copies = [copy.copy(session), copy.deepcopy(session)]
+    session.close()
+    for one in copies:
+        got = [t.id for t in aj.generate(one, rest, max_new_tokens=4)]
+        assert got == greedy([*document, 9], 4)
+    for thing, match in ((copies[0], r"db\.store"), (db, "pass its path"), (context, context.id)):
+        with pytest.raises(RequestError, match=match):
+            pickle.dumps(thing)
+
+
+def test_a_budget_beyond_the_machine_is_refused(tmp_path, tiny_model, monkeypatch):
+    """Before a page of it is touched, with both numbers."""
+    for size in ("200TiB", "2000TiB"):
+        with pytest.raises(
+            RequestError, match=rf"Budget\(device='{size}'\) is .* there are [\d,]+"
+        ):
+            aj.DB(tmp_path / "db", tiny_model, Budget(size))
+    monkeypatch.setattr("alaya_jax.db.memory_of", lambda mesh: 99_999)
+    with pytest.raises(RequestError, match="102,400 bytes, and there are 99,999"):
+        aj.DB(tmp_path / "db", tiny_model, Budget("100KiB"))
+    monkeypatch.setattr("alaya_jax.db.memory_of", lambda mesh: None)  # a device that does not say
+    aj.DB(tmp_path / "db", tiny_model, Budget("100KiB")).close()
 
 
 def test_what_cannot_be_stored(db, document):

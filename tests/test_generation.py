@@ -1,7 +1,9 @@
 """Streaming generation against the model alone, everything computed anew for each token."""
 
+import contextlib
 import dataclasses
 import gc
+import pickle
 
 import jax
 import numpy as np
@@ -218,6 +220,44 @@ def test_leaving_a_generation_gives_its_room_back(db, prompt):
     next(aj.generate(session, rest, max_new_tokens=200))
     gc.collect()
     assert db.pool.free_tokens == 1024 - 16 * 3
+
+
+def test_a_generation_that_is_dropped_gives_its_pages_back_at_once(db, prompt):
+    """By break, by an error in the loop, or never begun: no garbage collector is waited for."""
+    gc.disable()
+    try:
+        for _ in range(3):
+            for _ in aj.generate(*db.create_session(prompt), max_new_tokens=200):
+                break
+            assert db.pool.free_tokens == 1024
+            with contextlib.suppress(ZeroDivisionError):
+                for _ in aj.generate(*db.create_session(prompt), max_new_tokens=200):
+                    _ = 1 / 0
+            assert db.pool.free_tokens == 1024
+        session, rest = db.create_session(prompt)
+        aj.generate(session, rest, max_new_tokens=200)
+        assert db.pool.free_tokens == 1024
+        next(aj.generate(session, rest, max_new_tokens=200))
+        assert db.pool.free_tokens == 1024 - 16 * 3
+    finally:
+        gc.enable()
+
+
+def test_what_generate_cannot_take(db, prompt):
+    """Each names what to write instead."""
+    session, rest = db.create_session(prompt)
+    for call, match in (
+        (lambda: aj.generate((session, rest)), r"generate\(tuple.*create_session"),
+        (lambda: aj.generate(db, rest), r"generate\(DB.*create_session"),
+        (lambda: aj.generate(session, rest, sampling=0.7), r"Sampling\(temperature"),
+        (lambda: aj.generate(session, rest, sampling={"top_k": 3}), r"Sampling\(temperature"),
+        (lambda: aj.generate(session, rest, sampling=[0.7]), r"Sampling\(temperature"),
+        (lambda: aj.generate(session, "text"), "whole numbers.*model.encode"),
+        (lambda: aj.generate(session, rest, max_new_tokens="9"), "max_new_tokens=9"),
+        (lambda: pickle.dumps(aj.generate(session, rest)), "fork its session"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            call()
 
 
 def test_an_abandoned_generation_does_not_touch_the_next_one(db, greedy, rng):

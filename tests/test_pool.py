@@ -1,5 +1,9 @@
-"""The pool: page tables of any width, transfers of any size, and Ctrl-C while the cache is away."""
+"""The pool: page tables of any width, transfers of any size, Ctrl-C while the cache is away, what
+is known of pages that are written again, threads, and memory that is not there.
+"""
 
+import gc
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ import alaya_jax as aj
 from alaya_jax.cache import UNUSED
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.query.plan import plan_for
 
 
 @pytest.fixture
@@ -162,3 +167,174 @@ def test_ctrl_c_while_a_shared_page_is_copied_loses_no_page(db, rng, monkeypatch
     assert session.prefill(rest).shape == (1, 256)
     session.close()
     assert db.pool.free_tokens == free
+
+
+SKETCHED = aj.Plan(aj.DIPR(beta=2.0, window=aj.Window(4, 12)), aj.Sketch())
+
+
+def require_true_indexes(db, *sessions):
+    """What the pool's index knows of full pages is what it finds by looking at them anew."""
+    plans = plan_for(SKETCHED, db.model.config, 0)
+    sequences = [s for session in sessions for s in session.sequences]
+    full = [s.pages[: s.length // db.pool.page_size] for s in sequences]
+    pages = np.unique(np.concatenate(full))
+
+    def known():
+        layers = db.pool.cover(plans, sequences).layers
+        return [np.array(leaf)[:, pages] for leaf in jax.tree.leaves(layers)]
+
+    before = known()
+    for state in db.pool._indexes.values():
+        state.built[:] = False
+    for was, now in zip(before, known(), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("leave", ["remove", "evict"])
+def test_a_page_written_again_is_indexed_again_when_its_context_has_gone(db, rng, leave):
+    """The context had filled and indexed it; who shares it up to its middle holds it alone now."""
+    document = rng.integers(3, 256, 70)
+    context = db.import_context(document)
+    reader, rest = db.create_session([*document, 9])
+    reader.prefill(rest, SKETCHED)
+    other = rng.integers(3, 256, 40)
+    session, rest = db.create_session([*document[:40], *other])
+    reader.close()
+    shared = session.sequences[0].pages[2]
+    if leave == "remove":
+        db.remove(context)
+    else:
+        db._residents.drop(context)
+    session.prefill(rest)
+    assert session.sequences[0].pages[2] == shared, "written in place"
+    require_true_indexes(db, session)
+
+
+def test_a_page_written_again_is_indexed_again_when_the_parent_has_gone(db, rng):
+    """Forked in the middle of a generation, which then filled the page that both hold."""
+    parent, rest = db.create_session(rng.integers(3, 256, 40))
+    running = aj.generate(parent, rest, max_new_tokens=60, attention=SKETCHED)
+    for _ in range(4):
+        next(running)
+    fork = parent.fork()
+    shared = fork.sequences[0].pages[2]
+    for _ in range(40):
+        next(running)
+    parent.close()
+    fork.prefill(rng.integers(3, 256, 30))
+    assert fork.sequences[0].pages[2] == shared, "written in place"
+    require_true_indexes(db, fork)
+
+
+def test_indexes_are_true_whatever_is_appended_forked_stored_and_closed(db, rng):
+    """A walk of 120 random steps, keys and values of one's own."""
+    tokens = rng.integers(3, 256, 200)
+    sessions = [db.create_session([5])[0]]
+    for _ in range(120):
+        session = sessions[rng.integers(len(sessions))]
+        match rng.integers(6):
+            case 0 | 1:
+                n = int(rng.choice([1, 5, 16]))
+                if session.length + n < 150:
+                    k = rng.standard_normal((1, n, 2, 16)).astype(np.float32)
+                    for layer in range(2):
+                        session.update(None, k + layer, k, layer)
+            case 2 if len(sessions) < 4:
+                sessions.append(session.fork())
+            case 3 if session.length:
+                db.store(session, tokens=tokens[: session.length])
+            case 4 if len(sessions) < 5:
+                wanted = tokens[: 1 + rng.integers(120)]
+                sessions.append(db.create_session(wanted)[0])
+                for context in db.contexts if rng.integers(2) else []:
+                    db.remove(context)
+            case 5 if len(sessions) > 2:
+                sessions.remove(session)
+                session.close()
+        require_true_indexes(db, *sessions)
+
+
+def test_pages_of_sessions_that_nobody_can_reach_are_found(db, rng):
+    """In a circle of references they wait for the garbage collector; a request does not."""
+    gc.disable()
+    try:
+        for _ in range(3):
+            session, rest = db.create_session(rng.integers(3, 256, 480))
+            session.make_room([len(rest)])
+            circle = [session]
+            circle.append(circle)
+            del session, circle
+    finally:
+        gc.enable()
+
+
+def test_threads_take_turns(db, rng):
+    """Each with its own sessions, through an index that all share; right answers, no page lost."""
+    db.import_context(shared := rng.integers(3, 256, 70))
+    prompts = [[*shared, i] for i in range(4)]
+
+    def ask(prompt):
+        session, rest = db.create_session(prompt)
+        with session:
+            run = aj.generate(session, rest, max_new_tokens=8, prefill=SKETCHED, attention=SKETCHED)
+            return [t.id for t in run]
+
+    right, wrong = [ask(p) for p in prompts], []
+    free = db.pool.free_tokens
+
+    def work(first):
+        try:
+            for i in range(6):
+                j = (first + i) % len(prompts)
+                if (got := ask(prompts[j])) != right[j]:
+                    wrong.append((j, got))
+                db.import_context(np.full(20 + 3 * first + i, 50 + first))
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    for context in db.contexts:
+        db._residents.drop(context)
+    assert db.pool.free_tokens == 1024 > free
+
+
+def test_a_session_may_be_collected_while_another_thread_is_at_work(db, rng):
+    """Its pages come back without waiting for the lock: a collector that waits may do so for
+    ever.
+    """
+    session, rest = db.create_session(rng.integers(3, 256, 37))
+    session.make_room([len(rest)])
+    with db.pool.lock:
+        thread = threading.Thread(target=session.close)
+        thread.start()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert db.pool.free_tokens == 1024
+
+
+@pytest.mark.parametrize("what", ["create", "Sketch"])
+def test_memory_that_is_not_there(db, rng, monkeypatch, what):
+    """When pages, or an index beside them, are taken: named with the setting."""
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
+
+    owner = "alaya_jax.pool.PagedKV" if what == "create" else "alaya_jax.index.Sketch"
+    monkeypatch.setattr(f"{owner}.create", refuse)
+    session, rest = db.create_session(rng.integers(3, 256, 37))
+    with pytest.raises(CacheFullError, match=r"lower Budget\(device=532480\)"):
+        session.prefill(rest, SKETCHED)
+    monkeypatch.undo()
+    assert session.prefill(rest, SKETCHED).shape == (1, 256)

@@ -11,6 +11,7 @@ import pytest
 from alaya_jax import DIPR, Full, Greedy, Window, programs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.errors import RequestError
 from alaya_jax.query.plan import Plan
 from alaya_jax.sampler import init_sampler
 
@@ -191,3 +192,21 @@ def test_numbers_do_not_compile_anew(filled):
     decode(cache, first, 4, DIPR(beta=9.5, window=Window(1, 7)), sampled, [True, False], [9])
     cache.extend(np.ones((2, 30)), [0, 30], DIPR(beta=0.25, window=Window(3, 2)))
     assert (programs.decode._cache_size(), programs.extend._cache_size()) == sizes
+
+
+def test_a_step_takes_a_query_as_well_as_a_plan(tiny_model, rng):
+    """As every other place does that asks for attention; what is none is refused by name."""
+    c = Cache(tiny_model.config, tiny_model.params, [0])
+    tokens = jnp.asarray(rng.integers(3, 256, (1, 20)), jnp.int32)
+    args = c.params, c.config, c.kv, PageTable(c.pages, jnp.zeros(1, jnp.int32)), tokens
+    query = DIPR(beta=2.0, window=Window(2, 5))
+    run = jax.jit(lambda plans: programs.step(*args, jnp.asarray([20]), plans)[0])
+    np.testing.assert_array_equal(run(query), run(Plan(query)))
+    np.testing.assert_array_equal(run(query), run([query, query]))
+    for bad, match in (
+        (None, "attention=None"),
+        (query.window.sink, "use Full"),
+        ([query], "2 la"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            programs.step(*args, jnp.asarray([20]), bad)

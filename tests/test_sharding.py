@@ -1,6 +1,7 @@
 """A mesh gives the answer of one device; rules that do not fit are refused by name."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.kernels import take_rows
 from alaya_jax.models.quantized import QuantizedKernel, quantize
-from alaya_jax.sharding import parse_axes, tree_shardings
+from alaya_jax.sharding import memory_of, parse_axes, tree_shardings
 
 TOLERANCE = 2e-4  # absolute, on logits; float32
 
@@ -181,3 +182,20 @@ def test_axes_of_a_text():
             parse_axes(text)
     with pytest.raises(ConfigError, match=r"no sharding rule uses: heads; use .*data, tensor"):
         parse_axes("heads=2")
+
+
+def test_memory_of_devices():
+    """Of this machine once, however many CPU devices it plays; of GPUs the sum, where all say."""
+    assert 1 << 28 < memory_of(None) == memory_of(aj.make_mesh(tensor=8)) < 1 << 50
+
+    def gpus(*limits):
+        devices = [
+            SimpleNamespace(
+                platform="gpu", process_index=0, memory_stats=lambda n=n: n and {"bytes_limit": n}
+            )
+            for n in limits
+        ]
+        return SimpleNamespace(devices=np.array(devices))
+
+    assert memory_of(gpus(70, 80)) == 150
+    assert memory_of(gpus(70, None)) is None

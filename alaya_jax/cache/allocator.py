@@ -62,10 +62,11 @@ class PageAllocator:
         free = np.flatnonzero(self._refs == 0)
         if n > free.size:
             z = self._page_size
+            way_out = "close open sessions (session.close()), or raise"
             raise CacheFullError(
                 f"{n * z} more tokens need {n} pages of the KV cache, {free.size} of "
-                f"{self.capacity} are free ({self.capacity * z} tokens in all); close sessions, "
-                f"or raise {self._setting}"
+                f"{self.capacity} are free ({self.capacity * z} tokens in all); "
+                f"{way_out if n <= self.capacity else 'raise'} {self._setting}"
             )
         taken = _best_run(free, n, after) if self._shards == 1 else self._spread(free, n, after)
         self._refs[taken] = 1

@@ -1,5 +1,6 @@
 """`alaya db`: look after a database of contexts. Only `index` loads a model."""
 
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,10 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
             "title": record.header.title if record.header else "",
             "tokens": record.num_tokens,
             "bytes": record.nbytes,
+            "origin": [
+                {"from": first, "plan": plan}
+                for first, plan in (record.header.origin if record.header else ())
+            ],
             "created": record.created,
             "model": record.header.fingerprint if record.header else None,
             "dtype": record.header.dtype if record.header else None,
@@ -182,6 +187,9 @@ def table(data: dict[str, Any]) -> str:
             f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
             f"  {row['title']}".rstrip()
         )
+        for run in row["origin"]:
+            plan = textwrap.shorten(run["plan"], 50)
+            lines.append(f"    not exact: from token {run['from']:,} on by {plan}")
         lines += [f"    {kind} index, {size(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:
             lines.append(f"    {row['problem']}")

@@ -102,7 +102,8 @@ def open_for_document(path: Path, model: "Model", budget: "Budget", tokens: "np.
 
 
 def _holds(context: "Context", tokens: "np.ndarray") -> bool:
-    same_length = context.problem is None and context.num_tokens == len(tokens)
+    same_length = context.problem is None and context.exact_tokens == len(tokens)
+    same_length = same_length and context.num_tokens == len(tokens)
     return same_length and bool((context.tokens == tokens).all())
 
 

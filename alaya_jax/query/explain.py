@@ -11,6 +11,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
+from alaya_jax.origin import Origin
 from alaya_jax.pallas_kernels.dispatch import Choice as Implementation
 from alaya_jax.query import show
 from alaya_jax.query.analysis import Analysis
@@ -173,6 +174,7 @@ class Explanation:
     Attributes:
       tokens, reused: of each sequence, in the cache and from a stored context.
       contexts: ids of those contexts, or None.
+      origins: how the keys and values in the cache were computed.
       phases: "prefill", "decode" (and "attention" for a model of your own) -> `Reads`.
       planned: what would run, one row a layer; see `planned_rows`.
       choice: why, where `Auto` chose.
@@ -183,6 +185,7 @@ class Explanation:
     tokens: list[int]
     reused: list[int]
     contexts: list[str | None]
+    origins: list[Origin]
     phases: dict[str, Reads]
     planned: list[dict[str, Any]] | None = None
     choice: Choice | None = None
@@ -195,6 +198,8 @@ class Explanation:
             "tokens": self.tokens,
             "reused": self.reused,
             "contexts": self.contexts,
+            "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
+            "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
             "phases": {name: reads.to_dict() for name, reads in self.phases.items()},
             "planned": self.planned,
             "choice": self.choice and self.choice.to_dict(),
@@ -272,7 +277,11 @@ class Explanation:
     @property
     def heading(self) -> str:
         """Which tokens this is about."""
-        return f"tokens {self.tokens}, of which from stored contexts {self.reused}"
+        head = f"tokens {self.tokens}, of which from stored contexts {self.reused}"
+        for b, origin in enumerate(self.origins):
+            if origin.runs:
+                head += f"\nkeys and values of sequence {b}: {origin}"
+        return head
 
     def __str__(self) -> str:
         return "\n\n".join([self.heading, *map(str, self.tables())])

@@ -31,6 +31,7 @@ def report(
         tokens=session.lengths,
         reused=session.reused,
         contexts=[c.id if c else None for c in session.contexts],
+        origins=list(session.origins),
         phases=dict(reads),
         planned=planned_rows(plans, session.model, session.pool.page_size, choice)
         if would_run

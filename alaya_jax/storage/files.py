@@ -24,7 +24,7 @@ from alaya_jax.storage.checked import CheckedDirectory, flush, write_array, writ
 from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord
 
 BLOCK = 256  # tokens under one checksum
-VERSION = 1
+VERSION = 2  # 1 did not say whether keys and values are exact
 
 
 class StoredContext(CheckedDirectory):

@@ -28,6 +28,8 @@ class ContextHeader:
         num_kv_heads: K.
         head_dim: D.
         page_size: Z, the tokens of a page in the cache it came from.
+        origin: How the keys and values were computed, (first token, plan) of each stretch from the
+            first that is not exact on; empty: all are exact.
         namespace: Keeps tenants apart: a context is found only in its own.
         title: For people; no part of the identity.
 
@@ -41,10 +43,13 @@ class ContextHeader:
     num_kv_heads: int
     head_dim: int
     page_size: int
+    origin: tuple[tuple[int, str], ...] = ()
     namespace: str = ""
     title: str = ""
 
     def __post_init__(self):
+        pairs = tuple((int(first), str(plan)) for first, plan in self.origin)  # JSON has lists
+        object.__setattr__(self, "origin", pairs)
         if self.dtype not in DTYPES:
             raise RequestError(f"context: dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
         for field in dataclasses.fields(self):
@@ -55,8 +60,10 @@ class ContextHeader:
                 raise RequestError(f"context: {field.name}={value!r}; use a string")
 
     def context_id(self, tokens: np.ndarray) -> str:
-        """The name of `tokens` [n] of this model, layout and namespace; equal contexts share it."""
-        named = (self.fingerprint, self.namespace, self.dtype, self.page_size)
+        """The name of `tokens` [n] of this model, layout, origin and namespace; equal contexts
+        share it.
+        """
+        named = (self.fingerprint, self.namespace, self.dtype, self.page_size, self.origin)
         digest = hashlib.blake2b(repr(named).encode(), digest_size=12)
         digest.update(np.ascontiguousarray(tokens, "<i4"))
         return digest.hexdigest()

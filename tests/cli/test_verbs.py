@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from alaya_jax.db import DB
-from alaya_jax.storage import DirectoryStore
+from alaya_jax.storage import ContextHeader, DirectoryStore
 
 DOCUMENT = "We the People of the United States:\n\n" + "The Senate shall meet on Monday. " * 12
 
@@ -307,3 +308,24 @@ def test_compiled_programs_are_kept_for_the_next_process(tiny_model, cache):
     assert kept[0] == kept[1]
     assert [entry.split("-")[0] for entry in kept[0]] == ["jit_decode", "jit_extend"]
     assert answers[0] == answers[1]
+
+
+def test_ls_says_what_is_not_exact(alaya, tmp_path):
+    """In a line of its own, shortened; in full with --json."""
+    plan = "DIPR(beta=50.0, window=Window(sink=128, recent=512)) through Sketch(bits=4)"
+    header = ContextHeader(
+        fingerprint="f",
+        dtype="float32",
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=2,
+        page_size=16,
+        origin=((7, plan),),
+    )
+    with DirectoryStore(tmp_path / "db") as store:
+        store.write(header, np.arange(9), [np.zeros((2, 1, 9, 2), np.float32)])
+    shown = alaya("db", "ls", "--db", tmp_path / "db").stdout
+    assert "not exact: from token 7 on by DIPR(beta=50.0," in shown
+    assert max(map(len, shown.splitlines()[2:])) <= 80
+    listed = json.loads(alaya("db", "ls", "--db", tmp_path / "db", "--json").stdout)
+    assert listed["contexts"][0]["origin"] == [{"from": 7, "plan": plan}]

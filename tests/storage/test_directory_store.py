@@ -149,7 +149,13 @@ def test_equal_contexts_are_stored_once(store):
 
 @pytest.mark.parametrize(
     "change",
-    [{"fingerprint": "g"}, {"namespace": "other"}, {"dtype": "float16"}, {"page_size": 32}],
+    [
+        {"fingerprint": "g"},
+        {"namespace": "other"},
+        {"dtype": "float16"},
+        {"page_size": 32},
+        {"origin": ((3, "Window()"),)},
+    ],
     ids=str,
 )
 def test_what_differs_is_stored_apart(store, change):
@@ -324,7 +330,7 @@ DAMAGE = {
     "meta of another kind": (lambda d: (d / "meta.json").write_text("[]"), "cannot be understood"),
     "binary meta": (lambda d: (d / "meta.json").write_bytes(b"\xff\x00"), "cannot be understood"),
     "edited meta": (lambda d: edit_meta(d, num_tokens=999), "does not match its checksum"),
-    "newer version": (lambda d: edit_meta(d, version=7), "format version 7, .* reads version 1"),
+    "newer version": (lambda d: edit_meta(d, version=7), "format version 7, .* reads version 2"),
     "short layer": (lambda d: os.truncate(d / "layer_001.kv", 100), "layer_001.kv has 100 bytes"),
     "empty layer": (lambda d: os.truncate(d / "layer_001.kv", 0), "layer_001.kv has 0 bytes"),
     "no layer": (lambda d: (d / "layer_002.kv").unlink(), "layer_002.kv is missing"),
