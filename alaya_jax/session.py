@@ -86,6 +86,8 @@ class Session:
         """What `Auto` chose last, and why."""
         self.prefill_choice: PrefillChoice | None = None
         """The same for a prefill."""
+        self.dated = ""
+        """What the chat template printed for the time, where it does."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -428,7 +430,7 @@ class Session:
         other = Session(
             self.model, self.pool, sequences, self.tokens, list(self.contexts), batched=self.batched
         )
-        other.reused = list(self.reused)
+        other.reused, other.dated = list(self.reused), self.dated
         other._graphs, other.lender = dict(self._graphs), self.lender
         other.pending = [list(p) for p in self.pending]
         return other

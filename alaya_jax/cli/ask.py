@@ -32,6 +32,7 @@ def ask(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    date: options.Day = None,
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
@@ -48,8 +49,10 @@ def ask(
       pdftotext paper.pdf - | alaya ask --context - "What is the main result?"
 
     Document and question become one user's message in the model's chat template. Names of control
-    tokens in them (such as <|im_end|>) are plain characters to the model. Documents are found again
-    by content, not by file name. `alaya db ls` lists them; `alaya db rm` gives their space back.
+    tokens in them (such as <|im_end|>) are plain characters to the model. Where the template prints
+    today's date, later questions keep the date of the first, or the document would be read again
+    each day; --date names another. Documents are found again by content, not by file name.
+    `alaya db ls` lists them; `alaya db rm` gives their space back.
     """
     if str(context) != "-" and not context.is_file():
         what = "a directory" if context.is_dir() else "not there"
@@ -59,14 +62,15 @@ def ask(
     document = read_document(context)
     path = options.database_path(db)
 
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
 
     loaded = runtime.load_model(model, options.scheme(quantize))
-    tokenizer = prompts.tokenizer_of(loaded)
-    prompt = prompts.question_ids(tokenizer, document, question)
-    start = prompts.document_ids(tokenizer, document)
-    budget = runtime.budget_for(loaded, len(prompt) + max_new_tokens, memory)
-    with runtime.open_for_document(path, loaded, budget, start) as database:
+    asked = [{"role": "user", "content": question}]
+    now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
+    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)
+    database, start = runtime.open_for_document(path, loaded, budget, document, date)
+    with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):
             imported = runtime.import_document(
                 database, start, title="stdin" if str(context) == "-" else context.name
@@ -77,10 +81,13 @@ def ask(
                 f"Read {stored.num_tokens:,} tokens of {context} in {imported.seconds:.1f} s; "
                 f"stored in {database.path} ({size(stored.nbytes)})."
             )
+        prompt = database.prompt(messages=asked, document=document, date=date)
+        if prompt.dated != now.dated:
+            note(f"The document was read on {prompt.dated}, which the model takes for today.")
         try:
             result = runtime.answer(
                 database,
-                prompt,
+                prompt.ids,
                 attention=policy,
                 sampling=chosen,
                 max_new_tokens=max_new_tokens,

@@ -114,7 +114,8 @@ def demo(
 
 def _run(path: Path) -> dict[str, Any]:
     """All steps. Progress goes to stderr."""
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.db import DB
     from alaya_jax.query import DIPR, Full
 
@@ -210,7 +211,8 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
     Raises:
         ContextError: The document's context is damaged.
     """
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.db import DB
     from alaya_jax.query import Full
 

@@ -1,6 +1,7 @@
 """Options that several verbs share, and what their texts mean."""
 
 import enum
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,15 @@ Quantize = Annotated[
         "on a CPU, and another model, with contexts of its own; alaya verify MODEL --quantize int4 "
         "shows how far off.",
         show_default="as stored",
+    ),
+]
+Day = Annotated[
+    datetime | None,
+    typer.Option(
+        metavar="YYYY-MM-DD",
+        formats=["%Y-%m-%d"],
+        help="The date that the model's chat template prints, if it prints one.",
+        show_default="that of the stored document, or today",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, not text.")]
