@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -225,11 +226,21 @@ class Tokenizer:
         stream = self.stream(skip_special_tokens=skip_special_tokens)
         return stream.put_all(array.tolist()) + stream.flush()
 
-    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
-        """A decoder for tokens as they come; what it emits concatenates to `decode` of them all."""
+    def stream(
+        self, *, skip_special_tokens: bool = False, padded_to: int | None = None
+    ) -> TokenStream:
+        """A decoder for tokens as they come; what it emits concatenates to `decode` of them all.
+
+        Args:
+            skip_special_tokens: Whether to leave control tokens out.
+            padded_to: Ids below that are no text where they have no token; default the tokenizer's.
+        """
         skip = self.special_ids if skip_special_tokens else frozenset()
         return TokenStream(
-            self._pieces, skip, strips_space=self._strips_space, padded_to=self.padded_to
+            self._pieces,
+            skip,
+            strips_space=self._strips_space,
+            padded_to=self.padded_to if padded_to is None else padded_to,
         )
 
     def control_at_start(self, text: str) -> str | None:
@@ -327,6 +338,12 @@ class TokenStream:
         self._strips_space = strips_space
         self._at_start = True
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def copy(self) -> TokenStream:
+        """A stream that goes on from here by itself."""
+        other = copy.copy(self)
+        other._utf8 = copy.copy(self._utf8)
+        return other
 
     def put(self, token_id: int) -> str:
         """Takes a token and returns the text that became certain, maybe none.

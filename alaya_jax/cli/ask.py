@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report, size
 from alaya_jax.errors import ContextError, RequestError
 
 
@@ -62,6 +62,7 @@ def ask(
     document = read_document(context)
     path = options.database_path(db)
 
+    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
 
@@ -131,21 +132,27 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def read_document(path: Path) -> str:
+def read_document(path: Path, what: str = "the document's text") -> str:
     """The text of a file, or of stdin for `-`.
 
     Raises:
         RequestError: It is empty, or not UTF-8.
         OSError: It cannot be read.
     """
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if str(path) == "-":
+        if sys.stdin is None:  # closed, as by <&-
+            raise RequestError(f"stdin is closed; pipe {what} in")
+        data, name = sys.stdin.buffer.read(), "stdin"
+    else:
+        data, name = path.read_bytes(), str(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{path} is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
+            f"{name} is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
             f"convert it, such as by: iconv -f latin1 -t utf-8 {path}, or pdftotext for a PDF"
         ) from error
     if not text.strip():
-        raise RequestError(f"{path} is empty; give a file with the document's text")
+        way_out = f"pipe {what} in" if name == "stdin" else f"give a file with {what}"
+        raise RequestError(f"{name} is empty; {way_out}")
     return text

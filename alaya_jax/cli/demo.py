@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report, size
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def demo(
 
 def _run(path: Path) -> dict[str, Any]:
     """All steps. Progress goes to stderr."""
+    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
     from alaya_jax.db import DB

@@ -9,7 +9,7 @@ import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.ask import read_document, write
-from alaya_jax.cli.terminal import Interrupted, note, report
+from alaya_jax.cli.terminal import Interrupted, load_jax, note, report
 from alaya_jax.errors import TokenizerError
 
 
@@ -58,10 +58,13 @@ def generate(
     """
     policy = options.attention(attention)
     chosen = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt in quotes, or pipe one in", param_hint="PROMPT")
-    text = read_document(Path("-")) if prompt is None else prompt
+    text = read_document(Path("-"), "a prompt") if prompt is None else prompt
+    if not text:
+        raise typer.BadParameter("the prompt is empty; give one in quotes", param_hint="PROMPT")
 
+    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
     from alaya_jax.db import DB
