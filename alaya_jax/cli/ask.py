@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
 from alaya_jax.errors import ContextError, RequestError
 
 
@@ -62,7 +62,6 @@ def ask(
     document = read_document(context)
     path = options.database_path(db)
 
-    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import help_text, load_jax, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import help_text, note, on_interrupt, report, size
 from alaya_jax.errors import ContextError
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def index(
         raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
     with _open(db, read_only=True) as store:
         (record,) = _find(store, [id])
-    load_jax()
     loaded = load_model(model)
     from alaya_jax.db import DB
     from alaya_jax.index import Graph

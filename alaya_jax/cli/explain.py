@@ -7,7 +7,7 @@ import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.ask import read_document
-from alaya_jax.cli.terminal import load_jax, note, on_interrupt, report, show
+from alaya_jax.cli.terminal import note, on_interrupt, report, show
 
 FIGURES = "recovery, error, attended, keys_needed, beta, beta_needed or mass_estimated"
 
@@ -57,7 +57,6 @@ def explain(
     document = read_document(context)
     path = options.database_path(db)
 
-    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
     from alaya_jax.generation import generate

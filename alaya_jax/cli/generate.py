@@ -9,7 +9,7 @@ import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.ask import read_document, write
-from alaya_jax.cli.terminal import Interrupted, load_jax, note, report
+from alaya_jax.cli.terminal import Interrupted, note, report
 from alaya_jax.errors import TokenizerError
 
 
@@ -64,7 +64,6 @@ def generate(
     if not text:
         raise typer.BadParameter("the prompt is empty; give one in quotes", param_hint="PROMPT")
 
-    load_jax()
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
     from alaya_jax.db import DB

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alaya_jax.cli.terminal import load_jax
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def attention(text: str) -> "Asked":
     Raises:
         typer.BadParameter: It is not understood.
     """
+    load_jax()
     from alaya_jax import query
     from alaya_jax.query.auto import Auto
     from alaya_jax.query.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alaya_jax.cli.terminal import note
+from alaya_jax.cli.terminal import load_jax, note
 from alaya_jax.errors import CacheFullError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def start_jax() -> None:
 
     What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone.
     """
+    load_jax()
     import jax
 
     from alaya_jax.checkpoint import bundled
