@@ -19,6 +19,9 @@ from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.select import as_mask, by_row, in_range, largest, largest_of_all
 
+_ROUNDING = 2.0**-18
+"""Of a score, what sums in another order may differ by."""
+
 _ROOM = 2048
 """Keys that may be among the best, of a kv head, for which there is always room."""
 
@@ -100,12 +103,17 @@ def retrieve(
         mask, unread, weights = found.kept, found.unread, found.weights
     else:
         assert query.beta is not None
-        sure = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan, axis)
-        best = jnp.maximum(best, across(lax.pmax, sure, axis))
         upper = scan.estimate + scan.error
-        mask = in_range(upper, best, query.beta)
+        if scan.exact:
+            best = jnp.maximum(best, across(lax.pmax, scan.estimate.max(-1), axis))
+            least = best
+        else:
+            sure = across(lax.pmax, pivot(q, pages, scan, axis), axis)
+            least = jnp.maximum(best, sure - _rounding(sure))
+        mask = in_range(upper, least, query.beta)
         if not scan.exact and not plan.tail:
             # The best of all keys is among those that may be in range: none other can beat it.
+            # It is summed up as all that are kept, so that it is not itself below the floor.
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
             floor = jnp.maximum(best, exact) - by_row(query.beta, q)
     if plan.tail:  # what the index does not cover has no mean value
@@ -218,8 +226,8 @@ def _best_exact(
 def _may_be_top(
     k: int, q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None
 ) -> Bool[Array, "K G T S"]:
-    """Keys that may be among the k best: no worse, by their error bars, than the least exact score
-    of the k keys of best estimate.
+    """Keys that may be among the k best: those of best estimate, and those no worse, by their error
+    bars, than the least exact score of these.
     """
     estimate, column = largest(scan.estimate, min(k, pages.columns))
     exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
@@ -228,7 +236,16 @@ def _may_be_top(
         found = (lax.all_gather(x, axis, axis=-1, tiled=True) for x in found)
         exact = lax.sort(tuple(found), num_keys=2)[2][..., :k]
     least = jnp.min(exact, axis=-1, keepdims=True)
-    return (scan.estimate + scan.error >= least) & (scan.estimate > -jnp.inf)
+    may_be = scan.estimate + scan.error >= least - _rounding(least)
+    may_be |= as_mask(column, estimate > -jnp.inf, pages.columns)
+    return may_be & (scan.estimate > -jnp.inf)
+
+
+def _rounding(score: Array) -> Array:
+    """What a score may differ by from the same one summed in another order: a key that is scored
+    exactly has no error bar that would cover it.
+    """
+    return jnp.where(jnp.isfinite(score), _ROUNDING * jnp.abs(score), 0.0)
 
 
 def _by_page(

@@ -49,6 +49,7 @@ from alaya_jax.index.codes import (
     STEPS,
     deviations,
     fields,
+    length,
     quantize,
     round_query,
     to_half,
@@ -323,7 +324,7 @@ def _sketch(
     residual = jnp.where(valid, k - middle[:, :, None], 0.0)
 
     codes, scale, spread = quantize(residual, bits)
-    spread = to_half_above(spread + _EPSILON * jnp.sqrt(jnp.sum(k * k, axis=-1)))
+    spread = to_half_above(spread + _EPSILON * length(k))
     spread = jnp.where(valid[..., 0], spread, 0)
     return SketchLayer(codes, scale, spread, centre, unit, value, value_unit)
 
