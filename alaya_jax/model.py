@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.errors import RequestError, TokenizerError
@@ -16,7 +16,7 @@ from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedKernel, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, auto_axes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,12 +144,12 @@ def load(
     Raises:
       RequestError: `max_length` is not from 1 to what the checkpoint declares.
       CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
-        understood.
+        understood; or the mesh has an axis that no rule uses.
     """
     rules = rules or ShardingRules()
-    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    if mesh is not None:
+        rules.require_used(mesh.shape)
+        mesh = auto_axes(mesh)
     read = read_checkpoint(
         path_or_name, mesh=mesh, rules=rules, dtype=dtype, quantize=quantize, progress=progress
     )

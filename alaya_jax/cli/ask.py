@@ -8,7 +8,7 @@ import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
-from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.errors import ContextError, GraphError, RequestError
 
 
 def ask(
@@ -93,6 +93,10 @@ def ask(
                 max_new_tokens=max_new_tokens,
                 on_text=(lambda text: None) if json else write,
             )
+        except GraphError as error:
+            raise GraphError(
+                f"{error} (alaya db index {stored.id} --graph --db {database.path}, then ask again)"
+            ) from error
         except ContextError as error:
             raise ContextError(
                 f"{error} (alaya db rm {stored.id} --db {database.path}, then ask again)"
