@@ -31,7 +31,7 @@ from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.inspection import inspect_source
 from alaya_jax.checkpoint.meta import is_meta, open_meta
 from alaya_jax.checkpoint.params import Memory, load_params, match
-from alaya_jax.checkpoint.source import Source, StoredTensor, identify
+from alaya_jax.checkpoint.source import Source, StoredTensor, absolute, identify
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.quantized import Scheme, check_scheme
@@ -366,12 +366,12 @@ def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory or file that a path or a bundled name means.
+    """The directory or file that a path or a bundled name means, absolute.
 
     Raises:
       CheckpointError: nothing is there; it lists what was tried and what to do.
     """
-    path = Path(path_or_name).expanduser()
+    path = absolute(Path(path_or_name))
     if path.suffix == ".safetensors" and path.is_file():
         raise CheckpointError(
             f"{path} is one file of an HF checkpoint; name its directory, {path.resolve().parent}"
@@ -381,7 +381,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_name)
     if name in bundled.MODELS:
         if (found := bundled.find(name)) is not None:
-            return found
+            return absolute(found)
         places = "\n  - ".join(str(place) for place in bundled.places(name))
         raise CheckpointError(
             f"the bundled model {name!r} is not on this machine. Get it with: alaya fetch {name}\n"

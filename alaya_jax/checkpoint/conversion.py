@@ -31,7 +31,14 @@ from alaya_jax.checkpoint.hf import open_hf
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
 from alaya_jax.checkpoint.processes import first_does, whole
-from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
+from alaya_jax.checkpoint.source import (
+    Sample,
+    Source,
+    StoredTensor,
+    absolute,
+    fingerprint,
+    identify,
+)
 from alaya_jax.checkpoint.weights import KINDS, Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -94,7 +101,7 @@ def write_checkpoint(
 ) -> Conversion:
     """Writes an opened checkpoint in another format; see `alaya_jax.checkpoint.convert`."""
     started = time.monotonic()
-    path = path.expanduser()
+    path = absolute(path)
     if to not in get_args(Target):
         raise ConfigError(f"to = {to!r} cannot be written; use one of {get_args(Target)}")
     shard_bytes = parse_size(shard_size)
@@ -113,7 +120,7 @@ def write_checkpoint(
         if mesh is not None
     }
     weights = [_weight(source, entry, tensor, dtype, to) for entry, tensor in pairs]
-    matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
+    matrices = {w.dtype for w in weights if len(w.entry.stored_shape) > 1}
     source.read_tokenizer()  # a damaged one is refused before anything is written
     config = source.config
     if len(matrices) == 1:

@@ -35,6 +35,7 @@ _BESIDE = (
     "LICENSE.txt",
     "USE_POLICY.md",
 )
+_TEMPLATES = "additional_chat_templates"  # the named ones, each in a file
 # Order of a layer's modules in a transformers state dict, which decides the shards.
 _MODULES = (
     "self_attn.q_proj",
@@ -88,15 +89,23 @@ def write_weights(
 
 
 def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight]]:
-    """Which weights each file holds: in the model's order, each file filled before the next."""
+    """Which weights each file holds: in the model's order, each file filled before the next.
+
+    A tensor larger than a shard has a file to itself, before the one that is being filled, which
+    goes on behind it: as save_pretrained does it.
+    """
     shards: list[list[Weight]] = []
-    room = 0
+    filling: list[Weight] = []
     for weight in sorted(weights, key=_model_order):
-        if weight.nbytes > room or not shards:
-            shards.append([])
-            room = shard_size
-        shards[-1].append(weight)
-        room -= weight.nbytes
+        if weight.nbytes > shard_size:
+            shards.append([weight])
+            continue
+        if sum(w.nbytes for w in filling) + weight.nbytes > shard_size:
+            shards.append(filling)
+            filling = []
+        filling.append(weight)
+    if filling:
+        shards.append(filling)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     n = len(shards)
@@ -177,6 +186,9 @@ def write_beside(directory: Path, source: Source, config: LlamaConfig) -> None:
         for name in _BESIDE:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, directory / name)
+        for file in (source.path / _TEMPLATES).glob("*.jinja"):
+            (directory / _TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(file, directory / _TEMPLATES / file.name)
         _copy_config(source.path / "config.json", directory / "config.json", config)
         return
     write_json(directory / "config.json", published_config(config))

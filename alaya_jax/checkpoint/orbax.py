@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from alaya_jax.checkpoint.hf import has_tokenizer, read_config
+from alaya_jax.checkpoint.hf import INDEX, SINGLE, has_tokenizer, read_config
 from alaya_jax.checkpoint.names import entries
 from alaya_jax.checkpoint.params import Memory, default_device, placement
 from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
@@ -55,6 +55,11 @@ def open_orbax(path: Path) -> Source:
         raise CheckpointError(
             f"{path} is an Orbax checkpoint without {MANIFEST}, so its model is unknown; restore "
             "it with orbax, and write it with alaya_jax.checkpoint.save(path, config, params)"
+        )
+    if others := [name for name in (SINGLE, INDEX) if (path / name).exists()]:
+        raise CheckpointError(
+            f"{path} holds two sets of weights, {PARAMS}/ and {others[0]}; which is the model's "
+            "cannot be told: move one of them away"
         )
     config = read_config(path / "config.json")
     try:

@@ -94,6 +94,12 @@ class Source:
     gguf_tokenizer: dict[str, Any] | None = None
 
 
+def absolute(path: Path) -> Path:
+    """A path that holds wherever one works later, and that Orbax takes: it wants no '..' either."""
+    path = path.expanduser().absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
 def release(data: np.ndarray) -> None:
     """Gives the memory of the mapped pages under a view back to the system; they can be read again.
 
