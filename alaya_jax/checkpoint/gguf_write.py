@@ -22,7 +22,8 @@ from alaya_jax.checkpoint.gguf_config import (
     yarn_magnitude,
 )
 from alaya_jax.checkpoint.gguf_tokenizer import tokenizer_metadata
-from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
+from alaya_jax.checkpoint.identity import Digest
+from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, cast, count_nonfinite
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -161,7 +162,7 @@ def write_weights(
     directory: Path,
     description: Description,
     weights: list[Weight],
-    wrote: Callable[[Weight, Sample, int], None],
+    wrote: Callable[[Weight, Digest, int], None],
 ) -> None:
     """Writes the file; one that is there, from a run that was cut off, is written anew.
 
@@ -169,7 +170,7 @@ def write_weights(
       directory: an existing directory.
       description: all but the weights.
       weights: every parameter of the model, with the type to write.
-      wrote: told of each weight its fingerprint sample and how many of its values are not finite.
+      wrote: told of each weight its digest and how many of its values are not finite.
     """
     divisors = description.divisors
     writer = gguf.GGUFWriter(directory / FILE, "llama")
@@ -192,9 +193,9 @@ def write_weights(
             writer.write_tensor_data(divisors)
         for weight in weights:
             view = weight.layout("gguf")
-            sample, values = weight.sample(view, "gguf"), cast(view, weight.dtype)
+            digest, values = weight.digest(view, "gguf"), cast(view, weight.dtype)
             writer.write_tensor_data(values.reshape(-1).view(np.uint8))
-            wrote(weight, sample, count_nonfinite(values))
+            wrote(weight, digest, count_nonfinite(values))
             del view, values
             weight.tensor.release()
     finally:
