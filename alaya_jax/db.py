@@ -29,7 +29,7 @@ from alaya_jax.residents import Residents
 from alaya_jax.session import Session
 from alaya_jax.sharding import memory_of
 from alaya_jax.sizes import bytes_of
-from alaya_jax.storage import ContextHeader, DirectoryStore
+from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore, sampled
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
@@ -112,12 +112,8 @@ class DB:
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self._store = DirectoryStore(path, read_only=read_only)
-        # A record of another model, layout or namespace is not ours to show; a damaged one may be.
-        self._contexts = {
-            record.id: Context(record, self._store)
-            for record in self._store.list()
-            if record.header is None or self._is_ours(record.header)
-        }
+        shown = filter(None, map(self._shown, self._store.list()))
+        self._contexts = {record.id: Context(record, self._store) for record in shown}
         self._residents = Residents(self._contexts, self.pool, self._store)
 
     @property
@@ -500,6 +496,19 @@ class DB:
 
     def _is_ours(self, header: ContextHeader) -> bool:
         return header == self._header(header.title, header.origin)
+
+    def _shown(self, record: ContextRecord) -> ContextRecord | None:
+        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
+
+        One of another model, layout or namespace is not ours to show.
+        """
+        header = record.header
+        if header is None or self._is_ours(header):
+            return record
+        record = sampled.named(record)
+        of_any_model = dataclasses.replace(header, fingerprint=self.model.fingerprint)
+        unknown = record.problem == sampled.UNKNOWN_MODEL
+        return record if unknown and self._is_ours(of_any_model) else None
 
     def _write(self, header: ContextHeader, tokens: np.ndarray, kv: Iterable[Any]) -> Context:
         def on_host() -> Iterator[tuple[np.ndarray, np.ndarray]]:
