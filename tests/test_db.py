@@ -288,10 +288,16 @@ def test_a_session_of_another_database_is_stored_with_its_own_keys(open_db, gree
 
 
 def test_a_session_of_another_model_is_not_stored(open_db, tiny_model, document):
-    """Other weights, another type, or a model that does not say which it is."""
+    """Another name, another type, or weights that differ in one row."""
     mine = open_db()
     bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
-    for change in ({"fingerprint": "another"}, {"params": bf16}, {"fingerprint": ""}):
+    embed = tiny_model.params["embed"]
+    row = {"embed": {"embedding": embed["embedding"].at[5].add(0.1)}}
+    for change in (
+        {"fingerprint": "another"},
+        {"params": bf16},
+        {"params": {**tiny_model.params, **row}},
+    ):
         other = open_db(dataclasses.replace(tiny_model, **change), path="other")
         session, rest = other.create_session(document)
         session.prefill(rest)
@@ -494,7 +500,7 @@ def test_prompts_that_cannot_be_served(db, rng):
         ([0.5], "whole numbers"),
         (np.zeros((2, 3), int), "whole numbers"),
         (rng.integers(3, 256, 513), "513 tokens, and tiny takes up to 512"),
-        (None, "whole numbers"),
+        (None, "give messages="),
         ([1, 2**70], "whole numbers"),
     ):
         with pytest.raises(RequestError, match=match):
