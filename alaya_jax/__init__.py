@@ -4,8 +4,9 @@
 
     model = aj.load("smollm2-135m")
     db = aj.DB("contexts.db", model)
-    db.import_context(document)
-    session, rest = db.create_session(document + question)
+    db.import_context(document=document)
+    messages = [{"role": "user", "content": question}]
+    session, rest = db.create_session(messages=messages, document=document)
     for token in aj.generate(session, rest, attention=aj.DIPR(beta=50.0)):
         print(token.text, end="")
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from alaya_jax.index import Sketch as Sketch
     from alaya_jax.model import Model as Model
     from alaya_jax.model import load as load
+    from alaya_jax.models.rendered import Rendered as Rendered
     from alaya_jax.query import DIPR as DIPR
     from alaya_jax.query import Full as Full
     from alaya_jax.query import Tiles as Tiles
@@ -55,6 +57,7 @@ _HOME = {
     "Greedy": "sampling",
     "Model": "model",
     "Plan": "query.plan",
+    "Rendered": "models.rendered",
     "Sampling": "sampling",
     "Session": "session",
     "ShardingRules": "sharding",

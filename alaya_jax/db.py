@@ -1,23 +1,27 @@
 """The database: contexts at rest and in memory, and the sessions that read them.
 
 db = aj.DB("contexts.db", model)
-db.import_context(document)
-session, rest = db.create_session(document + question)
+db.import_context(document=document)
+messages = [{"role": "user", "content": question}]
+session, rest = db.create_session(messages=messages, document=document)
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Listed
+from datetime import date as Date
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from alaya_jax import graphs
+from alaya_jax import graphs, prompts
 from alaya_jax.context import Context, lender, longest_prefix
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
+from alaya_jax.models.chat import Message
 from alaya_jax.origin import Origin
 from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
@@ -25,7 +29,7 @@ from alaya_jax.residents import Residents
 from alaya_jax.session import Session
 from alaya_jax.sharding import memory_of
 from alaya_jax.sizes import bytes_of
-from alaya_jax.storage import ContextHeader, DirectoryStore
+from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore, sampled
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
@@ -108,12 +112,8 @@ class DB:
             )
         self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
         self._store = DirectoryStore(path, read_only=read_only)
-        # A record of another model, layout or namespace is not ours to show; a damaged one may be.
-        self._contexts = {
-            record.id: Context(record, self._store)
-            for record in self._store.list()
-            if record.header is None or self._is_ours(record.header)
-        }
+        shown = filter(None, map(self._shown, self._store.list()))
+        self._contexts = {record.id: Context(record, self._store) for record in shown}
         self._residents = Residents(self._contexts, self.pool, self._store)
 
     @property
@@ -135,9 +135,12 @@ class DB:
 
     def import_context(
         self,
-        text_or_tokens: str | Iterable[int] | np.ndarray,
+        text_or_tokens: str | Iterable[int] | np.ndarray | None = None,
         kv: Iterable[tuple[Any, Any]] | None = None,
         *,
+        messages: Listed[Message] | None = None,
+        document: str | None = None,
+        date: Date | None = None,
         title: str = "",
         progress: bool = True,
     ) -> Context:
@@ -147,18 +150,24 @@ class DB:
         context that is there is returned as it is. Interrupted, nothing is stored.
 
         Args:
-          text_or_tokens: the prompt.
+          text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
+            template rendered (`model.tokenizer.chat.render`); or token ids.
           kv: per layer keys (after RoPE) and values, each [K, n, D], taken to be exact; None: they
             are computed.
+          messages: in place of a text, a conversation that others go on from.
+          document: in place of a text, a document to be asked about in the model's chat template,
+            behind `messages` such as a system's; `create_session` takes it with the question.
+          date: see `create_session`.
           title: for people.
           progress: shows a bar on stderr when it is a terminal.
 
         Raises:
           RequestError: the prompt is empty, longer than the model allows, or kv has other shapes.
+          TokenizerError: the model has no tokenizer, or no chat template for the messages.
           CacheFullError: it does not fit into the budget.
           DatabaseError: it cannot be written.
         """
-        tokens = self._tokens_of(text_or_tokens)
+        tokens, _ = self.prompt(text_or_tokens, messages, document, date, to_store=True)
         self._check_length(tokens)
         header = self._header(title)
         known = self._contexts.get(header.context_id(tokens))
@@ -175,7 +184,13 @@ class DB:
 
     @overload
     def create_session(
-        self, prompt: str | np.ndarray | list[int], *, reuse: Reuse = "exact"
+        self,
+        prompt: str | np.ndarray | list[int] | None = None,
+        *,
+        messages: Listed[Message] | None = None,
+        document: str | None = None,
+        date: Date | None = None,
+        reuse: Reuse = "exact",
     ) -> tuple[Session, np.ndarray]: ...
 
     @overload
@@ -183,11 +198,26 @@ class DB:
         self, prompt: list[str] | list[np.ndarray] | list[list[int]], *, reuse: Reuse = "exact"
     ) -> tuple[Session, list[np.ndarray]]: ...
 
-    def create_session(self, prompt: Any, *, reuse: Reuse = "exact") -> tuple[Session, Any]:
+    def create_session(
+        self,
+        prompt: Any = None,
+        *,
+        messages: Listed[Message] | None = None,
+        document: str | None = None,
+        date: Date | None = None,
+        reuse: Reuse = "exact",
+    ) -> tuple[Session, Any]:
         """Opens a session on the longest stored prefix of a prompt, at any token.
 
         Args:
-          prompt: text or token ids; or a list of texts or of id lists, for a batch.
+          prompt: text, in which nothing is a control token; what a chat template rendered
+            (`model.tokenizer.chat.render`); token ids; or a list of such, for a batch.
+          messages: in place of a prompt, a conversation for the model's chat template; the
+            assistant speaks next. What a message says can never become a control token.
+          document: a text in front of the user's first message.
+          date: for chat templates that print one. None is today, or the date under which the
+            prompt is stored: what follows a date depends on it, and would be computed anew each
+            day. `Session.dated` says what was printed.
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
             there; "any": all of it, as the session that stored it would have gone on.
@@ -199,21 +229,26 @@ class DB:
         Raises:
           RequestError: a prompt is empty, too long, or has ids outside the vocabulary; `reuse` is
             something else.
+          TokenizerError: the model has no tokenizer, or no chat template for the messages.
           ContextError: the stored context is damaged.
           CacheFullError: the stored context does not fit into the budget.
         """
         batched = isinstance(prompt, list | tuple) and not (
-            len(prompt) and isinstance(prompt[0], int | np.integer)
+            len(prompt) and isinstance(prompt[0], int | np.integer | Mapping)
         )
-        prompts = [self._tokens_of(p) for p in (prompt if batched else [prompt])]
-        if not prompts:
+        if batched and (messages is not None or document is not None):
+            raise RequestError("create_session: give a list of prompts or messages=, not both")
+        given = prompt if batched else [prompt]
+        asked = [self.prompt(p, messages, document, date) for p in given]
+        rows = [p.ids for p in asked]
+        if not rows:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
         if reuse not in ("exact", "any"):
             raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
         sequences, found, origins = [], [], []
         with self.pool.lock:
             try:
-                for tokens in prompts:
+                for tokens in rows:
                     self._check_length(tokens)
                     context, length = longest_prefix(
                         self._contexts.values(), tokens, exact=reuse == "exact"
@@ -226,12 +261,13 @@ class DB:
                 for sequence in sequences:
                     self.pool.release(sequence)
                 raise
-        tokens = [p[: s.length] for p, s in zip(prompts, sequences, strict=True)]
+        tokens = [p[: s.length] for p, s in zip(rows, sequences, strict=True)]
         session = Session(
             self.model, self.pool, sequences, tokens, found, origins=origins, batched=batched
         )
+        session.dated = asked[0].dated
         session.lender = self._lend
-        rest = [p[s.length :] for p, s in zip(prompts, sequences, strict=True)]
+        rest = [p[s.length :] for p, s in zip(rows, sequences, strict=True)]
         return session, rest if batched else rest[0]
 
     def _lend(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
@@ -379,10 +415,36 @@ class DB:
             "free)"
         )
 
-    def _tokens_of(self, prompt: Any) -> np.ndarray:
+    def prompt(
+        self,
+        prompt: Any = None,
+        messages: Listed[Message] | None = None,
+        document: str | None = None,
+        date: Date | None = None,
+        *,
+        to_store: bool = False,
+    ) -> prompts.Prompt:
+        """The token ids of a prompt that `create_session` takes or, with `to_store`, of one that
+        `import_context` does; see there.
+
+        Raises:
+          RequestError, TokenizerError: as there.
+        """
+        if prompt is None:
+            tokenizer = prompts.tokenizer_of(self.model)
+            found = prompts.prompt(
+                tokenizer, messages, document, date, self.contexts, to_store=to_store
+            )
+            return found._replace(ids=self.model.check_tokens(found.ids))
+        if messages is not None or document is not None or date is not None:
+            raise RequestError("give a prompt, or messages=, document= and date=, not both")
+        if isinstance(prompt, Mapping) or (
+            isinstance(prompt, list | tuple) and any(isinstance(p, Mapping) for p in prompt)
+        ):
+            raise RequestError("these are messages of a chat: pass them as messages=[...]")
         if isinstance(prompt, str):
-            return self.model.encode(prompt)
-        return self.model.check_tokens(prompt)
+            prompt = prompts.plain_ids(prompts.tokenizer_of(self.model), prompt)
+        return prompts.Prompt(self.model.check_tokens(prompt))
 
     def _check_length(self, tokens: np.ndarray) -> None:
         if not len(tokens):
@@ -434,6 +496,19 @@ class DB:
 
     def _is_ours(self, header: ContextHeader) -> bool:
         return header == self._header(header.title, header.origin)
+
+    def _shown(self, record: ContextRecord) -> ContextRecord | None:
+        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
+
+        One of another model, layout or namespace is not ours to show.
+        """
+        header = record.header
+        if header is None or self._is_ours(header):
+            return record
+        record = sampled.named(record)
+        of_any_model = dataclasses.replace(header, fingerprint=self.model.fingerprint)
+        unknown = record.problem == sampled.UNKNOWN_MODEL
+        return record if unknown and self._is_ours(of_any_model) else None
 
     def _write(self, header: ContextHeader, tokens: np.ndarray, kv: Iterable[Any]) -> Context:
         def on_host() -> Iterator[tuple[np.ndarray, np.ndarray]]:

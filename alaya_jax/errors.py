@@ -29,6 +29,10 @@ class ContextError(AlayaError):
     """A stored context that is damaged, missing, or was made by another model."""
 
 
+class GraphError(ContextError):
+    """A context whose graph index is missing or damaged; its keys and values are not."""
+
+
 class DatabaseError(AlayaError):
     """A database path that cannot be opened: unwritable, locked, or not a database."""
 

@@ -13,12 +13,13 @@ import numpy as np
 from alaya_jax import programs
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.origin import Way
+from alaya_jax.pool import uninterrupted
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Attention
 from alaya_jax.sampler import init_sampler, sample
 from alaya_jax.sampling import Greedy, Sampling, StopText
-from alaya_jax.session import Session
+from alaya_jax.session import Output, Session
 
 BLOCK = 16
 """Most decode steps of one device call. The next call is under way while one's tokens are read."""
@@ -31,8 +32,8 @@ class Token(NamedTuple):
 
     Attributes:
       id: token id. That of an end of sequence only where its text is not empty.
-      text: new text that it completes; may be empty (half a character, or held back as the start
-        of a stop string).
+      text: new text that it completes; may be empty (half a character, held back as the start of
+        a stop string, or an id of a padded vocabulary, which stands for no text).
       logprob: of the model's own distribution, natural logarithm.
       sequence: which sequence of the batch.
       alternatives: the likeliest (id, logprob), as many as `Sampling.logprobs` asks for.
@@ -83,8 +84,11 @@ def generate(
         for token in aj.generate(session, rest, attention=aj.DIPR(beta=50.0)):
             print(token.text, end="", flush=True)
 
-    Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far; a later call
-    goes on from there. A request that cannot fit is refused here, before anything runs.
+    Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far. A later call
+    without new tokens goes on as one call would: penalties count what was said before, half a
+    character waits for its other half, and a stop string may begin in one call and end in the next
+    (where `max_new_tokens` ended a call, its beginning was said). A request that cannot fit is
+    refused here, before anything runs.
 
     Args:
       session: where to continue.
@@ -204,7 +208,14 @@ class _Request:
         if any(s.stop for s in each) and model.tokenizer is None:
             raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
-        self._processors, sampler = init_sampler(each, prompts, model.config.vocab_size)
+        # Tokens that are given, and not only what is pending, begin another output.
+        begun = [
+            Output() if len(row) > len(pending) else output
+            for row, pending, output in zip(rows, session.pending, session.outputs, strict=True)
+        ]
+        self._processors, sampler = init_sampler(
+            each, prompts, model.config.vocab_size, [output.ids for output in begun]
+        )
         # Randomness goes by position: a session that was left goes on as if it had not been.
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
         self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
@@ -216,6 +227,7 @@ class _Request:
         session.make_room([len(row) + max_new_tokens - 1 for row in rows])
 
         self.session = session
+        self._tokenizer = model.tokenizer
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.finish_reasons: list[str | None] = [None] * batch
         self.timing = Timing(prefill_tokens=max(len(row) for row in rows))
@@ -231,8 +243,9 @@ class _Request:
             eos = (*eos, *model.tokenizer.eos_ids)
         self._end_ids = [s.end_ids(eos) for s in each]
         self._texts: list[list[str]] = [[] for _ in range(batch)]
-        self._streams = [model.tokenizer.stream() if model.tokenizer else None for _ in each]
-        self._stops = [StopText(s.stop) for s in each]
+        session.outputs = begun
+        for output, s in zip(begun, each, strict=True):
+            output.stop = output.stop.going_on(s.stop)
 
     @property
     def text(self) -> str | list[str]:
@@ -344,31 +357,39 @@ class _Request:
                     f"the logits of sequence {b} are not finite after {session.lengths[b]} tokens; "
                     "check the weights, or use dtype='float32'"
                 )
-            session.accept(b, id, self._way)
-            stream, stop = self._streams[b], self._stops[b]
-            if id in self._end_ids[b]:
-                self.finish_reasons[b] = "eos"
-                text = self._flush(b)
-            else:
-                self.ids[b].append(id)
-                text = stop.put(stream.put(id)) if stream else ""
-                if stop.stopped:
-                    self.finish_reasons[b] = "stop"
-                elif len(self.ids[b]) == self._max:
-                    self.finish_reasons[b] = "length"
-                    text += self._flush(b)
-            self._texts[b].append(text)
+            with uninterrupted():
+                text = self._take(b, id)
             if self.finish_reasons[b] != "eos" or text:
                 wanted = self._alternatives[b]
                 likely = zip(*(a[b, :wanted].tolist() for a in alternatives or ()), strict=True)
                 yield Token(id, text, float(logprobs[b]), b, tuple(likely))
 
-    def _flush(self, b: int) -> str:
-        """Text held back, once nothing can follow it."""
-        stream, stop = self._streams[b], self._stops[b]
-        if stream is None:
-            return ""
-        return stop.put(stream.flush()) + stop.flush()
+    def _take(self, b: int, id: int) -> str:
+        """A new token of a running sequence; the text that it completes."""
+        session, output, tokenizer = self.session, self.session.outputs[b], self._tokenizer
+        session.accept(b, id, self._way)
+        if output.stream is None and tokenizer is not None:
+            output.stream = tokenizer.stream(padded_to=session.model.config.vocab_size)
+        stream, stop = output.stream, output.stop
+        text = ""
+        if id in self._end_ids[b]:
+            self.finish_reasons[b] = "eos"
+            if stream is not None:
+                text = stop.put(stream.flush()) + stop.flush()
+        else:
+            self.ids[b].append(id)
+            if stream is not None:
+                text = stop.put(stream.put(id))
+            if stop.stopped:
+                self.finish_reasons[b] = "stop"
+            elif len(self.ids[b]) == self._max:
+                # What may begin a stop string is said. Half a character waits for its other half.
+                self.finish_reasons[b] = "length"
+                text += stop.flush()
+        if self.finish_reasons[b] in ("eos", "stop"):  # whatever follows is another text
+            output.stream, output.stop = None, StopText(())
+        self._texts[b].append(text)
+        return text
 
 
 def _rows(alternatives: Any) -> list[np.ndarray] | None:

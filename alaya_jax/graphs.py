@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alaya_jax import programs
-from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.errors import ContextError, GraphError, RequestError
 from alaya_jax.index import Graph, GraphLayer, graph_build
 from alaya_jax.model import Model
 from alaya_jax.pool import PagePool, Sequence
@@ -124,21 +124,24 @@ def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) 
     Rows are padded to one of four sizes an octave, since a program is compiled for each size.
 
     Raises:
-      ContextError: there is none, or it is damaged.
+      GraphError: there is none, or it is damaged.
       RequestError: it was built with other settings.
     """
     record = store.indexes(id).get(KIND)
     way_out = "build it with db.build_index(context, aj.Graph(...)), or use aj.Sketch()"
     if record is None:
-        raise ContextError(f"context {id} has no graph index; {way_out}")
+        raise GraphError(f"context {id} has no graph index; {way_out}")
     if record.problem is not None:
-        raise ContextError(record.problem)
+        raise GraphError(record.problem)
     if dict(record.settings) != wanted.built:
         raise RequestError(
             f"the graph index of context {id} was built with {dict(record.settings)}, and the plan "
             f"asks for {wanted.built}; ask for the same, or {way_out}"
         )
-    arrays = store.read_index(id, KIND, layer)
+    try:
+        arrays = store.read_index(id, KIND, layer)
+    except ContextError as error:
+        raise GraphError(str(error)) from error
     near, starts = arrays["neighbours"], arrays["starts"]
     n = near.shape[1]
     step = max(256, (1 << n.bit_length()) // 8)

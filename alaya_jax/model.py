@@ -7,19 +7,36 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from alaya_jax.checkpoint import read_checkpoint
+from alaya_jax.checkpoint.identity import identify_arrays
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedKernel, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, auto_axes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A fingerprint, and what it was given or made for."""
+
+    fingerprint: str
+    config: LlamaConfig
+    arrays: list[Any]
+    tree: Any  # with what a kernel holds beside its arrays
+
+    def holds_for(self, config: LlamaConfig, params: Params) -> bool:
+        """Whether these are config and arrays; an array is another when it was made anew."""
+        arrays, tree = jax.tree.flatten(params)
+        same = tree == self.tree and all(a is b for a, b in zip(arrays, self.arrays, strict=True))
+        return same and config == self.config
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Model:
     """A Llama and what belongs to it.
 
@@ -27,7 +44,6 @@ class Model:
       config: architecture.
       params: parameter pytree; see `models.llama`.
       tokenizer: None when the checkpoint has none; token ids work all the same.
-      fingerprint: of config and weights; contexts of another fingerprint are not reused.
       name: for people.
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
@@ -36,13 +52,58 @@ class Model:
 
     config: LlamaConfig
     params: Params
-    tokenizer: Tokenizer | None = None
-    fingerprint: str = ""
-    name: str = "model"
-    mesh: Mesh | None = None
-    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
-    max_length: int | None = None
-    directory: Path | None = None
+    tokenizer: Tokenizer | None
+    name: str
+    mesh: Mesh | None
+    rules: ShardingRules
+    max_length: int | None
+    directory: Path | None
+    _named: _Named | None
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        fingerprint: str = "",
+        name: str = "model",
+        mesh: Mesh | None = None,
+        rules: ShardingRules | None = None,
+        max_length: int | None = None,
+        directory: Path | None = None,
+        *,
+        _named: _Named | None = None,
+    ):
+        """A model of parameters in memory; `load` reads one.
+
+        Args:
+          fingerprint: names this config and these weights; without it, a digest of them is made
+            when it is first asked for. `dataclasses.replace` with other parameters, or another
+            config, makes it anew.
+          The rest: see the attributes.
+        """
+        if fingerprint:
+            _named = _Named(fingerprint, config, *jax.tree.flatten(params))
+        elif _named is not None and not _named.holds_for(config, params):
+            _named = None
+        fields = {"config": config, "params": params, "tokenizer": tokenizer, "name": name}
+        fields |= {"mesh": mesh, "rules": rules or ShardingRules(), "max_length": max_length}
+        for field, value in (fields | {"directory": directory, "_named": _named}).items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of config, weights and RoPE; contexts of another fingerprint are not reused.
+
+        Raises:
+          RequestError: it was not given, and the parameters are spread over several processes.
+        """
+        named = self._named
+        if named is None or not named.holds_for(self.config, self.params):  # or put in their place
+            made = identify_arrays(self.config, self.params)
+            named = _Named(made, self.config, *jax.tree.flatten(self.params))
+            object.__setattr__(self, "_named", named)
+        return served_as(named.fingerprint, self.config, self.max_length)
 
     @property
     def dtype(self) -> np.dtype:
@@ -144,24 +205,23 @@ def load(
     Raises:
       RequestError: `max_length` is not from 1 to what the checkpoint declares.
       CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
-        understood.
+        understood; or the mesh has an axis that no rule uses.
     """
     rules = rules or ShardingRules()
-    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+    if mesh is not None:
+        rules.require_used(mesh.shape)
+        mesh = auto_axes(mesh)
     read = read_checkpoint(
         path_or_name, mesh=mesh, rules=rules, dtype=dtype, quantize=quantize, progress=progress
     )
     declared = read.config.max_length
     if max_length is not None and not 1 <= max_length <= declared:
         raise RequestError(f"load: max_length={max_length}; {path_or_name} declares {declared:,}")
-    fingerprint = served_as(read.fingerprint, read.config, max_length)
     return Model(
         config=read.config,
         params=read.params,
         tokenizer=read.tokenizer,
-        fingerprint=fingerprint,
+        fingerprint=read.fingerprint,
         name=Path(path_or_name).name,
         mesh=mesh,
         rules=rules,

@@ -6,6 +6,7 @@ through `PagePool.run`. And the one place that knows when a page's contents chan
 has reserved the page (`PagePool.reserve`).
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -38,6 +39,18 @@ INDEX_WIDTH = 8
 
 TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
+
+
+_under_way: collections.deque[jax.Array] = collections.deque(maxlen=4)
+"""Something small of the newest programs' results."""
+
+
+@atexit.register
+def _let_programs_end() -> None:
+    """A process that ends while a program runs is aborted by JAX's runtime (SIGABRT)."""
+    for array in _under_way:
+        with contextlib.suppress(RuntimeError):  # donated since: to a newer one
+            array.block_until_ready()
 
 
 @contextlib.contextmanager
@@ -172,7 +185,9 @@ class PagePool:
                 self._kv = result
                 return None
             self._kv = result[kv_result]
-        return (*result[:kv_result], *result[kv_result + 1 :])
+        rest = (*result[:kv_result], *result[kv_result + 1 :])
+        _under_way.append(min(jax.tree.leaves(rest), key=lambda leaf: leaf.size))
+        return rest
 
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.

@@ -79,7 +79,10 @@ class Alternatives(NamedTuple):
 
 
 def init_sampler(
-    sampling: Sampling | Sequence[Sampling], prompts: Sequence[Any], vocab_size: int
+    sampling: Sampling | Sequence[Sampling],
+    prompts: Sequence[Any],
+    vocab_size: int,
+    outputs: Sequence[Any] | None = None,
 ) -> tuple[Processors, SamplerState]:
     """The static and the dynamic half of a batch's sampling, before its first token.
 
@@ -87,6 +90,7 @@ def init_sampler(
         sampling: One for the whole batch, or one per sequence.
         prompts: Token ids of each sequence [n], everything that precedes the first sampled token.
         vocab_size: V, the last axis of the logits.
+        outputs: Token ids of each sequence [n] that were sampled before and count as its output.
 
     Raises:
         RequestError: Number of samplings and prompts differ, or an id or a count exceeds V.
@@ -132,6 +136,8 @@ def init_sampler(
                 row[i] = b
     if prompt is not None or (presence != 0).any() or (frequency != 0).any():
         counts = np.zeros((batch, vocab_size), np.int32)
+        for row, ids in zip(counts, outputs or (), strict=False):
+            np.add.at(row, np.asarray(ids, np.int64), 1)
     # The generator is named, so that jax's global default does not change a stored result.
     keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))
     state = SamplerState(

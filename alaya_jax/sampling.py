@@ -122,45 +122,71 @@ def refused(name: str, value: Any, allowed: str) -> RequestError:
 
 
 def _bias_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
-    allowed = "a mapping of token id to a finite number or -inf, each id once"
+    allowed = "a mapping of token id to a number from -3e38 to 3e38 or -inf, each id once"
     try:
         pairs = [(i, b) for i, b in (bias.items() if isinstance(bias, Mapping) else bias)]
     except (TypeError, ValueError) as error:
         raise refused("logit_bias", bias, allowed) from error
     for i, b in pairs:
-        if not (_is(i, numbers.Integral) and i >= 0 and _is(b, numbers.Real)) or not b < math.inf:
+        # Beyond that a float32 is infinite, or turns so with a logit added.
+        if not (_is(i, numbers.Integral) and i >= 0 and _is(b, numbers.Real)) or not (
+            -3e38 <= b <= 3e38 or b == -math.inf
+        ):
             raise refused("logit_bias", {i: b}, allowed)
     if len({i for i, _ in pairs}) != len(pairs):
         raise refused("logit_bias", bias, allowed)
     return tuple(sorted((int(i), float(b)) for i, b in pairs))
 
 
+_REMEMBERED = 4096
+"""Characters of a text that a later call's stop string may have begun in."""
+
+
 class StopText:
     """Cuts streamed text at the first stop string, however the text is split into pieces.
 
     The string that is complete first wins, and of two complete at once the longer.
+
+    Args:
+        stop: the strings.
+        given: the end of the text so far, which is with the reader already.
+        held: text behind it that is not.
     """
 
-    def __init__(self, stop: Sequence[str]):
+    def __init__(self, stop: Sequence[str], given: str = "", held: str = ""):
         self.stop = tuple(stop)
         self.stopped = False
-        self._held = ""  # may turn out to be the start of a stop string
+        self._longest = max((len(s) - 1 for s in self.stop), default=0)
+        self._given = given  # as much as a stop string may have begun in
+        self._held = held  # may turn out to be the start of a stop string
+
+    def going_on(self, stop: Sequence[str]) -> "StopText":
+        """The same text with other stop strings from here on."""
+        return StopText(stop, self._given, self._held)
 
     def put(self, text: str) -> str:
         """Take the next piece; return what is now known to be part of the output."""
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]
+        # A string that is complete in what was given was none of its call's.
+        before = self._given[len(self._given) - min(len(self._given), self._longest) :]
+        text = before + self._held + text
+        starts = [(s, max(0, len(before) - len(s) + 1)) for s in self.stop]
+        found = [(at + len(s), at) for s, i in starts if (at := text.find(s, i)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        longest = max((len(s) - 1 for s in self.stop), default=0)
-        ends = (text[-n:] for n in range(min(longest, len(text)), 0, -1))
-        self._held = next((e for e in ends if any(s.startswith(e) for s in self.stop)), "")
-        return text[: len(text) - len(self._held)]
+            return text[len(before) : max(len(before), min(found)[1])]
+        ends = (text[-n:] for n in range(min(self._longest, len(text)), 0, -1))
+        end = next((e for e in ends if any(s.startswith(e) for s in self.stop)), "")
+        new = text[len(before) :]
+        self._held = end[max(0, len(end) - len(new)) :]
+        return self._give(new[: len(new) - len(self._held)])
 
     def flush(self) -> str:
         """What was held back, once the text has ended."""
         held, self._held = self._held, ""
-        return held
+        return self._give(held)
+
+    def _give(self, text: str) -> str:
+        self._given = (self._given + text)[-_REMEMBERED:]
+        return text

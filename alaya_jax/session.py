@@ -15,6 +15,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
+from alaya_jax.models.tokenizer import TokenStream
 from alaya_jax.origin import Origin, Way
 from alaya_jax.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.query import Full
@@ -25,6 +26,7 @@ from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
 from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for, choose_prefill_for
+from alaya_jax.sampling import StopText
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -38,6 +40,26 @@ GPU_CHUNK = 4096
 """On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than
 an H100 has multiprocessors.
 """
+
+
+@dataclasses.dataclass
+class Output:
+    """What a sequence has said since it was last given tokens: one output, over all calls.
+
+    Attributes:
+      ids: token ids, those that end a text too.
+      stream, stop: of the text that is being written; None before its first token, and where
+        there is no tokenizer.
+    """
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    stream: TokenStream | None = None
+    stop: StopText = dataclasses.field(default_factory=lambda: StopText(()))
+
+    def copy(self) -> "Output":
+        """One that goes on by itself."""
+        stream = self.stream and self.stream.copy()
+        return Output(list(self.ids), stream, self.stop.going_on(self.stop.stop))
 
 
 class Session:
@@ -80,6 +102,8 @@ class Session:
         """Tokens that were generated but are not in the cache yet: the next call feeds them
         first.
         """
+        self.outputs = [Output() for _ in sequences]
+        """What each sequence said since it was last given tokens."""
         self.reads: dict[str, Reads] = {}
         self._graphs: dict[tuple[int, Any, int], GraphLayer] = {}
         """By sequence, building settings and layer; kept as the session's pages are."""
@@ -92,6 +116,8 @@ class Session:
         """What `Auto` chose last, and why."""
         self.prefill_choice: PrefillChoice | None = None
         """The same for a prefill."""
+        self.dated = ""
+        """What the chat template printed for the time, where it does."""
         self.turn = 0
         """Calls so far that write here: a generation of an earlier turn must not go on."""
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
@@ -349,6 +375,7 @@ class Session:
         with uninterrupted():
             self._commit(b, self.pending[b], way)
             self.pending[b] = [token]
+            self.outputs[b].ids.append(token)
 
     def _commit(self, b: int, tokens: list[int], way: Way) -> None:
         sequence = self.sequences[b]
@@ -451,9 +478,10 @@ class Session:
             origins=list(self.origins),
             batched=self.batched,
         )
-        other.reused = list(self.reused)
+        other.reused, other.dated = list(self.reused), self.dated
         other._graphs, other.lender = dict(self._graphs), self.lender
         other.pending = [list(p) for p in self.pending]
+        other.outputs = [output.copy() for output in self.outputs]
         return other
 
     def __copy__(self) -> "Session":

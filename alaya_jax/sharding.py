@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ class ShardingRules:
         """The mesh axis that a logical axis is laid on; None when it is not split."""
         axis = getattr(self, name)
         return axis if mesh is not None and axis in mesh.axis_names else None
+
+    def require_used(self, axes: Mapping[str, int]) -> None:
+        """Raises ConfigError for an axis of a mesh that nothing would be laid on: its devices would
+        all do the same, in silence.
+
+        Args:
+          axes: sizes by name, as `mesh.shape` has them; one of size 1 may have any name.
+        """
+        used = sorted({target for target in dataclasses.astuple(self) if target is not None})
+        unused = [name for name, size in axes.items() if name not in used and size > 1]
+        if unused:
+            words = ", ".join(f"{name}={size}" for name, size in axes.items())
+            raise ConfigError(
+                f"mesh {words}: no sharding rule uses {', '.join(unused)}; name its axes "
+                f"{', '.join(used)}, or give rules=ShardingRules(heads={unused[0]!r}, ...)"
+            )
 
     def spec(self, mesh: Mesh, axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition spec of an array with these logical axes (None: replicated).
@@ -148,6 +165,14 @@ def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:
     )
 
 
+def auto_axes(mesh: Mesh) -> Mesh:
+    """The mesh with axes of type Auto, as the programs here need them."""
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
 def parse_axes(text: str) -> dict[str, int]:
     """The axes that "data=2,tensor=4" means, as command lines take it, for `make_mesh`.
 
@@ -160,12 +185,7 @@ def parse_axes(text: str) -> dict[str, int]:
         if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) < 1:
             raise ConfigError(f"mesh {text!r} is not understood; write it as data=2,tensor=4")
         axes[name.strip()] = int(size)
-    known = {str(target) for target in dataclasses.astuple(ShardingRules()) if target is not None}
-    if unknown := axes.keys() - known:
-        raise ConfigError(
-            f"mesh {text!r} has axes that no sharding rule uses: {', '.join(sorted(unknown))}; "
-            f"use {', '.join(sorted(known))}"
-        )
+    ShardingRules().require_used(axes)
     return axes
 
 

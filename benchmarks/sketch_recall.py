@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -34,7 +35,9 @@ from planted import Planted
 import alaya_jax as aj
 from alaya_jax import cache, configs
 from alaya_jax.attention import engine
+from alaya_jax.attention.kept import Kept, lse_kept
 from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.attention.partial import share_read
 from alaya_jax.attention.retrieve import pivot
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import MISS, Flat, Sketch, recover
@@ -119,7 +122,21 @@ def in_question(layer, q, k, n, low, high, beta, seed):
     return in_range(scan.estimate + scan.error, best, beta)
 
 
-recover_jit = jax.jit(recover, static_argnames="head_dim")
+@functools.partial(jax.jit, static_argnames=("n", "low", "high"))
+def recovered(layer, q, k, n, low, high, lse, seed, p, margin):
+    """The keys of positions low..high that DIPR(recovery=p) keeps, and the mass that it states."""
+    pages = Pages(k, k, jnp.arange(1, n // PAGE + 1))
+    keys = KeyRange(jnp.full(q.shape[2], low), jnp.full(q.shape[2], high))
+
+    def held(mask):
+        return jnp.logaddexp(lse, lse_kept(q, Kept(pages, keys, mask)))
+
+    scan = layer.scan(q, pages, keys)
+    found = recover(scan, lse, seed, p, q.shape[-1], margin, held=held)
+    read = held(found.kept)
+    return found.kept[..., low:high], share_read(read, found.unread)
+
+
 quantize_jit = jax.jit(quantize, static_argnames="bits")
 
 
@@ -199,32 +216,33 @@ def ranges(sketch, k, q, n):
 def recoveries(sketch, k, q, n):
     for window in (None, WINDOW):
         layers = [
-            Truth.of(*map(np.asarray, scans(layer, query, keys, n, 0, n)), n, window, q.shape[-1])
+            Truth.of(layer, query, keys, n, window)
             for layer, keys, query in zip(sketch, k, q, strict=True)
         ]
         for p in (0.90, 0.95, 0.98):
             for margin in (0.0, MARGIN):
-                yield {"window": window, **recovery(layers, p, margin, q.shape[-1])}
+                yield {"window": window, **recovery(layers, p, margin)}
 
 
 @dataclasses.dataclass
 class Truth:
     """One layer's heads and queries [K, G, T, keys outside the window], and the window's part.
 
-    `share` is each key's attention weight, `inside` the window's; `below` how far each score lies
-    under the best of all, ascending, and `held` the mass of the window and the keys up to it.
+    `recovered` takes p and the margin; `share` is each key's attention weight, `inside` the
+    window's; `below` how far each score lies under the best of all, ascending, and `held` the mass
+    of the window and the keys up to it.
     """
 
-    estimate: np.ndarray
-    seed: np.ndarray
-    lse: np.ndarray
+    recovered: Callable[[float, float], tuple[jax.Array, jax.Array]]
     share: np.ndarray
     inside: np.ndarray
     below: np.ndarray
     held: np.ndarray
 
     @classmethod
-    def of(cls, true, _, estimate, __, n, window, dim):
+    def of(cls, layer, q, k, n, window):
+        dim = q.shape[-1]
+        true = np.asarray(scans(layer, q, k, n, 0, n)[0])
         seed, lse, low, high = in_window(true, n, window, dim)
         below = true.max(-1, keepdims=True) - true
         share = np.exp(-below / np.sqrt(dim), dtype=np.float64)
@@ -234,17 +252,17 @@ class Truth:
         share = share[..., low:high]
         held = inside[..., None] + np.cumsum(np.take_along_axis(share, order, -1), -1)
         below = np.take_along_axis(below[..., low:high], order, -1)
-        return cls(estimate[..., low:high], seed, lse, share, inside, below, held)
+        asked = functools.partial(recovered, layer, q, k, n, low, high, lse, seed)
+        return cls(asked, share, inside, below, held)
 
 
-def recovery(layers, p, margin, dim):
+def recovery(layers, p, margin):
     kept, mass, believed, needed_beta, needed_keys = [], [], [], [], []
     for truth in layers:
-        found = recover_jit(truth.estimate, truth.lse, truth.seed, p, dim, margin)
-        chosen = np.asarray(found.kept)
+        chosen, stated = map(np.asarray, truth.recovered(p, margin))
         kept.append(chosen.mean())
         mass.append((truth.inside + np.where(chosen, truth.share, 0).sum(-1)).ravel())
-        believed.append(np.mean(found.mass))
+        believed.append(stated.ravel())
         # What a fixed beta or k would have to be, head by head and query by query.
         last = np.minimum((truth.held < p).sum(-1, keepdims=True), truth.held.shape[-1] - 1)
         needed = np.take_along_axis(truth.below, last, -1)[..., 0]
@@ -262,7 +280,9 @@ def recovery(layers, p, margin, dim):
         "worst_1pct": round(float(np.mean([np.quantile(m, 0.01) for m in mass])), 4),
         "worst_1pct_pooled": round(float(np.quantile(pooled, 0.01)), 4),
         "held": round(float(as_often["q"]), 4),
-        "mass_believed": round(float(np.mean(believed)), 4),
+        "least": round(float(pooled.min()), 4),
+        "mass_stated": round(float(np.mean(np.concatenate(believed))), 4),
+        "stated_above": round(float(np.mean(np.concatenate(believed) > pooled + 1e-4)), 4),
         "fixed_beta": round(float(beta), 1),
         "kept_by_fixed_beta": round(float(np.mean([np.mean(t.below <= beta) for t in layers])), 5),
         "kept_by_fixed_k": round(float(keys) / layers[0].held.shape[-1], 5),

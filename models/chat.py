@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.models.rendered import Rendered
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
@@ -40,32 +42,35 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        date: date | None = None,
         **variables: Any,
-    ) -> str:
+    ) -> Rendered:
         """Renders a conversation.
 
-        The text already holds the control tokens, often a BOS too: encode it with
-        `add_special_tokens=False`. What a message says is printed as it is, so a message that
-        contains a control token's text will be read as that token.
+        The text holds its control tokens already, often a BOS too, and what encodes it knows that:
+        nothing is added, and a control token's name inside a message is plain characters.
 
         Args:
             messages: The turns, oldest first: mappings with a "role", and mostly "content".
-            add_generation_prompt: Whether to end with the header of the assistant's next turn.
+            add_generation_prompt: Whether to end with the header of the assistant's next turn;
+                default True, unless the final message is to be continued.
+            continue_final_message: End inside the last message, for the model to go on with it.
             tools: JSON schemas of the functions the model may call.
             documents: Documents for templates that know them, as mappings.
-            **variables: Anything else the template reads, such as `date_string`.
+            date: Of the conversation, for templates that print one; default now.
+            **variables: What else this template reads, such as `enable_thinking`.
 
         Raises:
-            RequestError: A message has no role, or an argument is not plain JSON data.
+            RequestError: A message has no role, an argument is not plain JSON data, or the template
+                reads no such variable, or no date.
             TokenizerError: The template refuses the conversation, in its own words, or fails, or is
                 not valid Jinja; or there are named templates and none is the default.
         """
-        from jinja2 import TemplateError
-
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise RequestError(
                 "messages must be a list of {'role': ..., 'content': ...}, "
@@ -77,12 +82,21 @@ class ChatTemplate:
                     f"message {number} must be a mapping with a 'role' (and 'content'), "
                     f"got {message!r:.80}"
                 )
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "render: continue_final_message=True ends inside the last message, and "
+                "add_generation_prompt=True behind it; leave one of them out"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        turns = _plain("messages", list(map(dict, messages)))
+        if continue_final_message:
+            _mark_end(turns)
         values = {
-            **self.special_tokens,
-            "messages": _plain("messages", list(map(dict, messages))),
+            "messages": turns,
             "tools": _plain("tools", tools),
             "documents": _plain("documents", documents),
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": bool(add_generation_prompt),
             **{name: _plain(name, value) for name, value in variables.items()},
         }
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
@@ -91,8 +105,50 @@ class ChatTemplate:
                 f"none of the chat templates ({', '.join(self.sources)}) is named 'default'; "
                 "name one so in tokenizer_config.json"
             )
+        read = _read_by(name, self.sources[name])
+        if unknown := variables.keys() - read:
+            given = {*values, *self.special_tokens, *_environment().globals, "strftime_now"}
+            own = sorted(read - given)
+            raise RequestError(
+                f"render: this chat template reads no {', '.join(sorted(unknown))}; "
+                f"beside render's own arguments it reads {', '.join(own) or 'nothing'}"
+            )
+        if date is not None and "strftime_now" not in read:
+            if "date_string" not in read:
+                raise RequestError(
+                    f"date={date}: this chat template prints no date; leave it out, or say it in a "
+                    "message"
+                )
+            values.setdefault("date_string", date.strftime("%d %b %Y"))
+        return self._rendered(name, values, (date or datetime.now()).strftime)
+
+    def at(self, prompt: Rendered, clock: Callable[[str], str]) -> Rendered:
+        """A prompt of `render` with what `clock` says for each format of the time it prints."""
+        ((printer, values),) = prompt.parts
+        assert isinstance(printer, partial)
+        return self._rendered(printer.args[0], values, clock)
+
+    def _rendered(self, name: str, values: dict[str, Any], clock: Callable[[str], str]) -> Rendered:
+        stamps: list[str] = []
+
+        def recorded(format: str) -> str:
+            stamps.append(clock(format))
+            return stamps[-1]
+
+        text = self._print(name, recorded, values)
+        # Printed again, it is at the same time.
+        return Rendered(text, [(partial(self._again, name, tuple(stamps)), values)], stamps)
+
+    def _again(self, name: str, stamps: tuple[str, ...], values: dict[str, Any]) -> str:
+        told = iter(stamps)
+        return self._print(name, lambda format: next(told, ""), values)
+
+    def _print(self, name: str, clock: Callable[[str], str], values: dict[str, Any]) -> str:
+        from jinja2 import TemplateError
+
+        template = _compile(name, self.sources[name])
         try:
-            return _compile(name, self.sources[name]).render(values)
+            text = template.render({**self.special_tokens, **values, "strftime_now": clock})
         except TokenizerError:
             raise
         except _Refusal as error:
@@ -104,6 +160,41 @@ class ChatTemplate:
                 f"the chat template failed on these messages: {type(error).__name__}: {error}; "
                 "check that each message's content has the form this model's template expects"
             ) from error
+        return _up_to_mark(text) if any(map(_is_marked, values["messages"][-1:])) else text
+
+
+_END = "\ue0a1end\ue0a2 "
+"""Behind the message to be continued: private-use characters, which no template has."""
+
+
+def _mark_end(messages: list[dict[str, Any]]) -> None:
+    """Puts `_END` behind the last message."""
+    last: Any = messages[-1] if messages else {}
+    if isinstance(content := last.get("content"), list) and content:
+        last = content[-1]
+        key = "text"
+    else:
+        key = "content"
+    if not isinstance(last, dict) or not isinstance(last.get(key), str):
+        raise RequestError("continue_final_message: the last message has no text to go on with")
+    last[key] += _END
+
+
+def _is_marked(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    last = content[-1] if isinstance(content, list) and content else {"text": content}
+    return isinstance(last, dict) and str(last.get("text")).endswith(_END)
+
+
+def _up_to_mark(text: str) -> str:
+    at = text.rfind(_END.strip())
+    if at < 0:
+        raise TokenizerError(
+            "continue_final_message: the chat template does not print the last message as it is, "
+            "so it cannot be continued"
+        )
+    # A template that trims what a message says would have trimmed it before the mark too.
+    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
 
 
 class _Refusal(Exception):
@@ -112,10 +203,6 @@ class _Refusal(Exception):
 
 def _raise_exception(message: str) -> None:
     raise _Refusal(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _to_json(
@@ -147,10 +234,25 @@ def _plain(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=32)
 def _compile(name: str, source: str) -> Template:
+    with _syntax_of(name):
+        return _environment().from_string(source)
+
+
+@lru_cache(maxsize=32)
+def _read_by(name: str, source: str) -> frozenset[str]:
+    """The variables that a template reads and does not set."""
+    from jinja2.meta import find_undeclared_variables
+
+    with _syntax_of(name):
+        return frozenset(find_undeclared_variables(_environment().parse(source)))
+
+
+@contextmanager
+def _syntax_of(name: str) -> Iterator[None]:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return _environment().from_string(source)
+        yield
     except TemplateSyntaxError as error:
         raise TokenizerError(
             f"chat template '{name}' is not valid Jinja: line {error.lineno}: {error.message}"
@@ -179,5 +281,4 @@ def _environment() -> Environment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment

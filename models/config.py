@@ -7,6 +7,7 @@ lost (RoPE scaling above all) gives a model that looks right and is wrong.
 """
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -158,6 +159,24 @@ class RopeConfig:
 
     def __post_init__(self):
         _check_types(self)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool | str | None):
+                continue
+            if f.name in ("mscale", "mscale_all_dim") and value == 0:  # HF's way to leave them out
+                continue
+            if not 0 < value < math.inf:
+                raise ConfigError(f"RoPE field {f.name!r} must be positive and finite, got {value}")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"RoPE field 'high_freq_factor' = {self.high_freq_factor} must be above "
+                f"'low_freq_factor' = {self.low_freq_factor}"
+            )
+        if self.rope_type == "yarn" and not (self.theta > 1 and self.beta_fast > self.beta_slow):
+            raise ConfigError(
+                f"YaRN needs theta above 1 and beta_fast above beta_slow, got {self.theta}, "
+                f"{self.beta_fast} and {self.beta_slow}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +219,12 @@ class LlamaConfig:
                 raise ConfigError(
                     f"config field {f.name!r} must be positive, got {getattr(self, f.name)}"
                 )
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ConfigError(
+                f"config field 'rms_norm_eps' must be positive and finite, got {self.rms_norm_eps}"
+            )
+        if self.rope.rope_type == "dynamic" and self.head_dim == 2:
+            raise ConfigError("dynamic RoPE stretches no head of head_dim = 2")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config field 'num_key_value_heads' = {self.num_key_value_heads} must divide "

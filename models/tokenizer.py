@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.models import bpe, tokenizer_files
 from alaya_jax.models.chat import ChatTemplate
+from alaya_jax.models.rendered import Names, Rendered, spelled, told_apart
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+_RUN = 4_000_000
+"""White space in one run, characters, that the tokenizers library is given at a time: its search
+panics after ten million steps back.
+"""
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN},}}")
+_INSIDE = "\ue0a3"
+"""A token of no meaning, before a text that does not begin a prompt."""
 
 
 class Tokenizer:
@@ -35,6 +45,7 @@ class Tokenizer:
         named_tokens: Texts of the special tokens by role, such as `{"bos_token": "<s>"}`.
         eos_ids: Ids that end a generation; the eos token's own id is put first.
         chat: The model's chat template, None where the checkpoint has none.
+        padded_to: The model's own count of ids; those without a token here have no text.
 
     Raises:
         TokenizerError: A named token is not in the vocabulary, or the backend's decoder is neither
@@ -48,6 +59,7 @@ class Tokenizer:
         named_tokens: Mapping[str, str] | None = None,
         eos_ids: Iterable[int] = (),
         chat: ChatTemplate | None = None,
+        padded_to: int = 0,
     ):
         # A tokenizer.json may ask to cut or pad texts: right for training, wrong for documents.
         backend.no_truncation()
@@ -60,6 +72,7 @@ class Tokenizer:
         first = () if eos is None else (eos,)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*first, *map(int, eos_ids))))
         self.chat = chat
+        self.padded_to = padded_to
 
     def __repr__(self) -> str:
         chat = "with" if self.chat else "no"
@@ -109,7 +122,11 @@ class Tokenizer:
         return frozenset(index for index, token in added.items() if token.special)
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool | None = None,
+        allow_special: bool | None = None,
     ) -> np.ndarray:
         """Token ids of a text.
 
@@ -119,9 +136,11 @@ class Tokenizer:
         Args:
             text: Any length; it is never cut.
             add_special_tokens: Whether to add what the model expects around a text (for most a BOS
-                before it). False for the output of a chat template, which holds it already.
-            allow_special: Whether the text of a control token in `text` becomes that token, as the
-                output of a chat template needs. Pass False for text from users and documents:
+                before it). Default True, and False for what a chat template rendered, which holds
+                it already.
+            allow_special: Whether the text of a control token in `text` becomes that token.
+                Default True; in what a chat template rendered, the template's own do, and those
+                in its messages do not. Pass False for text from users and documents:
                 `<|im_start|>` in it is then plain characters, so it cannot end a turn, start one
                 or take another role. Added tokens that are not control tokens (`<think>`) are
                 plain characters too, except runs of white space.
@@ -131,17 +150,63 @@ class Tokenizer:
 
         Raises:
             RequestError: `text` is not a string of Unicode characters.
+            TokenizerError: A message's control token cannot be told from the template's.
         """
         if not isinstance(text, str):
             raise RequestError(f"text to encode must be a str, not {type(text).__name__}")
-        backend = self._backend if allow_special else self._literal
         if (half := _SURROGATE.search(text)) is not None:
             raise RequestError(
                 f"text has half a surrogate pair at character {half.start()}, which no encoding of "
                 "Unicode has; read the file with errors='replace'"
             )
-        encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        if isinstance(text, Rendered):
+            add_special_tokens = bool(add_special_tokens)
+            if allow_special is None and not add_special_tokens:
+                return self._encode_rendered(text)
+        backend = self._literal if allow_special is False else self._backend
+        return self._encode(backend, text, add_special_tokens is not False)
+
+    def _encode(self, backend: Backend, text: str, add_special_tokens: bool) -> np.ndarray:
+        if self._byte_level and len(text) > _RUN:
+            runs = (found.span() for found in _LONG_RUN.finditer(text))
+            cuts = [at for start, end in runs for at in range(start + _RUN, end - 1, _RUN)]
+            if cuts:
+                parts = zip([0, *cuts], [*cuts, None], strict=True)
+                encoded = [backend.encode(text[i:j], add_special_tokens=False) for i, j in parts]
+                whole = type(encoded[0]).merge(encoded)
+                encoding = backend.post_process(whole, None, add_special_tokens)
+                return np.asarray(encoding.ids, dtype=np.int32)
+        try:
+            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:  # a panic of the library is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RequestError(
+                f"the tokenizers library fails on this text of {len(text):,} characters: {error}; "
+                "look for a very long run of one kind of character in it, and shorten that"
+            ) from error
         return np.asarray(encoding.ids, dtype=np.int32)
+
+    def _encode_rendered(self, prompt: Rendered) -> np.ndarray:
+        """Ids in which control tokens are the template's own."""
+        names, controls = self._names
+        text, meant = told_apart(prompt, names)
+        found = list(controls.finditer(text))
+        if [f[0] for f in found] == [f[0] for f in controls.finditer(prompt)]:
+            return self._encode(self._backend, str(prompt), False)  # no message wrote any
+        # Between two control tokens of the template a tokenizer joins characters as it likes: there
+        # a message is encoded together with what the template prints beside it.
+        ids, done = [], 0
+        begins, ends = [0, *(f.end() for f in found)], [*(f.start() for f in found), len(text)]
+        for begin, end in zip(begins, ends, strict=True):
+            if not meant.keys().isdisjoint(text[begin:end]):
+                ids.append(self._encode(self._backend, text[done:begin], False))
+                inside = _INSIDE if begin else ""
+                plain = spelled(text[begin:end], meant)
+                ids.append(self._encode(self._literal, inside + plain, False)[len(inside) :])
+                done = end
+        ids.append(self._encode(self._backend, text[done:], False))
+        return np.concatenate(ids)
 
     def decode(self, ids: ArrayLike | Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -161,10 +226,29 @@ class Tokenizer:
         stream = self.stream(skip_special_tokens=skip_special_tokens)
         return stream.put_all(array.tolist()) + stream.flush()
 
-    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream:
-        """A decoder for tokens as they come; what it emits concatenates to `decode` of them all."""
+    def stream(
+        self, *, skip_special_tokens: bool = False, padded_to: int | None = None
+    ) -> TokenStream:
+        """A decoder for tokens as they come; what it emits concatenates to `decode` of them all.
+
+        Args:
+            skip_special_tokens: Whether to leave control tokens out.
+            padded_to: Ids below that are no text where they have no token; default the tokenizer's.
+        """
         skip = self.special_ids if skip_special_tokens else frozenset()
-        return TokenStream(self._pieces, skip, strips_space=self._strips_space)
+        return TokenStream(
+            self._pieces,
+            skip,
+            strips_space=self._strips_space,
+            padded_to=self.padded_to if padded_to is None else padded_to,
+        )
+
+    def control_at_start(self, text: str) -> str | None:
+        """The control token whose name a text begins with, if any."""
+        names, controls = self._names
+        found = controls.match(text.lstrip())
+        name = found[0].strip() if found else None
+        return name if name in names.control else None
 
     def to_json(self) -> str:
         """The text of a tokenizer.json that encodes the same way."""
@@ -187,6 +271,7 @@ class Tokenizer:
     @cached_property
     def _literal(self) -> Backend:
         """The same tokenizer blind to its added tokens, for text that is not trusted."""
+        from tokenizers import AddedToken
         from tokenizers import Tokenizer as Backend
 
         data = json.loads(self._backend.to_str())
@@ -195,7 +280,23 @@ class Tokenizer:
             token["special"] = not token["content"].isspace()
         backend = Backend.from_str(json.dumps(data))
         backend.encode_special_tokens = True
+        backend.add_tokens([AddedToken(_INSIDE, special=False, normalized=False)])
         return backend
+
+    @cached_property
+    def _names(self) -> tuple[Names, re.Pattern[str]]:
+        """The added tokens but spaces, by name; and where they are found in a text, with the spaces
+        that some take along.
+        """
+        added = self._backend.get_added_tokens_decoder().values()
+        found = sorted((t for t in added if t.content.strip()), key=lambda t: -len(t.content))
+        control = (t.content for t in found if t.special)
+        taken = (
+            (r"\s*" if t.lstrip else "") + re.escape(t.content) + (r"\s*" if t.rstrip else "")
+            for t in found
+        )
+        pattern = re.compile("|".join(taken) or r"(?!)")
+        return Names((t.content for t in found), control), pattern
 
     @cached_property
     def _pieces(self) -> list[bytes | None]:
@@ -223,12 +324,26 @@ class TokenStream:
     A token costs the time of its own bytes, whatever came before. Made by `Tokenizer.stream`.
     """
 
-    def __init__(self, pieces: Sequence[bytes | None], skip: frozenset[int], *, strips_space: bool):
+    def __init__(
+        self,
+        pieces: Sequence[bytes | None],
+        skip: frozenset[int],
+        *,
+        strips_space: bool,
+        padded_to: int = 0,
+    ):
         self._pieces = pieces
         self._skip = skip
+        self._padded_to = padded_to
         self._strips_space = strips_space
         self._at_start = True
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def copy(self) -> TokenStream:
+        """A stream that goes on from here by itself."""
+        other = copy.copy(self)
+        other._utf8 = copy.copy(self._utf8)
+        return other
 
     def put(self, token_id: int) -> str:
         """Takes a token and returns the text that became certain, maybe none.
@@ -250,6 +365,8 @@ class TokenStream:
 
     def _piece(self, index: int) -> bytes:
         piece = self._pieces[index] if 0 <= index < len(self._pieces) else None
+        if piece is None and 0 <= index < self._padded_to:
+            return b""  # of the model's padding: rows of its embedding that stand for no text
         if piece is None:
             raise RequestError(
                 f"token id {index} has no token in this tokenizer of {len(self._pieces)} ids; "

@@ -32,6 +32,7 @@ class Parts(TypedDict):
     named_tokens: dict[str, str]
     eos_ids: list[int]
     chat: ChatTemplate | None
+    padded_to: int
 
 
 def read_directory(directory: Path) -> Parts:
@@ -74,7 +75,14 @@ def read_directory(directory: Path) -> Parts:
         eos_ids += ids
     sources = _chat_sources(directory, config)
     chat = ChatTemplate(sources, named) if sources else None
-    return Parts(backend=backend, named_tokens=named, eos_ids=eos_ids, chat=chat)
+    vocab_size = _read_object(directory / "config.json").get("vocab_size")
+    return Parts(
+        backend=backend,
+        named_tokens=named,
+        eos_ids=eos_ids,
+        chat=chat,
+        padded_to=vocab_size if isinstance(vocab_size, int) else 0,
+    )
 
 
 def read_gguf(source: Mapping[str, Any] | str | Path) -> Parts:
@@ -140,6 +148,7 @@ def read_gguf(source: Mapping[str, Any] | str | Path) -> Parts:
         named_tokens=named,
         eos_ids=[index for index in eos_ids if index is not None],
         chat=ChatTemplate(chat, named) if chat else None,
+        padded_to=len(tokens),
     )
 
 

@@ -43,6 +43,7 @@ class Device:
 
 DEVICES = {
     "h100": Device(bandwidth=3.35e12, matmul=989e12, cores=132),
+    "h200": Device(bandwidth=4.8e12, matmul=989e12, cores=132),
     "b200": Device(bandwidth=8.0e12, matmul=2250e12, cores=148),
 }
 

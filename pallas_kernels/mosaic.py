@@ -3,11 +3,17 @@
 Import it only where a kernel is built: Pallas's GPU part takes a quarter of a second to load.
 """
 
+import math
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 
+from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels.dispatch import Target
+
+ALIGNMENT = 128
+"""Bytes: where in shared memory a TMA copy may begin."""
 
 
 def swizzled(swizzle: int, itemsize: int) -> tuple[Any, ...]:
@@ -26,6 +32,25 @@ def swizzled(swizzle: int, itemsize: int) -> tuple[Any, ...]:
 def interpret(target: Target) -> Any:
     """The `interpret` argument of `plgpu.kernel`: the simulator with race detection, or None."""
     return plgpu.InterpretGPUParams(detect_races=True) if target.interpret else None
+
+
+def bring(source: Any, target: Any, arrived: Any) -> None:
+    """Starts a TMA copy from global to shared memory; `arrived` is told when it is there.
+
+    The device stops at a copy that begins off `ALIGNMENT`, and neither the simulator nor the
+    compiler says a word. Copies that share a buffer lie one behind another, so each must fill whole
+    units.
+
+    Raises:
+      KernelError: the copy does not.
+    """
+    size = math.prod(target.shape) * jnp.dtype(target.dtype).itemsize
+    if size % ALIGNMENT:
+        raise KernelError(
+            f"a TMA copy of {tuple(target.shape)} {target.dtype} is {size} bytes; the next one "
+            f"would not begin at a multiple of {ALIGNMENT} in shared memory"
+        )
+    plgpu.copy_gmem_to_smem(source, target, arrived)
 
 
 def store_part(ref: Any, value: Any) -> None:

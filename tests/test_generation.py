@@ -161,9 +161,17 @@ def test_text_held_back_comes_out_at_the_end(db, greedy, prompt):
 
 
 def test_half_a_character_comes_out_at_the_end(db, prompt):
+    """At the end of the text. Behind max_new_tokens a call may follow, with the other half."""
     half = 0xC3  # the first of two bytes
     generation = run(db, prompt, 1, sampling=aj.Greedy(logit_bias={half: 1000.0}))
-    assert (generation.ids, generation.text) == ([[half]], "�")
+    assert (generation.ids, generation.text) == ([[half]], "")
+    session, rest = db.create_session(prompt)
+    list(aj.generate(session, rest, max_new_tokens=1, sampling=aj.Greedy(logit_bias={half: 1e3})))
+    ends = aj.Greedy(logit_bias={2: 1000.0}, stop_ids=[2])
+    assert aj.generate(session, max_new_tokens=1, sampling=ends).text == ""
+    generation = aj.generate(session, max_new_tokens=1, sampling=ends)
+    assert [t.text for t in generation] == ["�"]
+    assert (generation.text, generation.finish_reason) == ("�", "eos")
 
 
 def test_randomness_does_not_start_again_behind_a_break(db, prompt):

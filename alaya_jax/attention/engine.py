@@ -300,10 +300,10 @@ def _attend_rows(
     found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
     parts = [inside, merge_across(partial, axis)]
-    mass = found.mass
+    mass = found.share_read(merge(*parts))
     if plan.tail:
         unread = merge_across(found.tail(q, index), axis)
-        mass = share_read(merge(*parts).lse, unread.lse)
+        mass = share_read(merge(*parts).lse, unread.lse) if mass is None else mass
         parts.append(unread)
     # What was read is read for the block: it is put down to its first token.
     read = jnp.where(jnp.arange(rows[2]) == 0, read[:, None, None], 0)

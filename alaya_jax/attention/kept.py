@@ -19,6 +19,8 @@ from alaya_jax.attention.partial import Partial
 BLOCK = 256
 """Keys read at once, of each kv head."""
 
+_LOW = -1e30  # below every score, and finite: differences stay defined
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
@@ -118,6 +120,22 @@ def best_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
     return _walk(q, kept, visit, jnp.full(q.shape[:-1], -jnp.inf))[0]
 
 
+def lse_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
+    """Log of the sum of exp(score / sqrt(D)) over a row's kept keys, -inf where there is none."""
+    scale = q.shape[-1] ** -0.5
+
+    def visit(column: Array, valid: Array, scores: Array, carry: Any) -> Any:
+        del column, valid
+        top, total = carry
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        p = jnp.sum(jnp.exp(scale * (scores - new_top[..., None])), axis=-1)
+        return new_top, total * jnp.exp(scale * (top - new_top)) + p
+
+    rows = q.shape[:-1]
+    (top, total), _ = _walk(q, kept, visit, (jnp.full(rows, _LOW), jnp.zeros(rows)))
+    return jnp.where(total > 0, scale * top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+
+
 def attend_kept(
     q: Float[Array, "K G T D"], kept: Kept, floor: Float[Array, "K G T"] | None = None
 ) -> tuple[Partial, Int[Array, "K G T"], Int[Array, " K"]]:
@@ -148,8 +166,7 @@ def attend_kept(
             attended + jnp.sum(scores > -jnp.inf, axis=-1, dtype=jnp.int32),
         )
 
-    low = -1e30  # below every score, and finite: differences stay defined
-    start = (jnp.full(rows, low), jnp.zeros(rows), jnp.zeros(q.shape), jnp.zeros(rows, jnp.int32))
+    start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros(q.shape), jnp.zeros(rows, jnp.int32))
     (top, total, acc, attended), read = _walk(q, kept, visit, start)
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)

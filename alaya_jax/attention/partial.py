@@ -31,7 +31,8 @@ class Partial:
 
 def share_read(read: Float[Array, "..."], unread: Float[Array, "..."]) -> Float[Array, "..."]:
     """The share of the mass that was read, from the log-sum-exp of what was and what was not."""
-    return 1 / (1 + jnp.exp(unread - read))
+    none = jnp.isneginf(unread)  # and there may be no key at all
+    return jnp.where(none, 1.0, 1 / (1 + jnp.exp(jnp.where(none, 0.0, unread - read))))
 
 
 def across(collective: Callable[..., Array], x: Array, axis: str | None) -> Array:

@@ -3,20 +3,24 @@ index only estimates (AlayaDB, section 6).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alaya_jax.attention.kept import Kept, best_kept, scores_at, scores_listed
+from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
 from alaya_jax.attention.paged import KeyRange, Pages, score_range
-from alaya_jax.attention.partial import Partial, across
+from alaya_jax.attention.partial import Partial, across, merge_across, share_read
 from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.select import as_mask, by_row, in_range, largest, largest_of_all
+
+_ROUNDING = 2.0**-18
+"""Of a score, what sums in another order may differ by."""
 
 _ROOM = 2048
 """Keys that may be among the best, of a kv head, for which there is always room."""
@@ -29,15 +33,19 @@ class Retrieved:
     Attributes:
       kept: by key or by page.
       floor: attend only to kept keys that score at least this; None: to all.
-      mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept
-        keys; None where it was not estimated.
+      unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other keys that
+        might have been kept, of all devices, as expected; None where it was not estimated.
       weights: of all keys, estimated, for the tail; None without one.
     """
 
     kept: Kept
     floor: Float[Array, "K G T"] | None = None
-    mass: Float[Array, "K G T"] | None = None
+    unread: Float[Array, "K G T"] | None = None
     weights: Weights | None = None
+
+    def share_read(self, read: Partial) -> Float[Array, "K G T"] | None:
+        """The share of the attention mass that was read, at least; None where nothing says so."""
+        return None if self.unread is None else share_read(read.lse, self.unread)
 
     def tail(self, q: Float[Array, "K G T D"], index: LayerIndex | None) -> Partial:
         """An estimate of the attention over the keys that are not read, by page means of values."""
@@ -80,7 +88,7 @@ def retrieve(
         return _by_page(plan, q, pages, keys, index, covered, window, best, axis, head_axis)
     q = q.astype(pages.operand_dtype)
     scan = _scan(q, pages, keys, index, covered)
-    floor, mass, weights = None, None, None
+    floor, unread, weights = None, None, None
     if isinstance(query, TopK):
         if scan.exact:
             scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
@@ -90,28 +98,55 @@ def retrieve(
         mask = as_mask(column, chosen, pages.columns)
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
-        found = recover(scan.estimate, window.lse, best, recovery, q.shape[-1], axis=axis)
-        mask, mass, weights = found.kept, found.mass, found.weights
+        held = _held(plan, q, pages, keys, window, axis)
+        found = recover(scan, window.lse, best, recovery, q.shape[-1], axis=axis, held=held)
+        mask, unread, weights = found.kept, found.unread, found.weights
     else:
         assert query.beta is not None
-        sure = scan.estimate.max(-1) if scan.exact else pivot(q, pages, scan, axis)
-        best = jnp.maximum(best, across(lax.pmax, sure, axis))
         upper = scan.estimate + scan.error
-        mask = in_range(upper, best, query.beta)
+        if scan.exact:
+            best = jnp.maximum(best, across(lax.pmax, scan.estimate.max(-1), axis))
+            least = best
+        else:
+            sure = across(lax.pmax, pivot(q, pages, scan, axis), axis)
+            least = jnp.maximum(best, sure - _rounding(sure))
+        mask = in_range(upper, least, query.beta)
         if not scan.exact and not plan.tail:
             # The best of all keys is among those that may be in range: none other can beat it.
+            # It is summed up as all that are kept, so that it is not itself below the floor.
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
             floor = jnp.maximum(best, exact) - by_row(query.beta, q)
     if plan.tail:  # what the index does not cover has no mean value
         if weights is None:
             # Once the choice is made, weights may take the estimates' place.
             estimate, mask = lax.optimization_barrier((scan.estimate, mask))
-            weights = Weights.of(estimate, jnp.max(estimate, axis=-1), q.shape[-1])
+            left = dataclasses.replace(scan, estimate=estimate)
+            weights = Weights.of(left, jnp.max(estimate, axis=-1), q.shape[-1])
         mask |= (pages.all_positions() >= covered) & (weights.weight > 0)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
-    return Retrieved(Kept(pages, keys, mask), floor, mass, weights)
+    return Retrieved(Kept(pages, keys, mask), floor, unread, weights)
+
+
+def _held(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    window: Partial,
+    axis: str | None,
+) -> Callable[[Array], Array]:
+    """What `recover` counts its first look with."""
+
+    def held(mask: Bool[Array, "K G T M"]) -> Float[Array, "K G T"]:
+        if plan.share == "group":
+            mask = jnp.broadcast_to(mask.any(1, keepdims=True), mask.shape)
+        lse = lse_kept(q, Kept(pages, keys, mask, by_page=plan.by == "page"))
+        kept = merge_across(Partial(jnp.zeros_like(q), lse), axis)
+        return jnp.logaddexp(window.lse, kept.lse)
+
+    return held
 
 
 def _scan(
@@ -191,8 +226,8 @@ def _best_exact(
 def _may_be_top(
     k: int, q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None
 ) -> Bool[Array, "K G T S"]:
-    """Keys that may be among the k best: no worse, by their error bars, than the least exact score
-    of the k keys of best estimate.
+    """Keys that may be among the k best: those of best estimate, and those no worse, by their error
+    bars, than the least exact score of these.
     """
     estimate, column = largest(scan.estimate, min(k, pages.columns))
     exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
@@ -201,7 +236,16 @@ def _may_be_top(
         found = (lax.all_gather(x, axis, axis=-1, tiled=True) for x in found)
         exact = lax.sort(tuple(found), num_keys=2)[2][..., :k]
     least = jnp.min(exact, axis=-1, keepdims=True)
-    return (scan.estimate + scan.error >= least) & (scan.estimate > -jnp.inf)
+    may_be = scan.estimate + scan.error >= least - _rounding(least)
+    may_be |= as_mask(column, estimate > -jnp.inf, pages.columns)
+    return may_be & (scan.estimate > -jnp.inf)
+
+
+def _rounding(score: Array) -> Array:
+    """What a score may differ by from the same one summed in another order: a key that is scored
+    exactly has no error bar that would cover it.
+    """
+    return jnp.where(jnp.isfinite(score), _ROUNDING * jnp.abs(score), 0.0)
 
 
 def _by_page(
@@ -216,7 +260,7 @@ def _by_page(
     axis: str | None,
     head_axis: str | None,
 ) -> Retrieved:
-    query, mass = plan.query, None
+    query = plan.query
     assert isinstance(query, DIPR | TopK)
     by_page = (*q.shape[:-1], pages.ids.shape[0], pages.size)
     if isinstance(index, BlockLayer):
@@ -228,10 +272,10 @@ def _by_page(
     else:
         q = q.astype(pages.operand_dtype)
         scan = _scan(q, pages, keys, index, covered)
+        if isinstance(query, DIPR) and query.recovery is not None:
+            return _by_page_recovered(plan, q, pages, keys, scan, window, best, axis, head_axis)
         scores = scan.estimate.reshape(by_page).max(-1)
         upper = (scan.estimate + scan.error).reshape(by_page).max(-1) if index else scores
-        if isinstance(query, DIPR) and query.recovery is not None:
-            scores = of_pages(scan.estimate, pages.size, q.shape[-1])
     eligible = scores > -jnp.inf
     if plan.share == "layer":
         mean = jnp.mean(jnp.where(eligible, scores, 0.0), axis=(0, 1), keepdims=True)
@@ -242,10 +286,6 @@ def _by_page(
         scores, page = largest(scores, count)
         chosen = largest_of_all(scores, jnp.take(pages.starts(), page), axis)
         mask = as_mask(page, chosen, eligible.shape[-1]) & eligible
-    elif query.recovery is not None:
-        recovery = by_row(query.recovery, q)
-        found = recover(scores, window.lse, best, recovery, q.shape[-1], axis=axis)
-        mask, mass = found.kept, found.mass
     else:
         assert query.beta is not None
         if index is None:  # else no score is surely attained, but the window's
@@ -253,4 +293,32 @@ def _by_page(
         mask = in_range(upper, best, query.beta)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), eligible.shape) & eligible
-    return Retrieved(Kept(pages, keys, mask, by_page=True), mass=mass)
+    return Retrieved(Kept(pages, keys, mask, by_page=True))
+
+
+def _by_page_recovered(
+    plan: Plan,
+    q: Float[Array, "K G T D"],
+    pages: Pages,
+    keys: KeyRange,
+    scan: Scan,
+    window: Partial,
+    best: Float[Array, "K G T"],
+    axis: str | None,
+    head_axis: str | None,
+) -> Retrieved:
+    """Pages that hold a share of the mass: each head's own, then those of all that share them."""
+    query, dim = plan.query, q.shape[-1]
+    assert isinstance(query, DIPR)
+    in_pages = scan.by_page(of_pages(scan.estimate, pages.size, dim), pages.size)
+    recovery = by_row(query.recovery, q)
+    held = _held(plan, q, pages, keys, window, axis)
+    found = recover(in_pages, window.lse, best, recovery, dim, axis=axis, held=held)
+    mask, eligible = found.kept, in_pages.estimate > -jnp.inf
+    if plan.share != "head":
+        over = 1 if plan.share == "group" else (0, 1)
+        mask = mask.any(over, keepdims=True)
+        if plan.share == "layer":
+            mask = across(lax.pmax, mask, head_axis)
+        mask = mask & eligible
+    return Retrieved(Kept(pages, keys, mask, by_page=True), unread=found.unread)

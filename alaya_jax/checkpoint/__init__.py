@@ -28,10 +28,11 @@ from alaya_jax.checkpoint.conversion import (
 )
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.identity import identified
 from alaya_jax.checkpoint.inspection import inspect_source
 from alaya_jax.checkpoint.meta import is_meta, open_meta
 from alaya_jax.checkpoint.params import Memory, load_params, match
-from alaya_jax.checkpoint.source import Source, StoredTensor, identify
+from alaya_jax.checkpoint.source import Source, StoredTensor, absolute
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.quantized import Scheme, check_scheme
@@ -68,8 +69,8 @@ class Checkpoint:
       config: architecture.
       params: parameter pytree, as `alaya_jax.models.llama` takes it.
       tokenizer: None when the checkpoint has none.
-      fingerprint: sha256 (hex) of the config and of samples of every stored tensor; and how they
-        are quantized, if they are.
+      fingerprint: of the config and of every byte that is stored, see `identity.fingerprint`; and
+        how the weights are quantized, or cast where they are of several types.
       source: the directory or file that was read.
     """
 
@@ -137,22 +138,26 @@ def read_checkpoint(
     rules = rules or ShardingRules()
     if memory not in get_args(Memory):
         raise ConfigError(f"memory = {memory!r} is not known; use one of {get_args(Memory)}")
-    if source.format == "orbax" and scheme is None:
-        params = orbax.load_tree(
-            source, mesh=mesh, rules=rules, dtype_of=dtype_of, memory=memory, progress=progress
-        )
-    else:
-        params = load_params(
-            pairs,
-            source.format,
-            mesh=mesh,
-            rules=rules,
-            dtype_of=dtype_of,
-            quantize=scheme,
-            memory=memory,
-            progress=progress,
-        )
-    identity = identify(source, (tensor for _, tensor in pairs))
+    tensors = [tensor for _, tensor in pairs]
+    with identified(source, tensors, mesh) as fingerprint:
+        if source.format == "orbax" and scheme is None:
+            params = orbax.load_tree(
+                source, mesh=mesh, rules=rules, dtype_of=dtype_of, memory=memory, progress=progress
+            )
+        else:
+            params = load_params(
+                pairs,
+                source.format,
+                mesh=mesh,
+                rules=rules,
+                dtype_of=dtype_of,
+                quantize=scheme,
+                memory=memory,
+                progress=progress,
+            )
+        identity = fingerprint()
+    if cast is not None and source.dtype is None and len({t.dtype for t in tensors}) > 1:
+        identity += f"-{cast}"  # of one type now, which the type of the keys does not tell
     return Checkpoint(
         config=source.config,
         params=params,
@@ -169,7 +174,8 @@ load = read_checkpoint
 def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint is, as plain data: config, sizes, and where each parameter is stored.
 
-    Its files are checked as for loading; no weights are read but the samples of the fingerprint.
+    Its files are checked as for loading. No weights are loaded; their bytes are read for the
+    fingerprint, where it is not known from before.
 
     Args:
       path_or_name: as `read_checkpoint` takes it.
@@ -366,12 +372,12 @@ def open_checkpoint(path_or_name: str | os.PathLike[str]) -> Source:
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory or file that a path or a bundled name means.
+    """The directory or file that a path or a bundled name means, absolute.
 
     Raises:
       CheckpointError: nothing is there; it lists what was tried and what to do.
     """
-    path = Path(path_or_name).expanduser()
+    path = absolute(Path(path_or_name))
     if path.suffix == ".safetensors" and path.is_file():
         raise CheckpointError(
             f"{path} is one file of an HF checkpoint; name its directory, {path.resolve().parent}"
@@ -381,7 +387,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_name)
     if name in bundled.MODELS:
         if (found := bundled.find(name)) is not None:
-            return found
+            return absolute(found)
         places = "\n  - ".join(str(place) for place in bundled.places(name))
         raise CheckpointError(
             f"the bundled model {name!r} is not on this machine. Get it with: alaya fetch {name}\n"

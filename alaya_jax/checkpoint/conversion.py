@@ -28,10 +28,11 @@ from alaya_jax.checkpoint import gguf_write, hf_write, orbax
 from alaya_jax.checkpoint.gguf import open_gguf
 from alaya_jax.checkpoint.gguf_tokenizer import same_ids
 from alaya_jax.checkpoint.hf import open_hf
+from alaya_jax.checkpoint.identity import Digest, fingerprint, identify
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.params import match
 from alaya_jax.checkpoint.processes import first_does, whole
-from alaya_jax.checkpoint.source import Sample, Source, StoredTensor, fingerprint, identify
+from alaya_jax.checkpoint.source import Source, StoredTensor, absolute
 from alaya_jax.checkpoint.weights import KINDS, Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -94,7 +95,7 @@ def write_checkpoint(
 ) -> Conversion:
     """Writes an opened checkpoint in another format; see `alaya_jax.checkpoint.convert`."""
     started = time.monotonic()
-    path = path.expanduser()
+    path = absolute(path)
     if to not in get_args(Target):
         raise ConfigError(f"to = {to!r} cannot be written; use one of {get_args(Target)}")
     shard_bytes = parse_size(shard_size)
@@ -113,7 +114,7 @@ def write_checkpoint(
         if mesh is not None
     }
     weights = [_weight(source, entry, tensor, dtype, to) for entry, tensor in pairs]
-    matrices = {w.dtype for w in weights if len(w.entry.shape) > 1}
+    matrices = {w.dtype for w in weights if len(w.entry.stored_shape) > 1}
     source.read_tokenizer()  # a damaged one is refused before anything is written
     config = source.config
     if len(matrices) == 1:
@@ -132,15 +133,15 @@ def write_checkpoint(
         "gguf_pre": gguf_pre,
     }
     total = sum(w.nbytes for w in weights)
-    samples: list[Sample] = []
+    digests: list[Digest] = []
     nonfinite: dict[str, int] = {}
     with (
         _staging(path, job, resume=resume, needed=total) as staging,
         progress_bar(f"writing {to}", total, "bytes", show=progress) as advance,
     ):
 
-        def wrote(weight: Weight, sample: Sample, bad: int) -> None:
-            samples.append(sample)
+        def wrote(weight: Weight, digest: Digest, bad: int) -> None:
+            digests.append(digest)
             if bad:
                 nonfinite[weight.entry.hf] = bad
             advance(weight.nbytes)
@@ -153,13 +154,15 @@ def write_checkpoint(
                 hf_write.write_weights(staging, weights, shard_bytes, wrote)
             else:
                 orbax.write_weights(staging, weights, parts, wrote)
-        identity = fingerprint(config, samples)
+        identity = fingerprint(config, digests)
 
         def finish() -> None:
             if to == "orbax":
                 orbax.write_manifest(staging, config, identity)
             result = _open(staging, to)
-            found = identify(result, [tensor for _, tensor in match(result)])
+            tensors = [tensor for _, tensor in match(result)]
+            # Of Orbax, whose values are not decoded here, the manifest says it, as sealed just now.
+            found = identity if to == "orbax" else identify(result, tensors)
             if result.config != config or found != identity:
                 raise CheckpointError(
                     f"{path} would not be the model of {source.path}: read back, its config or its "
@@ -354,5 +357,5 @@ def params_source(
         config=config,
         tensors=tensors,
         read_tokenizer=lambda: tokenizer,
-        fingerprint="in memory",
+        pieces=(),
     )

@@ -39,15 +39,15 @@ def open_gguf(path: Path) -> Source:
       ConfigError: metadata describes a model that is not understood.
     """
     metadata, tensors = read_header(path)
+    if metadata.get("split.count", 1) not in (0, 1):  # only the first part says what the model is
+        raise CheckpointError(
+            f"{path} is one of {metadata['split.count']} parts; join them with "
+            "`llama-gguf-split --merge` and load the result"
+        )
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
             f"{path} holds architecture {architecture!r}; only 'llama' can be loaded"
-        )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(
-            f"{path} is one of {metadata['split.count']} parts; join them with "
-            "`llama-gguf-split --merge` and load the result"
         )
     stored = [t for t in tensors.values() if len(t.shape) > 1]
     quantized = any(t.stored_dtype not in ("F32", "F16", "BF16") for t in stored)

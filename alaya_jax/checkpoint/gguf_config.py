@@ -116,8 +116,13 @@ def _read_rope(
     kind = keys.pop("rope.scaling.type", "none" if scale == 1.0 else "linear")
     factor = keys.pop("rope.scaling.factor", scale)
     original = keys.pop("rope.scaling.original_context_length", None)
-    attention = keys.pop("rope.scaling.attn_factor", None)
-    attention = keys.pop("rope.scaling.yarn_attn_factor", attention)
+    given = [keys.pop(f"rope.scaling.{key}", None) for key in ("attn_factor", "yarn_attn_factor")]
+    attention = next((factor for factor in given if factor is not None), None)
+    if any(factor not in (None, attention) for factor in given):
+        raise ConfigError(
+            f"metadata keys 'llama.rope.scaling.attn_factor' = {given[0]!r} and "
+            f"'.yarn_attn_factor' = {given[1]!r} differ, and programs disagree on which counts"
+        )
     beta = {
         name: keys.pop(f"rope.scaling.yarn_{name}", None) for name in ("beta_fast", "beta_slow")
     }
@@ -137,13 +142,18 @@ def _read_rope(
             "original_max_position_embeddings": original,
         }
         rope |= beta
-        if attention not in (None, 1.0):  # GGUF multiplies it with what YaRN computes
-            rope["attention_factor"] = _shortest(attention * (0.1 * math.log(factor) + 1.0))
+        if attention not in (None, 1.0) or factor < 1:  # below 1 HF leaves them as they are
+            rope["attention_factor"] = _shortest((attention or 1.0) * yarn_magnitude(factor))
         return rope
     raise ConfigError(
         f"metadata key 'llama.rope.scaling.type' = {kind!r} is not supported "
         "(understood: 'none', 'linear', 'yarn', and llama3 by its frequencies)"
     )
+
+
+def yarn_magnitude(factor: float) -> float:
+    """What YaRN itself multiplies cos and sin with; GGUF's attn_factor is multiplied with it."""
+    return 0.1 * math.log(factor) + 1.0
 
 
 def llama3_divisors(

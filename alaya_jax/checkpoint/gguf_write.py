@@ -1,7 +1,7 @@
 """Writes GGUF files of architecture 'llama': metadata, tokenizer, tensors one at a time.
 
-What GGUF cannot say (a RoPE of type 'dynamic', a low_freq_factor other than 1, ...) is found out
-before anything is written: the metadata are read back by our own reader and compared.
+What GGUF cannot say (a RoPE of type 'dynamic', YaRN's betas, a low_freq_factor other than 1, ...)
+is found out before anything is written: the metadata are read back by our own reader and compared.
 """
 
 import dataclasses
@@ -15,9 +15,15 @@ import numpy as np
 from gguf import GGMLQuantizationType as QuantType
 from gguf import GGUFValueType as Kind
 
-from alaya_jax.checkpoint.gguf_config import ROPE_FREQS, llama3_divisors, read_config
+from alaya_jax.checkpoint.gguf_config import (
+    ROPE_FREQS,
+    llama3_divisors,
+    read_config,
+    yarn_magnitude,
+)
 from alaya_jax.checkpoint.gguf_tokenizer import tokenizer_metadata
-from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
+from alaya_jax.checkpoint.identity import Digest
+from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, cast, count_nonfinite
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -107,12 +113,9 @@ def _architecture(config: LlamaConfig) -> tuple[Metadata, np.ndarray | None]:
             rope.high_freq_factor,
             original or 0,
         ).astype(np.float32)
-    if rope.rope_type == "yarn":
-        keys["rope.scaling.yarn_beta_fast"] = float(rope.beta_fast)
-        keys["rope.scaling.yarn_beta_slow"] = float(rope.beta_slow)
-        if rope.attention_factor is not None:  # GGUF multiplies it with what YaRN computes
-            own = 0.1 * math.log(rope.factor) + 1.0
-            keys["rope.scaling.yarn_attn_factor"] = rope.attention_factor / own
+    # llama.cpp reads no betas of a 'llama': others than its own are refused when this is read back.
+    if rope.rope_type == "yarn" and (rope.attention_factor is not None or rope.factor < 1):
+        keys["rope.scaling.attn_factor"] = _magnitude(config) / yarn_magnitude(rope.factor)
     metadata = {f"llama.{key}": value for key, value in keys.items()}
     metadata |= {"general.architecture": "llama"}
     metadata |= {"general.file_type": _FILE_TYPES[config.dtype]}
@@ -151,15 +154,15 @@ def _read_back(config: LlamaConfig, metadata: Metadata, divisors: np.ndarray | N
 
 def _magnitude(config: LlamaConfig) -> float:
     """YaRN's factor on cos and sin, without mscale."""
-    own = 0.1 * math.log(config.rope.factor) + 1.0
-    return own if config.rope.attention_factor is None else config.rope.attention_factor
+    own = config.rope.attention_factor
+    return yarn_magnitude(max(config.rope.factor, 1.0)) if own is None else own
 
 
 def write_weights(
     directory: Path,
     description: Description,
     weights: list[Weight],
-    wrote: Callable[[Weight, Sample, int], None],
+    wrote: Callable[[Weight, Digest, int], None],
 ) -> None:
     """Writes the file; one that is there, from a run that was cut off, is written anew.
 
@@ -167,7 +170,7 @@ def write_weights(
       directory: an existing directory.
       description: all but the weights.
       weights: every parameter of the model, with the type to write.
-      wrote: told of each weight its fingerprint sample and how many of its values are not finite.
+      wrote: told of each weight its digest and how many of its values are not finite.
     """
     divisors = description.divisors
     writer = gguf.GGUFWriter(directory / FILE, "llama")
@@ -190,9 +193,9 @@ def write_weights(
             writer.write_tensor_data(divisors)
         for weight in weights:
             view = weight.layout("gguf")
-            sample, values = weight.sample(view, "gguf"), cast(view, weight.dtype)
+            digest, values = weight.digest(view, "gguf"), cast(view, weight.dtype)
             writer.write_tensor_data(values.reshape(-1).view(np.uint8))
-            wrote(weight, sample, count_nonfinite(values))
+            wrote(weight, digest, count_nonfinite(values))
             del view, values
             weight.tensor.release()
     finally:

@@ -8,6 +8,7 @@ problem.
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from alaya_jax.models.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -47,6 +50,8 @@ def open_hf(path: Path) -> Source:
       CheckpointError: there is no config.json or no weights here, or the index is unreadable.
       ConfigError: config.json describes a model that is not understood.
     """
+    if (path / ADAPTER).exists():
+        raise CheckpointError(_unmerged(path))
     config = read_config(path / "config.json")
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
@@ -81,6 +86,15 @@ def open_hf(path: Path) -> Source:
         problems=tuple(problems),
         unreadable=frozenset(unreadable),
         read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
+    )
+
+
+def _unmerged(path: Path) -> str:
+    base = _read_json(path / ADAPTER).get("base_model_name_or_path")
+    return (
+        f"{path} holds a LoRA adapter ({ADAPTER}), which is not applied here and is no model by "
+        f"itself; merge it into its base ({base or 'the model it was trained on'}) with peft's "
+        "merge_and_unload, write that with save_pretrained, and load the result"
     )
 
 
@@ -123,7 +137,23 @@ def read_config(path: Path) -> LlamaConfig:
 
 
 def _weight_files(path: Path) -> dict[str, set[str]]:
-    """Files that hold the weights, each with the tensors an index places there."""
+    """Files that hold the weights, each with the tensors an index places there.
+
+    Raises:
+      CheckpointError: there are none, or those of another model lie beside them.
+    """
+    wanted = _indexed_files(path)
+    others = sorted(p.name for p in path.glob("*.safetensors") if _SHARD.fullmatch(p.name))
+    if others := [name for name in others if name not in wanted]:
+        used = ", ".join([*([INDEX] if (path / INDEX).exists() else []), *list(wanted)[:3]])
+        raise CheckpointError(
+            f"{path} holds two sets of weights, {', '.join(others[:3])} and those of {used}; which "
+            "is the model's cannot be told: move one of them away"
+        )
+    return wanted
+
+
+def _indexed_files(path: Path) -> dict[str, set[str]]:
     if not (path / INDEX).exists():
         if (path / SINGLE).exists():
             return {SINGLE: set()}

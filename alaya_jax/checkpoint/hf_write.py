@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.checkpoint.hf import INDEX, SINGLE, open_safetensors
-from alaya_jax.checkpoint.source import Sample, Source
+from alaya_jax.checkpoint.identity import Digest
+from alaya_jax.checkpoint.source import Source
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, count_nonfinite
 from alaya_jax.models.config import LlamaConfig
 
@@ -35,6 +36,7 @@ _BESIDE = (
     "LICENSE.txt",
     "USE_POLICY.md",
 )
+_TEMPLATES = "additional_chat_templates"  # the named ones, each in a file
 # Order of a layer's modules in a transformers state dict, which decides the shards.
 _MODULES = (
     "self_attn.q_proj",
@@ -53,7 +55,7 @@ def write_weights(
     directory: Path,
     weights: list[Weight],
     shard_size: int,
-    wrote: Callable[[Weight, Sample, int], None],
+    wrote: Callable[[Weight, Digest, int], None],
 ) -> None:
     """Writes all weights into a directory; shards that are there already are kept.
 
@@ -63,7 +65,7 @@ def write_weights(
       directory: an existing directory.
       weights: every parameter of the model.
       shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
-      wrote: told of each weight its fingerprint sample and how many of its values are not finite.
+      wrote: told of each weight its digest and how many of its values are not finite.
     """
     shards = plan_shards(weights, shard_size)
     for file, shard in shards.items():
@@ -75,7 +77,7 @@ def write_weights(
             kept = Weight(weight.entry, found[weight.entry.hf], "hf", weight.dtype)
             wrote(
                 weight,
-                kept.sample(kept.layout("hf")),
+                kept.digest(kept.layout("hf")),
                 sum(map(count_nonfinite, blocks(kept.layout("hf"), kept.dtype))),
             )
     if len(shards) > 1:
@@ -88,15 +90,23 @@ def write_weights(
 
 
 def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight]]:
-    """Which weights each file holds: in the model's order, each file filled before the next."""
+    """Which weights each file holds: in the model's order, each file filled before the next.
+
+    A tensor larger than a shard has a file to itself, before the one that is being filled, which
+    goes on behind it: as save_pretrained does it.
+    """
     shards: list[list[Weight]] = []
-    room = 0
+    filling: list[Weight] = []
     for weight in sorted(weights, key=_model_order):
-        if weight.nbytes > room or not shards:
-            shards.append([])
-            room = shard_size
-        shards[-1].append(weight)
-        room -= weight.nbytes
+        if weight.nbytes > shard_size:
+            shards.append([weight])
+            continue
+        if sum(w.nbytes for w in filling) + weight.nbytes > shard_size:
+            shards.append(filling)
+            filling = []
+        filling.append(weight)
+    if filling:
+        shards.append(filling)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     n = len(shards)
@@ -111,7 +121,7 @@ def _model_order(weight: Weight) -> tuple[int, int, int, bool]:
 
 
 def _write_shard(
-    path: Path, shard: list[Weight], wrote: Callable[[Weight, Sample, int], None]
+    path: Path, shard: list[Weight], wrote: Callable[[Weight, Digest, int], None]
 ) -> None:
     # The format's own library puts the widest types first, so that all are aligned.
     shard = sorted(shard, key=lambda w: (-w.dtype.itemsize, _RANK[w.dtype.name], w.entry.hf))
@@ -146,9 +156,9 @@ def _write_shard(
     part.rename(path)
 
 
-def _write_one(file: int, at: int, weight: Weight) -> tuple[Sample, int]:
+def _write_one(file: int, at: int, weight: Weight) -> tuple[Digest, int]:
     view = weight.layout("hf")
-    sample, nonfinite = weight.sample(view), 0
+    digest, nonfinite = weight.digest(view), 0
     for block in blocks(view, weight.dtype):
         nonfinite += count_nonfinite(block)
         data = block.reshape(-1).view(np.uint8).data
@@ -156,7 +166,7 @@ def _write_one(file: int, at: int, weight: Weight) -> tuple[Sample, int]:
             count = os.pwrite(file, data, at)
             data, at = data[count:], at + count
     weight.tensor.release()
-    return sample, nonfinite
+    return digest, nonfinite
 
 
 _RANK = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -177,6 +187,9 @@ def write_beside(directory: Path, source: Source, config: LlamaConfig) -> None:
         for name in _BESIDE:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, directory / name)
+        for file in (source.path / _TEMPLATES).glob("*.jinja"):
+            (directory / _TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(file, directory / _TEMPLATES / file.name)
         _copy_config(source.path / "config.json", directory / "config.json", config)
         return
     write_json(directory / "config.json", published_config(config))

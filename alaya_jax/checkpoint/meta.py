@@ -10,15 +10,7 @@ import numpy as np
 
 from alaya_jax.checkpoint.hf import has_tokenizer
 from alaya_jax.checkpoint.names import Entry, entries
-from alaya_jax.checkpoint.source import (
-    Sample,
-    Source,
-    StoredTensor,
-    fingerprint,
-    probe_ranges,
-    refuse,
-    release,
-)
+from alaya_jax.checkpoint.source import Piece, Source, StoredTensor, refuse, release
 from alaya_jax.checkpoint.torch_file import TorchTensor, read_torch_file
 from alaya_jax.checkpoint.weights import KINDS
 from alaya_jax.errors import CheckpointError, ConfigError
@@ -90,7 +82,7 @@ def open_meta(path: Path) -> Source:
         config=config,
         tensors=tensors,
         read_tokenizer=lambda: tokenizer,
-        fingerprint=fingerprint(config, _samples(parts)),
+        pieces=tuple(_pieces(files, parts)),
     )
 
 
@@ -145,12 +137,11 @@ def _join(name: str, parts: list[TorchTensor], file: Path, entry: Entry | None) 
     )
 
 
-def _samples(parts: list[dict[str, TorchTensor]]) -> Iterator[Sample]:
-    for i, part in enumerate(parts):
+def _pieces(files: list[Path], parts: list[dict[str, TorchTensor]]) -> Iterator[Piece]:
+    for i, (file, part) in enumerate(zip(files, parts, strict=True)):
         for name, tensor in part.items():
-            data = tensor.data
-            probes = tuple(data[a:b].tobytes() for a, b in probe_ranges(data.size))
-            yield Sample(f"{i:02}/{name}", tensor.shape, tensor.kind, data.size, probes)
+            kind = f"{tensor.kind}, strides {list(tensor.strides)}"
+            yield Piece(f"{i:02}/{name}", tensor.shape, kind, file, tensor.data)
 
 
 def _read_config(

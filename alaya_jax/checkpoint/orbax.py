@@ -19,10 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from alaya_jax.checkpoint.hf import has_tokenizer, read_config
+from alaya_jax.checkpoint.hf import INDEX, SINGLE, has_tokenizer, read_config
+from alaya_jax.checkpoint.identity import Digest, digest_pieces, seal_of
 from alaya_jax.checkpoint.names import entries
 from alaya_jax.checkpoint.params import Memory, default_device, placement
-from alaya_jax.checkpoint.source import Sample, Source, StoredTensor
+from alaya_jax.checkpoint.source import Piece, Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -56,11 +57,16 @@ def open_orbax(path: Path) -> Source:
             f"{path} is an Orbax checkpoint without {MANIFEST}, so its model is unknown; restore "
             "it with orbax, and write it with alaya_jax.checkpoint.save(path, config, params)"
         )
+    if others := [name for name in (SINGLE, INDEX) if (path / name).exists()]:
+        raise CheckpointError(
+            f"{path} holds two sets of weights, {PARAMS}/ and {others[0]}; which is the model's "
+            "cannot be told: move one of them away"
+        )
     config = read_config(path / "config.json")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, fingerprint = manifest["version"], manifest["fingerprint"]
-        stored = manifest["dtype"]
+        version, stored = manifest["version"], manifest["dtype"]
+        stated = manifest["fingerprint"], manifest.get("seal", "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST} is damaged ({error!r}); copy or convert the checkpoint again"
@@ -81,8 +87,19 @@ def open_orbax(path: Path) -> Source:
         config=config,
         tensors=tensors,
         read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
-        fingerprint=fingerprint,
+        pieces=_pieces(path),
+        stated=stated,
     )
+
+
+def _pieces(path: Path) -> tuple[Piece, ...]:
+    """The files of the weights, whole: what they hold is not decoded for an identity."""
+    params, pieces = path / PARAMS, []
+    for file in sorted(p for p in params.rglob("*") if p.is_file()):
+        size, empty = file.stat().st_size, np.zeros(0, np.uint8)
+        data = np.memmap(file, np.uint8, "r").view(np.ndarray) if size else empty
+        pieces.append(Piece(file.relative_to(params).as_posix(), (size,), "file", file, data))
+    return tuple(pieces)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -173,7 +190,7 @@ def write_weights(
     directory: Path,
     weights: list[Weight],
     parts: dict[tuple[str, ...], NamedSharding],
-    wrote: Callable[[Weight, Sample, int], None],
+    wrote: Callable[[Weight, Digest, int], None],
 ) -> None:
     """Writes all weights into a directory; what an interrupted run saved there is kept.
 
@@ -182,7 +199,7 @@ def write_weights(
       weights: every parameter of the model.
       parts: by path, into which parts to cut a parameter; one that is missing is stored as it lies
         in memory, or in one part.
-      wrote: told of each weight its fingerprint sample and how many of its values are not finite.
+      wrote: told of each weight its digest in an HF file and how many of its values are not finite.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -196,14 +213,14 @@ def write_weights(
         for weight in weights:
             saver.make_room(weight.nbytes)  # before it is read
             view = weight.layout("orbax")
-            sample = weight.sample(weight.entry.to_stored(view, "hf"))
+            digest = weight.digest(weight.entry.to_stored(view, "hf"))
             values = cast(view, weight.dtype)
             nonfinite = sum(map(count_nonfinite, blocks(values, values.dtype)))
             if weight.entry.path not in done:
                 saver.add(weight, _in_parts(weight, values, parts))
             del view, values
             weight.tensor.release()
-            wrote(weight, sample, nonfinite)
+            wrote(weight, digest, nonfinite)
         saver.finish()
         if not path.exists():
             with _as_os_error(path):
@@ -276,8 +293,12 @@ def _in_parts(
 
 
 def write_manifest(directory: Path, config: LlamaConfig, fingerprint: str) -> None:
-    """Writes what makes an Orbax checkpoint a model of ours."""
+    """Writes what makes an Orbax checkpoint a model of ours: above all, which one.
+
+    The fingerprint is that of an HF checkpoint of the same values, and holds for these very files.
+    """
     manifest = {"version": _VERSION, "fingerprint": fingerprint, "dtype": config.dtype}
+    manifest["seal"] = seal_of(digest_pieces(_pieces(directory)))
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -39,6 +39,29 @@ def first_does(action: Callable[[], Any]) -> None:
         raise CheckpointError(f"the first process could not go on: {text}")
 
 
+def first_says(ask: Callable[[], str]) -> str:
+    """A text, at most `_TEXT` bytes, that the first process finds out and tells the others.
+
+    Raises:
+      CheckpointError: in the others, with the text of what the first one raised.
+    """
+    found = [""]
+
+    def answer() -> None:
+        found[0] = ask()
+
+    first_does(answer)
+    if jax.process_count() == 1:
+        return found[0]
+    from jax.experimental import multihost_utils
+
+    said = np.zeros(_TEXT, np.uint8)
+    text = found[0].encode()
+    said[: len(text)] = np.frombuffer(text, np.uint8)
+    said = np.asarray(multihost_utils.broadcast_one_to_all(said))
+    return said.tobytes().rstrip(b"\0").decode()
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """All values of an array that may lie on devices of several processes; all must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -1,8 +1,6 @@
 """What every checkpoint format is opened as: a config and named tensors that are still on disk."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import mmap
 from collections.abc import Callable, Iterable
@@ -18,7 +16,6 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
 
 _MAX_PROBLEMS = 20
-_PROBE = 4096  # bytes of a tensor read at each of three places for the fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +61,24 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some of a checkpoint's stored bytes, and what they are.
+
+    Attributes:
+      name: unique in the checkpoint.
+      shape, stored_dtype: of the tensor they are.
+      file: where they lie.
+      data: the bytes, a uint8 view of the memory map.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_dtype: str
+    file: Path
+    data: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """An opened checkpoint: everything known, no weights read yet.
 
@@ -77,7 +92,8 @@ class Source:
       quantized: some weights are of a quantized type.
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
-      fingerprint: what the checkpoint says it is, where that cannot be read off its bytes.
+      pieces: the stored bytes that make its identity, where they are not those of its tensors.
+      stated: a fingerprint that the checkpoint states, and the seal of the pieces it holds for.
       gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
     """
 
@@ -90,8 +106,15 @@ class Source:
     quantized: bool = False
     problems: tuple[str, ...] = ()
     unreadable: frozenset[str] = frozenset()
-    fingerprint: str | None = None
+    pieces: tuple[Piece, ...] | None = None
+    stated: tuple[str, str] | None = None
     gguf_tokenizer: dict[str, Any] | None = None
+
+
+def absolute(path: Path) -> Path:
+    """A path that holds wherever one works later, and that Orbax takes: it wants no '..' either."""
+    path = path.expanduser().absolute()
+    return path.resolve() if ".." in path.parts else path
 
 
 def release(data: np.ndarray) -> None:
@@ -123,49 +146,3 @@ def refuse(where: Path, problems: Iterable[str]) -> None:
         else f"cannot be loaded, {len(problems)} problems:"
     )
     raise CheckpointError("\n  - ".join([f"{where} {head}", *lines]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What the fingerprint takes of a tensor: its description and bytes of three places."""
-
-    name: str
-    shape: tuple[int, ...]
-    stored_dtype: str
-    nbytes: int
-    probes: tuple[bytes, ...]
-
-
-def probe_ranges(nbytes: int) -> tuple[tuple[int, int], ...]:
-    """The first, middle and last 4 KiB of a tensor of so many bytes: (start, stop)."""
-    starts = (0, max(0, (nbytes - _PROBE) // 2), max(0, nbytes - _PROBE))
-    return tuple((start, min(nbytes, start + _PROBE)) for start in starts)
-
-
-def fingerprint(config: LlamaConfig, samples: Iterable[Sample]) -> str:
-    """Identity of a model's weights without reading all of them.
-
-    Returns:
-      sha256 (hex) over the config and, per tensor by name: name, shape, stored type, length and the
-      first, middle and last 4 KiB of its stored bytes.
-    """
-    digest = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
-    for sample in sorted(samples, key=lambda s: s.name):
-        head = [sample.name, list(sample.shape), sample.stored_dtype, sample.nbytes]
-        digest.update(json.dumps(head).encode())
-        for probe in sample.probes:
-            digest.update(probe)
-    return digest.hexdigest()
-
-
-def identify(source: Source, tensors: Iterable[StoredTensor]) -> str:
-    """The fingerprint of an opened checkpoint: the one it states, or that of its stored bytes."""
-    return source.fingerprint or fingerprint(source.config, map(_sample, tensors))
-
-
-def _sample(tensor: StoredTensor) -> Sample:
-    data = tensor.data
-    assert data is not None  # a source without bytes states its fingerprint
-    probes = tuple(data[a:b].tobytes() for a, b in probe_ranges(data.size))
-    tensor.release()  # where the system keeps a file in large pieces, a touch maps all of a piece
-    return Sample(tensor.name, tensor.shape, tensor.stored_dtype, data.size, probes)

@@ -1,15 +1,17 @@
 """A parameter on its way from one file to another: read, laid out and cast in blocks."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 
+from alaya_jax.checkpoint.identity import Digest
 from alaya_jax.checkpoint.names import Entry, Format
 from alaya_jax.checkpoint.params import copy_as
-from alaya_jax.checkpoint.source import Sample, StoredTensor, probe_ranges
+from alaya_jax.checkpoint.source import StoredTensor
 
 KINDS = {
     np.dtype(np.float32): "F32",
@@ -47,22 +49,18 @@ class Weight:
             return stored
         return self.entry.to_stored(self.entry.to_params(stored, self.format), fmt)
 
-    def sample(self, view: np.ndarray, fmt: Format = "hf") -> Sample:
+    def digest(self, view: np.ndarray, fmt: Format = "hf") -> Digest:
         """What the fingerprint of an HF checkpoint, or one of `fmt`, takes of this tensor.
 
         Args:
           view: `layout(fmt)`.
           fmt: the format.
         """
-        probes = []
-        for start, stop in probe_ranges(self.nbytes):
-            size = self.dtype.itemsize
-            first, last = start // size, -(-stop // size)
-            flat = np.unravel_index(np.arange(first, last), view.shape)
-            values = cast(view[flat], self.dtype).tobytes()
-            probes.append(values[start - first * size : stop - first * size])
-        shape = self.entry.stored_shape
-        return Sample(self.entry.name(fmt), shape, KINDS[self.dtype], self.nbytes, tuple(probes))
+        found = hashlib.sha256()
+        for block in blocks(view, self.dtype):
+            found.update(block.reshape(-1).view(np.uint8))
+        name, shape = self.entry.name(fmt), self.entry.stored_shape
+        return Digest(name, shape, KINDS[self.dtype], self.nbytes, found.hexdigest())
 
 
 def blocks(view: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

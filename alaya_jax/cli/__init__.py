@@ -15,7 +15,7 @@ from alaya_jax.cli import (
     plan,
     verify,
 )
-from alaya_jax.cli.terminal import Commands, help_text
+from alaya_jax.cli.terminal import Commands, help_text, speak_plainly
 
 __all__ = ["app", "main"]
 
@@ -79,4 +79,5 @@ app.add_typer(database.commands, name="db")
 
 def main() -> None:
     """Runs the command line of this process."""
+    speak_plainly()
     app()

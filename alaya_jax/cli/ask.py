@@ -8,7 +8,7 @@ import typer
 
 from alaya_jax.cli import options
 from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
-from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.errors import ContextError, GraphError, RequestError
 
 
 def ask(
@@ -32,6 +32,7 @@ def ask(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    date: options.Day = None,
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
@@ -48,8 +49,10 @@ def ask(
       pdftotext paper.pdf - | alaya ask --context - "What is the main result?"
 
     Document and question become one user's message in the model's chat template. Names of control
-    tokens in them (such as <|im_end|>) are plain characters to the model. Documents are found again
-    by content, not by file name. `alaya db ls` lists them; `alaya db rm` gives their space back.
+    tokens in them (such as <|im_end|>) are plain characters to the model. Where the template prints
+    today's date, later questions keep the date of the first, or the document would be read again
+    each day; --date names another. Documents are found again by content, not by file name.
+    `alaya db ls` lists them; `alaya db rm` gives their space back.
     """
     if str(context) != "-" and not context.is_file():
         what = "a directory" if context.is_dir() else "not there"
@@ -59,14 +62,15 @@ def ask(
     document = read_document(context)
     path = options.database_path(db)
 
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
 
     loaded = runtime.load_model(model, options.scheme(quantize))
-    tokenizer = prompts.tokenizer_of(loaded)
-    prompt = prompts.question_ids(tokenizer, document, question)
-    start = prompts.document_ids(tokenizer, document)
-    budget = runtime.budget_for(loaded, len(prompt) + max_new_tokens, memory)
-    with runtime.open_for_document(path, loaded, budget, start) as database:
+    asked = [{"role": "user", "content": question}]
+    now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
+    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)
+    database, start = runtime.open_for_document(path, loaded, budget, document, date)
+    with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):
             imported = runtime.import_document(
                 database, start, title="stdin" if str(context) == "-" else context.name
@@ -77,15 +81,22 @@ def ask(
                 f"Read {stored.num_tokens:,} tokens of {context} in {imported.seconds:.1f} s; "
                 f"stored in {database.path} ({size(stored.nbytes)})."
             )
+        prompt = database.prompt(messages=asked, document=document, date=date)
+        if prompt.dated != now.dated:
+            note(f"The document was read on {prompt.dated}, which the model takes for today.")
         try:
             result = runtime.answer(
                 database,
-                prompt,
+                prompt.ids,
                 attention=policy,
                 sampling=chosen,
                 max_new_tokens=max_new_tokens,
                 on_text=(lambda text: None) if json else write,
             )
+        except GraphError as error:
+            raise GraphError(
+                f"{error} (alaya db index {stored.id} --graph --db {database.path}, then ask again)"
+            ) from error
         except ContextError as error:
             raise ContextError(
                 f"{error} (alaya db rm {stored.id} --db {database.path}, then ask again)"
@@ -124,21 +135,27 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def read_document(path: Path) -> str:
+def read_document(path: Path, what: str = "the document's text") -> str:
     """The text of a file, or of stdin for `-`.
 
     Raises:
         RequestError: It is empty, or not UTF-8.
         OSError: It cannot be read.
     """
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if str(path) == "-":
+        if sys.stdin is None:  # closed, as by <&-
+            raise RequestError(f"stdin is closed; pipe {what} in")
+        data, name = sys.stdin.buffer.read(), "stdin"
+    else:
+        data, name = path.read_bytes(), str(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{path} is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
+            f"{name} is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
             f"convert it, such as by: iconv -f latin1 -t utf-8 {path}, or pdftotext for a PDF"
         ) from error
     if not text.strip():
-        raise RequestError(f"{path} is empty; give a file with the document's text")
+        way_out = f"pipe {what} in" if name == "stdin" else f"give a file with {what}"
+        raise RequestError(f"{name} is empty; {way_out}")
     return text

@@ -148,6 +148,8 @@ for verb in (ls, check, index, rm):
 
 def describe(store: "DirectoryStore") -> dict[str, Any]:
     """What a database holds, as plain data."""
+    from alaya_jax.storage import sampled
+
     rows = [
         {
             "id": record.id,
@@ -165,7 +167,7 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
             "indexes": {kind: found.nbytes for kind, found in store.indexes(record.id).items()},
             "problem": record.problem,
         }
-        for record in store.list()
+        for record in map(sampled.named, store.list())
     ]
     return {
         "kind": "database",

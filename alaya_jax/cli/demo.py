@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report, size
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ def demo(
 
 def _run(path: Path) -> dict[str, Any]:
     """All steps. Progress goes to stderr."""
-    from alaya_jax.cli import prompts, runtime
+    load_jax()
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.db import DB
     from alaya_jax.query import DIPR, Full
 
@@ -210,7 +212,8 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
     Raises:
         ContextError: The document's context is damaged.
     """
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.db import DB
     from alaya_jax.query import Full
 

@@ -32,6 +32,7 @@ def explain(
     what: Annotated[
         str, typer.Option(metavar="FIGURE", help=f"What to draw: {FIGURES}.")
     ] = "recovery",
+    date: options.Day = None,
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
@@ -56,22 +57,23 @@ def explain(
     document = read_document(context)
     path = options.database_path(db)
 
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.generation import generate
     from alaya_jax.query.explain import HEAT_MAPS
 
     if what not in HEAT_MAPS:
         raise typer.BadParameter(f"{what!r} is no figure; use {FIGURES}", param_hint="--what")
     loaded = runtime.load_model(model)
-    tokenizer = prompts.tokenizer_of(loaded)
-    prompt = prompts.question_ids(tokenizer, document, question)
-    start = prompts.document_ids(tokenizer, document)
-    budget = runtime.budget_for(loaded, len(prompt) + max_new_tokens, memory)
-    with runtime.open_for_document(path, loaded, budget, start) as database:
+    asked = [{"role": "user", "content": question}]
+    now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
+    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)
+    database, start = runtime.open_for_document(path, loaded, budget, document, date)
+    with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):
             title = "stdin" if str(context) == "-" else context.name
             runtime.import_document(database, start, title=title)
-        session, rest = database.create_session(prompt)
+        session, rest = database.create_session(messages=asked, document=document, date=date)
         with session:
             run = generate(
                 session, rest, max_new_tokens=max_new_tokens, attention=policy, progress=True

@@ -10,6 +10,7 @@ import typer
 from alaya_jax.cli import options
 from alaya_jax.cli.ask import read_document, write
 from alaya_jax.cli.terminal import Interrupted, note, report
+from alaya_jax.errors import TokenizerError
 
 
 def generate(
@@ -40,6 +41,7 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    date: options.Day = None,
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
@@ -56,17 +58,29 @@ def generate(
     """
     policy = options.attention(attention)
     chosen = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt in quotes, or pipe one in", param_hint="PROMPT")
-    text = read_document(Path("-")) if prompt is None else prompt
+    text = read_document(Path("-"), "a prompt") if prompt is None else prompt
+    if not text:
+        raise typer.BadParameter("the prompt is empty; give one in quotes", param_hint="PROMPT")
 
-    from alaya_jax.cli import prompts, runtime
+    from alaya_jax import prompts
+    from alaya_jax.cli import runtime
     from alaya_jax.db import DB
 
     loaded = runtime.load_model(model, options.scheme(quantize))
     tokenizer = prompts.tokenizer_of(loaded)
     as_chat = tokenizer.chat is not None if chat is None else chat
-    ids = (prompts.chat_ids if as_chat else prompts.plain_ids)(tokenizer, text)
+    if as_chat and tokenizer.chat is None:
+        raise TokenizerError(
+            "this model has no chat template; use --raw to have it continue the text"
+        )
+    if date is not None and not as_chat:
+        raise typer.BadParameter("only a chat template prints it", param_hint="--date")
+    if as_chat:
+        ids = prompts.prompt(tokenizer, [{"role": "user", "content": text}], date=date).ids
+    else:
+        ids = tokenizer.encode(text, allow_special=False)
     budget = runtime.budget_for(loaded, len(ids) + max_new_tokens, memory)
     with (
         tempfile.TemporaryDirectory(prefix="alaya-") as scratch,

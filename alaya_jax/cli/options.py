@@ -1,11 +1,13 @@
 """Options that several verbs share, and what their texts mean."""
 
 import enum
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alaya_jax.cli.terminal import load_jax
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
@@ -102,6 +104,15 @@ Quantize = Annotated[
         show_default="as stored",
     ),
 ]
+Day = Annotated[
+    datetime | None,
+    typer.Option(
+        metavar="YYYY-MM-DD",
+        formats=["%Y-%m-%d"],
+        help="The date that the model's chat template prints, if it prints one.",
+        show_default="that of the stored document, or today",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, not text.")]
 
 
@@ -122,6 +133,7 @@ def attention(text: str) -> "Asked":
     Raises:
         typer.BadParameter: It is not understood.
     """
+    load_jax()
     from alaya_jax import query
     from alaya_jax.query.auto import Auto
     from alaya_jax.query.plan import Plan

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alaya_jax.cli.terminal import note
+from alaya_jax.cli.terminal import load_jax, note
 from alaya_jax.errors import CacheFullError
 
 if TYPE_CHECKING:
+    from datetime import date as Date
+
     import numpy as np
     from jax.sharding import Mesh
 
@@ -31,6 +33,7 @@ def start_jax() -> None:
 
     What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone.
     """
+    load_jax()
     import jax
 
     from alaya_jax.checkpoint import bundled
@@ -89,16 +92,27 @@ def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budge
     return Budget(device=room * width * model.dtype.itemsize)
 
 
-def open_for_document(path: Path, model: "Model", budget: "Budget", tokens: "np.ndarray") -> "DB":
-    """Opens a database; when it has the document already, for reading, so that others can too."""
+def open_for_document(
+    path: Path, model: "Model", budget: "Budget", document: str, date: "Date | None" = None
+) -> tuple["DB", "np.ndarray"]:
+    """Opens a database; when it has the document already, for reading, so that others can too.
+
+    Returns:
+        The database, and the ids that begin every question about the document.
+    """
     from alaya_jax.db import DB
 
+    db, start = None, None
     if (path / "alaya_db.json").exists():
         db = DB(path, model, budget, read_only=True)
-        if any(_holds(context, tokens) for context in db.contexts):
-            return db
+        start = db.prompt(document=document, date=date, to_store=True).ids
+        if any(_holds(context, start) for context in db.contexts):
+            return db, start
         db.close()
-    return DB(path, model, budget)
+    db = DB(path, model, budget)
+    if start is None:
+        start = db.prompt(document=document, date=date, to_store=True).ids
+    return db, start
 
 
 def _holds(context: "Context", tokens: "np.ndarray") -> bool:

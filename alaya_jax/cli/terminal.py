@@ -4,9 +4,12 @@ stdout carries the answer or the report, with --json exactly one JSON object; st
 """
 
 import inspect
+import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb."""
+        pressed = _ctrl_c()
         try:
             return super().invoke(ctx)
         except AlayaError as error:
@@ -40,6 +44,44 @@ class Commands(TyperGroup):
             if error.filename is None:
                 raise
             _fail(f"{error.filename}: {error.strerror}")
+        except Exception as error:
+            if not pressed:
+                raise
+            # A module in C that is interrupted while it is loaded makes an ImportError of it.
+            note("\nInterrupted.")
+            raise typer.Exit(130) from error
+
+
+def _ctrl_c() -> list[int]:
+    """A list that grows when Ctrl-C is pressed from here on; what Ctrl-C does stays as it is."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if callable(before) and threading.current_thread() is threading.main_thread():
+
+        def record(number: int, frame: Any) -> None:
+            pressed.append(number)
+            before(number, frame)
+
+        signal.signal(signal.SIGINT, record)
+    return pressed
+
+
+def load_jax() -> None:
+    """Imports jax. Ctrl-C waits for that: modules in C make other errors of it, or print it."""
+    pressed: list[Any] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if main and callable(before):
+        signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try:
+        import jax
+
+        del jax
+    finally:
+        if main and callable(before):
+            signal.signal(signal.SIGINT, before)
+            if pressed:
+                before(*pressed[0])
 
 
 def help_text(function: Callable[..., Any]) -> str:
@@ -67,7 +109,15 @@ def note(text: str) -> None:
 
 def report(data: dict[str, Any]) -> None:
     """Prints the one JSON object of --json."""
-    typer.echo(json.dumps(data, ensure_ascii=False))
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    typer.echo(json.dumps(data, ensure_ascii=encoding != "utf8"))
+
+
+def speak_plainly() -> None:
+    """Lets stdout and stderr take any text: what their encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(found: Any) -> None:

@@ -32,7 +32,7 @@ def quantize(
     """
     heads, *_, dim = residual.shape
     u = rotate(residual.reshape(heads, -1, dim)).reshape(residual.shape)
-    norm = jnp.sqrt(jnp.sum(u * u, axis=-1, keepdims=True))
+    norm = length(u)[..., None]
     width = STEPS[bits] / math.sqrt(dim) * norm
     half = 2 ** (bits - 1)
     cell = jnp.clip(jnp.floor(u / jnp.where(width > 0, width, 1.0)), -half, half - 1)
@@ -40,14 +40,21 @@ def quantize(
     inner = jnp.sum(
         levels * u, axis=-1, keepdims=True
     )  # levels have the signs of u: 0 only if u is
-    scale = norm * norm / jnp.where(inner > 0, inner, 1.0)
+    scale = norm * (norm / jnp.where(inner > 0, inner, 1.0))
     stored = to_half(scale)
     # With s as stored, s levels = kept * (u + e): e counts as it is scaled, what is missing of u
     # in full.
     kept = jnp.where(scale > 0, stored.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0), 1.0)
-    e = jnp.sqrt(jnp.sum((scale * levels - u) ** 2, axis=-1, keepdims=True))
+    e = length(scale * levels - u)[..., None]
     spread = kept * e / math.sqrt(dim - 1) + jnp.abs(1 - kept) * norm
     return pack(cell.astype(jnp.int8), bits), stored[..., 0], spread[..., 0]
+
+
+def length(x: Float[Array, "*N D"]) -> Float[Array, "*N"]:
+    """Of vectors whose squares may be more than float32 holds."""
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    unit = x / jnp.where(most > 0, most, 1.0)
+    return most[..., 0] * jnp.sqrt(jnp.sum(unit * unit, axis=-1))
 
 
 def to_half(x: Float[Array, "*N"]) -> Float16[Array, "*N"]:
@@ -122,11 +129,10 @@ def round_query(q: Float[Array, "K N D"], bits: int, miss: float) -> RoundedQuer
     turned = rotate(q.astype(jnp.float32))
     step = jnp.max(jnp.abs(turned), axis=-1, keepdims=True) / 127
     whole = jnp.round(turned / jnp.where(step > 0, step, 1.0))
-    square = jnp.sum(turned * turned, axis=-1)
     inner = jnp.sum(whole * turned, axis=-1)
-    step = square / jnp.where(inner > 0, inner, 1.0)
-    norm = jnp.sqrt(square)
-    lost = jnp.sqrt(jnp.sum((step[..., None] * whole - turned) ** 2, axis=-1))
+    norm = length(turned)
+    step = norm * (norm / jnp.where(inner > 0, inner, 1.0))
+    lost = length(step[..., None] * whole - turned)
     sure = deviations(miss / 2, dim)
     of_spread = sure * norm + math.sqrt(dim - 1) * lost
     of_scale = sure * norm_bound(bits, dim) / math.sqrt(dim - 1) * lost

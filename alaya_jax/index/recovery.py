@@ -5,6 +5,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from alaya_jax.attention.partial import across
+from alaya_jax.index.scan import Scan
 
 MARGIN = 0.2
-"""Share of the mass that may be lost which is not spent, for the estimates' errors."""
+"""Share of the mass that may be lost which is not spent: an expectation may be exceeded."""
 
 _PARTS = 8
 _LEAST = 2.0**-126  # of a weight: the least normal float32
+_MOST = 60.0  # of a weight's logarithm: sums of them stay finite
 _HALVINGS = 14
+_LOOK, _FURTHER = 8, 8
+"""Halvings for a first look at the keys, which need not be exact, and for a second."""
 _AT_ONCE = 2
 """Halvings with one exchange of masses, where the keys are split over devices: 7 exchanges; the
 three thresholds that two halvings may ask for are weighed together.
@@ -32,7 +37,8 @@ class Weights:
 
     Attributes:
       weight: float32 [K, G, T, S], `exp((score - best) / sqrt(D))`, at least `_LEAST`; 0 for keys
-        that are not eligible.
+        that are not eligible. Of a score that may err, the expected weight (`Scan.likely`), which
+        may be above 1.
       best: float32 [K, G, T], a raw score.
     """
 
@@ -40,23 +46,22 @@ class Weights:
     best: Float[Array, "K G T"]
 
     @classmethod
-    def of(
-        cls, scores: Float[Array, "K G T S"], best: Float[Array, "K G T"], head_dim: int
-    ) -> "Weights":
+    def of(cls, scan: Scan, best: Float[Array, "K G T"], head_dim: int) -> "Weights":
         """Of raw scores, -inf for keys that are not eligible, in their place if they end here."""
         scale = head_dim**-0.5
         best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
 
-        axis = heads_axis(scores)
+        axis = heads_axis(scan.estimate)
 
         def weigh(head: Array, scores: Array) -> Array:
-            of_head, top = (lax.dynamic_index_in_dim(x, head, axis) for x in (scores, best))
-            log = scale * (of_head - top[..., None])
+            of_head = dataclasses.replace(scan, estimate=scores).likely(head, axis, head_dim)
+            top = lax.dynamic_index_in_dim(best, head, axis)
+            log = jnp.minimum(scale * (of_head - top[..., None]), _MOST)
             # An eligible key's weight is never 0, so that it tells which keys are.
             new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
             return lax.dynamic_update_slice_in_dim(scores, new, head, axis)
 
-        return cls(lax.fori_loop(0, scores.shape[axis], weigh, scores), best)
+        return cls(lax.fori_loop(0, scan.estimate.shape[axis], weigh, scan.estimate), best)
 
 
 @jax.tree_util.register_dataclass
@@ -66,34 +71,34 @@ class Recovered:
 
     Attributes:
       beta: float32 [K, G, T], the range below the best score (of the window's too).
-      mass: float32 [K, G, T], estimated share of the attention mass in the window and the kept.
+      mass: float32 [K, G, T], share of the attention mass in the window and the kept, at least.
+      unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other eligible
+        keys, as expected; -inf where there are none.
       kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
         best's: `estimate >= best - beta`, but for what rounds to the same weight.
-      weights: of the estimates.
+      weights: of all keys.
     """
 
     beta: Float[Array, "K G T"]
     mass: Float[Array, "K G T"]
+    unread: Float[Array, "K G T"]
     kept: Bool[Array, "K G T S"]
     weights: Weights
 
 
 def recover(
-    estimate: Float[Array, "K G T S"],
+    scores: Scan | Float[Array, "K G T S"],
     window_lse: Float[Array, "K G T"],
     seed: Float[Array, "K G T"],
     recovery: float | jax.Array,
     head_dim: int,
     margin: float | jax.Array = MARGIN,
     axis: str | None = None,
+    held: Callable[[Bool[Array, "K G T S"]], Float[Array, "K G T"]] | None = None,
 ) -> Recovered:
     """The smallest `beta >= 0` whose keys, with the window's, hold `recovery` of the mass.
 
-    The mass aimed at is `recovery + margin * (1 - recovery)`. Estimates are taken at their word:
-    picking the largest of them favours those that err upwards, so without a margin a little less
-    than `recovery` is kept about as often as a little more. On keys of SmolLM2-135M at 4 bits, with
-    a window, the default holds the true mass at `recovery` or above for 99% of heads and queries;
-    at 2 bits for 84% (benchmarks/sketch_recall.py).
+    The mass aimed at is `recovery + margin * (1 - recovery)`.
 
     `beta` is found by halving an interval whose end drops at most the mass that may be dropped,
     whatever the scores: n eligible keys, each of weight below (1 - target) / n of the best. It is
@@ -101,56 +106,111 @@ def recover(
     Each halving weighs the keys once. Weights, once computed, stand in place of the estimates, and
     thresholds are compared with them: a pass reads one array, and writes none of its size.
 
+    Estimates cannot be taken at their word: the largest are those that err upwards, and of an
+    unread key the true weight may be many times the estimated. So there are two looks. The first
+    keeps what seems to be enough, and `held` counts it exactly. The unread keys count with their
+    expected weight, and the second look goes on until what they hold is a small enough part of what
+    was counted: which it is then, since more is read than was counted. Where the estimates are
+    exact, or narrow, the first look is all.
+
     Args:
-      estimate: raw scores, -inf for keys that are not eligible (the window's).
+      scores: raw, -inf for keys that are not eligible (the window's); as an array, exact.
       window_lse: log of the sum of exp(score / sqrt(D)) over the window; -inf without one.
       seed: best raw score of the window; -inf without one.
       recovery: p in (0, 1]; 1 keeps every eligible key.
       head_dim: D.
       margin: see above; 0 trusts the estimates.
       axis: mesh axis that the keys are split over; `window_lse` and `seed` are of all.
+      held: gives the log of the sum of exp(score / sqrt(D)) over the window and the keys of a mask,
+        of all devices, by exact scores. None: scores count as what they are expected to be.
     """
     scale = head_dim**-0.5
-    best = jnp.maximum(across(lax.pmax, jnp.max(estimate, axis=-1), axis), seed)
+    scan = scores if isinstance(scores, Scan) else Scan(scores)
+    best = jnp.maximum(across(lax.pmax, jnp.max(scan.estimate, axis=-1), axis), seed)
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
+    exact = scan.exact or held is None
 
-    weights = Weights.of(estimate, best, head_dim)
+    weights = Weights.of(scan, best, head_dim)
     weight, best = weights.weight, weights.best
     window = jnp.exp(window_lse - scale * best)
+    parts = 2 if axis is None else 2**_AT_ONCE
 
-    def held(least: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
-        return _sum(weight, lambda part: jnp.where(part >= least[..., None], part, 0.0))
+    def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
+        return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
 
-    def masses(betas: list[Float[Array, "K G T"]]) -> Float[Array, "n K G T"]:
-        each = jnp.stack([held(jnp.exp(-scale * beta)) for beta in betas])
-        return window + across(lax.psum, each, axis)
+    def of_range(betas: list[Float[Array, "K G T"]], inside: bool) -> Float[Array, "n K G T"]:
+        """The mass of the keys in each range, or of the others."""
+
+        def one(beta: Array) -> Array:
+            least = jnp.exp(-scale * beta)[..., None]
+            return _sum(weight, lambda part: jnp.where((part >= least) == inside, part, 0.0))
+
+        return across(lax.psum, jnp.stack([one(beta) for beta in betas]), axis)
+
+    def search(
+        low: Array, high: Array, at_high: Array, inside: bool, enough: Any, halvings: int
+    ) -> tuple[Array, Array]:
+        """The smallest beta whose mass is `enough`, and that mass."""
+
+        def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            low, high, at_high = interval
+            step = (high - low) / parts
+            inner = of_range([low + step * i for i in range(1, parts)], inside)
+            first = jnp.sum(~enough(inner), axis=0)  # that is enough
+            inner = jnp.concatenate([inner, at_high[None]])
+            at_high = jnp.take_along_axis(inner, first[None], axis=0)[0]
+            return low + step * first, low + step * (first + 1), at_high
+
+        rounds = halvings if axis is None else halvings // _AT_ONCE
+        return lax.fori_loop(0, rounds, narrow, (low, high, at_high))[1:]
 
     # 2**-23: the smallest share that float32 tells from nothing.
     keys = across(lax.psum, _sum(weight, lambda part: (part > 0).astype(jnp.float32)), axis)
-    widest = jnp.log(jnp.maximum(keys, 1)) - jnp.log(jnp.maximum(1 - target, 2.0**-23))
-    widest = jnp.broadcast_to(widest / scale, best.shape)
-    zero = jnp.zeros_like(best)
-    at_zero, at_widest, total = masses([zero, widest, jnp.full_like(best, jnp.inf)])
-    parts = 2 if axis is None else 2**_AT_ONCE
-
-    def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, at_high = interval
-        step = (high - low) / parts
-        inner = masses([low + step * i for i in range(1, parts)])
-        first = jnp.sum(inner < target * total, axis=0)  # that holds enough
-        inner = jnp.concatenate([inner, at_high[None]])
-        at_high = jnp.take_along_axis(inner, first[None], axis=0)[0]
-        return low + step * first, low + step * (first + 1), at_high
-
-    rounds = _HALVINGS if axis is None else _HALVINGS // _AT_ONCE
-    _, beta, mass = lax.fori_loop(0, rounds, narrow, (zero, widest, at_widest))
+    log_keys = jnp.log(jnp.maximum(keys, 1))
+    widest = (log_keys - jnp.log(jnp.maximum(1 - target, 2.0**-23))) / scale
+    widest = jnp.broadcast_to(widest, best.shape)
+    zero, everything = jnp.zeros_like(best), jnp.full_like(best, jnp.inf)
+    at_zero, at_widest, total = of_range([zero, widest, everything], True)
+    needed = target * (window + total) - window
+    beta, mass = search(
+        zero, widest, at_widest, True, lambda x: x >= needed, _HALVINGS if exact else _LOOK
+    )
     for condition, value, other in (
-        (at_zero >= target * total, 0.0, at_zero),
-        (target >= 1, jnp.inf, total),
+        (at_zero >= needed, zero, at_zero),
+        (target >= 1, everything, total),
     ):
         beta, mass = jnp.where(condition, value, beta), jnp.where(condition, other, mass)
-    kept = (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
-    return Recovered(beta, jnp.where(total > 0, mass / total, 1.0), kept, weights)
+    read, unread = window + mass, jnp.maximum(total - mass, 0.0)
+
+    if not exact:
+        assert held is not None
+        read = jnp.exp(jnp.minimum(held(kept(beta)) - scale * best, _MOST))
+        spare = read * jnp.maximum(1 - target, 0.0) / target
+        unread = of_range([beta], False)[0]
+
+        def further() -> tuple[Array, Array]:
+            widest = (log_keys - jnp.log(jnp.maximum(spare, _LEAST))) / scale
+            widest = jnp.maximum(beta, widest)
+            at_widest = of_range([widest], False)[0]
+            wider, left = search(beta, widest, at_widest, False, lambda x: x <= spare, _FURTHER)
+            enough = left <= spare
+            wider = jnp.where(enough, wider, jnp.inf)
+            left = jnp.where(enough, left, 0.0)
+            short = unread > spare
+            return jnp.where(short, wider, beta), jnp.where(short, left, unread)
+
+        if axis is None:
+            beta, unread = lax.cond(jnp.any(unread > spare), further, lambda: (beta, unread))
+        else:
+            beta, unread = further()
+    whole = read + unread
+    return Recovered(
+        beta,
+        jnp.where(whole > 0, read / whole, 1.0),
+        jnp.log(unread) + scale * best,
+        kept(beta),
+        weights,
+    )
 
 
 def of_pages(scores: Float[Array, "*R S"], size: int, head_dim: int) -> Float[Array, "*R N"]:

@@ -47,14 +47,16 @@ from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,
+    deviations,
     fields,
+    length,
     quantize,
     round_query,
     to_half,
     to_half_above,
 )
 from alaya_jax.index.recovery import Weights, heads_axis
-from alaya_jax.index.scan import Scan
+from alaya_jax.index.scan import FAR, Scan
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
 
@@ -65,7 +67,6 @@ SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
 
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
-_HUGE = 1e30  # above every score, and zero times it is zero
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
 
 
@@ -204,8 +205,9 @@ class SketchLayer:
             estimate, spread, scale = lax.cond(run, lambda: fold(pages.read_run), by_page)
         of_row = tuple(x.reshape(heads, group, t) for x in (asked.of_spread, asked.of_scale))
         # Infinite for a key too large for float16; yet a query of zeros errs by nothing.
-        spread = jnp.minimum(spread.astype(jnp.float32), _HUGE)
-        return Scan(estimate, of_row, (spread, scale.astype(jnp.float32)))
+        spread = jnp.minimum(spread.astype(jnp.float32), FAR)
+        of_key = spread, scale.astype(jnp.float32)
+        return Scan(estimate, of_row, of_key, deviations(miss / 2, dim))
 
     def attend_means(
         self,
@@ -322,7 +324,7 @@ def _sketch(
     residual = jnp.where(valid, k - middle[:, :, None], 0.0)
 
     codes, scale, spread = quantize(residual, bits)
-    spread = to_half_above(spread + _EPSILON * jnp.sqrt(jnp.sum(k * k, axis=-1)))
+    spread = to_half_above(spread + _EPSILON * length(k))
     spread = jnp.where(valid[..., 0], spread, 0)
     return SketchLayer(codes, scale, spread, centre, unit, value, value_unit)
 

@@ -28,13 +28,41 @@ def _words(value: Any) -> str:
     return f"[{np.min(value):.4g} to {np.max(value):.4g}]"
 
 
-def _check(query: Any, field: str, low: float) -> None:
+def _refuse_text(query: Any, field: str, words: str) -> None:
+    """Text is never a number, nor what jax puts in its place."""
     value = getattr(query, field)
-    if _is_number(value) and not value >= low:
-        raise RequestError(f"{type(query).__name__}({field}={value}): must be at least {low}")
+    if isinstance(value, str | bytes):
+        raise RequestError(f"{type(query).__name__}({field}={value!r}): must be {words}, not text")
+
+
+def _check(query: Any, field: str, low: float, *, whole: bool = False) -> None:
+    kind = "a whole number" if whole else "a number"
+    _refuse_text(query, field, kind)
+    value = getattr(query, field)
+    if _is_number(value) and not (value >= low and not (whole and value != value // 1)):
+        raise RequestError(
+            f"{type(query).__name__}({field}={value}): must be {kind}, at least {low}"
+        )
+
+
+def _check_static(query: Any, field: str, low: int) -> None:
+    """Of what is structure: jax puts nothing in its place."""
+    value = getattr(query, field)
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+        raise RequestError(
+            f"{type(query).__name__}({field}={value!r}): must be a whole number, at least {low}"
+        )
+
+
+def _check_window(query: Any) -> None:
+    if isinstance(query.window, str | bytes | int | float):
+        raise RequestError(
+            f"{type(query).__name__}(window={query.window!r}): must be a Window(sink, recent)"
+        )
 
 
 def _check_share(query: Any, field: str) -> None:
+    _refuse_text(query, field, "a number")
     value = getattr(query, field)
     if _is_number(value) and not 0 < value <= 1:
         raise RequestError(
@@ -60,16 +88,16 @@ class Window:
     recent: int = 512
 
     def __post_init__(self):
-        _check(self, "sink", 0)
-        _check(self, "recent", 1)
+        _check(self, "sink", 0, whole=True)
+        _check(self, "recent", 1, whole=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DIPR:
     """Dynamic inner-product range query (AlayaDB, arXiv 2504.10326, Definition 3): of the keys
-    outside the window, those with `q.k >= max_s q.k_s - beta`, the maximum over all keys that q
-    may see.
+    outside the window, those with `q.k >= max_s q.k_s - beta`, the maximum over these and the
+    window's: over all keys that q may see, but for those that `before` rules out.
 
     The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
     whose attention weight is at least alpha times the largest.
@@ -82,7 +110,8 @@ class DIPR:
       beta: range, at least 0. A number, or an array [H] (one a query head).
       window: tokens that are always attended.
       recovery: share of the attention mass to keep, above 0 and at most 1; a number or [H].
-      before: only keys at positions below this are retrieved; None: all.
+      before: of the keys outside the window, only those at positions below this are eligible: the
+        others are not retrieved, and count neither for the maximum nor for the mass; None: all.
     """
 
     beta: float | jax.Array | None = None
@@ -97,7 +126,8 @@ class DIPR:
             raise RequestError("DIPR(beta=..., recovery=...): give one of the two")
         _check(self, "beta", 0.0)
         _check_share(self, "recovery")
-        _check(self, "before", 0)
+        _check(self, "before", 0, whole=True)
+        _check_window(self)
 
     def __repr__(self) -> str:
         fields = (f.name for f in dataclasses.fields(self))
@@ -121,8 +151,9 @@ class TopK:
     before: int | jax.Array | None = None
 
     def __post_init__(self):
-        _check(self, "k", 1)
-        _check(self, "before", 0)
+        _check_static(self, "k", 1)
+        _check(self, "before", 0, whole=True)
+        _check_window(self)
 
 
 NEAR = Window(sink=16, recent=256)
@@ -171,9 +202,10 @@ class Tiles:
     def __post_init__(self):
         _check(self, "beta", 0.0)
         _check_share(self, "recovery")
+        _check_window(self)
         for name in ("q_block", "kv_block", "samples"):
-            if getattr(self, name) is not None:
-                _check(self, name, 1)
+            if name != "kv_block" or self.kv_block is not None:
+                _check_static(self, name, 1)
 
 
 Query = Full | Window | DIPR | TopK | Tiles

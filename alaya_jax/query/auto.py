@@ -1,11 +1,16 @@
 """What the optimizer may be asked: a goal, in place of a query."""
 
 import dataclasses
-from typing import Literal
+import numbers
+from typing import Any, Literal
 
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Window
 from alaya_jax.sizes import bytes_of
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +42,12 @@ class Auto:
     prefill: Literal["dense", "sparse"] = "dense"
 
     def __post_init__(self):
-        if self.tpot is not None and not self.tpot > 0:
-            raise RequestError(f"Auto(tpot={self.tpot}): seconds a token, above 0")
-        if not 0 < self.recovery <= 1:
-            raise RequestError(f"Auto(recovery={self.recovery}): above 0, at most 1")
+        if self.tpot is not None and not (_is_real(self.tpot) and self.tpot > 0):
+            raise RequestError(f"Auto(tpot={self.tpot!r}): seconds a token, above 0")
+        if not (_is_real(self.recovery) and 0 < self.recovery <= 1):
+            raise RequestError(f"Auto(recovery={self.recovery!r}): above 0, at most 1")
+        if not isinstance(self.window, Window):
+            raise RequestError(f"Auto(window={self.window!r}): must be a Window(sink, recent)")
         if self.prefill not in ("dense", "sparse"):
             raise RequestError(f"Auto(prefill={self.prefill!r}): use 'dense' or 'sparse'")
         if self.device_memory is not None:

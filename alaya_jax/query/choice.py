@@ -102,7 +102,7 @@ class Choice:
             "seconds": self.seconds,
             "attention_seconds": self.attention_seconds,
             "bytes": {
-                "weights": self.work.weight_bytes,
+                "weights": self.work.weight_bytes + self.work.idle_bytes,
                 "kv": self.work.kv_bytes,
                 "indexes": self.memory - self.work.kv_bytes,
                 "read_by_attention": sum(layer.cost.read for layer in self.layers),
@@ -140,7 +140,8 @@ class Choice:
         notes = (
             f"predicted for a token: {show.seconds(self.seconds)}, of which attention "
             f"{show.seconds(self.attention_seconds)}",
-            f"device memory: weights {show.nbytes(self.work.weight_bytes)}, keys and values "
+            "device memory: weights "
+            f"{show.nbytes(self.work.weight_bytes + self.work.idle_bytes)}, keys and values "
             f"{show.nbytes(self.work.kv_bytes)}, indexes "
             f"{show.nbytes(self.memory - self.work.kv_bytes)}",
             f"{below}; {self.basis}",

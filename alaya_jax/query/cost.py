@@ -50,7 +50,8 @@ class Workload:
       page_size: Z.
       pool_tokens: tokens that the pool of pages holds, which the indexes cover too; None: those
         of the batch.
-      weight_bytes: of the model.
+      weight_bytes: of the model, that a token reads.
+      idle_bytes: of the rest of the model: an embedding of its own, of which a token reads a row.
       reused: tokens of each sequence that come from a stored context.
       stored: tokens of that context; more than `reused` where it is reused in part.
       tensor, context: devices that heads and keys are split over.
@@ -65,6 +66,7 @@ class Workload:
     page_size: int = 16
     pool_tokens: int | None = None
     weight_bytes: int = 0
+    idle_bytes: int = 0
     reused: int = 0
     stored: int = 0
     tensor: int = 1

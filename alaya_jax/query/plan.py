@@ -18,6 +18,8 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import DIPR, Query, Tiles, TopK
 from alaya_jax.query.auto import Auto
 
+_QUERIES = "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), TopK(k), Tiles(...)"
+
 SKETCH_FROM = 4096
 """Tokens from which a plan without an index asks the sketch; below, scoring all keys is as fast
 (benchmarks/decode_attention.py).
@@ -57,6 +59,8 @@ class Plan:
     )
 
     def __post_init__(self):
+        if isinstance(self.query, str | type | int | float):
+            raise RequestError(f"Plan({self.query!r}): {_QUERIES}")
         if not isinstance(self.query, Query):
             return  # jax puts placeholders into trees
         if self.index is not None and not isinstance(self.index, Index):
@@ -155,8 +159,7 @@ def plan_for(
             asked = Plan(asked)
         if not isinstance(asked, Plan):
             raise RequestError(
-                f"attention={asked!r}: use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), "
-                "TopK(k), Tiles(...), a Plan of one, or Auto(...) for all layers"
+                f"attention={asked!r}: {_QUERIES}, a Plan of one, or Auto(...) for all layers"
             )
         query = asked.query
         for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():
@@ -175,14 +178,22 @@ def plan_for(
 
     if isinstance(attention, Query | Plan):
         return one(attention)
-    each = tuple(attention) if isinstance(attention, Sequence) else (one(attention),)
+    if not isinstance(attention, Sequence) or isinstance(attention, str | bytes):
+        one(attention)  # says what it might be
+    each = tuple(attention)
     if len(each) != layers:
         raise RequestError(f"attention: {len(each)} queries, and the model has {layers} layers")
     return tuple(map(one, each))
 
 
 def of_layer(plans: Plans, layer: int) -> Plan:
-    """The plan of one layer."""
+    """The plan of one layer.
+
+    Raises:
+      RequestError: they are queries, or something else.
+    """
+    if not isinstance(plans, Plan | tuple):
+        raise RequestError(f"{plans!r} is no plan: write Plan({plans!r}), or a tuple, one a layer")
     return plans[layer] if isinstance(plans, tuple) else plans
 
 

@@ -33,8 +33,8 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
     """
     model, pool = session.model, session.pool
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    if not model.config.tie_word_embeddings:  # a token reads one row of it
-        weights -= model.params["embed"]["embedding"].nbytes
+    tied = model.config.tie_word_embeddings
+    idle = 0 if tied else model.params["embed"]["embedding"].nbytes  # a token reads one row of it
     tensor, context = _split(model)
     graph, known = session.known_graph() if context == 1 else (None, 0)
     work = Workload(
@@ -44,7 +44,8 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
         batch=session.batch_size,
         page_size=pool.page_size,
         pool_tokens=pool.num_pages * pool.page_size,
-        weight_bytes=weights,
+        weight_bytes=weights - idle,
+        idle_bytes=idle,
         graph=graph,
         graph_length=known,
         tensor=tensor,
@@ -101,12 +102,18 @@ def choose_before(
     """
     item = np.dtype(dtype).itemsize
     weights = parameters * item
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size * item
+    tied = config.tie_word_embeddings
+    idle = 0 if tied else config.vocab_size * config.hidden_size * item
     # Of all but the window a graph might be built.
     covered = max(length - int(auto.window.recent), 0)
     work = Workload(
-        config, np.dtype(dtype), length, batch, weight_bytes=weights, graph_length=covered
+        config,
+        np.dtype(dtype),
+        length,
+        batch,
+        weight_bytes=weights - idle,
+        idle_bytes=idle,
+        graph_length=covered,
     )
     found = calibration.find(fingerprint, directory)
     machine = _machine(work, progress=True)

@@ -141,7 +141,7 @@ def prefill(
             plgpu.set_max_registers(240, action="increase")
             first = start + wg * ROWS  # the warpgroup's first query
             q_tile = q_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(first, ROWS), head], q_tile, q_ready.at[wg])
+            mosaic.bring(q_ref.at[b, pl.ds(first, ROWS), head], q_tile, q_ready.at[wg])
             plgpu.barrier_wait(q_ready.at[wg])
 
             def iota(axis):
@@ -248,12 +248,12 @@ def prefill(
                         @pl.when(n < full)
                         def _(n=n, to=to):
                             here = pool.at[kv_head, page_ref[b, n]]
-                            plgpu.copy_gmem_to_smem(here, to, ready.at[slot])
+                            mosaic.bring(here, to, ready.at[slot])
 
                         @pl.when(n >= full)
                         def _(n=n, to=to):
                             here = tail.at[kv_head, b]
-                            plgpu.copy_gmem_to_smem(here, to, ready.at[slot])
+                            mosaic.bring(here, to, ready.at[slot])
 
                 @pl.when(i >= stages)
                 def _():

@@ -193,7 +193,7 @@ def paged_decode(
         operands.append(jnp.pad(floor, pad, constant_values=-jnp.inf))
     if keys.mask is not None:
         operands.append(_words(keys.mask, shape))
-    scales = [] if k_scale is None else [k_scale, v_scale]
+    scales = [_scales(x, keys, shape) for x in (k_scale, v_scale) if x is not None]
     acc, top, total, kept = _kernel(shape, target)(*operands, *scales, k_pages, v_pages)
 
     # The second stage: splits of one row are parts of one softmax.
@@ -225,12 +225,20 @@ def _words(mask: Bool[Array, "B H N Z"], shape: _Shape) -> Int[Array, "R N W hea
     return jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, shape.heads - groups)))
 
 
+def _scales(scale: Float[Array, "K P Z"], keys: Keys, shape: _Shape) -> Float[Array, "R tokens"]:
+    """The scales of the listed pages, one list behind another: of a page of 16 keys they are 64
+    bytes, which is less than TMA places in shared memory.
+    """
+    ids = jnp.pad(keys.page_ids, ((0, 0), (0, 0), (0, -keys.page_ids.shape[2] % shape.pages)))
+    ids = jnp.broadcast_to(ids, (ids.shape[0], shape.kv_heads, ids.shape[2]))
+    head = jnp.arange(shape.kv_heads)[:, None]
+    return scale.at[head, ids].get(mode="clip").reshape(shape.rows, -1)
+
+
 def _kernel(shape: _Shape, target: Target) -> Any:
     per_split = (shape.rows, shape.splits)
     tiles = shape.smem(shape.stages, TILE, shape.dim, stored=True)
-    arrives = plgpu.Barrier(
-        num_arrivals=shape.pages * (2 if shape.quantized else 1), num_barriers=shape.stages
-    )
+    arrives = plgpu.Barrier(num_arrivals=shape.pages + shape.quantized, num_barriers=shape.stages)
     scratch = {
         "q_smem": shape.smem(shape.heads, shape.dim),
         "k_smem": tiles,
@@ -310,17 +318,20 @@ def _body(
     def issue(step: Any, pages: list[Any]) -> None:
         """Starts the copies of one tile."""
         slot = lax.rem(step, shape.stages)
-        copies = [(k_ref, k_smem, k_arrived), (v_ref, v_smem, v_arrived)]
-        if shape.quantized:
-            copies.append((k_scale_ref, scratch["k_scale"], k_arrived))
-            copies.append((v_scale_ref, scratch["v_scale"], v_arrived))
-        for ref, smem, arrived in copies:
+        for ref, smem, arrived in ((k_ref, k_smem, k_arrived), (v_ref, v_smem, v_arrived)):
             for j, page in enumerate(pages):
                 rows = pl.ds(j * shape.page_size, shape.page_size)
-                plgpu.copy_gmem_to_smem(ref.at[head, page], smem.at[slot, rows], arrived.at[slot])
+                mosaic.bring(ref.at[head, page], smem.at[slot, rows], arrived.at[slot])
+        if k_scale_ref is not None and v_scale_ref is not None:
+            of_tile = pl.ds(pl.multiple_of((first + step) * TILE, TILE), TILE)
+            for ref, name, arrived in (
+                (k_scale_ref, "k_scale", k_arrived),
+                (v_scale_ref, "v_scale", v_arrived),
+            ):
+                mosaic.bring(ref.at[row, of_tile], scratch[name].at[slot], arrived.at[slot])
 
     wgmma = plgpu.Layout.WGMMA
-    plgpu.copy_gmem_to_smem(q_ref.at[row], q_smem, q_arrived)
+    mosaic.bring(q_ref.at[row], q_smem, q_arrived)
     for step in range(shape.stages - 1):
         pages = page_ids(step)
         pl.when(step < steps)(functools.partial(issue, jnp.int32(step), pages))

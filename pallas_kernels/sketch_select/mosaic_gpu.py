@@ -10,7 +10,9 @@ done to a key on its way through shared memory.
 
     GMEM    codes [16, D/2]  scale, spread [16]  centre [D]         of each page
               |                   TMA: all of a step at once where its pages are neighbours in the
-              |                   pool, else page by page; `stages` steps are under way
+              |                   pool; else codes page by page, and the rest, of which a page has
+              |                   less than TMA can place, from a copy in the sequence's order that
+              |                   XLA makes; `stages` steps are under way
     SMEM    bytes [512, D/2]
               |                     64 keys at a time:
     regs    byte & 15 ^ 8, byte & 0xf0    the low field + 8, and 16 times the high field
@@ -129,8 +131,18 @@ def bounds(
     first_row = table[..., None] * size + jnp.arange(repeats) * TOKENS
     first_row = first_row.reshape(batch, -1)
     runs = _runs(first_row, jnp.repeat(some, repeats, axis=1), flat[1])
-    unit = jnp.moveaxis(keys.unit.at[:, table].get(mode="clip"), 0, 1)
-    unit = jnp.repeat(unit.astype(jnp.float32), repeats, axis=-1)
+
+    def in_order(x: Array, ids: Array) -> Array:  # [K, P, ...] -> [B, K, M, ...]
+        return jnp.moveaxis(x.at[:, ids].get(mode="clip"), 0, 1)
+
+    unit = jnp.repeat(in_order(keys.unit, table).astype(jnp.float32), repeats, axis=2)
+    # Of a run these are read from the pool: any page will do, and one is quickest.
+    of_run = jnp.repeat(runs == 1, PAGES // repeats, axis=1)
+    loose = jnp.where(of_run, 0, table)
+    scales, spreads = (
+        in_order(x, loose).reshape(batch, kv_heads, -1) for x in (keys.scale, keys.spread)
+    )
+    centres = jnp.repeat(in_order(keys.centre, loose if repeats == 1 else table), repeats, axis=2)
 
     kernel = functools.partial(
         _kernel,
@@ -150,7 +162,7 @@ def bounds(
     upper, best, *lse = plgpu.kernel(
         kernel,
         out_type=out_type + ([] if scale is None else out_type[:1]),
-        scratch_types=_scratch(stages, half, repeats, dtype, scale is not None),
+        scratch_types=_scratch(stages, half, dtype, scale is not None),
         grid=(splits, kv_heads, batch),
         grid_names=("split", "head", "batch"),
         num_threads=_COMPUTE + 1,
@@ -167,6 +179,9 @@ def bounds(
         keys.scale.reshape(flat),
         keys.spread.reshape(flat),
         keys.centre,
+        scales,
+        spreads,
+        centres,
         unit,
         first_row,
         runs,
@@ -208,7 +223,16 @@ class _Shape:
     to_log2: float | None  # of an estimate, if log-sum-exp is wanted
 
 
-def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> list[Any]:
+def _turns(stages: int) -> int:
+    """Steps after which both the slot and the warpgroup are the same again.
+
+    A thread knows the phase of a barrier by counting its own waits. So an arrival's barrier belongs
+    to one warpgroup, even where a slot does not.
+    """
+    return math.lcm(stages, _COMPUTE)
+
+
+def _scratch(stages: int, half: int, dtype: Any, lse: bool) -> list[Any]:
     """Shared memory and barriers, in the order of `_kernel`'s arguments."""
 
     def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # as wgmma reads it
@@ -236,17 +260,16 @@ def _scratch(stages: int, half: int, repeats: int, dtype: Any, lse: bool) -> lis
         columns(_COMPUTE, _ROWS, _ROWS),
         columns(_COMPUTE, _ROWS, _ROWS if lse else _HEADS),
         plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE),
-        plgpu.Barrier(
-            num_arrivals=3 * PAGES // _BOX + 1 + (1 if repeats == 1 else PAGES), num_barriers=stages
-        ),
-        plgpu.Barrier(num_arrivals=4 * PAGES + 1, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3 * PAGES // _BOX + 2, num_barriers=_turns(stages)),
+        plgpu.Barrier(num_arrivals=PAGES + 2 * PAGES // _BOX + 2, num_barriers=_turns(stages)),
         plgpu.Barrier(num_barriers=stages),
     ]
 
 
 def _kernel(shape: _Shape, *all_refs: Any) -> None:
     (q_ref, integer_low_ref, integer_high_ref, factor_ref, code_ref, scale_ref, spread_ref,
-     centre_ref, unit_ref, row_ref, run_ref, low_ref, high_ref, *refs) = all_refs  # fmt: skip
+     centre_ref, scales_ref, spreads_ref, centres_ref, unit_ref, row_ref, run_ref, low_ref,
+     high_ref, *refs) = all_refs  # fmt: skip
     outs, refs = (refs[:2], refs[2:]) if shape.to_log2 is None else (refs[:3], refs[3:])
     (q_smem, integer_low, integer_high, factor_smem, code_smem, scale_smem, spread_smem,
      centre_smem, unit_smem, *work, query_ready, run_ready, page_ready, free) = refs  # fmt: skip
@@ -264,19 +287,19 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
         return begin + split + i * shape.splits
 
     def arrived(i: Any) -> None:
-        slot = lax.rem(i, jnp.int32(shape.stages))
+        turn = lax.rem(i, jnp.int32(_turns(shape.stages)))
         run = run_ref[b, step_at(i)] == 1
-        pl.when(run)(lambda: plgpu.barrier_wait(run_ready.at[slot]))
-        pl.when(jnp.logical_not(run))(lambda: plgpu.barrier_wait(page_ready.at[slot]))
+        pl.when(run)(lambda: plgpu.barrier_wait(run_ready.at[turn]))
+        pl.when(jnp.logical_not(run))(lambda: plgpu.barrier_wait(page_ready.at[turn]))
 
     @pl.when(wg < _COMPUTE)
     def _compute() -> None:
         ready = query_ready.at[wg]
         # Each of the two has copies of its own.
-        plgpu.copy_gmem_to_smem(q_ref.at[b, k], q_smem.at[wg], ready)
-        plgpu.copy_gmem_to_smem(integer_low_ref.at[b, k], integer_low.at[wg], ready)
-        plgpu.copy_gmem_to_smem(integer_high_ref.at[b, k], integer_high.at[wg], ready)
-        plgpu.copy_gmem_to_smem(factor_ref.at[b, k], factor_smem.at[wg], ready)
+        mosaic.bring(q_ref.at[b, k], q_smem.at[wg], ready)
+        mosaic.bring(integer_low_ref.at[b, k], integer_low.at[wg], ready)
+        mosaic.bring(integer_high_ref.at[b, k], integer_high.at[wg], ready)
+        mosaic.bring(factor_ref.at[b, k], factor_smem.at[wg], ready)
         plgpu.barrier_wait(ready)
         query = (q_smem.at[wg], integer_low.at[wg], integer_high.at[wg], factor_smem.at[wg])
         stage = (code_smem, scale_smem, spread_smem, centre_smem, unit_smem)
@@ -290,53 +313,52 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
     def _copy() -> None:
         def bring(i: Any) -> None:
             step, slot = step_at(i), lax.rem(i, jnp.int32(shape.stages))
-            here = pl.ds(step * PAGES, PAGES)
+            turn = lax.rem(i, jnp.int32(_turns(shape.stages)))
+            here = pl.ds(pl.multiple_of(step * PAGES, PAGES), PAGES)
+            boxes = [pl.ds(at * TOKENS, _BOX * TOKENS) for at in range(0, PAGES, _BOX)]
+            small = ((scale_smem, scale_ref, scales_ref), (spread_smem, spread_ref, spreads_ref))
 
-            def copies(ready: Any, *pairs: Any) -> None:
+            def in_order(ready: Any) -> None:
+                """What is in the sequence's order."""
+                pairs = [(unit_ref, unit_smem)]
+                if ready is page_ready or shape.repeats > 1:
+                    pairs.append((centres_ref, centre_smem))
                 for source, target in pairs:
-                    plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
-
-            def pages(ready: Any, first: Any, at: int, count: int) -> None:
-                """`count` neighbours in the pool."""
-                rows = pl.ds(pl.multiple_of(first, TOKENS), count * TOKENS)
-                to = pl.ds(at * TOKENS, count * TOKENS)
-                copies(
-                    ready,
-                    (code_ref.at[k, rows], code_smem.at[slot, to]),
-                    (scale_ref.at[k, rows], scale_smem.at[slot, to]),
-                    (spread_ref.at[k, rows], spread_smem.at[slot, to]),
-                )
-
-            def centres(ready: Any, rows: Any, at: Any) -> None:
-                page = lax.div(rows, jnp.int32(shape.repeats * TOKENS))
-                to = centre_smem.at[slot, pl.ds(at, 1)]
-                copies(ready, (centre_ref.at[k, pl.ds(page, 1)], to))
+                    to = target.at[slot, pl.ds(0, PAGES)]
+                    mosaic.bring(source.at[b, k, here], to, ready.at[turn])
 
             run = run_ref[b, step] == 1
 
             @pl.when(run)
             def _run() -> None:
-                first = row_ref[b, step * PAGES]
-                to = pl.ds(0, PAGES)
-                copies(run_ready, (unit_ref.at[b, k, here], unit_smem.at[slot, to]))
-                for at in range(0, PAGES, _BOX):
-                    pages(run_ready, first + at * TOKENS, at, _BOX)
+                ready, first = run_ready.at[turn], row_ref[b, step * PAGES]
+                in_order(run_ready)
+                for at, to in zip(range(0, PAGES, _BOX), boxes, strict=True):
+                    begin = pl.multiple_of(first + at * TOKENS, TOKENS)
+                    rows = pl.ds(begin, _BOX * TOKENS)
+                    mosaic.bring(code_ref.at[k, rows], code_smem.at[slot, to], ready)
+                    for smem, pool, _ in small:
+                        mosaic.bring(pool.at[k, rows], smem.at[slot, to], ready)
                 if shape.repeats == 1:
-                    source = centre_ref.at[k, pl.ds(lax.div(first, jnp.int32(TOKENS)), PAGES)]
-                    copies(run_ready, (source, centre_smem.at[slot, to]))
-                else:
-                    for at in range(PAGES):
-                        centres(run_ready, first + at * TOKENS, at)
+                    pages = pl.ds(lax.div(first, jnp.int32(TOKENS)), PAGES)
+                    to = centre_smem.at[slot, pl.ds(0, PAGES)]
+                    mosaic.bring(centre_ref.at[k, pages], to, ready)
 
             @pl.when(jnp.logical_not(run))
             def _page_by_page() -> None:
-                to = pl.ds(0, PAGES)
-                copies(page_ready, (unit_ref.at[b, k, here], unit_smem.at[slot, to]))
+                ready = page_ready.at[turn]
                 # All are asked for before the first is needed.
                 firsts = [row_ref[b, step * PAGES + at] for at in range(PAGES)]
+                in_order(page_ready)
+                for at, to in zip(range(0, PAGES, _BOX), boxes, strict=True):
+                    begin = pl.multiple_of(step * _KEYS + at * TOKENS, TOKENS)
+                    rows = pl.ds(begin, _BOX * TOKENS)
+                    for smem, _, copy in small:
+                        mosaic.bring(copy.at[b, k, rows], smem.at[slot, to], ready)
                 for at, first in enumerate(firsts):
-                    pages(page_ready, first, at, 1)
-                    centres(page_ready, first, at)
+                    rows = pl.ds(pl.multiple_of(first, TOKENS), TOKENS)
+                    to = pl.ds(at * TOKENS, TOKENS)
+                    mosaic.bring(code_ref.at[k, rows], code_smem.at[slot, to], ready)
 
         @pl.loop(0, mine)
         def _step(i: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
-SHARD_SIZE = 20_000
+SHARD_SIZES = {"hf_shards": 20_000, "hf_shards_oversize": 4_000}
 CONFIG = {
     "vocab_size": 48,
     "hidden_size": 32,
@@ -31,17 +31,17 @@ def pattern(number: int, shape: tuple[int, ...]) -> torch.Tensor:
     return (((torch.arange(n) * 31 + number * 7) % 251 - 125) / 64).reshape(shape)
 
 
-def hf_shards() -> None:
+def hf_shards(name: str, shard_size: int) -> None:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16)
     state = model.state_dict()
-    for number, name in enumerate(sorted(state)):
-        state[name].copy_(pattern(number, state[name].shape))
+    for number, key in enumerate(sorted(state)):
+        state[key].copy_(pattern(number, state[key].shape))
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(directory, max_shard_size=shard_size)
         files = sorted(Path(directory).glob("model*"))
         digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    golden = {"config": CONFIG, "shard_size": SHARD_SIZE, "sha256": digests}
-    (GOLDEN / "hf_shards.json").write_text(json.dumps(golden, indent=2) + "\n")
+    golden = {"config": CONFIG, "shard_size": shard_size, "sha256": digests}
+    (GOLDEN / f"{name}.json").write_text(json.dumps(golden, indent=2) + "\n")
 
 
 META = {
@@ -123,5 +123,6 @@ def meta_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    hf_shards()
+    for name, shard_size in SHARD_SIZES.items():
+        hf_shards(name, shard_size)
     meta_parts()

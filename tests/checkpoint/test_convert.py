@@ -29,6 +29,7 @@ from alaya_jax.checkpoint import (
     orbax,
     read_checkpoint,
     save,
+    verify,
 )
 from alaya_jax.errors import CheckpointError, ConfigError, TokenizerError
 from alaya_jax.models.config import LlamaConfig, RopeConfig
@@ -68,8 +69,9 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_shards_are_byte_equal_to_those_of_transformers(tmp_path, make_tensors):
-    golden = json.loads((GOLDEN / "hf_shards.json").read_text())
+@pytest.mark.parametrize("name", ["hf_shards", "hf_shards_oversize"])
+def test_shards_are_byte_equal_to_those_of_transformers(tmp_path, make_tensors, name):
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
     config = LlamaConfig(**golden["config"], dtype="bfloat16")
     tensors = make_tensors(config)
     for number, name in enumerate(sorted(tensors)):
@@ -299,6 +301,42 @@ def test_inspect_says_where_each_parameter_is(hf, tmp_path):
     }
     assert here["tensors"]["norm/scale"]["stored_as"] == "model.norm.weight"
     assert load(source).fingerprint == here["fingerprint"]
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "gguf-f32"])
+def test_paths_may_be_relative(hf, tmp_path, monkeypatch, to):
+    """Every verb that takes a path, from two working directories."""
+    source = hf()
+    want = read(source)
+    monkeypatch.chdir(tmp_path)
+    done = run("hf", Path("here"), to=to)
+    assert done.path == tmp_path / "here"
+    elsewhere = tmp_path / "else"
+    elsewhere.mkdir()
+    opened = open_checkpoint("here")
+    monkeypatch.chdir(elsewhere)
+    assert opened.read_tokenizer() is None
+    run("../here", "back")
+    for path in ("../here", "back", Path("../else/back")):
+        got = read(path)
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got.params, want.params))
+        assert got.source.is_absolute()
+        assert inspect(path)["parameters"] == inspect(source)["parameters"]
+    assert verify("../hf", "../here", progress=False).same
+    save("saved", want.config, want.params, to=to, progress=False)
+    assert verify("../hf", "saved", progress=False).same
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_named_templates_are_carried_along(hf, tmp_path, to):
+    source = hf()
+    named = source / "additional_chat_templates"
+    named.mkdir()
+    (named / "tool_use.jinja").write_text("{{ tools }}")
+    run(source, tmp_path / "out", to=to)
+    run(tmp_path / "out", tmp_path / "back")
+    for path in (tmp_path / "out", tmp_path / "back"):
+        assert (path / named.name / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_published_spelling(make_config):

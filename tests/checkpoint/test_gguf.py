@@ -215,7 +215,14 @@ def test_rope_scaling(make_config, make_tensors, write_gguf, name):
     assert open_checkpoint(path).config == dataclasses.replace(config, rope=rope)
 
 
+def two_factors(writer):
+    yarn(writer)
+    writer.add_float32("llama.rope.scaling.attn_factor", 1.25)
+    writer.add_float32("llama.rope.scaling.yarn_attn_factor", 1.5)
+
+
 REFUSED_KEYS = {
+    "two factors of yarn": (two_factors, r"attn_factor' = 1.25 and .*1.5 differ"),
     "experts": (lambda w: w.add_expert_count(8), "llama.expert_count' = 8"),
     "longrope": (
         lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
@@ -239,6 +246,15 @@ def test_metadata_not_understood(make_config, make_tensors, write_gguf, name):
 def test_part_of_a_split_file(make_config, make_tensors, write_gguf):
     keys = lambda w: w.add_uint16("split.count", 3)  # noqa: E731
     path = write_gguf(make_config(), make_tensors(make_config()), keys=keys)
+    with pytest.raises(CheckpointError, match=r"one of 3 parts.*--merge"):
+        read(path)
+    writer = gguf.GGUFWriter(path, "llama")
+    del writer.kv_data[0]["general.architecture"]  # which the later parts do not say
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
     with pytest.raises(CheckpointError, match=r"one of 3 parts.*--merge"):
         read(path)
 

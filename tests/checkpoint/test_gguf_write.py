@@ -1,5 +1,6 @@
 """GGUF files as written here, read by the format's own library and by ours."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -80,15 +81,15 @@ def test_orbax_and_a_cast(make_config, make_tensors, write_hf, tmp_path):
     assert {k for n, k in types.items() if "norm" not in n} == {Quant.BF16}
 
 
+YARN = RopeConfig("yarn", factor=4.0, original_max_position_embeddings=32)
 ROPES = {
     "default": RopeConfig(theta=123_456.0),
     "linear": RopeConfig("linear", factor=4.0),
     "llama3": RopeConfig(
         "llama3", 500_000.0, factor=8.0, low_freq_factor=1.0, original_max_position_embeddings=64
     ),
-    "yarn": RopeConfig(
-        "yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0, beta_slow=2.0
-    ),
+    "yarn": YARN,
+    "yarn that shortens": dataclasses.replace(YARN, factor=0.5, attention_factor=1.0),
     "yarn with a factor": RopeConfig(
         "yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.25
     ),
@@ -126,9 +127,12 @@ def test_config_is_read_back(make_config, make_tensors, write_hf, tmp_path, name
             },
             "rope = .*mscale=0.7",
         ),
+        ({"rope": dataclasses.replace(YARN, beta_fast=16.0)}, "rope = .*beta_fast=16.0"),
+        ({"rope": dataclasses.replace(YARN, beta_slow=2.0)}, "rope = .*beta_slow=2.0"),
+        ({"rope": dataclasses.replace(YARN, truncate=False)}, "rope = .*truncate=False"),
         ({"eos_token_ids": (1, 2, 3, 4)}, r"room for 3 ids.*\[1, 2, 3, 4\]"),
     ],
-    ids=["dynamic", "llama3", "mscale", "ends"],
+    ids=["dynamic", "llama3", "mscale", "beta_fast", "beta_slow", "truncate", "ends"],
 )
 def test_what_gguf_cannot_say(make_config, make_tensors, write_hf, tmp_path, changes, said):
     config = make_config(**changes)
@@ -137,6 +141,29 @@ def test_what_gguf_cannot_say(make_config, make_tensors, write_hf, tmp_path, cha
         run(source, tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*.gguf"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_factor_of_yarn_is_where_llama_cpp_looks(make_config, make_tensors, write_hf, tmp_path):
+    """It multiplies `attn_factor` with what YaRN computes, and reads no `yarn_*` key of a llama."""
+    config = make_config(rope=ROPES["yarn with a factor"])
+    run(write_hf(config, make_tensors(config)), tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert not [key for key in fields if "yarn_" in key]
+    factor = fields["llama.rope.scaling.attn_factor"].contents()
+    assert factor * (0.1 * np.log(4.0) + 1.0) == pytest.approx(1.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("to", ["gguf-f16", "gguf-bf16"])
+def test_biases_do_not_hide_the_type_of_the_matrices(
+    make_config, make_tensors, write_hf, tmp_path, to
+):
+    config = make_config(attention_bias=True, mlp_bias=True)
+    source = write_hf(config, make_tensors(config))
+    assert run(source, tmp_path / "a.gguf", to=to).dtype == gguf_write.matrix_dtype(to)
+    assert verify(source, tmp_path / "a.gguf", logits=False, progress=False).same
+    for made in ("hf", "orbax"):
+        done = run(source, tmp_path / made, to=made, dtype="bfloat16")
+        assert done.dtype == read(tmp_path / made).config.dtype == "bfloat16"
 
 
 def make_tokenizer(cut, *, normalizer=None, ignore_merges=False, template=None):

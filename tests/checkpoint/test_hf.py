@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alaya_jax.checkpoint import open_checkpoint, read_checkpoint
+from alaya_jax.checkpoint import convert, open_checkpoint, read_checkpoint
 from alaya_jax.checkpoint.params import match
 from alaya_jax.errors import AlayaError, CheckpointError, ConfigError, TokenizerError
 from alaya_jax.sharding import ShardingRules, make_mesh
@@ -92,7 +92,6 @@ def test_fingerprint(make_config, make_tensors, write_hf):
     again = read(write_hf(config, tensors, 3), dtype=jnp.bfloat16)
     assert one.fingerprint == again.fingerprint  # neither shards nor the run's dtype matter
     assert len(one.fingerprint) == 64
-    (one.source / INDEX).unlink()
     tensors["lm_head.weight"][-1, -1] += 1
     other = read(write_hf(config, tensors))
     longer = read(write_hf(make_config(vocab_size=4096, max_position_embeddings=256), tensors))
@@ -271,6 +270,38 @@ def test_config_errors_name_the_file(make_config, make_tensors, write_hf):
         read(path)
     path = write_hf(make_config(), make_tensors(make_config()), hidden_size="wide", head_dim=None)
     with pytest.raises(ConfigError, match=r"config\.json: .*'hidden_size' = 'wide'"):
+        read(path)
+
+
+def test_two_sets_of_weights(make_config, make_tensors, write_hf):
+    """Loaders differ in which they take, so neither is."""
+    path = write_hf(make_config(), make_tensors(make_config()), 3)
+    save_file(make_tensors(make_config()), path / "model.safetensors")
+    both = r"two sets of weights, model\.safetensors and .*model\.safetensors\.index\.json"
+    with pytest.raises(CheckpointError, match=both):
+        read(path)
+    (path / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=r"two sets.*model-00001-of-00003.*and.*model\.saf"):
+        read(path)
+
+
+def test_orbax_and_safetensors_in_one_folder(make_config, make_tensors, write_hf, tmp_path):
+    path = write_hf(make_config(), make_tensors(make_config()))
+    convert(path, tmp_path / "orbax", to="orbax", progress=False)
+    (path / "model.safetensors").rename(tmp_path / "orbax" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"two sets of weights, params/ and model\.saf"):
+        read(tmp_path / "orbax")
+
+
+def test_an_adapter_is_no_model(make_config, make_tensors, write_hf):
+    path = write_hf(make_config(), make_tensors(make_config()))
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    merge = r"LoRA adapter.*some/base.*merge_and_unload"
+    with pytest.raises(CheckpointError, match=merge):  # leaving it out would be another model
+        read(path)
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=merge):
         read(path)
 
 

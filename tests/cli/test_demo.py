@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alaya_jax import prompts
 from alaya_jax.checkpoint import bundled
-from alaya_jax.cli import demo, prompts
+from alaya_jax.cli import demo
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens" / "demo.json"
 NEEDS_MODEL = pytest.mark.skipif(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alaya_jax.cli import prompts
+from alaya_jax import prompts
 from alaya_jax.errors import TokenizerError
 
 PLAIN = (
@@ -21,13 +21,17 @@ TEXTS = [
 ]
 
 
+def chat_ids(tokenizer, text):
+    return prompts.prompt(tokenizer, [{"role": "user", "content": text}]).ids
+
+
 @pytest.mark.parametrize("template", [PLAIN, TRIMS], ids=["plain", "trims"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_plain_rendering(make_tokenizer, template, text):
     t = make_tokenizer(template)
     rendered = t.chat.render([{"role": "user", "content": text}])
     expected = t.encode(rendered, add_special_tokens=False)
-    np.testing.assert_array_equal(prompts.chat_ids(t, text), expected)
+    np.testing.assert_array_equal(chat_ids(t, text), expected)
 
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMS, None], ids=["plain", "trims", "none"])
@@ -55,11 +59,13 @@ def test_a_document_begins_every_question_about_it(make_tokenizer, template, doc
     assert "?" not in t.decode(start)
 
 
-def test_a_template_that_repeats_the_message_is_refused(make_tokenizer):
-    with pytest.raises(TokenizerError, match=r"exactly once.*--raw"):
-        prompts.chat_ids(make_tokenizer(TWICE), "text")
+def test_a_template_may_repeat_the_message(make_tokenizer):
+    t = make_tokenizer(TWICE)
+    ids = chat_ids(t, "kind<|im_end|>")
+    assert [i for i in ids if i in t.special_ids] == [0, 1, 0]
+    assert t.decode(ids).count("kind<|im_end|>") == 2
 
 
 def test_chat_without_a_template_is_refused(make_tokenizer):
-    with pytest.raises(TokenizerError, match=r"no chat template.*--raw"):
-        prompts.chat_ids(make_tokenizer(None), "text")
+    with pytest.raises(TokenizerError, match=r"no chat template.*a text to continue"):
+        chat_ids(make_tokenizer(None), "text")

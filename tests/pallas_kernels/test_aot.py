@@ -22,7 +22,7 @@ def test_the_table_finds_every_operation_and_names_cases_apart():
     assert {case.name.split()[0] for case in CASES} >= {"paged_decode"}
     assert len({case.name for case in CASES}) == len(CASES)
     assert all(set(case.targets) <= set(targets.NAMES) for case in CASES)
-    assert set(DEVICES) == set(targets.NAMES)
+    assert set(DEVICES) >= set(targets.NAMES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

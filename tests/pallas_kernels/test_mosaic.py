@@ -1,12 +1,14 @@
 import functools
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels import mosaic
 from alaya_jax.pallas_kernels.dispatch import H100, INTERPRET
 
@@ -48,6 +50,24 @@ def test_no_race_is_reported_where_there_is_none(capsys):
     x, out = run(lambda block: block)
     np.testing.assert_array_equal(out, x)
     assert RACE not in capsys.readouterr().out
+
+
+def test_a_copy_that_leaves_the_next_one_unaligned_is_refused():
+    """A device stops there; the simulator and the compiler do not."""
+
+    def kernel(x_ref, out_ref, smem, arrived):
+        mosaic.bring(x_ref.at[pl.ds(0, 16)], smem.at[pl.ds(0, 16)], arrived)
+        plgpu.barrier_wait(arrived)
+        out_ref[...] = smem[...]
+
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+        scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()],
+        interpret=mosaic.interpret(INTERPRET),
+    )
+    with pytest.raises(KernelError, match="64 bytes"):
+        run(jnp.zeros(128))
 
 
 def test_only_the_simulator_interprets():

@@ -165,6 +165,16 @@ def test_the_kernel_uses_its_slots_again(rng):
     np.testing.assert_allclose(got.best, wanted.best, rtol=1e-5, atol=1e-4)
 
 
+def test_an_arrival_barrier_belongs_to_one_warpgroup():
+    """A thread counts the phases it waited for: of a barrier that two wait at by turns, each would
+    count half, and the device would read too early or wait for ever.
+    """
+    for stages in range(1, 7):
+        turns = mosaic_gpu._turns(stages)
+        assert turns % stages == 0
+        assert turns % mosaic_gpu._COMPUTE == 0
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_neighbours_in_the_pool_a_given_best_and_a_full_list(implementation, rng):
     request = request_of(rng, low=[3], high=[520], run=True, dim=128, dtype="float16")

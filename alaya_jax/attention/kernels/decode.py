@@ -12,8 +12,9 @@ from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial, across, merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.index import MISS, Sketch, SketchLayer, recover
-from alaya_jax.index.codes import round_query
+from alaya_jax.index import MISS, Scan, Sketch, SketchLayer, recover
+from alaya_jax.index.codes import RoundedQuery, deviations, round_query
+from alaya_jax.index.scan import FAR
 from alaya_jax.pallas_kernels.dispatch import Choice, Target
 from alaya_jax.pallas_kernels.page_lists import Entries, compact
 from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
@@ -133,13 +134,14 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
 
     high = recent if query.before is None else jnp.minimum(recent, query.before)
     answer = _through_sketch if _by_sketch(plan, batch, **options) else _through_mask
-    far, mass, extra, pages = answer(plan, read, sink_end, high, near, best)
+    far, unread, extra, pages = answer(plan, read, sink_end, high, near, best)
     parts = [near, _partial(far, axis)]
+    mass = None if unread is None else share_read(merge(*parts).lse, unread)
     assert far.kept is not None
     attended = across(lax.psum, far.kept, axis) + in_window
     keys_read = across(lax.psum, pages * z, axis)
     if extra is not None:
-        mass = share_read(merge(*parts).lse, extra.lse)
+        mass = share_read(merge(*parts).lse, extra.lse) if mass is None else mass
         parts.append(extra)
     group = heads // batch.k.shape[0]
     return merge(*parts).out[:, None], counts(
@@ -151,7 +153,8 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
 
 
 _Found = tuple[PagedDecode, Array | None, Partial | None, Array]
-"""The attention over the keys found, the estimated mass, that of the tail, pages read [B, K]."""
+"""The attention over the keys found; the log-sum-exp of the others, expected; the tail's attention;
+pages read [B, K]."""
 
 
 def _codes(index: SketchLayer) -> Codes:
@@ -166,10 +169,9 @@ def _scan(
     """
     batch = read.batch
     assert isinstance(batch.index, SketchLayer)
-    b, _, heads, dim = batch.q.shape
+    b, _, heads, _ = batch.q.shape
     q, kv_heads = batch.q[:, 0], batch.k.shape[0]
-    rows = jnp.moveaxis(q.reshape(b, kv_heads, -1, dim), 1, 0).reshape(kv_heads, -1, dim)
-    asked = round_query(rows, batch.index.bits, MISS)
+    asked = _asked(batch)
 
     def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
         x = x.reshape(kv_heads, b, -1, *x.shape[2:])
@@ -191,6 +193,40 @@ def _scan(
     return found, known, uncovered[:, None]
 
 
+def _asked(batch: Batch) -> RoundedQuery:
+    """The queries as a scan takes them, [K, B * G]."""
+    assert isinstance(batch.index, SketchLayer)
+    b, _, _, dim = batch.q.shape
+    kv_heads = batch.k.shape[0]
+    rows = batch.q[:, 0].reshape(b, kv_heads, -1, dim)
+    rows = jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
+    return round_query(rows, batch.index.bits, MISS)
+
+
+def _errors(
+    batch: Batch, low: Int[Array, " B"], high: Int[Array, " B"]
+) -> tuple[tuple[Float[Array, "BK G 1"], ...], tuple[Float[Array, "BK N"], ...]]:
+    """How far the worst key in range of each page errs, as `Scan` has it."""
+    assert isinstance(batch.index, SketchLayer)
+    b, n = batch.table.pages.shape
+    kv_heads, _, z, _ = batch.k.shape
+    position = jnp.arange(n * z).reshape(n, z)
+    seen = (position >= low[:, None, None]) & (position < high[:, None, None])
+
+    def of_page(pool: Float[Array, "K P Z"]) -> Float[Array, "BK N"]:
+        x = jnp.where(seen, pool[:, batch.table.pages], 0).max(-1)  # [K, B, N]
+        x = jnp.minimum(x.astype(jnp.float32), FAR)
+        return jnp.moveaxis(x, 0, 1).reshape(b * kv_heads, n)
+
+    def of_head(x: Float[Array, "K BG"]) -> Float[Array, "BK G 1"]:
+        x = jnp.moveaxis(x.reshape(kv_heads, b, -1), 0, 1)
+        return x.reshape(b * kv_heads, -1, 1)
+
+    asked, index = _asked(batch), batch.index
+    of_row = of_head(asked.of_spread), of_head(asked.of_scale)
+    return of_row, (of_page(index.spread), of_page(index.scale))
+
+
 def _through_sketch(
     plan: Plan,
     read: _Reader,
@@ -209,21 +245,34 @@ def _through_sketch(
         found, known, uncovered = _scan(read, low, high, scale)
         assert found.lse is not None
         n = found.lse.shape[2]
-        # A page counts with the mass of its keys.
+        # A page counts with the mass of its keys, and errs like the worst of them.
         some = in_range(n, z, low, known)[:, None, :, None]
         scores = jnp.where(some, found.lse, -jnp.inf) / scale
         by_row = (b * kv_heads, heads // kv_heads, 1)
-        recovered = recover(
+        in_pages = Scan(
             jnp.moveaxis(scores, 3, 2).reshape(*by_row, n),
+            *_errors(read.batch, low, known),
+            deviations(MISS / 2, read.batch.q.shape[-1]),
+        )
+
+        def listed(kept: Bool[Array, "BK G 1 N"]) -> Entries:
+            return compact(kept.any((1, 2)).reshape(b, kv_heads, n) | uncovered)
+
+        def held(kept: Bool[Array, "BK G 1 N"]) -> Float[Array, "BK G 1"]:
+            lse = read(listed(kept), low=low, high=high).lse
+            return jnp.logaddexp(lse, near.lse).reshape(by_row)
+
+        recovered = recover(
+            in_pages,
             near.lse.reshape(by_row),
             best.reshape(by_row),
             jnp.broadcast_to(query.recovery, best.shape).reshape(by_row),
             read.batch.q.shape[-1],
+            held=held,
         )
-        kept = recovered.kept.any((1, 2)).reshape(b, kv_heads, n)
-        listed = compact(kept | uncovered)
-        far = read(listed, low=low, high=high)
-        return far, recovered.mass.reshape(b, heads), None, listed.count
+        chosen = listed(recovered.kept)
+        far = read(chosen, low=low, high=high)
+        return far, recovered.unread.reshape(b, heads), None, chosen.count
 
     found, known, uncovered = _scan(read, low, high)
 
@@ -275,7 +324,7 @@ def _through_mask(
             batch.head_axis,
         )
         extra = found.tail(q.reshape(*by_group, dim), batch.index) if plan.tail else None
-        return found.kept.mask[:, :, 0], found.floor, found.mass, extra
+        return found.kept.mask[:, :, 0], found.floor, found.unread, extra
 
     each = (
         batch.q[:, 0], batch.table.pages, batch.table.start, low, high, batch.covered,
@@ -286,7 +335,7 @@ def _through_mask(
         done = jax.tree.map(lambda x: x[None], done)
     else:
         done = lax.map(of_sequence, each)
-    mask, floor, mass, extra = done
+    mask, floor, unread, extra = done
     if plan.by == "key":
         mask = mask.reshape(*mask.shape[:3], -1, z)  # [B, K, G, N, Z]
         listed = compact(mask.any((2, 4)))
@@ -304,4 +353,4 @@ def _through_mask(
     if extra is not None:
         extra = Partial(extra.out.reshape(b, heads, dim), extra.lse.reshape(b, heads))
         extra = merge_across(extra, batch.axis)
-    return far, None if mass is None else mass.reshape(b, heads), extra, listed.count
+    return far, None if unread is None else unread.reshape(b, heads), extra, listed.count

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu import timing
 
 from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.dispatch import Target
@@ -22,7 +23,7 @@ OP = "paged_decode"
 
 def _table() -> Any:
     """The tests' table of cases; tests are no package, so it is read from its file."""
-    path = Path(__file__).parents[2] / "tests" / "pallas_kernels" / "paged_decode_cases.py"
+    path = Path(__file__).parents[3] / "tests" / "pallas_kernels" / "paged_decode_cases.py"
     spec = importlib.util.spec_from_file_location("paged_decode_cases", path)
     assert spec is not None
     assert spec.loader is not None
@@ -231,7 +232,7 @@ def difference(ours: Any, theirs: Any) -> float:
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(ours, theirs, strict=True))
 
 
-def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
+def torch_rows(shape: dict) -> dict[str, float]:
     """Microseconds of torch's SDPA on the same shape, where torch with CUDA is there."""
     try:
         import torch
@@ -244,12 +245,4 @@ def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
     k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn((size[0], heads, 1, size[3]), device="cuda", dtype=torch.bfloat16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    for _ in range(3):
-        sdpa(q, k, v, enable_gqa=True)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        sdpa(q, k, v, enable_gqa=True)
-    end.record()
-    torch.cuda.synchronize()
-    return {"torch_sdpa_us": round(begin.elapsed_time(end) / repeats * 1e3, 2)}
+    return {"torch_sdpa_us": timing.torch_us(lambda: sdpa(q, k, v, enable_gqa=True))}

@@ -9,8 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.dispatch import Target
-from alaya_jax.pallas_kernels.sketch_select import Codes, Query, compile_cases, sketch_select
+from alaya_jax.pallas_kernels.sketch_select import (
+    Codes,
+    Query,
+    compile_cases,
+    mosaic_gpu,
+    select,
+    sketch_select,
+)
 
 OP = "sketch_select"
 
@@ -99,19 +107,40 @@ def rows(
     quick: bool, sweep: bool
 ) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
     """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
-    del sweep
     for shape in QUICK if quick else ROWS:
         work = compile_cases.work(
             shape.batch, shape.kv_heads, shape.groups, shape.dim, shape.size, shape.keys
         )
-        yield shape.describe(), work.bytes, work.flops, functools.partial(_calls, shape, quick)
+        yield (
+            shape.describe(),
+            work.bytes,
+            work.flops,
+            functools.partial(_calls, shape, quick, sweep),
+        )
 
 
-def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
+def _calls(shape: Shape, quick: bool, sweep: bool) -> dict[str, Any]:
     """Ours and XLA's; a sketch is larger than the L2 or is read from several."""
     inputs = [_inputs(shape, seed) for seed in range(1 if quick else 3)]
     names = ("xla",) if quick else ("mosaic_gpu", "xla")  # simulating takes forever
-    return {name: (jax.jit(functools.partial(_call, name, None)), inputs) for name in names}
+    found = {name: (jax.jit(functools.partial(_call, name, None)), inputs) for name in names}
+    for tuning in SWEEP if sweep and not quick else ():
+        name = f"mosaic_gpu {tuning.stages} stages {tuning.blocks} blocks"
+        found[name] = (jax.jit(functools.partial(_tuned, tuning)), inputs)
+    return found
+
+
+SWEEP = tuple(
+    mosaic_gpu.Tuning(stages=stages, blocks=blocks) for stages in (2, 3) for blocks in (132, 264)
+)
+
+
+def _tuned(tuning: Any, query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> Any:
+    found = mosaic_gpu.bounds(
+        query, keys, pages, low, high, scale=None, target=dispatch.current_target(), tuning=tuning
+    )
+    beta = jnp.full_like(query.step, 4.0)
+    return select(found, pages, low, high, beta, None, keys.codes.shape[2], pages.shape[1])
 
 
 TOLERANCE = 1e-3
@@ -127,7 +156,7 @@ def difference(ours: Any, theirs: Any) -> float:
     return float(jnp.max(jnp.abs(ours.best - theirs.best)))
 
 
-def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
+def torch_rows(shape: dict) -> dict[str, float]:
     """Torch has no such operation."""
-    del shape, repeats
+    del shape
     return {}

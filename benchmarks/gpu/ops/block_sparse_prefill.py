@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu import timing
 
+from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.block_sparse_prefill import (
     QUERY_BLOCK,
     block_sparse_prefill,
     compile_cases,
+    mosaic_gpu,
 )
+from alaya_jax.pallas_kernels.block_sparse_prefill.layout import Lists
 from alaya_jax.pallas_kernels.dispatch import Target
 
 OP = "block_sparse_prefill"
@@ -110,20 +114,28 @@ def rows(
     quick: bool, sweep: bool
 ) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
     """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
-    del sweep
     for shape in QUICK if quick else ROWS:
         listed = shape.listed * BLOCK_KV or None
         work = compile_cases.work(
             shape.tokens, shape.cached, shape.kv_heads, shape.groups, shape.dim, listed
         )
-        yield shape.describe(), work.bytes, work.flops, functools.partial(_calls, shape, quick)
+        yield (
+            shape.describe(),
+            work.bytes,
+            work.flops,
+            functools.partial(_calls, shape, quick, sweep),
+        )
 
 
-def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
+def _calls(shape: Shape, quick: bool, sweep: bool) -> dict[str, Any]:
     """Ours and XLA's; and cuDNN's over contiguous keys where the chunk is the whole sequence."""
     inputs = [_inputs(shape, seed) for seed in range(1 if quick else 2)]
     names = ("xla",) if quick else ("mosaic_gpu", "xla")  # simulating takes forever
     found = {name: (jax.jit(functools.partial(_call, name, None)), inputs) for name in names}
+    for tuning in SWEEP if sweep and not quick else ():
+        place = "registers" if tuning.p_in_registers else "SMEM"
+        name = f"mosaic_gpu {tuning.stages} stages, P in {place}"
+        found[name] = (jax.jit(functools.partial(_tuned, tuning)), inputs)
     if not shape.cached and jax.default_backend() == "gpu":
 
         def contiguous(q: Any, k: Any, v: Any, *_: Any) -> Any:
@@ -142,6 +154,26 @@ def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
     return found
 
 
+SWEEP = tuple(
+    mosaic_gpu.Tuning(stages=stages, p_in_registers=registers)
+    for stages in (1, 2)
+    for registers in (False, True)
+)
+
+
+def _tuned(tuning: Any, *arguments: Any) -> Any:
+    q, k, v, pages, lengths, count, options = arguments
+    blocks = options.get("blocks")
+    lists = None
+    if blocks is not None:
+        lists = Lists(blocks, options["block_counts"], jnp.zeros_like(options["block_counts"]))
+    got = mosaic_gpu.prefill(
+        q, k, v, pages, lengths, count, lists=lists, beta=options.get("beta"), block_kv=BLOCK_KV,
+        scale=q.shape[-1] ** -0.5, target=dispatch.current_target(), tuning=tuning,
+    )  # fmt: skip
+    return got.out, got.lse
+
+
 TOLERANCE = 2e-2
 
 
@@ -154,7 +186,7 @@ def difference(ours: Any, theirs: Any) -> float:
     return max(largest(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
+def torch_rows(shape: dict) -> dict[str, float]:
     """Microseconds of torch's SDPA where it does the same: a whole sequence, dense."""
     try:
         import torch
@@ -168,12 +200,6 @@ def torch_rows(shape: dict, repeats: int) -> dict[str, float]:
         for n in (heads, shape["kv_heads"], shape["kv_heads"])
     )
     attend = torch.nn.functional.scaled_dot_product_attention
-    for _ in range(3):
-        attend(q, k, v, is_causal=True, enable_gqa=True)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        attend(q, k, v, is_causal=True, enable_gqa=True)
-    end.record()
-    torch.cuda.synchronize()
-    return {"torch_sdpa_us": round(begin.elapsed_time(end) / repeats * 1e3, 2)}
+    return {
+        "torch_sdpa_us": timing.torch_us(lambda: attend(q, k, v, is_causal=True, enable_gqa=True))
+    }
