@@ -62,7 +62,7 @@ def test_how_far_a_plan_reads_every_key(tiny_model, attention, until):
         (SMALL, UNTIL),
         (SPARSE, UNTIL),
         (aj.Tiles(recovery=0.3, window=SMALL, q_block=8), UNTIL),
-        (aj.Plan(aj.DIPR(recovery=1.0, window=SMALL), aj.Sketch()), 70),
+        (aj.Plan(aj.DIPR(beta=math.inf, window=SMALL), aj.Sketch()), 70),
         (aj.Tiles(beta=math.inf, recovery=1.0, window=SMALL, q_block=8), 70),
     ],
 )
