@@ -1,5 +1,7 @@
 """The pool: page tables of any width, transfers of any size, and Ctrl-C while the cache is away."""
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -162,3 +164,19 @@ def test_ctrl_c_while_a_shared_page_is_copied_loses_no_page(db, rng, monkeypatch
     assert session.prefill(rest).shape == (1, 256)
     session.close()
     assert db.pool.free_tokens == free
+
+
+def test_a_process_may_end_while_a_program_runs():
+    """As after Ctrl-C in an answer: the runtime would abort it (SIGABRT)."""
+    code = """
+import sys, types
+import jax, jax.numpy as jnp
+from alaya_jax.pool import PagePool
+slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
+x = jnp.eye(400)
+pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x)
+PagePool.run(pool, slow, kv_result=1)
+sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -1,5 +1,6 @@
 """Verbs that run a model, on a tiny random one: reuse, reports, and what goes wrong."""
 
+import datetime
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from alaya_jax.db import DB
+from alaya_jax.models import chat
 from alaya_jax.storage import DirectoryStore
 
 DOCUMENT = "We the People of the United States:\n\n" + "The Senate shall meet on Monday. " * 12
@@ -307,3 +309,35 @@ def test_compiled_programs_are_kept_for_the_next_process(tiny_model, cache):
     assert kept[0] == kept[1]
     assert [entry.split("-")[0] for entry in kept[0]] == ["jit_decode", "jit_extend"]
     assert answers[0] == answers[1]
+
+
+DATED = (
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "{{ strftime_now('%d %b %Y') }}<|eot_id|>{% for m in messages %}<|start_header_id|>user"
+    "<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+)
+
+
+def test_a_document_keeps_its_date_unless_another_is_asked_for(
+    alaya, llama3, document, tmp_path, monkeypatch
+):
+    model, said = llama3(DATED), []
+
+    def ask(day, *arguments):
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.datetime(2026, 11, day)
+
+        monkeypatch.setattr(chat, "datetime", Day)
+        fixed = ("ask", "--model", model, "--context", document, "--db", tmp_path / "db", "--json")
+        result = alaya(*fixed, "--max-new-tokens", 2, *arguments, "Who?")
+        said.append(result.stderr)
+        return json.loads(result.stdout)["context"]["imported"]
+
+    assert [ask(day) for day in (27, 27, 28)] == [True, False, False]
+    assert "27 Nov 2026" not in said[1]
+    assert "was read on 27 Nov 2026, which the model takes for today" in said[2]
+    assert ask(28, "--date", "2026-11-28")
+    assert not ask(29, "--date", "2026-11-28")
+    assert "today" not in "".join(said[3:])
