@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from alaya_jax.cli import runtime
 from alaya_jax.db import DB
 from alaya_jax.models import chat
 from alaya_jax.storage import DirectoryStore
@@ -341,3 +343,14 @@ def test_a_document_keeps_its_date_unless_another_is_asked_for(
     assert ask(28, "--date", "2026-11-28")
     assert not ask(29, "--date", "2026-11-28")
     assert "today" not in "".join(said[3:])
+
+
+def test_ask_waits_for_another_command_to_leave_the_database(ask, tmp_path, monkeypatch):
+    holder = DirectoryStore(tmp_path / "db")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "PATIENCE", 0.3)
+        said = ask("Who?", code=1).stderr
+    assert said.count("Waiting") == 1
+    assert f"process {os.getpid()}" in said.splitlines()[-1]
+    threading.Timer(0.3, holder.close).start()
+    assert "Waiting" in ask("Who?").stderr
