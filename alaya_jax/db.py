@@ -151,7 +151,7 @@ class DB:
 
         Args:
           text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
-            template rendered (`model.tokenizer.chat.render`); or token ids.
+            template rendered (`model.chat.render`); or token ids.
           kv: per layer keys (after RoPE) and values, each [K, n, D], taken to be exact; None: they
             are computed.
           messages: in place of a text, a conversation that others go on from.
@@ -211,13 +211,13 @@ class DB:
 
         Args:
           prompt: text, in which nothing is a control token; what a chat template rendered
-            (`model.tokenizer.chat.render`); token ids; or a list of such, for a batch.
+            (`model.chat.render`); token ids; or a list of such, for a batch.
           messages: in place of a prompt, a conversation for the model's chat template; the
             assistant speaks next. What a message says can never become a control token.
           document: a text in front of the user's first message.
-          date: for chat templates that print one. None is today, or the date under which the
-            prompt is stored: what follows a date depends on it, and would be computed anew each
-            day. `Session.dated` says what was printed.
+          date: for chat templates that print one. None is today or, with a document, the date under
+            which most of it is stored: what follows a date depends on it, and would be computed
+            anew each day. `Session.dated` says what was printed.
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
             there; "any": all of it, as the session that stored it would have gone on.

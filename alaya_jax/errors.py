@@ -37,6 +37,10 @@ class DatabaseError(AlayaError):
     """A database path that cannot be opened: unwritable, locked, or not a database."""
 
 
+class DatabaseInUseError(DatabaseError):
+    """A database that another process has open; it says which, and may be free soon."""
+
+
 class PlanError(RequestError):
     """A goal for attention that no plan reaches on this machine; says which ones are reached."""
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.checkpoint.identity import identify_arrays
 from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedKernel, Scheme
@@ -124,6 +125,20 @@ class Model:
     def rope_length(self) -> int | None:
         """The length that dynamic RoPE is stretched for; None for other types."""
         return self.length_limit if self.config.rope.rope_type == "dynamic" else None
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+          TokenizerError: the checkpoint has none.
+        """
+        if self.tokenizer is None or self.tokenizer.chat is None:
+            raise TokenizerError(
+                f"{self.name} has no chat template; give it text to continue, or put "
+                "tokenizer_config.json of a chat model beside the weights"
+            )
+        return self.tokenizer.chat
 
     def encode(self, text: str, **options: Any) -> np.ndarray:
         """Token ids of a text, int32 [n]; options as in `Tokenizer.encode`.

@@ -61,7 +61,7 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     if isinstance(text, str) and (name := tokenizer.control_at_start(text)):
         raise RequestError(
             f"the text begins with {name!r}, a control token's name, and a str is plain text. If a "
-            "chat template rendered it, pass messages=[...], what model.tokenizer.chat.render "
+            "chat template rendered it, pass messages=[...], what model.chat.render "
             "returns as it is, or aj.Rendered(text); if it is a document about such tokens, pass "
             "model.encode(text, allow_special=False)"
         )
@@ -93,8 +93,8 @@ def prompt(
       tokenizer: a model without a chat template is asked about a document in plain text.
       messages: the turns, oldest first.
       document: a text in front of the first user's message, or alone.
-      date: for templates that print one. None is today, or the date under which a stored context
-        holds more of this prompt than of today's.
+      date: for templates that print one. None is today or, with a document, the date under which a
+        stored context holds most of what would be computed anew under today's.
       stored: contexts that are looked at for that.
       to_store: only what begins every conversation that goes on from these messages or, with a
         document, every question about it that follows the messages.
@@ -130,14 +130,14 @@ def prompt(
             raise RequestError(f"date={date}: this model has no chat template to print it")
         rows = [tokenizer.encode(text, allow_special=False) for text in texts]
         return Prompt(rows[0][: _shared(rows[0], rows[-1])])
-    best, most = Prompt(at(first.stamps), ", ".join(dict.fromkeys(first.stamps))), 0
-    if first.stamps and date is None:
+    today = best = Prompt(at(first.stamps), ", ".join(dict.fromkeys(first.stamps)))
+    if first.stamps and document is not None and date is None:
         stored = [context for context in stored if context.problem is None]
-        most = max((c.shared(best.ids) for c in stored), default=0)
+        most = known = max((c.shared(today.ids) for c in stored), default=0)
         for stamps in sorted(_dates(tokenizer, first, stored) - {first.stamps}):
             other = Prompt(at(stamps), ", ".join(dict.fromkeys(stamps)))
             shared = max(c.shared(other.ids) for c in stored)
-            if shared > most:
+            if shared > most and 2 * (shared - known) > len(other.ids) - known:
                 best, most = other, shared
     return best
 
@@ -150,7 +150,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
     ):
         raise RequestError(
             "messages must be one conversation, a list of {'role': ..., 'content': ...}; for a "
-            "batch pass [model.tokenizer.chat.render(m) for m in conversations]"
+            "batch pass [model.chat.render(m) for m in conversations]"
         )
     return [dict(message) for message in messages]
 

@@ -105,7 +105,8 @@ def told_apart(prompt: Rendered, names: Names) -> tuple[str, dict[str, str]]:
     """
     strings = [text for _, data in prompt.parts for text in _strings(data)]
     marks: dict[str, str] = {}
-    free = (chr(c) for c in range(0xF0000, 0xFFFFE) if chr(c) not in prompt)  # private use
+    # Rare ideographs: a template that prints or escapes data leaves them as they are.
+    free = (chr(c) for c in range(0x20000, 0x2A6D0) if chr(c) not in prompt)
 
     def put(name: str) -> str:
         if name not in marks:

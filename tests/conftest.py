@@ -79,6 +79,82 @@ def tiny_model() -> Any:
     return aj.Model(config, params, Tokenizer(backend), fingerprint="tiny", name="tiny")
 
 
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes checkpoints of a tiny model whose tokenizer puts a BOS in front, as Llama 3's does."""
+    import json
+
+    from safetensors.numpy import save_file
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
+
+    from alaya_jax.models import LlamaConfig
+
+    def write(template: str = LLAMA3, path: Path | None = None) -> Path:
+        path = path or tmp_path_factory.mktemp("models") / "tiny-llama-3"
+        path.mkdir(exist_ok=True)
+        names = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[AddedToken(n, special=True, normalized=False) for n in names],
+            show_progress=False,
+        )
+        text = Path(__file__).parent / "data" / "declaration.txt"
+        backend.train_from_iterator(text.read_text("utf-8").splitlines(), trainer)
+        backend.add_tokens([AddedToken("</think>", special=False, normalized=False)])
+        bos = names[0]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, 0)]
+        )
+        config = LlamaConfig(
+            vocab_size=backend.get_vocab_size(),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=8192,
+            eos_token_ids=(1,),
+        )
+        random = np.random.default_rng(3)
+        e, f, q, kv = 32, 64, 64, 32
+        shapes = {"model.embed_tokens": (config.vocab_size, e), "lm_head": (config.vocab_size, e)}
+        for layer in ("model.layers.0", "model.layers.1"):
+            shapes |= {f"{layer}.self_attn.{n}_proj": (kv, e) for n in "kv"}
+            shapes |= {f"{layer}.self_attn.q_proj": (q, e), f"{layer}.self_attn.o_proj": (e, q)}
+            shapes |= {f"{layer}.mlp.{n}_proj": (f, e) for n in ("gate", "up")}
+            shapes |= {f"{layer}.mlp.down_proj": (e, f)}
+        tensors = {
+            f"{name}.weight": (random.standard_normal(s) / np.sqrt(s[1])).astype(np.float32)
+            for name, s in shapes.items()
+        }
+        tensors["lm_head.weight"][:4] = 0  # control tokens are never the likeliest
+        for layer in ("model.layers.0", "model.layers.1"):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{layer}.{norm}.weight"] = np.ones(e, np.float32)
+        tensors["model.norm.weight"] = np.ones(e, np.float32)
+        save_file(tensors, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config.to_hf()))
+        (path / "tokenizer.json").write_text(backend.to_str())
+        roles = {"bos_token": bos, "eos_token": names[1], "chat_template": template}
+        (path / "tokenizer_config.json").write_text(json.dumps(roles))
+        return path
+
+    return write
+
+
 @pytest.fixture
 def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens databases in a directory of the test's own; they are closed at its end."""

@@ -3,6 +3,7 @@ is known of pages that are written again, threads, and memory that is not there.
 """
 
 import gc
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -337,3 +338,19 @@ def test_memory_that_is_not_there(db, rng, monkeypatch, what):
         session.prefill(rest, SKETCHED)
     monkeypatch.undo()
     assert session.prefill(rest, SKETCHED).shape == (1, 256)
+
+
+def test_a_process_may_end_while_a_program_runs():
+    """As after Ctrl-C in an answer: the runtime would abort it (SIGABRT)."""
+    code = """
+import sys, types
+import jax, jax.numpy as jnp
+from alaya_jax.pool import PagePool
+slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
+x = jnp.eye(400)
+pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x)
+PagePool.run(pool, slow, kv_result=1)
+sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

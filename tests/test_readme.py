@@ -1,7 +1,10 @@
 """The tour in the README runs as it is printed."""
 
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +17,34 @@ def python_blocks(markdown: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_the_tour_runs_as_printed(tmp_path, monkeypatch, capsys):
+def tour() -> list[str]:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    return python_blocks(
+        readme[readme.index("## A tour") : readme.index("## A Llama-3 checkpoint")]
+    )
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """Another working directory, with the tour's document and nothing else of this repository."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / DOCUMENT).parent.mkdir(parents=True)
     shutil.copy(ROOT / DOCUMENT, tmp_path / DOCUMENT)
-    readme = (ROOT / "README.md").read_text()
-    tour = readme[readme.index("## A tour") : readme.index("## A Llama-3 checkpoint")]
-    names = {}
-    said = []
-    for block in python_blocks(tour):
+    return tmp_path
+
+
+def run(blocks: list[str], capsys) -> tuple[dict, list[str]]:
+    """The names that the blocks leave, and what each prints."""
+    names, said = {}, []
+    for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
         said.append(capsys.readouterr().out)
+    return names, said
+
+
+@pytest.mark.slow
+def test_the_tour_runs_as_printed(elsewhere, capsys):
+    names, said = run(tour(), capsys)
     load, first, policies, plan, explained, forks = said
     assert load == ""
     assert len(first.split()) > 3
@@ -36,6 +55,43 @@ def test_the_tour_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert forks.count("\n") >= 2
     # The document was imported, so no prompt about it has more left to prefill than its question.
     assert len(names["rest"]) < 100
+
+
+@pytest.mark.slow
+def test_the_tour_runs_on_a_llama_3_whose_tokenizer_adds_a_bos(elsewhere, capsys, llama3):
+    llama3(path=elsewhere / "tiny-llama-3")
+    load, *others = tour()
+    load = load.replace('"smollm2-135m"', '"tiny-llama-3"')
+    assert "tiny-llama-3" in load
+    names, said = run([load, *others], capsys)
+    assert said[0] == ""
+    assert all(said[1:])
+    assert "Sketch(bits=4)" in said[4]
+    # What transformers would give it: one BOS, that of the template.
+    model, document = names["model"], names["document"]
+    text = model.chat.render([{"role": "user", "content": f"{document}\n\nName one complaint."}])
+    backend = model.tokenizer._backend
+    right = backend.encode(str(text), add_special_tokens=False).ids
+    assert right[0] == model.tokenizer.bos_id
+    session, rest = names["open_session"]("Name one complaint.")
+    assert [*session.tokens[0], *rest] == right
+    assert session.reused[0] > 2000
+    assert len(names["rest"]) < 100
+
+
+@pytest.mark.slow
+def test_the_tour_passes_the_type_checker(tmp_path):
+    (tmp_path / "alaya_jax").mkdir()
+    for folder in ("models", "pallas_kernels", "configs"):
+        (tmp_path / "alaya_jax" / folder).symlink_to(ROOT / folder)
+    for entry in (ROOT / "alaya_jax").iterdir():
+        (tmp_path / "alaya_jax" / entry.name).symlink_to(entry)
+    (tmp_path / "tour.py").write_text("\n".join(tour()))
+    options = {"include": ["tour.py"], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(options))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow

@@ -518,3 +518,17 @@ def test_stop_text_does_not_depend_on_pieces(text, stop, cuts):
     end, length = min(ends, default=(len(text), 0))
     assert out == text[: end + length]
     assert matcher.stopped == bool(ends)
+
+
+@pytest.mark.parametrize("bias", [1e39, -1e39, 3.5e38, math.inf, math.nan])
+def test_a_bias_beyond_float32_is_refused(bias):
+    with pytest.raises(RequestError, match=r"logit_bias.*-3e38 to 3e38"):
+        Sampling(logit_bias={3: bias})
+
+
+def test_the_largest_biases_still_choose():
+    for sampling in (Greedy, Sampling):
+        processors, state = init_sampler(sampling(logit_bias={2: 3e38, 1: -3e38}), [[]], 4)
+        token, logprob, _, _ = sample(processors, state, jnp.asarray([[1.0, 9.0, 0.0, 2.0]]))
+        assert token.tolist() == [2]
+        assert np.isfinite(logprob).all()

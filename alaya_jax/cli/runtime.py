@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alaya_jax.cli.terminal import load_jax, note
-from alaya_jax.errors import CacheFullError
+from alaya_jax.errors import CacheFullError, DatabaseInUseError
 
 if TYPE_CHECKING:
     from datetime import date as Date
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _LEAST_ROOM = 8192
 """Tokens that any command has room for: one compiled program serves most prompts."""
+
+PATIENCE = 600.0
+"""Seconds that a question waits for another command to leave the database."""
 
 _SLACK = 64
 """Tokens that the pages of several sequences may leave unused."""
@@ -92,6 +95,24 @@ def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budge
     return Budget(device=room * width * model.dtype.itemsize)
 
 
+def _open(*arguments: Any, **options: Any) -> "DB":
+    """Opens a database; where another process has it, waits for that, and says so."""
+    from alaya_jax.db import DB
+
+    give_up = time.monotonic() + PATIENCE
+    said = False
+    while True:
+        try:
+            return DB(*arguments, **options)
+        except DatabaseInUseError as error:
+            if time.monotonic() > give_up:
+                raise
+            if not said:
+                note(f"Waiting up to {PATIENCE / 60:.0f} minutes, Ctrl-C ends it: {error}.")
+            said = True
+            time.sleep(0.1)
+
+
 def open_for_document(
     path: Path, model: "Model", budget: "Budget", document: str, date: "Date | None" = None
 ) -> tuple["DB", "np.ndarray"]:
@@ -100,16 +121,14 @@ def open_for_document(
     Returns:
         The database, and the ids that begin every question about the document.
     """
-    from alaya_jax.db import DB
-
     db, start = None, None
     if (path / "alaya_db.json").exists():
-        db = DB(path, model, budget, read_only=True)
+        db = _open(path, model, budget, read_only=True)
         start = db.prompt(document=document, date=date, to_store=True).ids
         if any(_holds(context, start) for context in db.contexts):
             return db, start
         db.close()
-    db = DB(path, model, budget)
+    db = _open(path, model, budget)
     if start is None:
         start = db.prompt(document=document, date=date, to_store=True).ids
     return db, start

@@ -30,58 +30,59 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb."""
-        pressed = _ctrl_c()
-        try:
-            return super().invoke(ctx)
-        except AlayaError as error:
-            _fail(str(error))
-        except KeyboardInterrupt as error:
-            note(f"\nInterrupted. {error}".rstrip())
-            raise typer.Exit(130) from error
-        except BrokenPipeError:
-            raise  # the reader of stdout went away: Typer ends without a word
-        except OSError as error:
-            if error.filename is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}")
-        except Exception as error:
-            if not pressed:
-                raise
-            # A module in C that is interrupted while it is loaded makes an ImportError of it.
-            note("\nInterrupted.")
-            raise typer.Exit(130) from error
+        with _ctrl_c() as pressed:
+            try:
+                return super().invoke(ctx)
+            except AlayaError as error:
+                _fail(str(error))
+            except KeyboardInterrupt as error:
+                note(f"\nInterrupted. {error}".rstrip())
+                raise typer.Exit(130) from error
+            except BrokenPipeError:
+                raise  # the reader of stdout went away: Typer ends without a word
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                _fail(f"{error.filename}: {error.strerror}")
+            except (ImportError, SystemError) as error:
+                if not pressed:
+                    raise
+                # A module in C that is interrupted while it is loaded makes such an error of it.
+                note("\nInterrupted.")
+                raise typer.Exit(130) from error
 
 
-def _ctrl_c() -> list[int]:
-    """A list that grows when Ctrl-C is pressed from here on; what Ctrl-C does stays as it is."""
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that grows when Ctrl-C is pressed in the block; what Ctrl-C does stays as it is."""
     pressed: list[int] = []
+    with _on_ctrl_c(lambda before, *args: (pressed.append(args[0]), before(*args))):
+        yield pressed
+
+
+@contextmanager
+def _on_ctrl_c(act: Callable[..., object]) -> Iterator[None]:
+    """Ctrl-C in the block calls `act(before, number, frame)`, `before` being what it did before."""
     before = signal.getsignal(signal.SIGINT)
-    if callable(before) and threading.current_thread() is threading.main_thread():
-
-        def record(number: int, frame: Any) -> None:
-            pressed.append(number)
-            before(number, frame)
-
-        signal.signal(signal.SIGINT, record)
-    return pressed
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: act(before, *args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def load_jax() -> None:
     """Imports jax. Ctrl-C waits for that: modules in C make other errors of it, or print it."""
-    pressed: list[Any] = []
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    if main and callable(before):
-        signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-    try:
+    waiting: list[Callable[[], object]] = []
+    with _on_ctrl_c(lambda before, *args: waiting.append(lambda: before(*args))):
         import jax
 
         del jax
-    finally:
-        if main and callable(before):
-            signal.signal(signal.SIGINT, before)
-            if pressed:
-                before(*pressed[0])
+    for act in waiting[:1]:
+        act()
 
 
 def help_text(function: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ import os
 import weakref
 from pathlib import Path
 
-from alaya_jax.errors import DatabaseError
+from alaya_jax.errors import DatabaseError, DatabaseInUseError
 
 
 class DatabaseLock:
@@ -17,7 +17,8 @@ class DatabaseLock:
     lock goes with `release()`, with the object, or with the process.
 
     Raises:
-        DatabaseError: Another holder is in the way, or the file system has no locks.
+        DatabaseInUseError: Another holder is in the way.
+        DatabaseError: The file system has no locks.
         OSError: The lock file cannot be opened.
     """
 
@@ -28,7 +29,7 @@ class DatabaseLock:
         except BlockingIOError as error:
             note = os.pread(fd, 200, 0).decode(errors="replace").strip()
             os.close(fd)
-            raise DatabaseError(_in_use(path, note)) from error
+            raise DatabaseInUseError(_in_use(path, note)) from error
         except OSError as error:
             os.close(fd)
             raise DatabaseError(

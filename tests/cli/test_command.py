@@ -1,13 +1,17 @@
 """The command line itself: help, what it imports, exit codes, one paragraph an error."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from alaya_jax.cli import options
+from alaya_jax.cli import options, terminal
+from alaya_jax.cli.ask import read_document, write
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Graph, Sketch
 from alaya_jax.query import DIPR, Full, TopK, Window
@@ -214,3 +218,71 @@ def test_request_errors_of_the_library_reach_the_user(alaya, monkeypatch):
 
     monkeypatch.setattr("alaya_jax.cli.runtime.load_model", refuse)
     assert alaya("generate", "Hi", code=1).stderr == "error: too long; shorten it\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_output_of_any_encoding_takes_any_text(monkeypatch, encoding):
+    text = "caf\xe9 \u2019 \ufffd \U0001f600"
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    terminal.speak_plainly()
+    write(text)
+    said = raw.getvalue().decode(encoding)
+    expected = text.encode(encoding, "backslashreplace").decode(encoding)
+    assert said == expected
+    terminal.report({"answer": text})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue().decode(encoding).removeprefix(said)) == {"answer": text}
+
+
+def test_a_traceback_of_output_is_gone_in_a_process_too():
+    """As of `alaya generate` where the answer has a character that stdout has not."""
+    code = (
+        "from alaya_jax import cli\n"
+        "from alaya_jax.cli.ask import write\n"
+        "@cli.app.command()\n"
+        "def says(): write('\\u2019')\n"
+        "cli.main()\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code, "says"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"\\u2019"), done.stderr
+
+
+def test_empty_and_closed_stdin(alaya, monkeypatch):
+    said = alaya("generate", stdin="", code=1).stderr
+    assert "stdin is empty; pipe a prompt in" in said
+    said = alaya("ask", "--context", "-", "Who?", stdin=" ", code=1).stderr
+    assert "stdin is empty; pipe the document's text in" in said
+    assert "the prompt is empty" in alaya("generate", "", code=2).stderr
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(RequestError, match="stdin is closed; pipe a prompt in"):
+        read_document(Path("-"), "a prompt")
+
+
+def test_ctrl_c_that_a_module_makes_another_error_of(alaya, monkeypatch, ctrl_c):
+    def loads(text):
+        try:
+            ctrl_c()
+        except KeyboardInterrupt:
+            raise ImportError("while initializing the extension") from None
+
+    monkeypatch.setattr(options, "attention", loads)
+    assert alaya("generate", "Hi", code=130).stderr == "\nInterrupted.\n"
+
+
+def test_ctrl_c_while_jax_is_imported():
+    code = (
+        "import os, signal, sys\n"
+        "class Presses:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'jaxlib._jax': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Presses())\n"
+        "from alaya_jax.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['alaya', 'generate', 'Hi']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted.\n")

@@ -1,16 +1,20 @@
 """Verbs that run a model, on a tiny random one: reuse, reports, and what goes wrong."""
 
+import datetime
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from alaya_jax.cli import runtime
 from alaya_jax.db import DB
+from alaya_jax.models import chat
 from alaya_jax.storage import ContextHeader, DirectoryStore
 
 DOCUMENT = "We the People of the United States:\n\n" + "The Senate shall meet on Monday. " * 12
@@ -329,3 +333,46 @@ def test_ls_says_what_is_not_exact(alaya, tmp_path):
     assert max(map(len, shown.splitlines()[2:])) <= 80
     listed = json.loads(alaya("db", "ls", "--db", tmp_path / "db", "--json").stdout)
     assert listed["contexts"][0]["origin"] == [{"from": 7, "plan": plan}]
+
+
+DATED = (
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "{{ strftime_now('%d %b %Y') }}<|eot_id|>{% for m in messages %}<|start_header_id|>user"
+    "<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+)
+
+
+def test_a_document_keeps_its_date_unless_another_is_asked_for(
+    alaya, llama3, document, tmp_path, monkeypatch
+):
+    model, said = llama3(DATED), []
+
+    def ask(day, *arguments):
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.datetime(2026, 11, day)
+
+        monkeypatch.setattr(chat, "datetime", Day)
+        fixed = ("ask", "--model", model, "--context", document, "--db", tmp_path / "db", "--json")
+        result = alaya(*fixed, "--max-new-tokens", 2, *arguments, "Who?")
+        said.append(result.stderr)
+        return json.loads(result.stdout)["context"]["imported"]
+
+    assert [ask(day) for day in (27, 27, 28)] == [True, False, False]
+    assert "27 Nov 2026" not in said[1]
+    assert "was read on 27 Nov 2026, which the model takes for today" in said[2]
+    assert ask(28, "--date", "2026-11-28")
+    assert not ask(29, "--date", "2026-11-28")
+    assert "today" not in "".join(said[3:])
+
+
+def test_ask_waits_for_another_command_to_leave_the_database(ask, tmp_path, monkeypatch):
+    holder = DirectoryStore(tmp_path / "db")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "PATIENCE", 0.3)
+        said = ask("Who?", code=1).stderr
+    assert said.count("Waiting") == 1
+    assert f"process {os.getpid()}" in said.splitlines()[-1]
+    threading.Timer(0.3, holder.close).start()
+    assert "Waiting" in ask("Who?").stderr

@@ -1,6 +1,6 @@
 """Chat templates: what Hugging Face templates rely on, and what foreign code must not do."""
 
-from datetime import datetime
+from datetime import date, datetime
 
 import pytest
 
@@ -132,3 +132,62 @@ def test_named_templates_need_a_default_only_when_it_is_used():
     assert chat.render([USER], tools=[]) == "T"
     with pytest.raises(TokenizerError, match=r"tool_use, rag.*'default'"):
         chat.render([USER])
+
+
+def test_what_a_template_does_not_read_is_refused():
+    source = "{% if enable_thinking is defined %}on{% endif %}{{ messages[0].content }}"
+    assert render(source, enable_thinking=True) == "onhi"
+    for name in ("add_genration_prompt", "chat_template", "tokenize"):
+        with pytest.raises(RequestError, match=f"reads no {name}; .*it reads enable_thinking"):
+            render(source, **{name: True})
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ CONTENT }}[end]{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "expected"),
+    [
+        ("m.content", "The river ", "The river "),
+        ("m.content | trim", "The river ", "The river"),
+        ("m.content[0].text", [{"type": "text", "text": "The river"}], "The river"),
+    ],
+)
+def test_a_final_message_is_continued(content, said, expected):
+    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    source = TURNS.replace("CONTENT", content)
+    closed = render(source, messages, False)
+    goes_on = render(source, messages, continue_final_message=True)
+    assert goes_on == closed.removesuffix("[end]")[: len(goes_on)]
+    assert goes_on.endswith(f"[assistant]{expected}")
+    assert render(source, messages, False, continue_final_message=True) == goes_on
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "options", "error"),
+    [
+        (TURNS, (USER,), {"add_generation_prompt": True}, "leave one of them out"),
+        ("x", ({"role": "assistant", "content": None},), {}, "no text to go on with"),
+        ("x", (), {}, "no text to go on with"),
+        ("x", (USER,), {}, "does not print the last message"),
+    ],
+)
+def test_a_final_message_that_cannot_be_continued(source, messages, options, error):
+    source = source.replace("CONTENT", "m.content")
+    with pytest.raises((RequestError, TokenizerError), match=error):
+        render(source, messages, continue_final_message=True, **options)
+
+
+def test_a_date_is_printed_where_a_template_prints_one():
+    day = date(2024, 7, 26)
+    assert render("{{ strftime_now('%d %b %Y') }}", date=day) == "26 Jul 2024"
+    named = "{{ date_string if date_string is defined else 'no date' }}"
+    assert render(named, date=day) == "26 Jul 2024"
+    either = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}"
+    )
+    assert render(either + "{{ date_string }}", date=day) == "2024"
+    with pytest.raises(RequestError, match="prints no date"):
+        render("x", date=day)

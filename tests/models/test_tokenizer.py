@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from alaya_jax.checkpoint import bundled
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.models import bpe
+from alaya_jax.models import tokenizer as tokenizer_module
 from alaya_jax.models.tokenizer import Tokenizer
 
 GOLDENS = json.loads(
@@ -643,3 +645,32 @@ def test_a_directory_of_meta_is_read(tmp_path, monkeypatch):
     assert tokenizer.chat is None
     assert tokenizer.encode("the").tolist()[0] == count
     assert tokenizer.decode(tokenizer.encode(SAMPLE), skip_special_tokens=True) == SAMPLE
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "smollm"])
+@pytest.mark.parametrize("space", [" ", "\n", "\t "])
+def test_very_long_runs_of_white_space_are_encoded_in_pieces(monkeypatch, pre, space):
+    """What the library would panic at; elsewhere the text is encoded as it was."""
+    letters = {byte: letter for letter, byte in bpe.byte_alphabet().items()}
+    vocab = [letters[b] for b in range(256)] + ["Ġ" * 2, "Ġ" * 4]
+    encode = Tokenizer(bpe.byte_level_bpe(vocab, ["Ġ Ġ", "ĠĠ ĠĠ"], pre)).encode
+    texts = [f"a{space * n}b  c" for n in (3, 40, 128, 129, 130, 131, 500)]
+    whole = [encode(text).tolist() for text in texts]
+    monkeypatch.setattr(tokenizer_module, "_RUN", 128)
+    run = re.compile(r"(?<!\s)\s{128,}")
+    monkeypatch.setattr(tokenizer_module, "_LONG_RUN", run)
+    assert [encode(text).tolist() for text in texts] == whole
+
+
+def test_a_panic_of_the_library_is_an_error_with_a_way_out():
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def encode(self, *_, **__):
+            raise PanicException("retry-limit-in-match over")
+
+    t = Tokenizer(bpe.byte_level_bpe([*bpe.byte_alphabet()], [], "llama-bpe"))
+    t._backend = Panics()
+    with pytest.raises(RequestError, match=r"retry-limit.*shorten"):
+        t.encode("text")
