@@ -1,8 +1,10 @@
 """A model's fingerprint covers every byte of its weights, wherever they are."""
 
+import copy
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 
 import gguf
@@ -215,6 +217,17 @@ def test_parameters_that_are_put_in_place_are_noticed(tiny_model):
     assert model.fingerprint == "mine"
     model.params["norm"] = {"scale": tiny_model.params["norm"]["scale"] * 2}
     assert model.fingerprint not in ("mine", "tiny")
+
+
+def test_a_copy_has_the_same(tiny_model):
+    bare = aj.Model(tiny_model.config, tiny_model.params)
+    for model in (tiny_model, bare):
+        for made in (copy.copy(model), pickle.loads(pickle.dumps(model))):
+            assert made.fingerprint == model.fingerprint
+    tuned = other_params(tiny_model.params)
+    assert pickle.loads(pickle.dumps(dataclasses.replace(bare, params=tuned))).fingerprint != (
+        bare.fingerprint
+    )
 
 
 def test_rope_as_loaded_is_part_of_it(tiny_model):

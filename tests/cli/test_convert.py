@@ -130,3 +130,19 @@ def test_quantized(alaya, tiny_model):
     options = ("generate", "--model", tiny_model, "Who?", "--max-new-tokens", "3", "--json")
     written = json.loads(alaya(*options, "--quantize", "int4").stdout)
     assert written["finish_reason"] == "length"
+
+
+def test_paths_may_be_relative_for_every_verb(alaya, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    for to in ("orbax", "hf", "gguf-f32"):
+        monkeypatch.chdir(tmp_path / "a")
+        alaya("convert", "../tiny", to, "--to", to, "--verify")
+        monkeypatch.chdir(tmp_path / "b")
+        path = f"../a/{to}"
+        assert json.loads(alaya("inspect", path, "--json").stdout)["path"].startswith(str(tmp_path))
+        assert alaya("verify", "../tiny", path).exit_code == 0
+        assert len(generated(alaya, path)["ids"]) == 6
+        alaya("convert", path, f"back-{to}")
+        assert (tmp_path / "b" / f"back-{to}" / "model.safetensors").exists()

@@ -181,6 +181,22 @@ def test_inspect_and_look_after_a_database(ask, alaya, tmp_path):
     assert json.loads(alaya("db", "ls", "--db", db, "--json").stdout)["contexts"] == []
 
 
+def test_contexts_under_a_fingerprint_of_samples_are_named(alaya, tmp_path):
+    """An earlier version stored one; a fingerprint of all bytes, or one that was given, is none."""
+    kv = np.zeros((1, 3, 4), np.float32)
+    with DirectoryStore(tmp_path / "db") as store:
+        for print in ("0f" * 32, "0f" * 32 + "-int8", "v2-" + "0" * 61, "tiny"):
+            shape = {"dtype": "float32", "num_layers": 1, "num_kv_heads": 1, "head_dim": 4}
+            header = ContextHeader(fingerprint=print, page_size=16, **shape)
+            store.write(header, [1, 2, 3], [(kv, kv)])
+    listed = json.loads(alaya("db", "ls", "--db", tmp_path / "db", "--json").stdout)["contexts"]
+    problems = {c["model"][:3] + c["model"][64:]: c["problem"] for c in listed}
+    assert problems["v2-"] is problems["tin"] is None
+    assert "earlier version" in problems["0f0"]
+    assert problems["0f0"] == problems["0f0-int8"]
+    assert alaya("db", "ls", "--db", tmp_path / "db").stdout.count("import the document again") == 2
+
+
 def test_a_graph_is_built_shown_and_mended(ask, alaya, tiny_model, tmp_path):
     id = json.loads(ask("--json", "When?").stdout)["context"]["id"]
     db = tmp_path / "db"
