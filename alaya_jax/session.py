@@ -23,6 +23,7 @@ from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
 from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for, choose_prefill_for
+from alaya_jax.settings import methods_under_own_settings
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -38,6 +39,7 @@ an H100 has multiprocessors.
 """
 
 
+@methods_under_own_settings
 class Session:
     """The connection between stored contexts and one running request (AlayaDB, section 5).
 

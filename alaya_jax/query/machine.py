@@ -34,6 +34,7 @@ from alaya_jax.query.cost import Machine
 from alaya_jax.query.layer_bench import LayerBench, Timed, least
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.prefill import PrefillMachine
+from alaya_jax.settings import under_own_settings
 
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
 _COMPILERS = 2  # threads
@@ -50,6 +51,7 @@ _RETRIEVALS = {
 _RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
+@under_own_settings
 def machine_for(
     config: LlamaConfig,
     dtype: Any,
@@ -85,6 +87,7 @@ def machine_for(
     return known
 
 
+@under_own_settings
 def prefill_for(
     config: LlamaConfig,
     dtype: Any,
@@ -161,7 +164,9 @@ def measure(
     with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
         # Compiling takes most of the time.
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            ready = {name: pool.submit(bench.compiled, name) for name in programs}
+            ready = {
+                name: pool.submit(under_own_settings(bench.compiled), name) for name in programs
+            }
             for program in ready.values():
                 program.result()
                 advance(1)
@@ -194,7 +199,8 @@ def measure_prefill(
     with progress_bar("measuring this machine", 4, "steps", show=progress) as advance:
         with ThreadPoolExecutor(2) as pool:
             plans = (tiles, full)
-            run = pool.map(lambda plan: engine.attend.lower(plan, *rest).compile(), plans)
+            compiled = under_own_settings(lambda plan: engine.attend.lower(plan, *rest).compile())
+            run = pool.map(compiled, plans)
             of_tiles, of_full = run
         advance(1)
         seconds, share = {}, {}
