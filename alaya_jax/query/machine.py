@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,7 @@ def machine_for(
     *,
     pages: bool | None = None,
     graph: bool = False,
+    again: bool = False,
     progress: bool = False,
 ) -> Machine:
     """The constants for a model's layer on the default device: those kept, or measured now.
@@ -72,6 +74,7 @@ def machine_for(
       pages: with those of a retrieval by page. Default: but on a CPU, where it has been slower than
         one by key wherever it was measured, and costs two more programs to compile.
       graph: with those of a graph's search.
+      again: measures what is kept, those of a prefill too when they are asked for next.
       progress: shows a bar on stderr when it is a terminal and something is measured.
     """
     shape = _share(config, tensor)
@@ -80,6 +83,10 @@ def machine_for(
     pages = current_target().platform != "cpu" if pages is None else pages
     if known is not None and pages and known.page_scan is None:
         known = None
+    if again:
+        graph |= known is not None and known.walk is not None
+        known = None
+        _place(shape, dtype, page_size, "prefill ")[0].unlink(missing_ok=True)
     if known is None or (graph and known.walk is None):
         asked = {"pages": pages, "graph": graph, "known": known, "progress": progress}
         known = measure(shape, dtype, page_size, **asked)
@@ -135,6 +142,25 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def busy_share(seconds: float = 0.2) -> float:
+    """The share of this machine's CPUs that is at work while this process waits; 0 where the
+    system does not say.
+    """
+
+    def times() -> tuple[int, int]:
+        with open("/proc/stat") as file:
+            user, nice, system, idle, waiting, *rest = map(int, file.readline().split()[1:9])
+        return idle + waiting, user + nice + system + idle + waiting + sum(rest)
+
+    try:
+        (idle, total) = times()
+        time.sleep(seconds)
+        (idle_now, total_now) = times()
+    except (OSError, ValueError):
+        return 0.0  # not Linux
+    return max(0.0, 1 - (idle_now - idle) / max(total_now - total, 1))
+
+
 def measure(
     config: LlamaConfig,
     dtype: Any,
@@ -164,18 +190,18 @@ def measure(
     with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
         # Compiling takes most of the time.
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            ready = {
-                name: pool.submit(under_own_settings(bench.compiled), name) for name in programs
-            }
+            compiled = under_own_settings(bench.compiled)  # threads have settings of their own
+            ready = {name: pool.submit(compiled, name) for name in programs}
             for program in ready.values():
                 program.result()
                 advance(1)
         found = known
         if found is None:
+            busy = busy_share()
             rates = dict(zip(("copy", "matmul", "weights"), _rates(dtype), strict=True))
             advance(1)
             terms = _terms(bench, {name: x.result() for name, x in ready.items()}, advance)
-            found = Machine(device=device_name(), **rates, **terms)
+            found = Machine(device=device_name(), **rates, **terms, busy=busy)
         if graph:
             found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
             advance(1)

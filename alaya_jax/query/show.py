@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,9 +105,18 @@ def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
         raise RequestError(
             "plots need matplotlib, which is not installed: pip install 'alaya_jax[plot]'"
         ) from error
+
+    class Picture(Figure):
+        """A figure that a notebook shows by itself, whether or not it has loaded pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
     layers, heads = values.shape
     size = (min(3 + 0.35 * heads, 16), min(2 + 0.22 * layers, 14))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(title=title, xlabel="query head", ylabel="layer")
