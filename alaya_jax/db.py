@@ -27,6 +27,7 @@ from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
 from alaya_jax.residents import Residents
 from alaya_jax.session import Session
+from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.sharding import memory_of
 from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore, sampled
@@ -57,6 +58,7 @@ class Budget:
         return bytes_of(self.device, "Budget(device=...)")
 
 
+@methods_under_own_settings
 class DB:
     """Contexts of one model, on disk and in a pool of pages on the device.
 
@@ -162,7 +164,8 @@ class DB:
           progress: shows a bar on stderr when it is a terminal.
 
         Raises:
-          RequestError: the prompt is empty, longer than the model allows, or kv has other shapes.
+          RequestError: the prompt is empty, longer than the model allows, or kv has other shapes,
+            or numbers that are not finite.
           TokenizerError: the model has no tokenizer, or no chat template for the messages.
           CacheFullError: it does not fit into the budget.
           DatabaseError: it cannot be written.
@@ -175,7 +178,7 @@ class DB:
             return known
         self._store.require_writable()
         if kv is not None:
-            return self._write(header, tokens, kv)
+            return self._write(header, tokens, _finite(kv))
         session, rest = self.create_session(tokens)
         with session:
             with progress_bar("reading the document", len(rest), show=progress) as advance:
@@ -524,3 +527,19 @@ class DB:
                 record = next(r for r in self._store.list() if r.id == id)
                 self._contexts[id] = Context(record, self._store)
             return self._contexts[id]
+
+
+def _finite(kv: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys and values, layer by layer: a NaN would reach every later answer, or none, by the plan
+    that is asked.
+    """
+    for layer, (k, v) in enumerate(kv):
+        for name, x in (("keys", k), ("values", v)):
+            bad = ~np.isfinite(np.asarray(x))
+            if bad.any():
+                at = ", ".join(map(str, np.argwhere(bad)[0]))
+                raise RequestError(
+                    f"import_context(kv=...): the {name} of layer {layer} are not finite, first at "
+                    f"[{at}] of [K, n, D]; give finite numbers, or leave kv out"
+                )
+        yield np.asarray(k), np.asarray(v)

@@ -20,6 +20,7 @@ from alaya_jax.query.plan import Attention
 from alaya_jax.sampler import init_sampler, sample
 from alaya_jax.sampling import Greedy, Sampling, StopText
 from alaya_jax.session import Output, Session
+from alaya_jax.settings import methods_under_own_settings, under_own_settings
 
 BLOCK = 16
 """Most decode steps of one device call. The next call is under way while one's tokens are read."""
@@ -68,6 +69,7 @@ class Timing:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
 
+@under_own_settings
 def generate(
     session: Session,
     tokens: Any = (),
@@ -119,6 +121,7 @@ def generate(
     )
 
 
+@methods_under_own_settings
 class Generation(Iterator[Token]):
     """A running generation: an iterator of tokens, and what is known so far.
 

@@ -18,6 +18,7 @@ from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedKernel, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
+from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, auto_axes
 
 
@@ -194,6 +195,7 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedKernel)
 
 
+@under_own_settings
 def load(
     path_or_name: str | os.PathLike[str],
     mesh: Mesh | None = None,

@@ -24,9 +24,11 @@ from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
 from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
+from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 
+@under_own_settings
 def step(
     params: Params,
     config: LlamaConfig,

@@ -27,6 +27,7 @@ from alaya_jax.query.prefill import PrefillChoice
 from alaya_jax.query.report import report
 from alaya_jax.query.situation import choose_for, choose_prefill_for
 from alaya_jax.sampling import StopText
+from alaya_jax.settings import methods_under_own_settings
 
 if TYPE_CHECKING:
     from alaya_jax.context import Context
@@ -62,6 +63,7 @@ class Output:
         return Output(list(self.ids), stream, self.stop.going_on(self.stop.stop))
 
 
+@methods_under_own_settings
 class Session:
     """The connection between stored contexts and one running request (AlayaDB, section 5).
 

@@ -33,9 +33,10 @@ from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Graph, GraphLayer, Graphs, LayerIndex
+from alaya_jax.index import BOUND, Graph, GraphLayer, Graphs, LayerIndex
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
+from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules
 
 QUERY_BLOCK = 128
@@ -46,6 +47,7 @@ SCORES = 2**26
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rules"))  # traced once, not once a layer
+@under_own_settings
 def attend(
     plan: Plan,
     q: Float[Array, "B T H D"],
@@ -83,6 +85,7 @@ def attend(
     return _on_mesh(_attend, mesh, rules or ShardingRules(), q.shape[0], args)
 
 
+@under_own_settings
 def append(
     kv: cache.PagedKV,
     layer: int,
@@ -303,7 +306,7 @@ def _attend_rows(
     mass = found.share_read(merge(*parts))
     if plan.tail:
         unread = merge_across(found.tail(q, index), axis)
-        mass = share_read(merge(*parts).lse, unread.lse) if mass is None else mass
+        mass = share_read(merge(*parts).lse, unread.lse + BOUND) if mass is None else mass
         parts.append(unread)
     # What was read is read for the block: it is put down to its first token.
     read = jnp.where(jnp.arange(rows[2]) == 0, read[:, None, None], 0)

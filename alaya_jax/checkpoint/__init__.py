@@ -38,6 +38,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.quantized import Scheme, check_scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import current_target
+from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Checkpoint:
         return f"Checkpoint({self.source}, {count:,} parameters, {self.fingerprint[:12]})"
 
 
+@under_own_settings
 def read_checkpoint(
     path_or_name: str | os.PathLike[str],
     *,
@@ -190,6 +192,7 @@ def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
     return inspect_source(open_checkpoint(path_or_name))
 
 
+@under_own_settings
 def convert(
     source: str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -249,6 +252,7 @@ def convert(
     )
 
 
+@under_own_settings
 def save(
     path: str | os.PathLike[str],
     config: LlamaConfig,
@@ -295,6 +299,7 @@ def save(
     )
 
 
+@under_own_settings
 def verify(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -331,6 +336,7 @@ def verify(
     )
 
 
+@under_own_settings
 def verify_against(
     path: str | os.PathLike[str],
     peer: Literal["transformers"] = "transformers",

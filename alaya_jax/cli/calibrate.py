@@ -12,9 +12,9 @@ from alaya_jax.cli.terminal import note, on_interrupt, report, show
 
 def calibrate(
     texts: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(metavar="FILE...", help="Texts like those to be read; UTF-8, long ones."),
-    ],
+    ] = None,
     model: options.Model = options.MODEL,
     length: Annotated[
         str | None,
@@ -27,6 +27,12 @@ def calibrate(
     queries: Annotated[
         int, typer.Option(metavar="N", min=1, help="Query tokens sampled at each length.")
     ] = 32,
+    machine: Annotated[
+        bool,
+        typer.Option(
+            "--machine", help="Measure this machine again for the model's shape; no FILE is needed."
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Measure how many keys each layer and head of a model needs, and keep that for attention=auto.
@@ -38,7 +44,14 @@ def calibrate(
       alaya calibrate contract.txt
       alaya calibrate --model ~/models/Llama-3.2-1B-Instruct --length 8k reports/*.txt
       alaya calibrate --json contract.txt
+      alaya calibrate --machine --model llama-3.1-8b
     """
+    if machine:
+        _measure_machine(model, json=json)
+        if not texts:
+            return
+    if not texts:
+        raise typer.BadParameter("name a text, or use --machine", param_hint="FILE")
     for path in texts:
         if not path.is_file():
             raise typer.BadParameter(f"{path} is not a file", param_hint="FILE")
@@ -58,3 +71,22 @@ def calibrate(
     else:
         show(found.table())
         note(f"Kept in {place}.")
+
+
+def _measure_machine(model: str, *, json: bool) -> None:
+    """What attention=auto takes this machine for, measured anew."""
+    from alaya_jax.cli import runtime
+    from alaya_jax.cli.plan import described
+
+    runtime.start_jax()
+    from alaya_jax.query.choice import was_busy
+    from alaya_jax.query.machine import machine_for
+
+    config, kind, _ = described(model)
+    found = machine_for(config, kind, again=True, progress=True)
+    if json:
+        report({"machine": found.to_dict()})
+    else:
+        note(f"Measured {found.device} for layers of {model} in {kind}.")
+    if words := was_busy(found):
+        note(f"{words[0].upper()}{words[1:]}.")

@@ -77,7 +77,7 @@ def plan(
 
     from alaya_jax.query.situation import choose_before
 
-    config, kind, of_model = _described(model)
+    config, kind, of_model = described(model)
     tokens = tokens or config.max_length
     choice = choose_before(asked, config, dtype or kind, tokens, batch=batch, **of_model)
     if tokens > config.max_length:
@@ -88,7 +88,7 @@ def plan(
         show(choice.table())
 
 
-def _described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
+def described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
     """A model's architecture, the dtype it would have, and what else a plan depends on."""
     import math
 

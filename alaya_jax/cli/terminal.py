@@ -128,7 +128,8 @@ def show(found: Any) -> None:
         return
     from rich.console import Console
 
-    Console().print(found.to_rich() if hasattr(found, "to_rich") else found)
+    console = Console()
+    console.print(found.to_rich(console.width) if hasattr(found, "to_rich") else found)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from alaya_jax.index.found import Found
 from alaya_jax.index.graph import GraphLayer
 from alaya_jax.index.graph_build import GraphSpec
 from alaya_jax.index.graph_index import Graph
-from alaya_jax.index.recovery import Recovered, Weights, of_pages, recover
+from alaya_jax.index.recovery import BOUND, Recovered, Weights, of_pages, recover
 from alaya_jax.index.scan import Scan
 from alaya_jax.index.sketch import MISS, Sketch, SketchLayer
 
@@ -59,6 +59,7 @@ Graphs = tuple[GraphLayer, ...]
 """Of one layer, the graph of each sequence's context."""
 
 __all__ = [
+    "BOUND",
     "MISS",
     "Block",
     "BlockLayer",

@@ -103,7 +103,7 @@ class Block:
     summary: Summary = "bounds"
 
     def __post_init__(self):
-        if self.summary not in SUMMARIES:
+        if self.summary not in tuple(SUMMARIES):
             raise ConfigError(f"Block(summary={self.summary!r}): use one of {list(SUMMARIES)}")
 
     def create(

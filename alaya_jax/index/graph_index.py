@@ -37,11 +37,15 @@ class Graph:
     capacity: int = 4096
 
     def __post_init__(self):
-        if self.queries <= 0:
-            raise ConfigError(f"Graph(queries={self.queries}): a share of the tokens, above 0")
-        for name, least in (("listed", 2), ("sink", 0), ("l0", 1), ("capacity", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"Graph({name}={getattr(self, name)}): must be at least {least}")
+        if not isinstance(self.queries, int | float) or not self.queries > 0:
+            raise ConfigError(f"Graph(queries={self.queries!r}): a share of the tokens, above 0")
+        least = {"degree": 2, "listed": 2, "sink": 0, "l0": 1, "capacity": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(
+                    f"Graph({name}={value!r}): must be a whole number, at least {low}"
+                )
         _ = self.spec  # checks the degree
 
     @property

@@ -18,6 +18,9 @@ from alaya_jax.index.scan import Scan
 MARGIN = 0.2
 """Share of the mass that may be lost which is not spent: an expectation may be exceeded."""
 
+BOUND = -math.log1p(-MARGIN)
+"""Added to the log of an expected mass, for one that is seldom exceeded."""
+
 _PARTS = 8
 _LEAST = 2.0**-126  # of a weight: the least normal float32
 _MOST = 60.0  # of a weight's logarithm: sums of them stay finite
@@ -73,7 +76,7 @@ class Recovered:
       beta: float32 [K, G, T], the range below the best score (of the window's too).
       mass: float32 [K, G, T], share of the attention mass in the window and the kept, at least.
       unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other eligible
-        keys, as expected; -inf where there are none.
+        keys, at most: what is expected with the margin on top of it; -inf where there are none.
       kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
         best's: `estimate >= best - beta`, but for what rounds to the same weight.
       weights: of all keys.
@@ -203,6 +206,7 @@ def recover(
             beta, unread = lax.cond(jnp.any(unread > spare), further, lambda: (beta, unread))
         else:
             beta, unread = further()
+        unread = unread / (1 - margin)  # at most, and so not only as expected
     whole = read + unread
     return Recovered(
         beta,

@@ -267,8 +267,8 @@ class Sketch:
     bits: int = 4
 
     def __post_init__(self):
-        if self.bits not in STEPS:
-            raise ConfigError(f"Sketch(bits={self.bits}): use one of {sorted(STEPS)}")
+        if self.bits not in tuple(STEPS):
+            raise ConfigError(f"Sketch(bits={self.bits!r}): use one of {sorted(STEPS)}")
 
     def create(
         self,

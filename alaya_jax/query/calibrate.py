@@ -24,6 +24,7 @@ from alaya_jax.models.llama import Params, forward
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Window
 from alaya_jax.query.calibration import PAGE, SURE, Calibration, keep
+from alaya_jax.settings import under_own_settings
 
 RECOVERIES = (0.9, 0.95, 0.99)
 
@@ -33,6 +34,7 @@ _RANGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.
 _BLOCK = 128  # query tokens attended to at once
 
 
+@under_own_settings
 def calibrate(
     model: Model,
     texts: Sequence[Any],

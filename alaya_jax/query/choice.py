@@ -11,6 +11,8 @@ from alaya_jax.query.auto import Auto
 from alaya_jax.query.cost import Cost, Kept, Machine, Workload, step_seconds
 from alaya_jax.query.plan import Plan, Plans, same_plans
 
+_BUSY = 0.25  # of the CPUs
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerChoice:
@@ -146,9 +148,20 @@ class Choice:
             f"{show.nbytes(self.memory - self.work.kv_bytes)}",
             f"{below}; {self.basis}",
             *([self.graph] if self.graph else []),
+            *([was_busy(self.machine)] if was_busy(self.machine) else []),
         )
         title = f"plan for {self.work.length:,} tokens, recovery {self.auto.recovery:g}"
         return show.Table(f"{title}, on {self.machine.device}", columns, rows, notes)
+
+
+def was_busy(machine: Machine) -> str:
+    """A warning where other programs disturbed the measuring; else nothing."""
+    if machine.busy < _BUSY:
+        return ""
+    return (
+        f"other programs took {machine.busy:.0%} of the CPUs when this machine was measured: times "
+        "may be too long; measure it again with alaya calibrate --machine when it is quiet"
+    )
 
 
 def describe(plan: Plan) -> str:

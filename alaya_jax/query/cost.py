@@ -112,6 +112,7 @@ class Machine:
         are where pages are retrieved, for all heads of a group; None: not measured.
       walk: seconds of a search of a graph beside what it scores; None: not measured.
       visit: seconds a key scored by that search, of each kv head, values of what it finds included.
+      busy: share of the machine's CPUs that other programs took when this was measured.
     """
 
     device: str
@@ -131,6 +132,7 @@ class Machine:
     page_find: float | None = None
     walk: float | None = None
     visit: float | None = None
+    busy: float = 0.0
 
     def to_dict(self) -> dict[str, float | str | None]:
         """For JSON."""

@@ -290,7 +290,7 @@ class Explanation:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield self.heading
-        yield from (table.to_rich() for table in self.tables())
+        yield from (table.to_rich(options.max_width) for table in self.tables())
 
     def _repr_html_(self) -> str:
         tables = "".join(table.to_html() for table in self.tables())

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ from alaya_jax.query.cost import Machine
 from alaya_jax.query.layer_bench import LayerBench, Timed, least
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.prefill import PrefillMachine
+from alaya_jax.settings import under_own_settings
 
 _MEGABYTES = 128  # of the arrays that are copied and multiplied: more than caches hold
 _COMPILERS = 2  # threads
@@ -50,6 +52,7 @@ _RETRIEVALS = {
 _RANGE = 0.9  # of scores, in their standard deviations: some hundred keys of a group lie in it
 
 
+@under_own_settings
 def machine_for(
     config: LlamaConfig,
     dtype: Any,
@@ -58,6 +61,7 @@ def machine_for(
     *,
     pages: bool | None = None,
     graph: bool = False,
+    again: bool = False,
     progress: bool = False,
 ) -> Machine:
     """The constants for a model's layer on the default device: those kept, or measured now.
@@ -70,6 +74,7 @@ def machine_for(
       pages: with those of a retrieval by page. Default: but on a CPU, where it has been slower than
         one by key wherever it was measured, and costs two more programs to compile.
       graph: with those of a graph's search.
+      again: measures what is kept, those of a prefill too when they are asked for next.
       progress: shows a bar on stderr when it is a terminal and something is measured.
     """
     shape = _share(config, tensor)
@@ -78,6 +83,10 @@ def machine_for(
     pages = current_target().platform != "cpu" if pages is None else pages
     if known is not None and pages and known.page_scan is None:
         known = None
+    if again:
+        graph |= known is not None and known.walk is not None
+        known = None
+        _place(shape, dtype, page_size, "prefill ")[0].unlink(missing_ok=True)
     if known is None or (graph and known.walk is None):
         asked = {"pages": pages, "graph": graph, "known": known, "progress": progress}
         known = measure(shape, dtype, page_size, **asked)
@@ -85,6 +94,7 @@ def machine_for(
     return known
 
 
+@under_own_settings
 def prefill_for(
     config: LlamaConfig,
     dtype: Any,
@@ -132,6 +142,25 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def busy_share(seconds: float = 0.2) -> float:
+    """The share of this machine's CPUs that is at work while this process waits; 0 where the
+    system does not say.
+    """
+
+    def times() -> tuple[int, int]:
+        with open("/proc/stat") as file:
+            user, nice, system, idle, waiting, *rest = map(int, file.readline().split()[1:9])
+        return idle + waiting, user + nice + system + idle + waiting + sum(rest)
+
+    try:
+        (idle, total) = times()
+        time.sleep(seconds)
+        (idle_now, total_now) = times()
+    except (OSError, ValueError):
+        return 0.0  # not Linux
+    return max(0.0, 1 - (idle_now - idle) / max(total_now - total, 1))
+
+
 def measure(
     config: LlamaConfig,
     dtype: Any,
@@ -161,16 +190,18 @@ def measure(
     with progress_bar("measuring this machine", steps, "steps", show=progress) as advance:
         # Compiling takes most of the time.
         with ThreadPoolExecutor(_COMPILERS) as pool:
-            ready = {name: pool.submit(bench.compiled, name) for name in programs}
+            compiled = under_own_settings(bench.compiled)  # threads have settings of their own
+            ready = {name: pool.submit(compiled, name) for name in programs}
             for program in ready.values():
                 program.result()
                 advance(1)
         found = known
         if found is None:
+            busy = busy_share()
             rates = dict(zip(("copy", "matmul", "weights"), _rates(dtype), strict=True))
             advance(1)
             terms = _terms(bench, {name: x.result() for name, x in ready.items()}, advance)
-            found = Machine(device=device_name(), **rates, **terms)
+            found = Machine(device=device_name(), **rates, **terms, busy=busy)
         if graph:
             found = dataclasses.replace(found, **_graph_terms(bench, ready["graph"].result()))
             advance(1)
@@ -194,7 +225,8 @@ def measure_prefill(
     with progress_bar("measuring this machine", 4, "steps", show=progress) as advance:
         with ThreadPoolExecutor(2) as pool:
             plans = (tiles, full)
-            run = pool.map(lambda plan: engine.attend.lower(plan, *rest).compile(), plans)
+            compiled = under_own_settings(lambda plan: engine.attend.lower(plan, *rest).compile())
+            run = pool.map(compiled, plans)
             of_tiles, of_full = run
         advance(1)
         seconds, share = {}, {}

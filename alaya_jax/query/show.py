@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from alaya_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table as RichTable
+    from rich.console import Group
+
+
+_WIDTH = 80  # of a table's lines; those of words may be longer
+_GAP = 3  # between columns, at most
+_MARGIN = 4  # what a terminal's table takes beside its columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +40,69 @@ class Table:
         """Without the marks of alignment."""
         return [column.removeprefix("<") for column in self.columns]
 
-    def __str__(self) -> str:
+    @property
+    def _widths(self) -> list[int]:
         lines = [tuple(self.headings), *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def parts(self, width: int) -> list["Table"]:
+        """Tables one below the other that are no wider, each with the first column."""
+        first, *widths = self._widths
+        blocks: list[list[int]] = [[0]]
+        taken = first
+        for i, wide in enumerate(widths, 1):
+            if taken + _GAP + wide > width and len(blocks[-1]) > 1:
+                blocks.append([0])
+                taken = first
+            blocks[-1].append(i)
+            taken += _GAP + wide
+        last = len(blocks) - 1
+        return [
+            Table(
+                self.title if not n else "",
+                tuple(self.columns[i] for i in block),
+                [tuple(row[i] for i in block) for row in self.rows],
+                self.notes if n == last else (),
+            )
+            for n, block in enumerate(blocks)
+        ]
+
+    def __str__(self) -> str:
+        return "\n\n".join(part._text() for part in self.parts(_WIDTH))
+
+    def _text(self) -> str:
         left = [column.startswith("<") for column in self.columns]
 
         def line(row: tuple[str, ...]) -> str:
-            cells = zip(row, widths, left, strict=True)
+            cells = zip(row, self._widths, left, strict=True)
             return "  ".join(x.ljust(n) if to else x.rjust(n) for x, n, to in cells).rstrip()
 
-        return "\n".join([self.title, *map(line, lines), *self.notes])
+        table = [line(tuple(self.headings)), *map(line, self.rows)]
+        return "\n".join([*([self.title] if self.title else []), *table, *self.notes])
 
-    def to_rich(self) -> "RichTable":
-        """For a terminal."""
+    def to_rich(self, width: int = 80) -> "Group":
+        """For a terminal so wide."""
         from rich import box
+        from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        caption = Text("\n".join(self.notes)) if self.notes else None
-        table = RichTable(
-            title=Text(self.title), caption=caption, box=box.SIMPLE_HEAD, title_justify="left"
-        )
-        for column, name in zip(self.columns, self.headings, strict=True):
-            table.add_column(name, justify="left" if column.startswith("<") else "right")
-        for row in self.rows:
-            table.add_row(*map(Text, row))  # brackets in it are no markup
-        return table
+        def drawn(part: Table) -> RichTable:
+            caption = Text("\n".join(part.notes)) if part.notes else None
+            table = RichTable(
+                title=Text(part.title) if part.title else None,
+                caption=caption,
+                box=box.SIMPLE_HEAD,
+                title_justify="left",
+                caption_justify="left",
+            )
+            for column, name in zip(part.columns, part.headings, strict=True):
+                table.add_column(name, justify="left" if column.startswith("<") else "right")
+            for row in part.rows:
+                table.add_row(*map(Text, row))  # brackets in it are no markup
+            return table
+
+        return Group(*map(drawn, self.parts(width - _MARGIN)))
 
     def to_html(self) -> str:
         """For a notebook."""
@@ -104,9 +147,18 @@ def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
         raise RequestError(
             "plots need matplotlib, which is not installed: pip install 'alaya_jax[plot]'"
         ) from error
+
+    class Picture(Figure):
+        """A figure that a notebook shows by itself, whether or not it has loaded pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
     layers, heads = values.shape
     size = (min(3 + 0.35 * heads, 16), min(2 + 0.22 * layers, 14))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(title=title, xlabel="query head", ylabel="layer")

@@ -17,6 +17,7 @@ from alaya_jax.query.machine import machine_for, prefill_for
 from alaya_jax.query.optimizer import GRAPH_FROM, choose
 from alaya_jax.query.plan import Plan
 from alaya_jax.query.prefill import PrefillChoice, choose_prefill
+from alaya_jax.settings import under_own_settings
 
 if TYPE_CHECKING:
     from alaya_jax.model import Model
@@ -78,6 +79,7 @@ def _split(model: "Model") -> tuple[int, int]:
     return heads, pages
 
 
+@under_own_settings
 def choose_before(
     auto: Auto,
     config: LlamaConfig,

@@ -12,7 +12,7 @@ from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
 from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial, across, merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.index import MISS, Scan, Sketch, SketchLayer, recover
+from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import RoundedQuery, deviations, round_query
 from alaya_jax.index.scan import FAR
 from alaya_jax.pallas_kernels.dispatch import Choice, Target
@@ -141,7 +141,7 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
     attended = across(lax.psum, far.kept, axis) + in_window
     keys_read = across(lax.psum, pages * z, axis)
     if extra is not None:
-        mass = share_read(merge(*parts).lse, extra.lse) if mass is None else mass
+        mass = share_read(merge(*parts).lse, extra.lse + BOUND) if mass is None else mass
         parts.append(extra)
     group = heads // batch.k.shape[0]
     return merge(*parts).out[:, None], counts(
