@@ -199,3 +199,12 @@ def test_memory_of_devices():
 
     assert memory_of(gpus(70, 80)) == 150
     assert memory_of(gpus(70, None)) is None
+
+
+def test_an_axis_that_nothing_lies_on_is_refused():
+    """Its devices would all do the same, in silence."""
+    mesh = make_mesh(tp=4)
+    with pytest.raises(ConfigError, match=r"tp=4: no sharding rule uses tp.*tensor.*heads='tp'"):
+        aj.load("smollm2-135m", mesh=mesh)
+    ShardingRules(heads="tp", kv_heads="tp").require_used(mesh.shape)
+    ShardingRules().require_used({"tensor": 2, "spare": 1})
