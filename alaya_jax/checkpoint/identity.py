@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +26,7 @@ from alaya_jax.models.config import LlamaConfig
 
 _STEP = 1 << 24  # bytes read at once
 _WORTH = 1 << 26  # bytes from which on their digests are kept: fewer are read in no time
-_SETTLED = 2.0  # seconds: a younger file may be written again without its times telling
+_SETTLED = 2.0  # seconds: a file younger than that when opened may be another by now
 _READERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # the others load what is being read
 _MARK = "v2-"  # of all bytes; what has none is of samples, see `storage.sampled`
 
@@ -82,7 +80,7 @@ def identify(
             for t in tensors
             if t.data is not None
         )
-    digests = _digests(source.path, pieces, advance, stop or threading.Event())
+    digests = _digests(source, pieces, advance, stop or threading.Event())
     if source.stated is not None and source.stated[1] == seal_of(digests):
         return source.stated[0]
     return fingerprint(source.config, digests)
@@ -140,15 +138,15 @@ def digest_pieces(
 
 
 def _digests(
-    path: Path,
+    source: Source,
     pieces: Sequence[Piece],
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> list[Digest]:
-    """The digests of all pieces of the checkpoint at `path`: those that are known, or new ones."""
+    """The digests of all pieces of a checkpoint: those that are known, or new ones."""
     if sum(piece.data.size for piece in pieces) < _WORTH:
         return digest_pieces(pieces, advance, stop)
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
+    name = hashlib.sha256(os.fsencode(source.path)).hexdigest()[:24]
     kept = cache_directory() / "fingerprints" / f"{name}.json"
     files = {str(piece.file) for piece in pieces}
     state = _state(files)
@@ -161,8 +159,8 @@ def _digests(
             ]
     digests = digest_pieces(pieces, advance, stop)
     newest = max(max(times) for _, *times, _ in state.values()) / 1e9
-    if _state(files) == state and time.time() - newest > _SETTLED:
-        content = {"path": str(path), "files": state}
+    if _state(files) == state and source.opened - newest > _SETTLED:
+        content = {"path": str(source.path), "files": state}
         content["sha256"] = {digest.name: digest.sha256 for digest in digests}
         part = kept.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):  # then they are read again the next time

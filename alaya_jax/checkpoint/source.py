@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import mmap
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class Source:
       pieces: the stored bytes that make its identity, where they are not those of its tensors.
       stated: a fingerprint that the checkpoint states, and the seal of the pieces it holds for.
       gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
+      opened: when, seconds since 1970: what is put in a file's place later is not what is read.
     """
 
     format: Format
@@ -109,6 +111,7 @@ class Source:
     pieces: tuple[Piece, ...] | None = None
     stated: tuple[str, str] | None = None
     gguf_tokenizer: dict[str, Any] | None = None
+    opened: float = dataclasses.field(default_factory=time.time)
 
 
 def absolute(path: Path) -> Path:

@@ -158,6 +158,18 @@ def test_a_cache_that_cannot_be_written_and_a_young_file(wide, kept, monkeypatch
     assert len(kept) == 2
 
 
+def test_a_file_that_is_put_in_place_of_an_open_one(wide, kept, tmp_path):
+    """What is read is the old one; its digest must not be kept as the new one's."""
+    source = wide()
+    opened = open_checkpoint(source)
+    opened = dataclasses.replace(opened, opened=opened.opened - 1.0)  # and seconds go by
+    shutil.copyfile(source / "model.safetensors", tmp_path / "new")
+    change_a_row(tmp_path / "new")
+    (tmp_path / "new").replace(source / "model.safetensors")
+    old = identity.identify(opened, opened.tensors.values())
+    assert read(source).fingerprint != old
+
+
 def test_loading_that_fails_ends_the_reading(wide, monkeypatch):
     from alaya_jax import checkpoint
 
