@@ -433,6 +433,11 @@ class DB:
         Raises:
           RequestError, TokenizerError: as there.
         """
+        if prompt is None and messages is None and document is None:
+            raise RequestError(
+                "there is no prompt; give text, token ids (whole numbers), "
+                "messages=[{'role': 'user', 'content': ...}], or document="
+            )
         if prompt is None:
             tokenizer = prompts.tokenizer_of(self.model)
             found = prompts.prompt(

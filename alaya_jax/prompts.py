@@ -103,8 +103,6 @@ def prompt(
       RequestError: the messages are of another form, or none is a user's.
       TokenizerError: there is no chat template for these messages, or it cannot take them.
     """
-    if messages is None and document is None:
-        raise RequestError("give messages=[{'role': 'user', 'content': ...}], or document=")
     turns = _turns(messages)
 
     def asked(question: str | None) -> Rendered | str:

@@ -89,7 +89,9 @@ class ChatTemplate:
             )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        turns = _plain("messages", list(map(dict, messages)))
+        # Services write `"content": None`; templates print that as "None", and know a missing key.
+        said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        turns = _plain("messages", said)
         if continue_final_message:
             _mark_end(turns)
         values = {

@@ -207,7 +207,7 @@ def test_a_model_without_a_template_is_asked_in_plain_text(open_db, tiny_model):
         (lambda db: db.create_session("hi", messages=QUESTION), "not both"),
         (lambda db: db.create_session(["hi"], messages=QUESTION), "not both"),
         (lambda db: db.create_session("hi", document="text"), "not both"),
-        (lambda db: db.create_session(), "give messages="),
+        (lambda db: db.create_session(), "give text, .*messages="),
         (lambda db: db.create_session(document="text"), "user's first message"),
         (lambda db: db.create_session(messages=QUESTION, date=datetime.date.today()), "no date"),
     ],

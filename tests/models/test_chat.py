@@ -191,3 +191,10 @@ def test_a_date_is_printed_where_a_template_prints_one():
     assert render(either + "{{ date_string }}", date=day) == "2024"
     with pytest.raises(RequestError, match="prints no date"):
         render("x", date=day)
+
+
+def test_what_is_none_in_a_message_is_not_there():
+    """As in transformers 5: templates would print "None"."""
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": None}]}
+    source = "[{{ messages[0].content }}]{{ messages[0].tool_calls[0].name is none }}"
+    assert render(source, [turn]) == "[]True"
