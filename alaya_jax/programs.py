@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import engine
@@ -25,7 +25,7 @@ from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.settings import under_own_settings
-from alaya_jax.sharding import ShardingRules, laid, whole
+from alaya_jax.sharding import ShardingRules, auto_axes, laid, whole
 
 
 @under_own_settings
@@ -59,6 +59,22 @@ def step(
       logits of each sequence's last new token, float32; the cache with the new tokens; what was
       read, [L, B, H], summed over the new tokens.
     """
+    if mesh is not None and (auto := auto_axes(mesh)) is not mesh:
+        # With explicit axes every array says where it lies; here the compiler places them.
+        pool = (rules or ShardingRules()).pool(auto)
+        assert pool is not None
+        of_kv = jax.tree.map(lambda _: pool.spec, kv)
+
+        def placed(params: Params, kv: PagedKV, *rest: Any) -> Any:
+            return step(params, config, kv, *rest, rope_length, auto, rules)
+
+        run = jax.sharding.auto_axes(
+            placed,
+            axes=mesh.axis_names,
+            out_sharding=(PartitionSpec(), of_kv, PartitionSpec()),
+        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(params, kv, table, tokens, count, plans, indexed)
     offset = jnp.arange(tokens.shape[1])
     positions = table.length[:, None] + offset
     real = (offset < count[:, None])[..., None]
