@@ -66,9 +66,10 @@ def step(
         of_kv = jax.tree.map(lambda _: pool.spec, kv)
 
         def placed(params: Params, kv: PagedKV, *rest: Any) -> Any:
-            return step(params, config, kv, *rest, rope_length, auto, rules)
+            static: Any = {"rope_length": rope_length, "mesh": auto, "rules": rules}
+            return step(params, config, kv, *rest, **static)
 
-        run = jax.sharding.auto_axes(
+        run: Any = jax.sharding.auto_axes(
             placed,
             axes=mesh.axis_names,
             out_sharding=(PartitionSpec(), of_kv, PartitionSpec()),

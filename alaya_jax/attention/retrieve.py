@@ -310,6 +310,7 @@ def _by_page_recovered(
     """Pages that hold a share of the mass: each head's own, then those of all that share them."""
     query, dim = plan.query, q.shape[-1]
     assert isinstance(query, DIPR)
+    assert query.recovery is not None
     in_pages = scan.by_page(of_pages(scan.estimate, pages.size, dim), pages.size)
     recovery = by_row(query.recovery, q)
     held = _held(plan, q, pages, keys, window, axis)
