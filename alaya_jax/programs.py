@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import engine
@@ -25,7 +25,7 @@ from alaya_jax.query import Full
 from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
 from alaya_jax.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.settings import under_own_settings
-from alaya_jax.sharding import ShardingRules, laid, whole
+from alaya_jax.sharding import ShardingRules, auto_axes, laid, whole
 
 
 @under_own_settings
@@ -62,6 +62,23 @@ def step(
     Raises:
       RequestError: plans that are none, or not of this model's layers or heads.
     """
+    if mesh is not None and (auto := auto_axes(mesh)) is not mesh:
+        # With explicit axes every array says where it lies; here the compiler places them.
+        pool = (rules or ShardingRules()).pool(auto)
+        assert pool is not None
+        of_kv = jax.tree.map(lambda _: pool.spec, kv)
+
+        def placed(params: Params, kv: PagedKV, *rest: Any) -> Any:
+            static: Any = {"rope_length": rope_length, "mesh": auto, "rules": rules}
+            return step(params, config, kv, *rest, **static)
+
+        run: Any = jax.sharding.auto_axes(
+            placed,
+            axes=mesh.axis_names,
+            out_sharding=(PartitionSpec(), of_kv, PartitionSpec()),
+        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(params, kv, table, tokens, count, plans, indexed)
     plans = plan_for(plans, config, 0)
     offset = jnp.arange(tokens.shape[1])
     positions = table.length[:, None] + offset

@@ -641,3 +641,15 @@ with aj.DB(path, aj.Model(config, params, fingerprint="tiny"), aj.Budget("532480
     subprocess.run([sys.executable, "-c", script, path, str(file)], check=True, timeout=120)
     prompt = [*document, 9, 10]
     assert answer(open_db(), prompt) == (greedy(prompt, 6), 70)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_keys_that_are_not_finite_are_not_imported(db, bad):
+    """One plan would answer NaN for them, another pass them over."""
+    c = db.model.config
+    shape = (c.num_hidden_layers, 2, c.num_key_value_heads, 20, c.head_dim)
+    kv = np.zeros(shape, np.float32)
+    kv[1, 1, 0, 7, 3] = bad
+    with pytest.raises(RequestError, match=r"values of layer 1 are not finite.*\[0, 7, 3\]"):
+        db.import_context(list(range(3, 23)), kv=[(k, v) for k, v in kv])
+    assert db.create_session(list(range(3, 23)))[0].length == 0

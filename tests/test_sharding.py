@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import alaya_jax as aj
-from alaya_jax import configs
+from alaya_jax import configs, programs
+from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.kernels import take_rows
@@ -203,8 +204,29 @@ def test_memory_of_devices():
 
 def test_an_axis_that_nothing_lies_on_is_refused():
     """Its devices would all do the same, in silence."""
-    mesh = make_mesh(tp=4)
+    mesh = aj.make_mesh(tp=4)
     with pytest.raises(ConfigError, match=r"tp=4: no sharding rule uses tp.*tensor.*heads='tp'"):
         aj.load("smollm2-135m", mesh=mesh)
-    ShardingRules(heads="tp", kv_heads="tp").require_used(mesh.shape)
-    ShardingRules().require_used({"tensor": 2, "spare": 1})
+    aj.ShardingRules(heads="tp", kv_heads="tp").require_used(mesh.shape)
+    aj.ShardingRules().require_used({"tensor": 2, "spare": 1})
+
+
+def test_a_step_on_a_mesh_whose_axes_are_explicit():
+    """As `jax.make_mesh` makes them: in a program of the user's, and outside of one."""
+    config = dataclasses.replace(
+        LlamaConfig.from_hf(configs.load("llama-tiny")), num_hidden_layers=1
+    )
+    rules, params = aj.ShardingRules(), llama.init_params(config, jax.random.key(0))
+    table = PageTable(jnp.arange(1, 9, dtype=jnp.int32)[None], jnp.zeros(1, jnp.int32))
+    tokens, five, full = jnp.arange(5)[None], jnp.full(1, 5, jnp.int32), aj.Plan(aj.Full())
+
+    def logits(params, kv, mesh):
+        return programs.step(params, config, kv, table, tokens, five, full, mesh=mesh)[0]
+
+    want = logits(params, PagedKV.create(config, 9, 4, jnp.float32), None)
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))
+    shardings = tree_shardings(mesh, rules, llama.logical_axes(config), params)
+    placed = jax.device_put(params, shardings)
+    kv = PagedKV.create(config, 9, 4, jnp.float32, mesh=mesh)
+    for run in (logits, jax.jit(logits, static_argnums=2)):
+        np.testing.assert_allclose(np.asarray(run(placed, kv, mesh)), want, atol=1e-5)

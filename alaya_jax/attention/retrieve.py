@@ -113,9 +113,9 @@ def retrieve(
         mask = in_range(upper, least, query.beta)
         if not scan.exact and not plan.tail:
             # The best of all keys is among those that may be in range: none other can beat it.
-            # It is summed up as all that are kept, so that it is not itself below the floor.
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
-            floor = jnp.maximum(best, exact) - by_row(query.beta, q)
+            top = jnp.maximum(best, exact)
+            floor = top - _rounding(top) - by_row(query.beta, q)
     if plan.tail:  # what the index does not cover has no mean value
         if weights is None:
             # Once the choice is made, weights may take the estimates' place.
@@ -310,6 +310,7 @@ def _by_page_recovered(
     """Pages that hold a share of the mass: each head's own, then those of all that share them."""
     query, dim = plan.query, q.shape[-1]
     assert isinstance(query, DIPR)
+    assert query.recovery is not None
     in_pages = scan.by_page(of_pages(scan.estimate, pages.size, dim), pages.size)
     recovery = by_row(query.recovery, q)
     held = _held(plan, q, pages, keys, window, axis)

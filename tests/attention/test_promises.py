@@ -191,7 +191,8 @@ def test_a_key_of_any_size_is_found(size):
     ):
         truly = layer.judge(Plan(query, Flat()))
         through = layer.judge(Plan(query, Sketch()))
-        if query.__class__ is not DIPR or query.beta is not None:
+        if isinstance(query, DIPR) and query.recovery is not None:
+            assert np.asarray(through.recovery).min() >= 0.9
+        else:
             np.testing.assert_array_equal(through.retrieved, truly.retrieved)
-        assert np.asarray(through.recovery).min() >= 0.9 or not isinstance(query, DIPR)
         assert np.isfinite(layer.attend(Plan(query, Sketch()))[0]).all()

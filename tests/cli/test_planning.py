@@ -90,8 +90,8 @@ def test_plan_before_anything_is_loaded(alaya, tiny_model):
 def test_plan_of_a_known_architecture_without_any_file(alaya):
     data = json.loads(alaya("plan", "llama-3.1-8b", "--json").stdout)
     assert data["length"] == 131_072
-    # 8.03e9 parameters in bfloat16, less the embeddings, of which a token reads one row.
-    assert data["bytes"]["weights"] == 2 * (8_030_261_248 - 128_256 * 4096)
+    # All 8.03e9 parameters in bfloat16: also the embeddings, of which a token reads one row.
+    assert data["bytes"]["weights"] == 2 * 8_030_261_248
     assert data["bytes"]["kv"] == 131_072 * 131_072
 
 
@@ -120,5 +120,6 @@ def test_calibrate_is_what_plan_goes_by(alaya, tiny_model, tmp_path, cache):
     assert f"calibrated on {sum(data['queries'])} queries at 1,400 tokens" in planned["basis"]
     other = json.loads(alaya("plan", tiny_model, "--length", "4k", "--json").stdout)
     assert "for want of a calibration" in other["basis"]
+    assert "--machine" in alaya(*run, code=2).stderr
     said = alaya(*run, tmp_path / "none.txt", code=2).stderr
     assert "none.txt is not a file" in said

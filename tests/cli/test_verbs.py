@@ -201,6 +201,9 @@ def test_a_graph_is_built_shown_and_mended(ask, alaya, tiny_model, tmp_path):
     id = json.loads(ask("--json", "When?").stdout)["context"]["id"]
     db = tmp_path / "db"
     assert "--graph" in alaya("db", "index", id, "--db", db, code=2).stderr
+    missing = ask("--attention", "dipr:50@graph", "When?", code=1).stderr
+    assert f"alaya db index {id} --graph" in missing
+    assert "alaya db rm" not in missing  # that would destroy the work, not mend it
     build = ("db", "index", id[:6], "--graph", "--model", tiny_model, "--db", db, "--json")
     built = json.loads(alaya(*build).stdout)
     assert built["context"] == id

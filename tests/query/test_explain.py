@@ -1,6 +1,7 @@
 """EXPLAIN: what would run, what ran, and one token's attention against numpy."""
 
 import dataclasses
+import io
 import json
 import sys
 
@@ -12,6 +13,7 @@ from rich.console import Console
 import alaya_jax as aj
 from alaya_jax.errors import RequestError
 from alaya_jax.models import llama
+from alaya_jax.query import show
 from alaya_jax.query.cost import Machine
 
 WINDOW = aj.Window(sink=2, recent=6)
@@ -276,3 +278,18 @@ def test_a_mesh_gives_the_analysis_of_one_device(session, open_db, tiny_model, p
     np.testing.assert_allclose(many.analysis.recovery, one.analysis.recovery, atol=1e-5)
     np.testing.assert_allclose(many.analysis.error, one.analysis.error, atol=1e-4)
     np.testing.assert_array_equal(many.analysis.attended, one.analysis.attended)
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    """What is wider goes on below, each part with the first column."""
+    row = ("0-3", "DIPR(recovery=0.95) @ Sketch(bits=4)", *["1,203 to 4,096"] * 7)
+    table = show.Table("title", ("layer", "<plan", *"abcdefg"), [row], ("a note",))
+    console = Console(width=80, file=io.StringIO())
+    console.print(table.to_rich(80))
+    for text in (str(table), console.file.getvalue()):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "1,203 to 4,096" in text
+        assert text.count("0-3") == text.count("layer") > 1
+        assert text.count("title") == text.count("a note") == 1
+        assert "DIPR(recovery=0.95) @ Sketch(bits=4)" in text

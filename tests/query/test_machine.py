@@ -8,6 +8,7 @@ import pytest
 
 from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.query import layer_bench, machine
+from alaya_jax.query.choice import was_busy
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +70,26 @@ def test_pages_are_measured_where_they_may_be_chosen(tiny_model, monkeypatch):
     monkeypatch.setattr(machine, "current_target", lambda: hopper)
     assert machine.machine_for(tiny_model.config, np.float32) == paged
     assert machine.machine_for(tiny_model.config, np.float32, pages=False) == paged
+
+
+def test_a_machine_is_measured_again_when_asked(tiny_model, monkeypatch):
+    """With all that was kept of it."""
+    quiet = machine.Machine("paper", *map(float, range(1, 10)), walk=1.0, visit=1.0)
+    found = [dataclasses.replace(quiet, busy=0.9), quiet]
+    asked = []
+
+    def measure(*args, graph, known, **_):
+        asked.append((graph, known))
+        return found[len(asked) - 1]
+
+    monkeypatch.setattr(machine, "measure", measure)
+    first = machine.machine_for(tiny_model.config, np.float32, graph=True)
+    assert "calibrate --machine" in was_busy(first)
+    assert machine.machine_for(tiny_model.config, np.float32) == first
+    assert machine.machine_for(tiny_model.config, np.float32, again=True) == quiet
+    assert not was_busy(quiet)
+    assert asked == [(True, None), (True, None)]
+
+
+def test_how_busy_a_machine_is():
+    assert 0 <= machine.busy_share(0.02) <= 1

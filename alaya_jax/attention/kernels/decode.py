@@ -255,11 +255,11 @@ def _through_sketch(
             deviations(MISS / 2, read.batch.q.shape[-1]),
         )
 
-        def listed(kept: Bool[Array, "BK G 1 N"]) -> Entries:
+        def of_group(kept: Bool[Array, "BK G 1 N"]) -> Entries:
             return compact(kept.any((1, 2)).reshape(b, kv_heads, n) | uncovered)
 
         def held(kept: Bool[Array, "BK G 1 N"]) -> Float[Array, "BK G 1"]:
-            lse = read(listed(kept), low=low, high=high).lse
+            lse = read(of_group(kept), low=low, high=high).lse
             return jnp.logaddexp(lse, near.lse).reshape(by_row)
 
         recovered = recover(
@@ -270,7 +270,7 @@ def _through_sketch(
             read.batch.q.shape[-1],
             held=held,
         )
-        chosen = listed(recovered.kept)
+        chosen = of_group(recovered.kept)
         far = read(chosen, low=low, high=high)
         return far, recovered.unread.reshape(b, heads), None, chosen.count
 
