@@ -22,6 +22,7 @@ predicted is called predicted; what is called kernel_us or wall_us was measured.
 import argparse
 import concurrent.futures
 import dataclasses
+import faulthandler
 import json
 import os
 import subprocess
@@ -55,6 +56,11 @@ class Job:
     op: str
     number: int
     label: str
+
+
+def limit(job: Job, rehearse: bool) -> float:
+    """Seconds that a job may take; a simulation takes longer."""
+    return LIMITS[job.part] * (4 if rehearse else 1)
 
 
 def find_the_library() -> None:
@@ -105,9 +111,7 @@ def main() -> int:
                 print(f"not reached within {args.minutes} minutes: {job.label}", flush=True)
             return
         begun = time.monotonic()
-        rows, fault, log = run_apart(
-            number, args, environment, LIMITS[job.part] * (4 if args.rehearse else 1)
-        )
+        rows, fault, log = run_apart(number, args, environment, limit(job, args.rehearse))
         with lock:
             (args.out / "gpu_kernels.log").open("a").write(f"== {job.label}\n{log}\n")
             if not args.rehearse:
@@ -198,6 +202,8 @@ def run_here(args: argparse.Namespace) -> int:
     """Runs one job in this process; prints its rows."""
     find_the_library()
     job = jobs(args)[args.job]
+    # A job that is killed has said where it was.
+    faulthandler.dump_traceback_later(0.9 * limit(job, args.rehearse))
     import jax
     import machine
 
