@@ -500,7 +500,7 @@ def test_prompts_that_cannot_be_served(db, rng):
         ([0.5], "whole numbers"),
         (np.zeros((2, 3), int), "whole numbers"),
         (rng.integers(3, 256, 513), "513 tokens, and tiny takes up to 512"),
-        (None, "give messages="),
+        (None, "there is no prompt"),
         ([1, 2**70], "whole numbers"),
     ):
         with pytest.raises(RequestError, match=match):

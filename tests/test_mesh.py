@@ -37,7 +37,8 @@ def laid_on(tiny_model):
             mesh, rules, llama.logical_axes(tiny_model.config), tiny_model.params
         )
         params = jax.tree.map(jax.device_put, tiny_model.params, shardings)
-        return dataclasses.replace(tiny_model, params=params, mesh=mesh, rules=rules)
+        where = {"params": params, "mesh": mesh, "rules": rules}
+        return dataclasses.replace(tiny_model, **where, fingerprint=tiny_model.fingerprint)
 
     return lay
 

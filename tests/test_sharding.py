@@ -26,7 +26,8 @@ def on_mesh(model, mesh, rules=None):
     axes = llama.logical_axes(model.config)
     shardings = tree_shardings(mesh, rules, axes, model.params)
     params = jax.tree.map(jax.device_put, model.params, shardings)
-    return dataclasses.replace(model, params=params, mesh=mesh, rules=rules)
+    where = {"params": params, "mesh": mesh, "rules": rules}
+    return dataclasses.replace(model, **where, fingerprint=model.fingerprint)  # the same weights
 
 
 @pytest.mark.parametrize(
