@@ -343,12 +343,13 @@ def test_memory_that_is_not_there(db, rng, monkeypatch, what):
 def test_a_process_may_end_while_a_program_runs():
     """As after Ctrl-C in an answer: the runtime would abort it (SIGABRT)."""
     code = """
-import sys, types
+import contextlib, sys, types
 import jax, jax.numpy as jnp
 from alaya_jax.pool import PagePool
 slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
 x = jnp.eye(400)
-pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x)
+pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x, _setting="")
+pool._alone = contextlib.nullcontext
 PagePool.run(pool, slow, kv_result=1)
 sys.exit(130)
 """

@@ -1,12 +1,11 @@
 """Writes HF checkpoints: safetensors in shards with an index, config and tokenizer, for any reader.
 
-Files are what transformers' `save_pretrained` writes, byte for byte in the weights: the same shards
-for the same shard size, the same order in a shard, the same header.
+Files are what transformers 5's `save_pretrained` writes of a model that it has loaded, byte for byte in
+the weights: the same shards for the same shard size, the same order in a shard, the same header.
 """
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,17 +37,6 @@ _BESIDE = (
 )
 _TEMPLATES = "additional_chat_templates"  # the named ones, each in a file
 # Order of a layer's modules in a transformers state dict, which decides the shards.
-_MODULES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-)
 
 
 def write_weights(
@@ -90,14 +78,14 @@ def write_weights(
 
 
 def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight]]:
-    """Which weights each file holds: in the model's order, each file filled before the next.
+    """Which weights each file holds: by their names, each file filled before the next.
 
     A tensor larger than a shard has a file to itself, before the one that is being filled, which
     goes on behind it: as save_pretrained does it.
     """
     shards: list[list[Weight]] = []
     filling: list[Weight] = []
-    for weight in sorted(weights, key=_model_order):
+    for weight in sorted(weights, key=_saved_order):
         if weight.nbytes > shard_size:
             shards.append([weight])
             continue
@@ -113,11 +101,10 @@ def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight
     return {f"model-{i:05}-of-{n:05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def _model_order(weight: Weight) -> tuple[int, int, int, bool]:
-    name = weight.entry.hf
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
-        return 1, int(found[1]), _MODULES.index(found[2]), found[3] == "bias"
-    return {"model.embed_tokens.weight": 0, "model.norm.weight": 2}.get(name, 3), 0, 0, False
+def _saved_order(weight: Weight) -> list[tuple[int, int, str]]:
+    """By name, numbers as numbers: as transformers 5 saves a model that it has loaded."""
+    parts = weight.entry.hf.split(".")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def _write_shard(

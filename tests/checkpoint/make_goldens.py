@@ -37,7 +37,10 @@ def hf_shards(name: str, shard_size: int) -> None:
     for number, key in enumerate(sorted(state)):
         state[key].copy_(pattern(number, state[key].shape))
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, max_shard_size=shard_size)
+        model.save_pretrained(f"{directory}/whole")
+        # Of a loaded model the names are sorted; one never loaded keeps its modules' order.
+        loaded = LlamaForCausalLM.from_pretrained(f"{directory}/whole", dtype=torch.bfloat16)
+        loaded.save_pretrained(directory, max_shard_size=shard_size)
         files = sorted(Path(directory).glob("model*"))
         digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     golden = {"config": CONFIG, "shard_size": shard_size, "sha256": digests}
