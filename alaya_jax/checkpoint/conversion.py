@@ -151,14 +151,14 @@ def write_checkpoint(
         else:
             first_does(lambda: hf_write.write_beside(staging, source, config))
             if to == "hf":
-                hf_write.write_weights(staging, weights, shard_bytes, wrote)
+                hf_write.write_weights(staging, weights, shard_bytes, wrote, source.order)
             else:
                 orbax.write_weights(staging, weights, parts, wrote)
         identity = fingerprint(config, digests)
 
         def finish() -> None:
             if to == "orbax":
-                orbax.write_manifest(staging, config, identity)
+                orbax.write_manifest(staging, config, identity, source.order)
             result = _open(staging, to)
             tensors = [tensor for _, tensor in match(result)]
             # Of Orbax, whose values are not decoded here, the manifest says it, as sealed just now.

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from alaya_jax.checkpoint.order import order_of
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -85,6 +86,7 @@ def open_hf(path: Path) -> Source:
         quantized=False,
         problems=tuple(problems),
         unreadable=frozenset(unreadable),
+        order=order_of({name: tensor.file.name for name, tensor in tensors.items()}),
         read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
     )
 

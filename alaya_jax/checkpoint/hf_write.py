@@ -1,7 +1,7 @@
 """Writes HF checkpoints: safetensors in shards with an index, config and tokenizer, for any reader.
 
-Files are what transformers 5's `save_pretrained` writes of a model that it has loaded, byte for byte in
-the weights: the same shards for the same shard size, the same order in a shard, the same header.
+Files are what transformers' `save_pretrained` writes, byte for byte in the weights: the same shards
+for the same shard size (see `order`), the same order in a shard, the same header.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 
 from alaya_jax.checkpoint.hf import INDEX, SINGLE, open_safetensors
 from alaya_jax.checkpoint.identity import Digest
+from alaya_jax.checkpoint.order import Order, place
 from alaya_jax.checkpoint.source import Source
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, count_nonfinite
 from alaya_jax.models.config import LlamaConfig
@@ -36,7 +37,6 @@ _BESIDE = (
     "USE_POLICY.md",
 )
 _TEMPLATES = "additional_chat_templates"  # the named ones, each in a file
-# Order of a layer's modules in a transformers state dict, which decides the shards.
 
 
 def write_weights(
@@ -44,6 +44,7 @@ def write_weights(
     weights: list[Weight],
     shard_size: int,
     wrote: Callable[[Weight, Digest, int], None],
+    order: Order = "names",
 ) -> None:
     """Writes all weights into a directory; shards that are there already are kept.
 
@@ -54,8 +55,9 @@ def write_weights(
       weights: every parameter of the model.
       shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
       wrote: told of each weight its digest and how many of its values are not finite.
+      order: in which they fill the files.
     """
-    shards = plan_shards(weights, shard_size)
+    shards = plan_shards(weights, shard_size, order)
     for file, shard in shards.items():
         if not (directory / file).exists():
             _write_shard(directory / file, shard, wrote)
@@ -77,15 +79,17 @@ def write_weights(
         write_json(directory / INDEX, {"metadata": total, "weight_map": places})
 
 
-def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight]]:
-    """Which weights each file holds: by their names, each file filled before the next.
+def plan_shards(
+    weights: list[Weight], shard_size: int, order: Order = "names"
+) -> dict[str, list[Weight]]:
+    """Which weights each file holds: in this order, each file filled before the next.
 
     A tensor larger than a shard has a file to itself, before the one that is being filled, which
     goes on behind it: as save_pretrained does it.
     """
     shards: list[list[Weight]] = []
     filling: list[Weight] = []
-    for weight in sorted(weights, key=_saved_order):
+    for weight in sorted(weights, key=lambda w: place(w.entry.hf, order)):
         if weight.nbytes > shard_size:
             shards.append([weight])
             continue
@@ -99,12 +103,6 @@ def plan_shards(weights: list[Weight], shard_size: int) -> dict[str, list[Weight
         return {SINGLE: shards[0]}
     n = len(shards)
     return {f"model-{i:05}-of-{n:05}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def _saved_order(weight: Weight) -> list[tuple[int, int, str]]:
-    """By name, numbers as numbers: as transformers 5 saves a model that it has loaded."""
-    parts = weight.entry.hf.split(".")
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def _write_shard(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from alaya_jax.checkpoint.hf import INDEX, SINGLE, has_tokenizer, read_config
 from alaya_jax.checkpoint.identity import Digest, digest_pieces, seal_of
 from alaya_jax.checkpoint.names import entries
+from alaya_jax.checkpoint.order import Order
 from alaya_jax.checkpoint.params import Memory, default_device, placement
 from alaya_jax.checkpoint.source import Piece, Source, StoredTensor
 from alaya_jax.checkpoint.weights import KINDS, Weight, blocks, cast, count_nonfinite
@@ -67,6 +68,7 @@ def open_orbax(path: Path) -> Source:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, stored = manifest["version"], manifest["dtype"]
         stated = manifest["fingerprint"], manifest.get("seal", "")
+        order: Order = "modules" if manifest.get("order") == "modules" else "names"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST} is damaged ({error!r}); copy or convert the checkpoint again"
@@ -89,6 +91,7 @@ def open_orbax(path: Path) -> Source:
         read_tokenizer=lambda: Tokenizer.from_directory(path) if has_tokenizer(path) else None,
         pieces=_pieces(path),
         stated=stated,
+        order=order,
     )
 
 
@@ -292,12 +295,15 @@ def _in_parts(
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def write_manifest(directory: Path, config: LlamaConfig, fingerprint: str) -> None:
+def write_manifest(
+    directory: Path, config: LlamaConfig, fingerprint: str, order: Order = "names"
+) -> None:
     """Writes what makes an Orbax checkpoint a model of ours: above all, which one.
 
     The fingerprint is that of an HF checkpoint of the same values, and holds for these very files.
     """
     manifest = {"version": _VERSION, "fingerprint": fingerprint, "dtype": config.dtype}
+    manifest["order"] = order  # so that an HF checkpoint comes back in its own files
     manifest["seal"] = seal_of(digest_pieces(_pieces(directory)))
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

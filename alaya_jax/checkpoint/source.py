@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from alaya_jax.checkpoint.names import Format
+from alaya_jax.checkpoint.order import Order
 from alaya_jax.errors import CheckpointError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class Source:
       pieces: the stored bytes that make its identity, where they are not those of its tensors.
       stated: a fingerprint that the checkpoint states, and the seal of the pieces it holds for.
       gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
+      order: in which its tensors fill the files of an HF checkpoint, where that is known.
       opened: when, seconds since 1970: what is put in a file's place later is not what is read.
     """
 
@@ -111,6 +113,7 @@ class Source:
     pieces: tuple[Piece, ...] | None = None
     stated: tuple[str, str] | None = None
     gguf_tokenizer: dict[str, Any] | None = None
+    order: Order = "names"
     opened: float = dataclasses.field(default_factory=time.time)
 
 

@@ -112,6 +112,17 @@ def test_there_and_back_is_byte_equal(hf, tmp_path, dtype, changes):
     assert sorted(os.listdir(tmp_path)) == ["back", "first", "hf", "there"]  # nothing is left
 
 
+def test_files_in_the_order_of_modules_come_back_as_they_were(tmp_path):
+    """As transformers 4 fills them, and 5 of a model that was never loaded."""
+    source = Path(__file__).parents[1] / "data" / "goldens" / "llama3_gqa4_sharded"
+    run(source, tmp_path / "orbax", to="orbax")
+    shards = {p.name: p.read_bytes() for p in source.glob("model*")}
+    assert len(shards) == 4
+    for number, start in enumerate((source, tmp_path / "orbax")):
+        back = run(start, tmp_path / f"back-{number}", shard_size=107_051).path
+        assert {p.name: p.read_bytes() for p in back.glob("model*")} == shards
+
+
 def test_orbax_onto_another_mesh(hf, tmp_path, assert_same):
     source = hf(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     first = read(source, mesh=make_mesh(data=4, tensor=2))
