@@ -79,7 +79,7 @@ with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) a
     context = db.store(session)
     session.close()
     db._residents.drop(context)
-    again, _ = db.create_session([*context.tokens, 5])
+    again, _ = db.create_session([*context.tokens, 5], reuse="any")
     assert again.reused == [context.num_tokens]
     said["k"] = db.pool.read(again.sequences[0], 1)[0]
 compiled = programs.extend._cache_size(), programs.decode._cache_size()
