@@ -4,15 +4,13 @@ attention of one layer with its selection, beside cuDNN over all keys.
 
 import dataclasses
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu import from_tests
 
 from alaya_jax import configs
 from alaya_jax.attention import engine, kernels
@@ -26,21 +24,9 @@ from alaya_jax.query.plan import Plan
 OP = "engine"
 
 
-def _tests() -> Any:
-    """The tests' plans and arrays; tests are no package, so they are read from their file."""
-    path = Path(__file__).parents[3] / "tests" / "attention" / "test_kernels.py"
-    spec = importlib.util.spec_from_file_location("test_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """(name, function that gives what is wrong, or None) of every plan."""
-    tests = _tests()
+    tests = from_tests.module("attention/test_kernels.py")
     decode = list(tests.DECODE)[:1] if quick else tests.DECODE
     for name in decode:
         yield f"{OP} decode {name}", functools.partial(_wrong, tests, tests.DECODE[name], 1, target)

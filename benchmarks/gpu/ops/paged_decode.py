@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import timing
+from gpu import from_tests, timing
 
 from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.dispatch import Target
@@ -21,21 +18,9 @@ from alaya_jax.pallas_kernels.paged_decode import compile_cases, keys, mosaic_gp
 OP = "paged_decode"
 
 
-def _table() -> Any:
-    """The tests' table of cases; tests are no package, so it is read from its file."""
-    path = Path(__file__).parents[3] / "tests" / "pallas_kernels" / "paged_decode_cases.py"
-    spec = importlib.util.spec_from_file_location("paged_decode_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """(name, function that gives what is wrong, or None) of every case; the truth is numpy's."""
-    table = _table()
+    table = from_tests.module("pallas_kernels/paged_decode_cases.py")
     run = jax.jit(
         functools.partial(paged_decode, want_kept=True, implementation="mosaic_gpu", target=target)
     )
