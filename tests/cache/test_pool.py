@@ -349,7 +349,7 @@ from alaya_jax.cache.pool import PagePool
 slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
 x = jnp.eye(400)
 pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x, _setting="")
-pool._alone = contextlib.nullcontext
+pool._alone, pool.lend = contextlib.nullcontext, lambda: PagePool.lend(pool)
 PagePool.run(pool, slow, kv_result=1)
 sys.exit(130)
 """
