@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from alaya_jax.query.auto import Auto as Auto
     from alaya_jax.query.calibrate import calibrate as calibrate
     from alaya_jax.query.plan import Plan as Plan
+    from alaya_jax.rope import Rope as Rope
     from alaya_jax.sampling import Greedy as Greedy
     from alaya_jax.sampling import Sampling as Sampling
     from alaya_jax.session import Session as Session
@@ -58,6 +59,7 @@ _HOME = {
     "Model": "model",
     "Plan": "query.plan",
     "Rendered": "models.rendered",
+    "Rope": "rope",
     "Sampling": "sampling",
     "Session": "session",
     "ShardingRules": "sharding",

@@ -49,7 +49,7 @@ def fingerprint(config: LlamaConfig, digests: Iterable[Digest]) -> str:
       of the sha256 over the config and, by name, each digest, as many digits as have room behind
       a mark: contexts stored before all bytes were read have fingerprints without it.
     """
-    whole = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
+    whole = hashlib.sha256(json.dumps(config.in_digest(), sort_keys=True).encode())
     for digest in sorted(digests, key=lambda d: d.name):
         whole.update(json.dumps(dataclasses.astuple(digest)).encode())
     return (_MARK + whole.hexdigest())[:64]
