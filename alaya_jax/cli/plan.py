@@ -77,7 +77,7 @@ def plan(
     asked = Auto(tpot=tpot, recovery=recovery, device_memory=memory)
     runtime.start_jax()
 
-    from alaya_jax.query.situation import choose_before
+    from alaya_jax.optimizer.situation import choose_before
 
     config, kind, of_model = described(model, options.rope(rope))
     tokens = tokens or config.max_length
@@ -101,7 +101,7 @@ def described(model: str, rope: "Rope | None" = None) -> "tuple[LlamaConfig, str
     from alaya_jax.model import served_as
     from alaya_jax.models.config import LlamaConfig, RopeConfig
     from alaya_jax.models.llama import abstract_params
-    from alaya_jax.query.situation import default_dtype
+    from alaya_jax.optimizer.situation import default_dtype
     from alaya_jax.rope import stretched
 
     if model in configs.names() and model not in bundled.MODELS and not Path(model).exists():
