@@ -90,11 +90,9 @@ class Rope:
 
     def _of(self, theta: float, original: int) -> RopeConfig:
         factor = float(self.factor)
+        fields: dict[str, Any] = {"theta": theta, **self._own_fields()}
         return RopeConfig(
-            self.kind,
-            factor=factor,
-            original_max_position_embeddings=original,
-            **({"theta": theta} | self._own_fields()),
+            self.kind, factor=factor, original_max_position_embeddings=original, **fields
         )
 
     def applied_to(self, config: LlamaConfig) -> LlamaConfig:
