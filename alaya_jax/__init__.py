@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from alaya_jax.model import Model as Model
     from alaya_jax.model import load as load
     from alaya_jax.models.rendered import Rendered as Rendered
+    from alaya_jax.optimizer.calibrate import calibrate as calibrate
     from alaya_jax.query import DIPR as DIPR
     from alaya_jax.query import Full as Full
     from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
     from alaya_jax.query import Window as Window
     from alaya_jax.query.auto import Auto as Auto
-    from alaya_jax.query.calibrate import calibrate as calibrate
     from alaya_jax.query.plan import Plan as Plan
-    from alaya_jax.sampling import Greedy as Greedy
-    from alaya_jax.sampling import Sampling as Sampling
+    from alaya_jax.runtime.sampling.params import Greedy as Greedy
+    from alaya_jax.runtime.sampling.params import Sampling as Sampling
     from alaya_jax.session import Session as Session
     from alaya_jax.sharding import ShardingRules as ShardingRules
     from alaya_jax.sharding import make_mesh as make_mesh
@@ -54,18 +54,18 @@ _HOME = {
     "Flat": "index",
     "Full": "query",
     "Graph": "index",
-    "Greedy": "sampling",
+    "Greedy": "runtime.sampling.params",
     "Model": "model",
     "Plan": "query.plan",
     "Rendered": "models.rendered",
-    "Sampling": "sampling",
+    "Sampling": "runtime.sampling.params",
     "Session": "session",
     "ShardingRules": "sharding",
     "Sketch": "index",
     "Tiles": "query",
     "TopK": "query",
     "Window": "query",
-    "calibrate": "query.calibrate",
+    "calibrate": "optimizer.calibrate",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

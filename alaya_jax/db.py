@@ -16,21 +16,22 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from alaya_jax import graphs, prompts
-from alaya_jax.context import Context, lender, longest_prefix
+from alaya_jax import prompts
+from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.contexts import graphs
+from alaya_jax.contexts.context import Context, lender, longest_prefix
+from alaya_jax.contexts.residents import Residents
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
-from alaya_jax.origin import Origin
-from alaya_jax.pool import PagePool, Sequence
 from alaya_jax.progress import progress_bar
-from alaya_jax.residents import Residents
+from alaya_jax.query.origin import Origin
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.sharding import memory_of
-from alaya_jax.sizes import bytes_of
 from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore, sampled
+from alaya_jax.units import bytes_of
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alaya_jax import programs
+from alaya_jax.cache.pool import uninterrupted
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
-from alaya_jax.origin import Way
-from alaya_jax.pool import uninterrupted
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
+from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
-from alaya_jax.sampler import init_sampler, sample
-from alaya_jax.sampling import Greedy, Sampling, StopText
+from alaya_jax.runtime import programs
+from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
+from alaya_jax.runtime.sampling.sampler import init_sampler, sample
 from alaya_jax.session import Output, Session
 from alaya_jax.settings import methods_under_own_settings, under_own_settings
 

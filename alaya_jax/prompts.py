@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alaya_jax.context import Context
+from alaya_jax.contexts.context import Context
 from alaya_jax.errors import ContextError, RequestError, TokenizerError
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message

@@ -10,27 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alaya_jax import graphs, layerwise, programs
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
+from alaya_jax.contexts import graphs
 from alaya_jax.errors import CacheFullError, RequestError
+from alaya_jax.explain.explanation import Explanation, Reads
+from alaya_jax.explain.report import report
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.model import Model
 from alaya_jax.models.tokenizer import TokenStream
-from alaya_jax.origin import Origin, Way
-from alaya_jax.pool import PagePool, Sequence, uninterrupted
+from alaya_jax.optimizer.choice import Choice
+from alaya_jax.optimizer.prefill import PrefillChoice
+from alaya_jax.optimizer.situation import choose_for, choose_prefill_for
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.choice import Choice
-from alaya_jax.query.explain import Explanation, Reads
+from alaya_jax.query.origin import Origin, Way
 from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
-from alaya_jax.query.prefill import PrefillChoice
-from alaya_jax.query.report import report
-from alaya_jax.query.situation import choose_for, choose_prefill_for
-from alaya_jax.sampling import StopText
+from alaya_jax.runtime import layerwise, programs
+from alaya_jax.runtime.sampling.params import StopText
 from alaya_jax.settings import methods_under_own_settings
 
 if TYPE_CHECKING:
-    from alaya_jax.context import Context
+    from alaya_jax.contexts.context import Context
 
 CHUNKS = (8, 64, 512)
 """Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the

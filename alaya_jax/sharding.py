@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,11 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
 @functools.cache
 def _copied(place: NamedSharding | None) -> Any:
     return jax.jit(lambda leaves: leaves, out_shardings=place)
+
+
+def across(collective: Callable[..., jax.Array], x: jax.Array, axis: str | None) -> jax.Array:
+    """`collective` (`lax.pmax`, `lax.psum`) over a mesh axis, or x itself where there is none."""
+    return x if axis is None else collective(x, axis)
 
 
 def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:

@@ -37,10 +37,10 @@ from planted import Planted
 
 from alaya_jax import configs
 from alaya_jax.attention import engine
-from alaya_jax.attention.truth import truth
 from alaya_jax.cache import PageTable
+from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat, Graph, Graphs, LayerIndex, Sketch
-from alaya_jax.index.graph_build import build as build_graph
+from alaya_jax.index.graph.build import build as build_graph
 from alaya_jax.models import LlamaConfig
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan

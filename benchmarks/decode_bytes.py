@@ -23,15 +23,15 @@ import time
 import jax
 import jax.numpy as jnp
 
-from alaya_jax import configs, programs
-from alaya_jax.attention import paged
-from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax import configs
+from alaya_jax.cache import PagedKV, PageTable, views
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params
 from alaya_jax.query import DIPR, Full, Query, Window
 from alaya_jax.query.plan import Plan
-from alaya_jax.sampler import init_sampler
-from alaya_jax.sampling import Greedy
+from alaya_jax.runtime import programs
+from alaya_jax.runtime.sampling.params import Greedy
+from alaya_jax.runtime.sampling.sampler import init_sampler
 
 PAGE = 16
 
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=4096)
     args = parser.parse_args()
     config = LlamaConfig.from_hf(configs.load(args.model))
-    paged.TILE_TOKENS = args.context
+    views.TILE_TOKENS = args.context
     weights = 4 * sum(x.size for x in jax.tree.leaves(abstract_params(config, jnp.float32)))
     if not config.tie_word_embeddings:  # of the embeddings only one row is read
         weights -= 4 * (config.vocab_size - 1) * config.hidden_size

@@ -28,13 +28,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alaya_jax import configs, programs
+from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed, Sketch
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params, logical_axes
 from alaya_jax.query import DIPR, Full, TopK
 from alaya_jax.query.plan import Plan
+from alaya_jax.runtime import programs
 from alaya_jax.sharding import ShardingRules, make_mesh, tree_shardings
 
 PAGE = 16

@@ -28,15 +28,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from alaya_jax import configs, programs  # noqa: E402
+from alaya_jax import configs  # noqa: E402
 from alaya_jax.cache import PagedKV, PageTable  # noqa: E402
 from alaya_jax.index import Indexed, Sketch  # noqa: E402
 from alaya_jax.models import LlamaConfig  # noqa: E402
 from alaya_jax.models.llama import abstract_params, logical_axes  # noqa: E402
 from alaya_jax.query import DIPR, Full, Tiles  # noqa: E402
 from alaya_jax.query.plan import Plan  # noqa: E402
-from alaya_jax.sampler import init_sampler  # noqa: E402
-from alaya_jax.sampling import Greedy  # noqa: E402
+from alaya_jax.runtime import programs  # noqa: E402
+from alaya_jax.runtime.sampling.params import Greedy  # noqa: E402
+from alaya_jax.runtime.sampling.sampler import init_sampler  # noqa: E402
 from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
 PAGE = 16

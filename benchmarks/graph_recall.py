@@ -44,10 +44,10 @@ from sketch_recall import stretched
 import alaya_jax as aj
 from alaya_jax import cache
 from alaya_jax.attention.engine import attend as attend_pages
-from alaya_jax.attention.paged import Pages
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.views import Pages
 from alaya_jax.index import GraphSpec
-from alaya_jax.index.graph_build import link, query_lists
+from alaya_jax.index.graph.build import link, query_lists
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan

@@ -7,7 +7,7 @@ Prints tables; `--json` also adds lines to benchmarks/results/plan_accuracy.json
 
     layer   one layer's attention in a decode step by `engine.attend`, float32, over keys with
             planted critical sets (planted.py), by each plan that `Auto` weighs; beside it what
-            `query.cost` predicts from the constants measured at the start and the number of keys
+            `optimizer.cost` predicts from the constants measured at the start and the count of keys
             that the queries really kept. The graph (from 16,384 keys on) is built from queries of
             5% of the tokens; `visited` are the keys that its walks score, of a kv head.
             chosen: the plan of least predicted time; regret: its time over the fastest one's.
@@ -37,16 +37,17 @@ import alaya_jax as aj
 from alaya_jax import configs
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
+from alaya_jax.cache.tables import table_width
 from alaya_jax.index import Flat, Graph, GraphSpec, Sketch
-from alaya_jax.index.graph_build import link, query_lists
+from alaya_jax.index.graph.build import link, query_lists
 from alaya_jax.models import LlamaConfig
-from alaya_jax.pool import table_width
-from alaya_jax.query import DIPR, Full, Window, layer_bench, machine
+from alaya_jax.optimizer import bench, machine
+from alaya_jax.optimizer.calibrate import calibrate
+from alaya_jax.optimizer.choice import describe
+from alaya_jax.optimizer.choose import choose, options
+from alaya_jax.optimizer.cost import Kept, Machine, Workload, cost, step_seconds, visited
+from alaya_jax.query import DIPR, Full, Window
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.calibrate import calibrate
-from alaya_jax.query.choice import describe
-from alaya_jax.query.cost import Kept, Machine, Workload, cost, step_seconds, visited
-from alaya_jax.query.optimizer import choose, options
 from alaya_jax.query.plan import Plan
 
 RESULTS = facts_of.ROOT / "benchmarks/results/plan_accuracy.jsonl"
@@ -238,11 +239,11 @@ def main() -> None:
     parser.add_argument("--shapes", default="smollm2-135m,llama-3-8b")
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--patience", type=float, default=layer_bench.SECONDS,
+    parser.add_argument("--patience", type=float, default=bench.SECONDS,
                         help="seconds for each constant; more on a busy machine")  # fmt: skip
     parser.add_argument("--json", action="store_true", help=f"also into {RESULTS.name}")
     given = parser.parse_args()
-    layer_bench.SECONDS = given.patience
+    bench.SECONDS = given.patience
     facts = facts_of.facts("alaya_jax", "jax", "jaxlib", "numpy")
 
     def keep(line: dict) -> None:

@@ -33,8 +33,8 @@ from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill, stretched
 import alaya_jax as aj
 from alaya_jax import policies
 from alaya_jax.attention import engine
-from alaya_jax.attention.truth import truth
 from alaya_jax.cache import PageTable
+from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat
 from alaya_jax.query import Full, Window
 from alaya_jax.query.plan import Plan, of_layer, plan_for

@@ -36,18 +36,18 @@ import alaya_jax as aj
 from alaya_jax import cache, configs
 from alaya_jax.attention import engine
 from alaya_jax.attention.kept import Kept, lse_kept
-from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import share_read
 from alaya_jax.attention.retrieve import pivot
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import MISS, Flat, Sketch, recover
 from alaya_jax.index.codes import quantize
 from alaya_jax.index.recovery import MARGIN
+from alaya_jax.index.select import in_range
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan
-from alaya_jax.query.select import in_range
 
 TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 PAGE, CHUNK, QUERIES = 16, 512, 8

@@ -34,8 +34,9 @@ import tile_estimators
 import alaya_jax as aj
 from alaya_jax import cache
 from alaya_jax.attention import engine, tiles
-from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
+from alaya_jax.attention.paged import attend_range
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alaya_jax.attention.paged import KeyRange, Pages
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import SketchLayer
 
 Q_BLOCK, SAMPLES, LAST, SINK = 128, 8, 16, 16

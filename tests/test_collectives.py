@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 from alaya_jax import configs
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.quantized import QuantizedKernel
-from alaya_jax.sampler import init_sampler, sample
-from alaya_jax.sampling import Sampling
+from alaya_jax.runtime.sampling.params import Sampling
+from alaya_jax.runtime.sampling.sampler import init_sampler, sample
 from alaya_jax.sharding import make_mesh
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax import programs
 from alaya_jax.db import Budget
 from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
 from alaya_jax.models import llama
+from alaya_jax.runtime import programs
 
 ROOM = 1024  # tokens, 64 pages
 

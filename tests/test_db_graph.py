@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax import graphs
+from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
-from alaya_jax.index import graph_build
+from alaya_jax.index.graph import build as graph_build
 from alaya_jax.models import llama
 from alaya_jax.sharding import tree_shardings
 
@@ -225,7 +225,7 @@ def test_an_interrupted_build_leaves_the_context_as_it_was(db, context, document
         raise KeyboardInterrupt
 
     free = db.pool.free_tokens
-    monkeypatch.setattr("alaya_jax.index.graph_build.link", interrupted)
+    monkeypatch.setattr("alaya_jax.index.graph.build.link", interrupted)
     with pytest.raises(KeyboardInterrupt):
         db.build_index(context, aj.Graph(degree=4, listed=4))
     assert db.pool.free_tokens == free

@@ -7,7 +7,7 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax.models.tokenizer import Tokenizer
-from alaya_jax.sampling import StopText
+from alaya_jax.runtime.sampling.params import StopText
 
 NEW = 24
 EMOJI = list("\U0001f600".encode())  # a token is a byte

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax import DIPR, Sketch, TopK, Window, programs
+from alaya_jax import DIPR, Sketch, TopK, Window
 from alaya_jax.errors import CacheFullError, ConfigError, RequestError
 from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
+from alaya_jax.runtime import programs
 from alaya_jax.sharding import tree_shardings
 
 WINDOW = Window(2, 6)
@@ -22,7 +23,7 @@ OPTIONS = {"page_size": 4, "pages": 65}
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    monkeypatch.setattr("alaya_jax.pool.TABLE_WIDTH", 32)
+    monkeypatch.setattr("alaya_jax.cache.tables.TABLE_WIDTH", 32)
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import alaya_jax as aj
-from alaya_jax import configs, programs
+from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.kernels import take_rows
 from alaya_jax.models.quantized import QuantizedKernel, quantize
+from alaya_jax.runtime import programs
 from alaya_jax.sharding import memory_of, parse_axes, tree_shardings
 
 TOLERANCE = 2e-4  # absolute, on logits; float32

@@ -26,7 +26,7 @@ import alaya_jax as aj
 from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs, programs, sharding
 from alaya_jax import pool as pools
 from alaya_jax.models import LlamaConfig, llama
-from alaya_jax.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagePool, Sequence
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import tree_shardings
 
@@ -104,7 +104,7 @@ def test_two_processes_give_the_answer_of_one(
         subprocess.Popen([*command, str(i), str(tmp_path)], stderr=subprocess.PIPE)
         for i in range(2)
     ]
-    monkeypatch.setattr("alaya_jax.pool.TABLE_WIDTH", 32)
+    monkeypatch.setattr("alaya_jax.cache.tables.TABLE_WIDTH", 32)
     window = Window(2, 6)
     attention = (Plan(DIPR(beta=3.0, window=window), Sketch()), Plan(TopK(5, window)))
     db = open_db(page_size=4)

@@ -26,18 +26,19 @@ from alaya_jax.attention import kernels
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
-from alaya_jax.attention.paged import KeyRange, Pages, attend_range, over_query_blocks
-from alaya_jax.attention.partial import across, merge, merge_across, share_read
+from alaya_jax.attention.paged import attend_range
+from alaya_jax.attention.partial import merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.cache import PageTable
+from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
 from alaya_jax.errors import RequestError
 from alaya_jax.index import BOUND, Graph, GraphLayer, Graphs, LayerIndex
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.settings import under_own_settings
-from alaya_jax.sharding import ShardingRules
+from alaya_jax.sharding import ShardingRules, across
 
 QUERY_BLOCK = 128
 """Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile or context]."""

@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.kept import attend_kept
-from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import Found, Graph, GraphLayer
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.partial import Partial
+from alaya_jax.cache.views import KeyRange, Pages
 
 BLOCK = 256
 """Keys read at once, of each kv head."""

@@ -7,7 +7,6 @@ function serves window and retrieved keys, shards of a mesh, tiers, and chunks.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,6 @@ def share_read(read: Float[Array, "..."], unread: Float[Array, "..."]) -> Float[
     """The share of the mass that was read, from the log-sum-exp of what was and what was not."""
     none = jnp.isneginf(unread)  # and there may be no key at all
     return jnp.where(none, 1.0, 1 / (1 + jnp.exp(jnp.where(none, 0.0, unread - read))))
-
-
-def across(collective: Callable[..., Array], x: Array, axis: str | None) -> Array:
-    """`collective` (`lax.pmax`, `lax.psum`) over a mesh axis, or x itself where there is none."""
-    return x if axis is None else collective(x, axis)
 
 
 def merge_across(part: Partial, axis: str | None) -> Partial:

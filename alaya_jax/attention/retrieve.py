@@ -11,13 +11,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
-from alaya_jax.attention.paged import KeyRange, Pages, score_range
-from alaya_jax.attention.partial import Partial, across, merge_across, share_read
+from alaya_jax.attention.partial import Partial, merge_across, share_read
+from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
+from alaya_jax.index.select import as_mask, by_row, in_range, largest, largest_of_all
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
-from alaya_jax.query.select import as_mask, by_row, in_range, largest, largest_of_all
+from alaya_jax.sharding import across
 
 _ROUNDING = 2.0**-18
 """Of a score, what sums in another order may differ by."""

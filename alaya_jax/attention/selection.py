@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention import paged
-from alaya_jax.attention.paged import KeyRange, Pages, over_tiles
-from alaya_jax.cache import UNUSED
+from alaya_jax.cache import UNUSED, views
+from alaya_jax.cache.views import KeyRange, Pages, over_tiles
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Tiles
 
@@ -60,7 +59,7 @@ def select_tiles(
     heads, group, t, _ = q.shape
     size = pages.size
     kv_block = rule.kv_block or size
-    tile = max(paged.TILE_TOKENS // size, 1) * size
+    tile = max(views.TILE_TOKENS // size, 1) * size
     if kv_block % size or tile % kv_block:
         raise RequestError(
             f"Tiles(kv_block={kv_block}): use a multiple of the page size, {size}, that divides "
@@ -147,7 +146,7 @@ def block_mass(
     scale = q.shape[-1] ** -0.5
     blocks = -(-pages.columns // kv_block)
     # Whole tiles, so that none reaches back and each holds whole blocks.
-    step = max(paged.TILE_TOKENS // size, 1)
+    step = max(views.TILE_TOKENS // size, 1)
     pages = whole_blocks(pages, step if pages.ids.shape[0] > step else kv_block // size)
     keys = KeyRange(jnp.zeros_like(positions), positions + 1)
 

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.paged import Pages, on_cpu
 from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
 from alaya_jax.cache import UNUSED
+from alaya_jax.cache.views import Pages, on_cpu
 from alaya_jax.query import Tiles
 
 VISIT_TOKENS = 256

@@ -59,8 +59,8 @@ def calibrate(
     tokens = None if length is None else options.length(length)
 
     from alaya_jax.cli import runtime
-    from alaya_jax.query import calibration
-    from alaya_jax.query.calibrate import calibrate as measure
+    from alaya_jax.optimizer import calibration
+    from alaya_jax.optimizer.calibrate import calibrate as measure
 
     loaded = runtime.load_model(model)
     with on_interrupt("Nothing was kept."):
@@ -79,8 +79,8 @@ def _measure_machine(model: str, *, json: bool) -> None:
     from alaya_jax.cli.plan import described
 
     runtime.start_jax()
-    from alaya_jax.query.choice import was_busy
-    from alaya_jax.query.machine import machine_for
+    from alaya_jax.optimizer.choice import was_busy
+    from alaya_jax.optimizer.machine import machine_for
 
     config, kind, _ = described(model)
     found = machine_for(config, kind, again=True, progress=True)

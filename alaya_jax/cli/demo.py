@@ -192,7 +192,7 @@ def _answer(
     db: "DB", prompt: "np.ndarray", attention: Any, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> "Answer":
     from alaya_jax.cli import runtime
-    from alaya_jax.sampling import Greedy
+    from alaya_jax.runtime.sampling.params import Greedy
 
     answer = runtime.answer(
         db, prompt, attention=attention, sampling=Greedy(), max_new_tokens=max_new_tokens

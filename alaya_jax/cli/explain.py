@@ -59,8 +59,8 @@ def explain(
 
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
+    from alaya_jax.explain.explanation import HEAT_MAPS
     from alaya_jax.generation import generate
-    from alaya_jax.query.explain import HEAT_MAPS
 
     if what not in HEAT_MAPS:
         raise typer.BadParameter(f"{what!r} is no figure; use {FIGURES}", param_hint="--what")

@@ -13,7 +13,7 @@ from alaya_jax.errors import AlayaError
 if TYPE_CHECKING:
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention as Asked
-    from alaya_jax.sampling import Sampling
+    from alaya_jax.runtime.sampling.params import Sampling
 
 MODEL = "smollm2-135m"
 
@@ -221,7 +221,7 @@ def sampling(
     Raises:
         typer.BadParameter: A value is out of range.
     """
-    from alaya_jax.sampling import Sampling
+    from alaya_jax.runtime.sampling.params import Sampling
 
     if temperature == 0 and (top_k or top_p < 1 or min_p):
         raise typer.BadParameter(

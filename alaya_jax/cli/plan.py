@@ -75,7 +75,7 @@ def plan(
     asked = Auto(tpot=tpot, recovery=recovery, device_memory=memory)
     runtime.start_jax()
 
-    from alaya_jax.query.situation import choose_before
+    from alaya_jax.optimizer.situation import choose_before
 
     config, kind, of_model = described(model)
     tokens = tokens or config.max_length
@@ -99,7 +99,7 @@ def described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
     from alaya_jax.model import served_as
     from alaya_jax.models.config import LlamaConfig, RopeConfig
     from alaya_jax.models.llama import abstract_params
-    from alaya_jax.query.situation import default_dtype
+    from alaya_jax.optimizer.situation import default_dtype
 
     if model in configs.names() and model not in bundled.MODELS and not Path(model).exists():
         fields = configs.load(model)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alaya_jax.model import Model
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention
-    from alaya_jax.sampling import Sampling
+    from alaya_jax.runtime.sampling.params import Sampling
 
 _LEAST_ROOM = 8192
 """Tokens that any command has room for: one compiled program serves most prompts."""

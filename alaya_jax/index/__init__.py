@@ -28,9 +28,9 @@ from jaxtyping import Array, Int
 from alaya_jax.index.block import Block, BlockLayer
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.found import Found
-from alaya_jax.index.graph import GraphLayer
-from alaya_jax.index.graph_build import GraphSpec
-from alaya_jax.index.graph_index import Graph
+from alaya_jax.index.graph.build import GraphSpec
+from alaya_jax.index.graph.layer import GraphLayer
+from alaya_jax.index.graph.spec import Graph
 from alaya_jax.index.recovery import BOUND, Recovered, Weights, of_pages, recover
 from alaya_jax.index.scan import Scan
 from alaya_jax.index.sketch import MISS, Sketch, SketchLayer

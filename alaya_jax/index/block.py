@@ -19,8 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import KeyRange, Pages, over_tiles
 from alaya_jax.cache import page_zeros
+from alaya_jax.cache.views import KeyRange, Pages, over_tiles
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules

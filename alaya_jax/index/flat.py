@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Float
 
-from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, score_range
+from alaya_jax.cache.views import FEW_ROWS, KeyRange, Pages, score_range
 from alaya_jax.index.scan import Scan
 
 

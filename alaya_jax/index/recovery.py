@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alaya_jax.attention.partial import across
 from alaya_jax.index.scan import Scan
+from alaya_jax.sharding import across
 
 MARGIN = 0.2
 """Share of the mass that may be lost which is not spent: an expectation may be exceeded."""

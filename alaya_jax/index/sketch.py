@@ -41,9 +41,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.paged import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import NO_PAGE, page_zeros
+from alaya_jax.cache.views import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.codes import (
     STEPS,

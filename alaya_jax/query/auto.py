@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Window
-from alaya_jax.sizes import bytes_of
+from alaya_jax.units import bytes_of
 
 
 def _is_real(value: Any) -> bool:

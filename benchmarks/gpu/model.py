@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import alaya_jax as aj
-from alaya_jax import configs, programs
+from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed, Sketch
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan
-from alaya_jax.sampler import init_sampler
+from alaya_jax.runtime import programs
+from alaya_jax.runtime.sampling.sampler import init_sampler
 
 PAGE = 16
 STEPS = 16

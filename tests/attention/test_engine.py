@@ -79,7 +79,7 @@ def make_batch(rng, lengths, t, group, pool_pages=64, consecutive=False):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many tiles and query blocks even in a small case."""
-    monkeypatch.setattr("alaya_jax.attention.paged.TILE_TOKENS", 16)
+    monkeypatch.setattr("alaya_jax.cache.views.TILE_TOKENS", 16)
     monkeypatch.setattr("alaya_jax.attention.engine.QUERY_BLOCK", 4)
     jax.clear_caches()
     yield

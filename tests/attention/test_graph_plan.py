@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import alaya_jax as aj
 from alaya_jax.attention.engine import attend
 from alaya_jax.attention.graph import attend_found
-from alaya_jax.attention.paged import Pages
 from alaya_jax.cache import PageTable
+from alaya_jax.cache.views import Pages
 from alaya_jax.errors import ConfigError, RequestError
 from alaya_jax.index import Found, GraphLayer
 from alaya_jax.query import DIPR, TopK, Window

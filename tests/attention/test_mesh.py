@@ -47,7 +47,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Many tiles and query blocks even in a small case; the programs are this file's own."""
-    monkeypatch.setattr("alaya_jax.attention.paged.TILE_TOKENS", 16)
+    monkeypatch.setattr("alaya_jax.cache.views.TILE_TOKENS", 16)
     monkeypatch.setattr("alaya_jax.attention.engine.QUERY_BLOCK", 4)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from alaya_jax.attention import engine, kernels
-from alaya_jax.attention.truth import truth
 from alaya_jax.cache import PageTable
+from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat, Sketch
 from alaya_jax.models import LlamaConfig
 from alaya_jax.pallas_kernels.dispatch import CPU

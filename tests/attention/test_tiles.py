@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alaya_jax.attention import merge, paged, tiles
+from alaya_jax.attention import merge, tiles
 from alaya_jax.attention.engine import attend
-from alaya_jax.attention.paged import KeyRange, Pages, attend_range
+from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.tiles import attend_list, attend_tiles, select_tiles
-from alaya_jax.cache import UNUSED, PageTable
+from alaya_jax.cache import UNUSED, PageTable, views
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.errors import RequestError
 from alaya_jax.query import Tiles, Window
 from alaya_jax.query.plan import Plan
@@ -25,7 +26,7 @@ def small_tiles():
     """Many visits, tiles and blocks even in a small case."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "VISIT_TOKENS", VISIT)
-        patch.setattr(paged, "TILE_TOKENS", TILE)
+        patch.setattr(views, "TILE_TOKENS", TILE)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -309,7 +310,7 @@ def test_another_backend_reads_pages_by_a_gather(rng, monkeypatch):
     q, _, _, pages, positions = make(rng, 93)
     rule = small(beta=4.0, recovery=0.9)
     _, partial, attended, _ = run(q, pages, positions, rule)
-    for module in (paged, tiles):
+    for module in (views, tiles):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
     gathered = jax.jit(lambda q, pages, *args: attend_tiles(q, Pages(*pages), *args))
     again, count = gathered(q, pages, positions, rule)

@@ -15,8 +15,8 @@ from alaya_jax.checkpoint.params import match
 from alaya_jax.errors import AlayaError, CheckpointError, ConfigError
 from alaya_jax.models.config import RopeConfig
 from alaya_jax.models.rope import inverse_frequencies
+from alaya_jax.optimizer.situation import default_dtype
 from alaya_jax.pallas_kernels.dispatch import H100
-from alaya_jax.query.situation import default_dtype
 from alaya_jax.sharding import make_mesh
 
 
@@ -65,7 +65,7 @@ def test_quantized_types_become_what_the_target_computes_in(
         return default_dtype({"Q8_0": 9}), read(path).params["embed"]["embedding"].dtype.name
 
     assert dtypes() == ("float32", "float32")
-    for module in ("checkpoint", "query.situation"):
+    for module in ("checkpoint", "optimizer.situation"):
         monkeypatch.setattr(f"alaya_jax.{module}.current_target", lambda: H100)
     assert dtypes() == ("bfloat16", "bfloat16")
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from alaya_jax.query.cost import Machine
+from alaya_jax.optimizer.cost import Machine
 
 MACHINE = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 5e-6, 1e-6, 1e-9, 1e-6)
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    monkeypatch.setattr("alaya_jax.query.situation.machine_for", lambda *_, **__: MACHINE)
+    monkeypatch.setattr("alaya_jax.optimizer.situation.machine_for", lambda *_, **__: MACHINE)
 
 
 @pytest.fixture

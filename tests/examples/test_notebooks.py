@@ -35,7 +35,7 @@ def test_notebook_runs(path, tmp_path):
 
 def test_a_heat_map_is_a_picture_in_a_notebook(tmp_path):
     """Of a kernel that has not loaded pyplot."""
-    source = "import numpy as np\nfrom alaya_jax.query.show import heat_map\n"
+    source = "import numpy as np\nfrom alaya_jax.show import heat_map\n"
     source += "heat_map(np.ones((2, 3)), 'recovery', 'share')"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     assert len(pictures(executed(notebook, tmp_path)[0])) == 1

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from alaya_jax.attention.kept import Kept, scores_listed
-from alaya_jax.attention.paged import KeyRange, Pages
 from alaya_jax.attention.retrieve import pivot
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import MISS, Flat, SketchLayer
-from alaya_jax.query.select import in_range
+from alaya_jax.index.select import in_range
 
 compiled_build = jax.jit(SketchLayer.build)
 

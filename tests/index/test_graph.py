@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alaya_jax.attention.paged import Pages
+from alaya_jax.cache.views import Pages
 from alaya_jax.errors import ConfigError
-from alaya_jax.index import GraphLayer, GraphSpec, graph_build
-from alaya_jax.index.graph_search import SECOND_HOP
+from alaya_jax.index import GraphLayer, GraphSpec
+from alaya_jax.index.graph import build as graph_build
+from alaya_jax.index.graph.search import SECOND_HOP
 
 
 @functools.partial(jax.jit, static_argnames=("l0", "capacity", "shared"))

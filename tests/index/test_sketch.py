@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import alaya_jax as aj
 from alaya_jax import cache, configs
-from alaya_jax.attention.paged import KeyRange
+from alaya_jax.cache.views import KeyRange
 from alaya_jax.errors import ConfigError
 from alaya_jax.index import MISS, Sketch, SketchLayer
+from alaya_jax.index.select import in_range
 from alaya_jax.models import LlamaConfig
-from alaya_jax.query.select import in_range
 
 
 def same(a, b):
@@ -126,7 +126,7 @@ def test_beta_by_head(rng, make_keys):
 
 
 def test_many_tiles_and_blocks(rng, make_keys, monkeypatch):
-    monkeypatch.setattr("alaya_jax.attention.paged.TILE_TOKENS", 64)
+    monkeypatch.setattr("alaya_jax.cache.views.TILE_TOKENS", 64)
     monkeypatch.setattr("alaya_jax.attention.kept.BLOCK", 16)
     monkeypatch.setattr("alaya_jax.index.sketch._BLOCK", 8)
     paged = make_keys(rng, n=901)  # of a shape that no other test has compiled

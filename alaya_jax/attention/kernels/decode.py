@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
-from alaya_jax.attention.paged import KeyRange, Pages
-from alaya_jax.attention.partial import Partial, across, merge, merge_across, share_read
+from alaya_jax.attention.partial import Partial, merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import RoundedQuery, deviations, round_query
 from alaya_jax.index.scan import FAR
@@ -24,6 +24,7 @@ from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
 from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
+from alaya_jax.sharding import across
 
 
 def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:

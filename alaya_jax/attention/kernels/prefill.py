@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels.batch import Batch
-from alaya_jax.attention.paged import Pages
 from alaya_jax.attention.selection import select_tiles
+from alaya_jax.cache.views import Pages
 from alaya_jax.pallas_kernels.block_sparse_prefill import QUERY_BLOCK, ROWS, block_sparse_prefill
 from alaya_jax.pallas_kernels.block_sparse_prefill import choose as choose_prefill
 from alaya_jax.pallas_kernels.dispatch import Choice, Target

@@ -1,0 +1,455 @@
+"""The pool of pages that all sessions and contexts of a database share: device arrays and their
+owners.
+
+The one place where the cache pytree changes hands: every compiled program that donates it goes
+through `PagePool.run`. And the one place that knows when a page's contents change: whoever writes
+has reserved the page (`PagePool.reserve`).
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import functools
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from alaya_jax import cache
+from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
+from alaya_jax.cache.tables import bucket, table_width
+from alaya_jax.errors import CacheFullError, DatabaseError
+from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
+from alaya_jax.model import Model
+from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.sharding import ShardingRules, laid, spread, whole
+
+INDEX_WIDTH = 8
+"""Pages indexed at once, at least; more are this times a power of four."""
+
+TRANSFER_WIDTH = 64
+"""Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
+
+
+_under_way: collections.deque[jax.Array] = collections.deque(maxlen=4)
+"""Something small of the newest programs' results."""
+
+
+@atexit.register
+def _let_programs_end() -> None:
+    """A process that ends while a program runs is aborted by JAX's runtime (SIGABRT)."""
+    for array in _under_way:
+        with contextlib.suppress(RuntimeError):  # donated since: to a newer one
+            array.block_until_ready()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off until the block ends, for what must happen whole: an interrupt between
+    donating the cache and getting it back would lose every sequence.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
+@contextlib.contextmanager
+def _within_memory(setting: str, what: str) -> Iterator[None]:
+    """Says which setting to change where the device has no memory left."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CacheFullError(
+            f"there is no memory left for {what}; lower {setting}, which is taken whole when a "
+            f"database is first used ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+@dataclasses.dataclass
+class Sequence:
+    """One sequence's place in the pool. Owned by a session or a context.
+
+    Attributes:
+      pages: ids of the pages it holds a reference to, in order; may reach past `length`.
+      length: tokens that are valid.
+    """
+
+    pages: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    length: int = 0
+
+
+class PagePool:
+    """Device pages and the host's accounts of them.
+
+    Threads may share it: they take turns, a call at a time. Where one call gives what the next one
+    takes (an index, then the program that reads it), hold `lock` around both.
+    """
+
+    def __init__(self, model: Model, num_pages: int, page_size: int, setting: str):
+        """Args: model; P, of which whole shards are used; Z; the setting to name when the pool is
+        exhausted.
+        """
+        self._shards = model.rules.page_shards(model.mesh)
+        self._place = model.rules.pool(model.mesh)
+        self.page_size = page_size
+        self.num_pages = num_pages - num_pages % self._shards
+        self._model = model
+        self._setting = setting
+        self._allocator = PageAllocator(self.num_pages, page_size, setting, self._shards)
+        self.lock = threading.RLock()
+        self._returned: collections.deque[np.ndarray] = collections.deque()
+        """Pages given back and not yet counted as free. A session may be collected at any moment,
+        in any thread, and must not wait for the lock then.
+        """
+        self._kv: PagedKV | None = None
+        self._indexes: dict[tuple[Index, int], _LayerState] = {}
+        self.evict: Callable[[], bool] = lambda: False
+        """Called when pages run out: frees some and says whether it could."""
+
+    @property
+    def kv(self) -> PagedKV:
+        """The cache; allocated when first needed."""
+        if self._kv is None:
+            m = self._model
+            with _within_memory(self._setting, "the pages of the KV cache"):
+                self._kv = PagedKV.create(
+                    m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules
+                )
+        if self._kv.k[0].is_deleted():
+            raise DatabaseError(
+                "the KV cache was lost when a program was interrupted; open the database again "
+                "(stored contexts are safe)"
+            )
+        return self._kv
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that fit into an empty pool."""
+        return self._allocator.capacity * self.page_size
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that fit without evicting anything."""
+        with self.lock:
+            self._take_back()
+            return self._allocator.num_free * self.page_size
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread, and no Ctrl-C, until the block ends."""
+        with self.lock, uninterrupted():
+            yield
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._allocator.release(self._returned.popleft())
+
+    def run(
+        self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any
+    ) -> Any:
+        """Runs `program(params, kv, *args)`, which donates the cache and gives it back.
+
+        Args:
+          program: compiled.
+          *args: the rest of its arguments.
+          **static: its static arguments.
+          kv_result: where in the result the cache is; None when it is the whole result.
+
+        Returns:
+          the result without the cache.
+        """
+        args = spread(args, self._model.mesh)
+        with self._alone(), _within_memory(self._setting, "a program beside the KV cache"):
+            result = program(self._model.params, self.kv, *args, **static)
+            if kv_result is None:
+                self._kv = result
+                return None
+            self._kv = result[kv_result]
+        rest = (*result[:kv_result], *result[kv_result + 1 :])
+        _under_way.append(min(jax.tree.leaves(rest), key=lambda leaf: leaf.size))
+        return rest
+
+    def reserve(self, sequence: Sequence, count: int) -> None:
+        """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
+
+        Only what is reserved is written to. So what was known of these pages is forgotten here,
+        also of the one that the last token is in: others may have filled it before they left it.
+
+        Raises:
+          CacheFullError: the pool is exhausted, whatever is evicted; nothing changes.
+        """
+        if not count:
+            return
+        size = self.page_size
+        tail = sequence.length // size
+        with self._alone():
+            self._take_back()
+            needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
+            # Only the page that the last token is in can be shared: later ones hold no token.
+            copied = bool(sequence.length % size)
+            copied = copied and self._allocator.is_shared(int(sequence.pages[tail]))
+            after = int(sequence.pages[-1]) if len(sequence.pages) else None
+            fresh = self._allocate(needed + copied, after)
+            if copied:
+                shared = sequence.pages[tail : tail + 1].copy()
+                self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
+                sequence.pages[tail], fresh = fresh[0], fresh[1:]
+                self._allocator.release(shared)
+            sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
+            for state in self._indexes.values():
+                state.built[sequence.pages[tail:]] = False
+
+    def _allocate(self, n: int, after: int | None) -> np.ndarray:
+        while self._allocator.num_free < n and self.evict():
+            self._take_back()
+        if self._allocator.num_free < n:
+            gc.collect()  # sessions that nobody can reach any more, in a circle of references
+            self._take_back()
+        return self._allocator.allocate(n, after)
+
+    def cover(self, plans: Plans, sequences: list[Sequence]) -> Indexed:
+        """Has the plans' indexes know the full pages of these sequences.
+
+        What was built once stays, for every sequence that shares the page.
+        """
+        size = self.page_size
+        indexes = indexes_of(plans, self._model.config.num_hidden_layers)
+        full = [s.pages[: s.length // size] for s in sequences]
+        pages = np.unique(np.concatenate(full))
+        with self.lock:
+            for layer, index in enumerate(indexes):
+                if isinstance(index, Flat | Graph):  # a graph is of a context, not of pages
+                    continue
+                state = self._indexes.get((index, layer))
+                if state is None:
+                    state = self._indexes[index, layer] = self._new_index(index)
+                missing = pages[~state.built[pages]]
+                if len(missing):
+                    self._build(state, layer, missing)
+            states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
+            return Indexed(
+                tuple(state.index if state else None for state in states),
+                jnp.asarray([len(p) * size for p in full], jnp.int32),
+            )
+
+    def _new_index(self, index: Block | Sketch) -> "_LayerState":
+        m = self._model
+        with _within_memory(self._setting, f"{index!r} beside the KV cache"):
+            made = index.create(m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules)
+        return _LayerState(made, np.zeros(self.num_pages, bool))
+
+    def index_bytes(self) -> dict[str, int]:
+        """Bytes that each index takes on the device, all layers."""
+        sizes: dict[str, int] = {}
+        for (index, _), state in self._indexes.items():
+            leaves = jax.tree.leaves(state.index)
+            sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
+        return sizes
+
+    def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
+        shard, local = np.divmod(missing, self.num_pages // self._shards)
+        by_shard = [local[shard == s] for s in range(self._shards)]
+        width = bucket(max(map(len, by_shard)), INDEX_WIDTH, 4)
+        ids = np.full((self._shards, width), cache.NO_PAGE, np.int32)
+        for row, pages in zip(ids, by_shard, strict=True):
+            row[: len(pages)] = pages
+        filled = np.where(ids == cache.NO_PAGE, 0, self.page_size).astype(np.int32)
+        m, kv = self._model, self.kv
+        with self._alone():
+            state.index = _build_index(
+                state.index,
+                kv.k[layer],
+                kv.v[layer],
+                ids.ravel(),
+                filled.ravel(),
+                mesh=m.mesh,
+                rules=m.rules,
+            )
+            state.built[missing] = True
+
+    @uninterrupted()
+    def trim(self, sequence: Sequence, keep: int = 0) -> None:
+        """Gives back pages past the sequence's length, but for the first `keep`; waits for
+        nobody.
+        """
+        keep = max(keep, -(-sequence.length // self.page_size))
+        pages, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
+        self._returned.append(pages)
+
+    def share(self, sequence: Sequence, length: int) -> Sequence:
+        """A second holder of the first `length` tokens."""
+        pages = sequence.pages[: -(-length // self.page_size)]
+        with self.lock:
+            self._allocator.share(pages)
+        return Sequence(pages.copy(), length)
+
+    @uninterrupted()
+    def release(self, sequence: Sequence) -> None:
+        """Gives back all pages of a sequence, which is empty then; waits for nobody."""
+        pages, sequence.pages, sequence.length = sequence.pages, sequence.pages[:0], 0
+        self._returned.append(pages)
+
+    def table(self, sequences: list[Sequence]) -> PageTable:
+        """The page table of a batch, as wide as the next bucket."""
+        if self._shards > 1:
+            return self._spread_table(sequences)
+        longest = max(len(s.pages) for s in sequences)
+        width = min(table_width(longest), self.num_pages - 1)
+        pages = np.zeros((len(sequences), width), np.int32)
+        for row, sequence in zip(pages, sequences, strict=True):
+            n = len(sequence.pages)
+            row[:n] = sequence.pages
+            # The rest of the last tile is never seen; as a run it keeps that tile one slice.
+            last = sequence.pages[-1] if n else -1
+            row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
+        return PageTable(jnp.asarray(pages), jnp.asarray([s.length for s in sequences], jnp.int32))
+
+    def _spread_table(self, sequences: list[Sequence]) -> PageTable:
+        """The table of pages that are spread over devices: for each, a list of its own."""
+        per_shard = self.num_pages // self._shards
+        placed = [np.divmod(s.pages, per_shard) for s in sequences]
+        longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
+        width = min(table_width(longest, self._shards), per_shard - 1)
+        shape = (len(sequences), self._shards, width)
+        pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
+        for b, (shard, local) in enumerate(placed):
+            for s in range(self._shards):
+                mine = np.flatnonzero(shard == s)
+                pages[b, s, : len(mine)] = local[mine]
+                start[b, s, : len(mine)] = mine * self.page_size
+                last = int(local[mine[-1]]) if len(mine) else -1
+                rest = np.arange(last + 1, last + 1 + width - len(mine))
+                pages[b, s, len(mine) :] = np.minimum(rest, per_shard - 1)
+        flat = (len(sequences), self._shards * width)
+        assert self._place is not None
+        place = NamedSharding(self._place.mesh, PartitionSpec(None, self._place.spec[1]))
+
+        def put(x: np.ndarray) -> jax.Array:
+            x = x.reshape(flat)
+            return jax.make_array_from_callback(flat, place, x.__getitem__)
+
+        length = jnp.asarray([s.length for s in sequences], jnp.int32)
+        return PageTable(put(pages), length, put(start))
+
+    def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
+        heads, n, dim = k.shape
+        count = -(-n // self.page_size)
+        width = bucket(count, TRANSFER_WIDTH, 2)
+        pages = np.full(width, cache.NO_PAGE, np.int32)
+        pages[:count] = sequence.pages[:count]
+
+        def paged(x: np.ndarray) -> np.ndarray:
+            out = np.zeros((heads, width * self.page_size, dim), x.dtype)
+            out[:, :n] = x
+            return out.reshape(heads, width, self.page_size, dim)
+
+        with self._alone():
+            old = self.kv
+            new_k, new_v = _write_pages(
+                old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
+            )
+            self._kv = old.replace_layer(layer, new_k, new_v)
+
+    def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of one layer, each [K, n, D], on the host."""
+        k, v = (np.asarray(x) for x in self.gather(sequence, layer, sequence.length))
+        return k[:, : sequence.length], v[:, : sequence.length]
+
+    def gather(self, sequence: Sequence, layer: int, count: int) -> tuple[jax.Array, jax.Array]:
+        """The first `count` tokens of one layer and some more, each [K, n, D], on every device."""
+        count = -(-count // self.page_size)
+        pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)
+        pages[:count] = sequence.pages[:count]
+        place = whole(self._model.mesh)
+        with self.lock:
+            return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
+
+
+@dataclasses.dataclass
+class _LayerState:
+    """An index of one layer, and which pages it knows.
+
+    Attributes:
+      index: what it holds.
+      built: bool [P].
+    """
+
+    index: LayerIndex
+    built: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("index",))
+def _build_index(
+    index: LayerIndex,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    ids: jax.Array,
+    filled: jax.Array,
+    *,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+) -> LayerIndex:
+    if mesh is None:
+        return index.build(k_pages, v_pages, ids, filled)
+    pages = rules.axis("pages", mesh)
+    pool, some = PartitionSpec(rules.axis("kv_heads", mesh), pages), PartitionSpec(pages)
+    build = jax.shard_map(
+        lambda index, k, v, ids, filled: index.build(k, v, ids, filled),
+        mesh=mesh,
+        in_specs=(pool, pool, pool, some, some),
+        out_specs=pool,
+        check_vma=False,
+    )
+    return build(index, k_pages, v_pages, ids, filled)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))
+def _copy_pages(
+    params: Any,
+    kv: PagedKV,
+    source: jax.Array,
+    target: jax.Array,
+    *,
+    place: NamedSharding | None,
+) -> PagedKV:
+    del params
+    return laid(cache.copy_pages(kv, source, target), place)
+
+
+@functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"), static_argnames=("place",))
+def _write_pages(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    place: NamedSharding | None,
+) -> tuple[jax.Array, jax.Array]:
+    new = cache.write_pages(k_pool, pages, k), cache.write_pages(v_pool, pages, v)
+    return laid(new, place)
+
+
+@functools.partial(jax.jit, static_argnames=("place",))
+def _read_tokens(
+    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, *, place: NamedSharding | None
+) -> tuple[jax.Array, jax.Array]:
+    return laid((cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)), place)

@@ -1,0 +1,150 @@
+"""A stored context, as the database and its sessions see it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from alaya_jax.cache.pool import Sequence
+from alaya_jax.contexts import graphs
+from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.index import Graph, GraphLayer
+from alaya_jax.model import Model
+from alaya_jax.query.origin import Origin
+from alaya_jax.storage import ContextRecord, DirectoryStore
+
+
+class Context:
+    """A prompt whose keys and values are stored. Handles compare by identity.
+
+    Attributes:
+      id: name in the database.
+      title: for people.
+      num_tokens: length.
+      origin: how its keys and values were computed.
+      problem: why it cannot be used, and the way out; None when it can.
+    """
+
+    def __init__(self, record: ContextRecord, store: DirectoryStore):
+        """Made by the database."""
+        self.id = record.id
+        self.title = record.header.title if record.header else ""
+        self.num_tokens = record.num_tokens
+        self.nbytes = record.nbytes
+        self.created = record.created
+        self.problem = record.problem
+        self.header = record.header
+        self.origin = Origin(record.header.origin if record.header else ())
+        self._store = store
+        self._tokens: np.ndarray | None = None
+        self._resident: Sequence | None = None
+        self._used = 0
+        self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, int32 [n].
+
+        Raises:
+          ContextError: the stored context is damaged.
+        """
+        if self._tokens is None:
+            self._tokens = self._store.tokens(self.id)
+        return self._tokens
+
+    @property
+    def indexes(self) -> tuple[Graph, ...]:
+        """The indexes that are stored with it (`DB.build_index`) and look well."""
+        records = self._store.indexes(self.id).values()
+        return tuple(
+            Graph(**record.settings)
+            for record in records
+            if record.kind == graphs.KIND and record.problem is None
+        )
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
+        return self._graph is not None or graphs.KIND in self._store.indexes(self.id)
+
+    def graph(self, wanted: Graph, model: Model, layer: int) -> GraphLayer:
+        """Its graph of one layer, on the device; read when first asked for.
+
+        Raises:
+          ContextError: there is none, or it is damaged.
+          RequestError: it was built with other settings.
+        """
+        if self._graph is None or self._graph[0] != wanted.built:
+            self._graph = wanted.built, {}
+        layers = self._graph[1]
+        if layer not in layers:
+            layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
+        return layers[layer]
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many of its tokens, from the first on, have exact keys and values."""
+        return self.origin.exact(self.num_tokens)
+
+    def shared(self, tokens: np.ndarray, *, exact: bool = True) -> int:
+        """How many tokens it has in common with a prompt, from the first on; 0 if it is damaged.
+
+        Args:
+          tokens: of the prompt.
+          exact: of those that have exact keys and values.
+        """
+        n = min(self.exact_tokens if exact else self.num_tokens, len(tokens))
+        try:
+            differ = self.tokens[:n] != tokens[:n]
+        except ContextError as error:  # not known to be a prefix: the others serve
+            self.problem = str(error)
+            return 0
+        return int(np.argmax(differ)) if differ.any() else n
+
+    def __reduce__(self) -> Any:
+        raise RequestError(
+            f"a context belongs to an open database and cannot be copied or pickled; pass its id, "
+            f"{self.id!r}"
+        )
+
+    def __repr__(self) -> str:
+        place = "in memory" if self._resident else "on disk"
+        name = f"{self.title!r}, " if self.title else ""
+        exact = f"the first {self.exact_tokens:,} exact, " if self.origin.runs else ""
+        return (
+            f"Context({name}{self.num_tokens:,} tokens, {exact}{place}, {self.problem or self.id})"
+        )
+
+
+def longest_prefix(
+    contexts: Iterable[Context], tokens: np.ndarray, *, exact: bool = True
+) -> tuple[Context | None, int]:
+    """The context that shares most tokens; the last token of a prompt is always left over.
+
+    Args:
+      contexts: where to look.
+      tokens: the prompt.
+      exact: only what has exact keys and values is shared; else, of equally many, the most exact.
+    """
+    best, most = None, (0, 0)
+    for context in contexts:
+        held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
+        if context.problem is not None or (held, context.origin.exact(held)) <= most:
+            continue
+        shared = context.shared(tokens[:-1], exact=exact)
+        if (found := (shared, context.origin.exact(shared))) > most:
+            best, most = context, found
+    return best, most[0]
+
+
+def lender(
+    contexts: Iterable[Context], tokens: np.ndarray, wanted: Graph | None
+) -> tuple[Context | None, int]:
+    """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
+    many.
+    """
+    usable = [c for c in contexts if c.problem is None]
+    having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
+    shared = [context.shared(tokens) for context in having]
+    most = max(shared, default=0)
+    return (having[shared.index(most)], most) if most else (None, 0)

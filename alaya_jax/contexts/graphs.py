@@ -1,0 +1,173 @@
+"""Graph indexes of stored contexts: built from a pass of the model, read back, lent to sessions."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.errors import ContextError, GraphError, RequestError
+from alaya_jax.index import Graph, GraphLayer
+from alaya_jax.index.graph import build as graph_build
+from alaya_jax.model import Model
+from alaya_jax.progress import progress_bar
+from alaya_jax.runtime import programs
+from alaya_jax.storage import ContextStore
+
+KIND = "graph"
+"""What the store calls it."""
+
+CHUNK = 512
+"""Tokens of one pass of the model."""
+
+
+def build_layers(
+    model: Model,
+    pool: PagePool,
+    sequence: Sequence,
+    tokens: np.ndarray,
+    index: Graph,
+    *,
+    progress: bool,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The graph of each layer of a context, one after another, as the store keeps it.
+
+    The model runs over the context once more, with its keys and values where they are, for the
+    queries that it asks. On the device are the keys of one layer; on the host a share of all
+    queries, at most `index.queries * n` for each layer and kv head.
+
+    Args:
+      model, pool: where the context is.
+      sequence: its pages, in all layers.
+      tokens: its ids, int32 [n].
+      index: how to build.
+      progress: shows bars on stderr when it is a terminal.
+    """
+    c, n = model.config, len(tokens)
+    kv_heads, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
+    with progress_bar("asking what the document asks", n, show=progress) as advance:
+        asked, at = [], []
+        for queries, positions in _asked(model, pool, sequence, tokens, index):
+            asked.append(queries)
+            at.append(positions)
+            advance(min(CHUNK, n))
+    positions = np.repeat(np.concatenate(at), group)
+    positions = np.broadcast_to(positions, (kv_heads, len(positions)))
+    with progress_bar("building the graph", n * c.num_hidden_layers, show=progress) as advance:
+        for layer in range(c.num_hidden_layers):
+            q = np.concatenate([queries[layer] for queries in asked])  # [t, H, D]
+            q = q.reshape(len(q), kv_heads, group, -1).swapaxes(0, 1)
+            done = 0
+
+            def on_block(blocks: int, of: int) -> None:
+                nonlocal done
+                now = n * blocks // of
+                advance(now - done)
+                done = now
+
+            graph = graph_build.build(
+                jnp.asarray(pool.read(sequence, layer)[0]),
+                n,
+                jnp.asarray(q.reshape(kv_heads, -1, q.shape[-1])),
+                jnp.asarray(positions),
+                low=min(index.sink, n - 1),
+                spec=index.spec,
+                on_block=on_block,
+            )
+            yield {
+                "neighbours": np.asarray(graph.neighbours)[:, :n],
+                "starts": np.asarray(graph.starts),
+            }
+
+
+def _asked(
+    model: Model, pool: PagePool, sequence: Sequence, tokens: np.ndarray, index: Graph
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunk by chunk, queries of evenly chosen tokens [L, m, H, D], and the tokens' positions."""
+    c = model.config
+    group = c.num_attention_heads // c.num_key_value_heads
+    step = max(1, math.ceil(group / index.queries))  # every head of a group asks
+    for first in range(0, len(tokens), CHUNK):
+        part = tokens[first : first + CHUNK]
+        chunk = np.zeros((1, CHUNK), np.int32)
+        chunk[0, : len(part)] = part
+        # The last token of each step; of a context shorter than that, its last.
+        chosen = np.arange(step - 1 - first % step, len(part), step)
+        if not first and not len(chosen):
+            chosen = np.array([len(part) - 1])
+        take = np.zeros(-(-CHUNK // step), np.int32)
+        take[: len(chosen)] = chosen
+        so_far = dataclasses.replace(pool.table([sequence]), length=jnp.asarray([first], jnp.int32))
+        with pool.lock:
+            queries = programs.asked(
+                model.params,
+                pool.kv,
+                so_far,
+                jnp.asarray(chunk),
+                jnp.asarray([len(part)], jnp.int32),
+                jnp.asarray(take),
+                config=c,
+                rope_length=model.rope_length,
+                mesh=model.mesh,
+                rules=model.rules,
+            )
+        yield np.asarray(queries)[:, : len(chosen)], first + chosen
+
+
+def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) -> GraphLayer:
+    """One layer of a context's graph, on the device.
+
+    Rows are padded to one of four sizes an octave, since a program is compiled for each size.
+
+    Raises:
+      GraphError: there is none, or it is damaged.
+      RequestError: it was built with other settings.
+    """
+    record = store.indexes(id).get(KIND)
+    way_out = "build it with db.build_index(context, aj.Graph(...)), or use aj.Sketch()"
+    if record is None:
+        raise GraphError(f"context {id} has no graph index; {way_out}")
+    if record.problem is not None:
+        raise GraphError(record.problem)
+    if dict(record.settings) != wanted.built:
+        raise RequestError(
+            f"the graph index of context {id} was built with {dict(record.settings)}, and the plan "
+            f"asks for {wanted.built}; ask for the same, or {way_out}"
+        )
+    try:
+        arrays = store.read_index(id, KIND, layer)
+    except ContextError as error:
+        raise GraphError(str(error)) from error
+    near, starts = arrays["neighbours"], arrays["starts"]
+    n = near.shape[1]
+    step = max(256, (1 << n.bit_length()) // 8)
+    near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
+    return GraphLayer(_place(near, model), _place(starts, model), jnp.asarray(n, jnp.int32))
+
+
+def _place(x: np.ndarray, model: Model) -> jax.Array:
+    if model.mesh is None:
+        return jnp.asarray(x)
+    heads = PartitionSpec(model.rules.axis("kv_heads", model.mesh))
+    return jax.device_put(x, NamedSharding(model.mesh, heads))
+
+
+def of_prefix(graph: GraphLayer, reused: int) -> GraphLayer:
+    """What a graph knows of a session that reuses so many tokens of its context."""
+    return dataclasses.replace(graph, length=jnp.minimum(graph.length, reused))
+
+
+def require_no_context_axis(model: Model, what: Any) -> None:
+    """Raises RequestError where pages are spread over devices: a walk needs all keys of a head."""
+    axis = model.rules.axis("pages", model.mesh)
+    if axis is not None and model.mesh is not None and model.mesh.shape[axis] > 1:
+        raise RequestError(
+            f"{what}: the pages are spread over mesh axis {axis!r}, and a search of a graph needs "
+            "all keys of a head on one device; use aj.Sketch() or aj.Flat(), or a mesh without "
+            "that axis"
+        )

@@ -1,0 +1,453 @@
+"""What was asked of the keys and what was really read: the account behind `Session.explain`."""
+
+import dataclasses
+import html
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alaya_jax import show
+from alaya_jax.attention.counts import Counts
+from alaya_jax.errors import RequestError
+from alaya_jax.explain.analysis import Analysis
+from alaya_jax.explain.implementation import implementation_of
+from alaya_jax.index import Flat, Graph
+from alaya_jax.model import Model
+from alaya_jax.optimizer.choice import Choice
+from alaya_jax.optimizer.prefill import PrefillChoice
+from alaya_jax.pallas_kernels.dispatch import Choice as Implementation
+from alaya_jax.query.origin import Origin
+from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Reads:
+    """What one kind of plan read in one phase, by layer and query head.
+
+    Attributes:
+      plans: how attention was answered.
+      queries: query tokens so far, over the batch.
+      visible: keys that those could see, summed over them; the same for each layer and head.
+      attended, scored, read: int64 [L, H], summed over them; see `Counts`.
+      mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
+      widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
+    """
+
+    def __init__(self, plans: Plans, model: Model, page_size: int, tokens: int = 1):
+        """Starts at nothing; `tokens`: new tokens of each sequence in one program call."""
+        c = model.config
+        self._tokens = tokens
+        self.plans = plans
+        self.queries = 0
+        self.visible = 0
+        self.attended, self.scored, self.read, self.widened = (
+            np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(4)
+        )
+        self.mass = np.zeros(self.read.shape)
+        self._model, self._page_size = model, page_size
+        self._pending: list[Counts] = []
+
+    def add(self, counts: Counts, visible: int, queries: int) -> None:
+        """Adds [L, B, H] sums of one program call; does not wait for it."""
+        self._pending.append(counts)
+        self.visible += visible
+        self.queries += queries
+        if len(self._pending) > 64:
+            self._settle()
+
+    def _settle(self) -> None:
+        for counts in self._pending:
+            attended, scored, read, mass = (
+                np.asarray(x).sum(1)
+                for x in (counts.attended, counts.scored, counts.read, counts.mass)
+            )
+            self.attended += attended
+            self.scored += scored
+            self.read += read
+            self.mass += mass
+            self.widened += np.asarray(counts.widened).sum(1)
+        self._pending = []
+
+    def is_of(self, plans: Plans) -> bool:
+        """Whether this is the account of equal plans; a beta may be an array."""
+        return same_plans(self.plans, plans)
+
+    def layer(self, layer: int) -> dict[str, Any]:
+        """What one layer read, per query token; lists have one number a query head."""
+        self._settle()
+        n, c = max(self.queries, 1), self._model.config
+        plan = of_layer(self.plans, layer)
+        group = c.num_attention_heads // c.num_key_value_heads
+        mass = self.mass[layer] / n
+        # Each head of a group has the count of the kv head.
+        read = float(self.read[layer].sum() / group / n)
+        return {
+            "layer": layer,
+            **_plan_fields(plan),
+            **self._placed(layer),
+            "keys_scanned": (self.scored[layer] / n).tolist(),
+            "keys_attended": (self.attended[layer] / n).tolist(),
+            "keys_read": read,
+            "keys_read_by_group": (self.read[layer].reshape(-1, group)[:, 0] / n).tolist(),
+            "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
+            "widened": self.widened[layer].tolist(),
+            "bytes": self._bytes(plan, layer, read),
+        }
+
+    def _placed(self, layer: int) -> dict[str, Any]:
+        plan = of_layer(self.plans, layer)
+        return _placed(implementation_of(plan, self._model, self._page_size, self._tokens))
+
+    def mean(self, what: str) -> np.ndarray:
+        """float64 [L, H], "attended" or "mass_estimated" a query token."""
+        self._settle()
+        total = self.mass if what == "mass_estimated" else self.attended
+        return total / max(self.queries, 1)
+
+    def _bytes(self, plan: Plan, layer: int, read: float) -> float:
+        """Bytes of keys, values and index that a query token reads, from the counts."""
+        n, c = max(self.queries, 1), self._model.config
+        key = c.head_dim * self._model.dtype.itemsize
+        heads = c.num_key_value_heads
+        seen = self.visible / n
+        if not plan.retrieves:
+            return 2 * key * heads * float(self.attended[layer].mean() / n)
+        window = min(_window_size(plan), seen)
+        if isinstance(plan.index, Graph):
+            # At most: K of what was met, each with its row of the graph; K and V of what is kept.
+            kept = float(self.attended[layer].mean() / n)
+            return read * (key + 4 * plan.index.degree) + 2 * key * heads * kept
+        if plan.index is None or isinstance(plan.index, Flat):
+            index = key * heads * (seen - window)
+        else:
+            page = plan.index.page_bytes(c, self._page_size, self._model.dtype)
+            index = (seen - window) * page / self._page_size
+        return index + 2 * key * (read + heads * window)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers; per-step figures are means over query tokens (and layers and heads)."""
+        self._settle()
+        n = max(self.queries, 1)
+        by_layer = self.attended.mean(1) / n
+        layers = range(len(by_layer))
+        rows = [self.layer(i) for i in layers]
+        indexes = [row["index"] for row in rows if row["index"]]
+        masses = [row["mass_estimated"] for row in rows if row["mass_estimated"]]
+        return {
+            "query": _describe(self.plans),
+            "index": ", ".join(dict.fromkeys(indexes)) or None,
+            "implementation": ", ".join(dict.fromkeys(row["implementation"] for row in rows)),
+            "tier": "device",
+            "steps": self.queries,
+            "keys_visible_per_step": self.visible / n,
+            "keys_scanned_per_step": float(self.scored.mean() / n),
+            "keys_read_per_step": float(np.mean([row["keys_read"] for row in rows])),
+            "keys_attended_per_step": float(by_layer.mean()),
+            "bytes_per_step": float(sum(row["bytes"] for row in rows)),
+            "mass_estimated": float(np.mean(masses)) if masses else None,
+            "searches_widened": int(self.widened.sum()),
+            "layers": by_layer.tolist(),
+            "by_layer": rows,
+        }
+
+
+HEAT_MAPS = {
+    "recovery": "share of the attention mass",
+    "error": "|out - full| / |full|",
+    "attended": "keys attended to",
+    "keys_needed": "keys outside the window",
+    "beta": "range of raw scores",
+    "beta_needed": "range of raw scores",
+    "mass_estimated": "share of the attention mass",
+}
+"""What `Explanation.plot` can show -> its unit."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Explanation:
+    """What a session did, or would do. `str()` is a table, `to_dict()` plain data; a rich console
+    and a notebook show it in their own way.
+
+    Attributes:
+      tokens, reused: of each sequence, in the cache and from a stored context.
+      contexts: ids of those contexts, or None.
+      origins: how the keys and values in the cache were computed.
+      phases: "prefill", "decode" (and "attention" for a model of your own) -> `Reads`.
+      planned: what would run, one row a layer; see `planned_rows`.
+      choice: why, where `Auto` chose.
+      analysis: one token's attention run again, where that was asked for.
+      prefill: why a prefill did what it did, where `Auto` chose.
+    """
+
+    tokens: list[int]
+    reused: list[int]
+    contexts: list[str | None]
+    origins: list[Origin]
+    phases: dict[str, Reads]
+    planned: list[dict[str, Any]] | None = None
+    choice: Choice | None = None
+    analysis: Analysis | None = None
+    prefill: PrefillChoice | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "tokens": self.tokens,
+            "reused": self.reused,
+            "contexts": self.contexts,
+            "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
+            "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
+            "phases": {name: reads.to_dict() for name, reads in self.phases.items()},
+            "planned": self.planned,
+            "choice": self.choice and self.choice.to_dict(),
+            "prefill_choice": self.prefill and self.prefill.to_dict(),
+            "analysis": self.analysis and self.analysis.to_dict(),
+        }
+
+    def selected(self, layer: int, head: int, *, window: bool = False) -> np.ndarray:
+        """Positions that a head of the analyzed token attended to, ascending int.
+
+        Args:
+          layer, head: from 0.
+          window: those of the window (first and last tokens) too.
+
+        Raises:
+          RequestError: nothing was analyzed, or there is no such layer or head.
+        """
+        found = self._analyzed("selected")
+        kept = found.positions if window else found.retrieved
+        if not (0 <= layer < len(kept) and 0 <= head < len(kept[0])):
+            raise RequestError(
+                f"selected({layer}, {head}): layers 0 to {len(kept) - 1}, query heads 0 to "
+                f"{len(kept[0]) - 1}"
+            )
+        return kept[layer][head]
+
+    def selected_text(
+        self, layer: int, head: int, *, window: bool = False
+    ) -> list[tuple[int, str]]:
+        """`selected`, each position with the text of its token.
+
+        Raises:
+          RequestError: as `selected`; or the model has no tokenizer.
+        """
+        return self._analyzed("selected_text").text(self.selected(layer, head, window=window))
+
+    def plot(self, what: str = "recovery") -> "Figure":
+        """A heat map, layer by head, of a figure that `analyze=True` found.
+
+        "attended" and "mass_estimated" are known without it, as means over the tokens decoded.
+
+        Raises:
+          RequestError: it is no such figure or not known, or matplotlib is not installed.
+        """
+        if what not in HEAT_MAPS:
+            raise RequestError(f"plot({what!r}): use one of {sorted(HEAT_MAPS)}")
+        if self.analysis is not None:
+            name = "estimated" if what == "mass_estimated" else what
+            values, of = getattr(self.analysis, name), f"token {self.analysis.position:,}"
+        elif what in ("attended", "mass_estimated") and self.phases:
+            phase = "decode" if "decode" in self.phases else next(iter(self.phases))
+            values, of = self.phases[phase].mean(what), f"mean over {phase}"
+        else:
+            self._analyzed(f"plot({what!r})")
+            raise AssertionError
+        return show.heat_map(values, f"{what.replace('_', ' ')}, {of}", HEAT_MAPS[what])
+
+    def _analyzed(self, what: str) -> Analysis:
+        if self.analysis is None:
+            raise RequestError(f"{what} needs session.explain(analyze=True)")
+        return self.analysis
+
+    def tables(self) -> list[show.Table]:
+        """One for each phase, or of the plan; and of the analysis."""
+        why = {"prefill": self.prefill.reason} if self.prefill else {}
+        if self.choice and self.choice.graph:
+            why |= dict.fromkeys(("decode", "attention"), self.choice.graph)
+        found = [_reads_table(name, reads, why.get(name)) for name, reads in self.phases.items()]
+        if self.planned is not None:
+            found.append(_planned_table(self.planned, self.choice))
+        if self.analysis is not None:
+            found.append(_analysis_table(self.analysis, self.choice))
+        return found
+
+    @property
+    def heading(self) -> str:
+        """Which tokens this is about."""
+        head = f"tokens {self.tokens}, of which from stored contexts {self.reused}"
+        for b, origin in enumerate(self.origins):
+            if origin.runs:
+                head += f"\nkeys and values of sequence {b}: {origin}"
+        return head
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.heading, *map(str, self.tables())])
+
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield self.heading
+        yield from (table.to_rich(options.max_width) for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table.to_html() for table in self.tables())
+        return f"<div>{html.escape(self.heading)}</div>{tables}"
+
+
+def planned_rows(
+    plans: Plans, model: Model, page_size: int, choice: Choice | None
+) -> list[dict[str, Any]]:
+    """What would run, one row a layer; with predictions where `Auto` chose."""
+    rows = []
+    for layer in range(model.config.num_hidden_layers):
+        plan = of_layer(plans, layer)
+        runs = implementation_of(plan, model, page_size)
+        row = {"layer": layer, **_plan_fields(plan), **_placed(runs)}
+        if choice is not None:
+            row |= choice.layers[layer].to_dict()
+        rows.append(row)
+    return rows
+
+
+def _plan_fields(plan: Plan) -> dict[str, Any]:
+    beta = getattr(plan.query, "beta", None)
+    return {
+        "query": repr(plan.query),
+        "index": _index_name(plan),
+        "by": plan.by if plan.retrieves else None,
+        "share": plan.share if plan.retrieves else None,
+        "beta": None if beta is None else np.asarray(beta, np.float64).tolist(),
+    }
+
+
+def _placed(runs: Implementation) -> dict[str, Any]:
+    """Where it runs and by what; `passed_over`: what is faster, and why it cannot."""
+    return {
+        "tier": "device",
+        "implementation": runs.implementation,
+        "passed_over": dict(runs.passed_over),
+        "platform": runs.target.platform,
+    }
+
+
+def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
+    d = reads.to_dict()
+    index = f"index {d['index']}" if d["index"] else "no index"
+    share = d["keys_attended_per_step"] / max(d["keys_visible_per_step"], 1)
+    title = (
+        f"{name}: {_brief(d['query'])}, {index}, {d['implementation']}, pages on {d['tier']}, "
+        f"{d['steps']} query tokens"
+    )
+    notes = [
+        f"keys a query token and head: {d['keys_visible_per_step']:,.1f} visible, "
+        f"{d['keys_scanned_per_step']:,.1f} scored, {d['keys_attended_per_step']:,.1f} "
+        f"attended ({share:.1%})"
+    ]
+    if why is not None:
+        notes.append(why)
+    for reason in dict.fromkeys(
+        given
+        for row in d["by_layer"]
+        if row["platform"] == "gpu"
+        for given in row["passed_over"].items()
+    ):
+        notes.append(f"not by {reason[0]}: {reason[1]}")
+    if d["searches_widened"]:
+        notes.append(
+            f"{d['searches_widened']:,} searches (of a token, head and layer) met more than they "
+            "could list, and all keys were scanned: raise Graph(capacity=...)"
+        )
+    if d["mass_estimated"] is not None and d["index"]:
+        notes.append(f"attention mass kept, by estimate: {d['mass_estimated']:.3f}")
+    rows = [
+        (
+            _short(row),
+            show.count(np.mean(row["keys_scanned"])),
+            _spread(row["keys_read_by_group"]),
+            _spread(row["keys_attended"]),
+            show.share(row["mass_estimated"] and min(row["mass_estimated"])),
+            show.nbytes(row["bytes"]),
+        )
+        for row in d["by_layer"]
+    ]
+    columns = ("layer", "<plan", "scored", "read (by kv head)", "attended (by head)")
+    columns = (*columns, "least est. mass", "bytes a token")
+    return show.Table(title, columns, show.alike(rows), tuple(notes))
+
+
+def _planned_table(planned: list[dict[str, Any]], choice: Choice | None) -> show.Table:
+    if choice is None:
+        rows = show.alike([(_short(row), row["tier"]) for row in planned])
+        return show.Table("plan (nothing has run)", ("layer", "<plan", "<tier"), rows)
+    return choice.table()
+
+
+def _analysis_table(found: Analysis, choice: Choice | None) -> show.Table:
+    columns = ["layer", "<plan", "attended (by head)", "needed", "recovery: mean", "least"]
+    columns += ["error: mean", "most", "beta needed", "time", "full"]
+    if choice is not None:
+        columns.append("predicted")
+    rows = []
+    for i in range(len(found.seconds)):
+        row = (
+            str(i),
+            _short(_plan_fields(of_layer(found.plans, i))),
+            _spread(found.attended[i]),
+            _spread(found.keys_needed[i]),
+            show.share(found.recovery[i].mean()),
+            show.share(found.recovery[i].min()),
+            f"{found.error[i].mean():.2%}",
+            f"{found.error[i].max():.2%}",
+            _spread(found.beta_needed[i]),
+            show.seconds(found.seconds[i]),
+            show.seconds(found.seconds_full[i]),
+        )
+        if choice is not None:
+            row = (*row, show.seconds(choice.layers[i].seconds))
+        rows.append(row)
+    notes = (
+        f"needed: keys outside the window, and their range, that hold {found.wanted:g} of the mass",
+        f"attention of all layers: {show.seconds(found.seconds.sum())}, "
+        f"in full {show.seconds(found.seconds_full.sum())} (each layer a call of its own)",
+    )
+    title = f"analysis of the query at position {found.position:,} of sequence {found.sequence}"
+    return show.Table(title, tuple(columns), rows, notes)
+
+
+def _spread(values: Any) -> str:
+    low, high = float(np.min(values)), float(np.max(values))
+    return show.count(low) if low == high else f"{show.count(low)} to {show.count(high)}"
+
+
+def _brief(query: str) -> str:
+    """Without the window and what was left open, which would fill the line."""
+    return re.sub(r"(window=Window\([^)]*\)|\w+=None)(, )?", "", query).replace(", )", ")")
+
+
+def _short(row: dict[str, Any]) -> str:
+    words = [_brief(row["query"])]
+    if row["index"]:
+        words.append(f"@ {row['index']}")
+    if row["by"] == "page":
+        words.append("by page")
+    if row["share"] not in (None, "head"):
+        words.append(f"a {row['share']}")
+    return " ".join(words)
+
+
+def _index_name(plan: Plan) -> str | None:
+    return repr(plan.index or Flat()) if plan.retrieves else None
+
+
+def _window_size(plan: Plan) -> float:
+    window = getattr(plan.query, "window", None)
+    return float(window.sink) + float(window.recent) if window else 0.0
+
+
+def _describe(plans: Plans) -> str:
+    each = plans if isinstance(plans, tuple) else (plans,)
+    words = list(dict.fromkeys(repr(plan.query) for plan in each))
+    return words[0] if len(words) == 1 else "by layer: " + ", ".join(words)

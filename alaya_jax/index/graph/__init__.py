@@ -1,0 +1,1 @@
+"""The graph index of a stored context: spec, layer, build, search."""

@@ -1,0 +1,211 @@
+"""What attention may ask of the keys. A query is a small pytree: its class is structure, its
+numbers are data, so another beta does not compile another program.
+
+All but `Full` include the window (the first and the last tokens), counted once. How a query is
+answered is a plan (`plan.py`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from alaya_jax.errors import RequestError
+
+
+def _is_number(value: Any) -> bool:
+    """Tracers and other placeholders are none: jax rebuilds queries from their leaves."""
+    return isinstance(value, int | float)
+
+
+def _words(value: Any) -> str:
+    """In a repr: of an array, one number a head, its range."""
+    arrays = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
+    if not arrays or value.ndim == 0:
+        return repr(value)
+    return f"[{np.min(value):.4g} to {np.max(value):.4g}]"
+
+
+def _refuse_text(query: Any, field: str, words: str) -> None:
+    """Text is never a number, nor what jax puts in its place."""
+    value = getattr(query, field)
+    if isinstance(value, str | bytes):
+        raise RequestError(f"{type(query).__name__}({field}={value!r}): must be {words}, not text")
+
+
+def _check(query: Any, field: str, low: float, *, whole: bool = False) -> None:
+    kind = "a whole number" if whole else "a number"
+    _refuse_text(query, field, kind)
+    value = getattr(query, field)
+    if _is_number(value) and not (value >= low and not (whole and value != value // 1)):
+        raise RequestError(
+            f"{type(query).__name__}({field}={value}): must be {kind}, at least {low}"
+        )
+
+
+def _check_static(query: Any, field: str, low: int) -> None:
+    """Of what is structure: jax puts nothing in its place."""
+    value = getattr(query, field)
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+        raise RequestError(
+            f"{type(query).__name__}({field}={value!r}): must be a whole number, at least {low}"
+        )
+
+
+def _check_window(query: Any) -> None:
+    if isinstance(query.window, str | bytes | int | float):
+        raise RequestError(
+            f"{type(query).__name__}(window={query.window!r}): must be a Window(sink, recent)"
+        )
+
+
+def _check_share(query: Any, field: str) -> None:
+    _refuse_text(query, field, "a number")
+    value = getattr(query, field)
+    if _is_number(value) and not 0 < value <= 1:
+        raise RequestError(
+            f"{type(query).__name__}({field}={value}): a share of the attention mass, above 0 and "
+            "at most 1"
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Every key: exact attention."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The first `sink` and the last `recent` tokens, the query's own among them (StreamingLLM,
+    arXiv 2309.17453; the sizes are AlayaDB's, Table 5). Data, not structure.
+    """
+
+    sink: int = 128
+    recent: int = 512
+
+    def __post_init__(self):
+        _check(self, "sink", 0, whole=True)
+        _check(self, "recent", 1, whole=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DIPR:
+    """Dynamic inner-product range query (AlayaDB, arXiv 2504.10326, Definition 3): of the keys
+    outside the window, those with `q.k >= max_s q.k_s - beta`, the maximum over these and the
+    window's: over all keys that q may see, but for those that `before` rules out.
+
+    The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
+    whose attention weight is at least alpha times the largest.
+
+    Give one of the two: `DIPR(beta=50.0)`, or `DIPR(recovery=0.95)`, which takes, for each query
+    and head, the smallest beta whose keys hold that share of the attention mass, by the estimated
+    scores of the scan (see `index.recover`).
+
+    Attributes:
+      beta: range, at least 0. A number, or an array [H] (one a query head).
+      window: tokens that are always attended.
+      recovery: share of the attention mass to keep, above 0 and at most 1; a number or [H].
+      before: of the keys outside the window, only those at positions below this are eligible: the
+        others are not retrieved, and count neither for the maximum nor for the mass; None: all.
+    """
+
+    beta: float | jax.Array | None = None
+    window: Window = Window()
+    recovery: float | jax.Array | None = None
+    before: int | jax.Array | None = None
+
+    def __post_init__(self):
+        if self.beta is None and self.recovery is None:
+            raise RequestError("DIPR(): give beta=..., or recovery=...")
+        if _is_number(self.beta) and self.recovery is not None:
+            raise RequestError("DIPR(beta=..., recovery=...): give one of the two")
+        _check(self, "beta", 0.0)
+        _check_share(self, "recovery")
+        _check(self, "before", 0, whole=True)
+        _check_window(self)
+
+    def __repr__(self) -> str:
+        fields = (f.name for f in dataclasses.fields(self))
+        return f"DIPR({', '.join(f'{name}={_words(getattr(self, name))}' for name in fields)})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Of the keys outside the window, the `k` of largest inner product, for each query head; of
+    equal ones the earlier. `k` is structure: another k compiles another program.
+
+    Attributes:
+      k: how many, at least 1.
+      window: tokens that are always attended.
+      before: only keys at positions below this are retrieved; None: all.
+    """
+
+    k: int = dataclasses.field(metadata={"static": True})
+    window: Window = Window()
+    before: int | jax.Array | None = None
+
+    def __post_init__(self):
+        _check_static(self, "k", 1)
+        _check(self, "before", 0, whole=True)
+        _check_window(self)
+
+
+NEAR = Window(sink=16, recent=256)
+"""The window of a block of queries. On real keys, that much of the recent ones improves the worst
+queries more than as many blocks chosen elsewhere would; a longer sink does not
+(benchmarks/sparse_prefill.py)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block-sparse attention of many queries: two rules, alone or together.
+
+    `beta` skips what is not worth its softmax. Keys are scored tile by tile; a tile in which every
+    query's best score is below that query's best so far minus beta is left there: no softmax, no V
+    (BSFA, arXiv 2512.07011, with DIPR's range in place of a calibrated threshold). Exact: of the
+    keys that are scored, none within beta of its query's best is ever lost. Infinite: none is
+    skipped.
+
+    `recovery` chooses the blocks that are scored at all, from the attention of a few queries of the
+    block (`samples`, spread evenly): in order of the share of mass that these give them, as many as
+    it takes for each of these to hold `recovery` of its mass. An estimate: on keys of
+    SmolLM2-135M 93% to 97% of all queries hold it then (benchmarks/sparse_prefill.py). 1 leaves
+    nothing out, and only sets the order; with None there is no estimate, and keys come in order of
+    position.
+
+    The window's keys are always attended, but by blocks: those of the sink and those within
+    `recent` of a query of the block.
+
+    Attributes:
+      beta: range in raw products, at least 0; a number, or an array [H].
+      recovery: in (0, 1], or None.
+      window: the first and last keys; `recent` counts back from the first query of a block.
+      q_block: queries that share one list of key blocks. Static.
+      kv_block: keys chosen together, a multiple of the page size; None: a page. Static.
+      samples: queries of a block that are asked. Static.
+    """
+
+    beta: float | jax.Array = float("inf")
+    recovery: float | jax.Array | None = None
+    window: Window = NEAR
+    q_block: int = dataclasses.field(default=128, metadata={"static": True})
+    kv_block: int | None = dataclasses.field(default=None, metadata={"static": True})
+    samples: int = dataclasses.field(default=8, metadata={"static": True})
+
+    def __post_init__(self):
+        _check(self, "beta", 0.0)
+        _check_share(self, "recovery")
+        _check_window(self)
+        for name in ("q_block", "kv_block", "samples"):
+            if name != "kv_block" or self.kv_block is not None:
+                _check_static(self, name, 1)
+
+
+Query = Full | Window | DIPR | TopK | Tiles

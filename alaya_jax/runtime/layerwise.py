@@ -1,0 +1,165 @@
+"""A session run by a model of one's own, which calls `update` and `attention` in each layer.
+
+The cache holds new tokens layer by layer then: `Session.ahead` counts those that some layers have
+and others do not, and lengths grow when all have them.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from alaya_jax.attention import engine
+from alaya_jax.attention.counts import Counts
+from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.errors import RequestError
+from alaya_jax.query.origin import Way
+from alaya_jax.query.plan import Attention, of_layer
+from alaya_jax.sharding import ShardingRules, laid, whole
+
+if TYPE_CHECKING:
+    from alaya_jax.session import Session
+
+
+def update(
+    session: "Session",
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    layer: int,
+    return_kv: bool,
+) -> tuple[Array | None, Array | None]:
+    """See `Session.update`."""
+    if any(session.pending):
+        raise RequestError(
+            "update: the last generated token is not in the cache yet; call prefill(()) first"
+        )
+    if return_kv and session.batch_size != 1:
+        raise RequestError("update: return_kv is for a session of one sequence")
+    c = session.model.config
+    batch, t = session.batch_size, _tokens_of(k)
+    shape = (batch, t, c.num_key_value_heads, c.head_dim)
+    if np.shape(k) != shape or np.shape(v) != shape or not 0 <= layer < c.num_hidden_layers:
+        raise RequestError(
+            f"update: k {np.shape(k)}, v {np.shape(v)}, layer {layer}; this session takes {shape} "
+            f"and layers 0 to {c.num_hidden_layers - 1}"
+        )
+    session.turn += 1
+    start = session.ahead[layer]
+    for sequence in session.sequences:
+        session.pool.reserve(sequence, int(start) + t)
+    table = _table(session, layer)
+    session.pool.run(
+        _append,
+        table,
+        jnp.full(batch, t, jnp.int32),
+        k,
+        v,
+        kv_result=None,
+        layer=layer,
+        mesh=session.model.mesh,
+        rules=session.model.rules,
+    )
+    session.ahead[layer] += t
+    done = int(session.ahead.min())
+    if done:
+        session.ahead -= done
+        for sequence in session.sequences:
+            sequence.length += done
+    if not return_kv:
+        return None, None
+    n = session.lengths[0] + int(session.ahead[layer])
+    full_k, full_v = session.pool.gather(session.sequences[0], layer, n)
+    return full_k[:, :n], full_v[:, :n]
+
+
+def attention(
+    session: "Session", q: Float[Array, "B T H D"], layer: int, query: Attention | None
+) -> Float[Array, "B T H D"]:
+    """See `Session.attention`."""
+    c = session.model.config
+    batch, t = session.batch_size, _tokens_of(q)
+    shape = (batch, t, c.num_attention_heads, c.head_dim)
+    held = (
+        min(session.lengths) + int(session.ahead[layer]) if 0 <= layer < len(session.ahead) else -1
+    )
+    if np.shape(q) != shape or t > held:
+        raise RequestError(
+            f"attention: q {np.shape(q)}, layer {layer}; this session takes {shape} of the last "
+            f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
+        )
+    table = _table(session, layer)
+    table = dataclasses.replace(table, length=table.length - t)
+    count = jnp.full(batch, t, jnp.int32)
+    plans = session.plans(query, max(session.lengths) + t, prefill=t > 1)
+    with session.pool.lock:
+        kv = session.pool.kv
+        # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
+        indexed = session.cover(plans)
+        out, counts = engine.attend(
+            of_layer(plans, layer),
+            q,
+            kv.k[layer],
+            kv.v[layer],
+            table,
+            count,
+            indexed.layers[layer],
+            indexed.covered,
+            mesh=session.model.mesh,
+            rules=session.model.rules,
+        )
+    way = Way.of(of_layer(plans, layer))
+    for b, length in enumerate(session.lengths):
+        end, origin = length + int(session.ahead[layer]), session.origins[b]
+        if way.name not in [name for _, name in origin.runs]:  # once, not by turns with a layer's
+            session.origins[b] = origin.then(end - t, end, way)
+    by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(session.model.mesh))
+    # The account is kept by token: the last layer closes it.
+    counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
+    lengths = np.asarray(table.length).tolist()
+    session.count_reads("attention", plans, by_layer, lengths, counted, t)
+    return out
+
+
+def _tokens_of(array: Any) -> int:
+    """T of an array [B, T, ...]; of another shape 0, which fits no request."""
+    return np.shape(array)[1] if np.ndim(array) == 4 else 0
+
+
+def _table(session: "Session", layer: int) -> PageTable:
+    """Pages, and lengths with what the layer has ahead of others."""
+    table = session.pool.table(session.sequences)
+    return dataclasses.replace(table, length=table.length + int(session.ahead[layer]))
+
+
+def _append_layer(
+    params: Any,
+    kv: PagedKV,
+    table: PageTable,
+    count: Array,
+    k: Array,
+    v: Array,
+    *,
+    layer: int,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+) -> PagedKV:
+    del params
+    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    return laid(new, rules.pool(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "place"))
+def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding | None) -> Counts:
+    """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
+    here = (jnp.arange(layers) == layer)[:, None, None]
+    return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
+
+
+_append = jax.jit(
+    _append_layer, static_argnames=("layer", "mesh", "rules"), donate_argnames=("kv",)
+)

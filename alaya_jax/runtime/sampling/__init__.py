@@ -1,0 +1,1 @@
+"""How the next token is chosen: what a user asks for (`params`) and the program (`sampler`)."""
