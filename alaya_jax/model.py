@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.checkpoint.identity import identify_arrays
 from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.frame import Frame
 from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
@@ -126,6 +127,11 @@ class Model:
     def rope_length(self) -> int | None:
         """The length that dynamic RoPE is stretched for; None for other types."""
         return self.length_limit if self.config.rope.rope_type == "dynamic" else None
+
+    @property
+    def frame(self) -> Frame:
+        """What its programs are compiled for."""
+        return Frame(self.config, self.rope_length, self.mesh, self.rules)
 
     @property
     def chat(self) -> ChatTemplate:

@@ -5,12 +5,19 @@ back. What `state` is (a KV cache, a database session, nothing) is none of its b
 
     logits, state = forward(params, config, tokens, positions, attend, state)
 
+The same in three pieces, for programs that hold some of the layers only:
+
+    x = embed(params, config, tokens)
+    rotary = rotation(config, positions)
+    x, state = run_layers([layer_params(params, i) for i in ...], config, x, rotary, attend, state)
+    logits = head(params, config, x)
+
 Letters: B batch, T query tokens, L layers, H query heads, K kv heads, D head_dim, E model dim, F
 ffn dim, V vocab.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -55,9 +62,68 @@ def forward(
     Returns:
       logits float32 [B, T, V] (or [B, V] with `logits_at`), and the state.
     """
-    result: Any = Llama(config).apply(
-        {"params": params}, tokens, positions, attend, state, logits_at, rope_length
-    )
+    x, rotary = embed(params, config, tokens), rotation(config, positions, rope_length)
+    blocks = [layer_params(params, i) for i in range(config.num_hidden_layers)]
+    x, state = run_layers(blocks, config, x, rotary, attend, state)
+    if logits_at is not None:
+        x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
+    return head(params, config, x), state
+
+
+def layer_params(params: Params, layer: int) -> Params:
+    """The parameters of one layer."""
+    return params[f"layers_{layer}"]
+
+
+def outer_params(params: Params) -> Params:
+    """The parameters that no layer has: what `embed` and `head` need."""
+    return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+
+
+def embed(params: Params, config: LlamaConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """What the first layer takes."""
+    result: Any = Llama(config).apply({"params": params}, tokens, method="embedded")
+    return result
+
+
+def rotation(
+    config: LlamaConfig, positions: Int[Array, "B T"], rope_length: int | None = None
+) -> tuple[Array, Array]:
+    """The rotary embedding of these positions, the same for every layer; see `rope.rotate`."""
+    return rope.rotation(positions, *rope.inverse_frequencies(config, rope_length))
+
+
+def run_layers(
+    blocks: Sequence[Params],
+    config: LlamaConfig,
+    x: Float[Array, "B T E"],
+    rotary: tuple[Array, Array],
+    attend: Attend,
+    state: Any = None,
+) -> tuple[Float[Array, "B T E"], Any]:
+    """Some consecutive layers.
+
+    Args:
+      blocks: the parameters of each; see `layer_params`.
+      config: architecture.
+      x: what `embed`, or the layer before them, made.
+      rotary: see `rotation`.
+      attend: is told the place of a layer in `blocks`.
+      state: opaque pytree threaded through `attend`, layer by layer.
+    """
+    for i, block in enumerate(blocks):
+        run = functools.partial(attend, i)
+        layer = Block(config, jnp.float32)
+        result: Any = layer.apply({"params": block}, x, rotary, run, state)
+        x, state = result
+    return x, state
+
+
+def head(
+    params: Params, config: LlamaConfig, x: Float[Array, "*rows E"]
+) -> Float[Array, "*rows V"]:
+    """Logits, float32, of what the last layer made."""
+    result: Any = Llama(config).apply({"params": params}, x, method="logits")
     return result
 
 
@@ -101,37 +167,39 @@ def _boxed(config: LlamaConfig, dtype: Any) -> Params:
 def _init(config: LlamaConfig, key: Array, dtype: Any) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Llama(config, param_dtype=dtype)
-    variables: Any = model.init(key, tokens, tokens, causal_attend, None, None, None)
+    variables: Any = model.init(key, tokens, rotation(config, tokens), causal_attend)
     return variables["params"]
 
 
 class Llama(nn.Module):
-    """Token ids to logits. `param_dtype` matters only when parameters are made."""
+    """The names and shapes of all parameters. `param_dtype` matters only when they are made."""
 
     config: LlamaConfig
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, tokens, positions, attend, state, logits_at=None, rope_length=None):
-        cfg = self.config
-        embed = _Embed(cfg.vocab_size, cfg.hidden_size, self.param_dtype, name="embed")
-        x = embed(tokens)
-        rotary = rope.rotation(positions, *rope.inverse_frequencies(cfg, rope_length))
-        for layer in range(cfg.num_hidden_layers):
-            block = Block(cfg, self.param_dtype, name=f"layers_{layer}")
-            x, state = block(x, rotary, functools.partial(attend, layer), state)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
-        x = RMSNorm(cfg.rms_norm_eps, self.param_dtype, name="norm")(x)
+    def setup(self):
+        cfg, dtype = self.config, self.param_dtype
+        self.embed = _Embed(cfg.vocab_size, cfg.hidden_size, dtype)
+        self.layers = [Block(cfg, dtype) for _ in range(cfg.num_hidden_layers)]
+        self.norm = RMSNorm(cfg.rms_norm_eps, dtype)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = _Linear((cfg.vocab_size,), ("embed", "vocab"), dtype)
+
+    def __call__(self, tokens, rotary, attend):
+        x = self.embedded(tokens)
+        for i, layer in enumerate(self.layers):
+            x, _ = layer(x, rotary, functools.partial(attend, i), None)
+        return self.logits(x)
+
+    def embedded(self, tokens):
+        return self.embed(tokens)
+
+    def logits(self, x):
+        x = self.norm(x)
         with jax.named_scope("logits"):
-            if cfg.tie_word_embeddings:
-                logits = embed.logits(x)
-            else:
-                head = _Linear(
-                    (cfg.vocab_size,), ("embed", "vocab"), self.param_dtype, name="lm_head"
-                )
-                logits = head(x, preferred_element_type=jnp.float32)
-        return logits, state
+            if self.config.tie_word_embeddings:
+                return self.embed.logits(x)
+            return self.lm_head(x, preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
