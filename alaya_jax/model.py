@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.checkpoint.identity import identify_arrays
 from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.frame import Frame
 from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
-from alaya_jax.models.quantized import QuantizedKernel, Scheme
+from alaya_jax.models.quantized import QuantizedMatrix, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
 from alaya_jax.settings import under_own_settings
@@ -29,7 +30,7 @@ class _Named:
     fingerprint: str
     config: LlamaConfig
     arrays: list[Any]
-    tree: Any  # with what a kernel holds beside its arrays
+    tree: Any  # with what a matrix holds beside its arrays
 
     def holds_for(self, config: LlamaConfig, params: Params) -> bool:
         """Whether these are config and arrays; an array is another when it was made anew."""
@@ -128,6 +129,11 @@ class Model:
         return self.length_limit if self.config.rope.rope_type == "dynamic" else None
 
     @property
+    def frame(self) -> Frame:
+        """What its programs are compiled for."""
+        return Frame(self.config, self.rope_length, self.mesh, self.rules)
+
+    @property
     def chat(self) -> ChatTemplate:
         """The chat template.
 
@@ -192,7 +198,7 @@ class Model:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedKernel)
+    return isinstance(leaf, QuantizedMatrix)
 
 
 @under_own_settings
