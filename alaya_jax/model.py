@@ -16,7 +16,7 @@ from alaya_jax.frame import Frame
 from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
-from alaya_jax.models.quantized import QuantizedKernel, Scheme
+from alaya_jax.models.quantized import QuantizedMatrix, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
 from alaya_jax.rope import Rope, stretched
@@ -31,7 +31,7 @@ class _Named:
     fingerprint: str
     config: LlamaConfig
     arrays: list[Any]
-    tree: Any  # with what a kernel holds beside its arrays
+    tree: Any  # with what a matrix holds beside its arrays
 
     def holds_for(self, config: LlamaConfig, params: Params) -> bool:
         """Whether these are config and arrays; an array is another when it was made anew."""
@@ -207,7 +207,7 @@ class Model:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedKernel)
+    return isinstance(leaf, QuantizedMatrix)
 
 
 @under_own_settings

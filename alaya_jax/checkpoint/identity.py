@@ -196,7 +196,7 @@ def identify_arrays(config: LlamaConfig, params: Any) -> str:
 
     with ThreadPoolExecutor(_READERS) as readers:
         digests = list(readers.map(read, leaves))
-    # What a kernel of another kind holds beside its arrays (an adapter's scale) is in the tree.
+    # What a matrix of another kind holds beside its arrays (an adapter's scale) is in the tree.
     return fingerprint(config, [*digests, Digest("", (), "", 0, str(tree))])
 
 
