@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.kernels import Kernel, take_rows
+from alaya_jax.models.matrices import Matrix, take_rows
 
 Params = dict[str, Any]
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -49,7 +49,7 @@ def forward(
     """Runs the model over T new tokens of each sequence.
 
     Args:
-      params: pytree as made by `init_params` or a checkpoint reader; a matrix may be a `Kernel`.
+      params: pytree as made by `init_params` or a checkpoint reader; a matrix may be a `Matrix`.
       config: architecture (static under jit).
       tokens: token ids.
       positions: position of each token in its sequence, from 0.
@@ -137,7 +137,7 @@ def causal_attend(
     b, t, h, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    mask = jnp.tril(jnp.ones((t, t), bool))
+    mask = _under(jnp.tril(jnp.ones((t, t), bool)), scores)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, h, d), state
 
@@ -272,7 +272,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return scale * y.astype(x.dtype)
+        return _under(scale, y) * y.astype(x.dtype)
 
 
 class _Embed(nn.Module):
@@ -288,13 +288,13 @@ class _Embed(nn.Module):
         self.embedding = _kernel(self, "embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens):
-        if isinstance(self.embedding, Kernel):
+        if isinstance(self.embedding, Matrix):
             return self.embedding.rows(tokens)
         return take_rows(self.embedding, tokens)
 
     def logits(self, x):
         """Logits float32 [..., V] of x [..., E]."""
-        if isinstance(self.embedding, Kernel):
+        if isinstance(self.embedding, Matrix):
             return self.embedding.contract_last(x)
         return jnp.einsum("...e,ve->...v", x, self.embedding, preferred_element_type=jnp.float32)
 
@@ -320,22 +320,27 @@ class _Linear(nn.Module):
         )
         init = _partitioned(init, *self.axes)
         kernel = _kernel(self, "kernel", init, in_shape + self.features, self.param_dtype)
-        if isinstance(kernel, Kernel):
+        if isinstance(kernel, Matrix):
             y = kernel.contract(x, n_in, preferred_element_type)
         else:
             y = jnp.tensordot(x, kernel, n_in, preferred_element_type=preferred_element_type)
         if self.use_bias:
             init = _partitioned(nn.initializers.zeros_init(), *self.axes[n_in:])
-            y = y + self.param("bias", init, self.features, self.param_dtype)
+            y = y + _under(self.param("bias", init, self.features, self.param_dtype), y)
         return y
 
 
 def _kernel(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any):
-    """A parameter of a module, or the `Kernel` that stands in its place."""
+    """A parameter of a module, or the `Matrix` that stands in its place."""
     given = module.get_variable("params", name)
-    if isinstance(given, Kernel):
+    if isinstance(given, Matrix):
         return given
     return module.param(name, init, shape, dtype)
+
+
+def _under(x: Array, y: Array) -> Array:
+    """x with axes of one in front, as many as y has: whatever JAX is told of rank promotion."""
+    return jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
 
 
 def _partitioned(init: Callable, *axes: str) -> Callable:
