@@ -28,6 +28,7 @@ from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.sharding import memory_of
@@ -124,6 +125,7 @@ class DB:
             rules=model.rules,
         )
         self._indexes = PageIndexes(self.pool)
+        self._stack = Stack(model.params, model.frame, model.layers_per_program)
         self._store = DirectoryStore(path, read_only=read_only)
         shown = filter(None, map(self._shown, self._store.list()))
         self._contexts = {record.id: Context(record, self._store) for record in shown}
@@ -280,6 +282,7 @@ class DB:
             self.model,
             self.pool,
             self._indexes,
+            self._stack,
             sequences,
             tokens,
             found,
@@ -385,7 +388,13 @@ class DB:
             sequence = self._residents.share(known, known.num_tokens)
         try:
             layers = graphs.build_layers(
-                self.model, self.pool, sequence, known.tokens, index, progress=progress
+                self.model,
+                self._stack,
+                self.pool,
+                sequence,
+                known.tokens,
+                index,
+                progress=progress,
             )
             self._store.write_index(id, graphs.KIND, index.built, layers)
         finally:

@@ -52,6 +52,8 @@ class Model:
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
       directory: of the checkpoint's files; None where it is one file, or was not read from any.
+      layers_per_program: most layers of a compiled program; None: about five. As many as the model
+        has is one program for all: the least work between them, and the longest to compile.
     """
 
     config: LlamaConfig
@@ -62,6 +64,7 @@ class Model:
     rules: ShardingRules
     max_length: int | None
     directory: Path | None
+    layers_per_program: int | None
     _named: _Named | None
 
     def __init__(
@@ -76,6 +79,7 @@ class Model:
         max_length: int | None = None,
         directory: Path | None = None,
         *,
+        layers_per_program: int | None = None,
         _named: _Named | None = None,
     ):
         """A model of parameters in memory; `load` reads one.
@@ -92,7 +96,8 @@ class Model:
             _named = None
         fields = {"config": config, "params": params, "tokenizer": tokenizer, "name": name}
         fields |= {"mesh": mesh, "rules": rules or ShardingRules(), "max_length": max_length}
-        for field, value in (fields | {"directory": directory, "_named": _named}).items():
+        fields |= {"directory": directory, "layers_per_program": layers_per_program}
+        for field, value in (fields | {"_named": _named}).items():
             object.__setattr__(self, field, value)
 
     @property
