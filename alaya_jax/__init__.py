@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from alaya_jax.query import Window as Window
     from alaya_jax.query.auto import Auto as Auto
     from alaya_jax.query.plan import Plan as Plan
+    from alaya_jax.rope import Rope as Rope
     from alaya_jax.runtime.sampling.params import Greedy as Greedy
     from alaya_jax.runtime.sampling.params import Sampling as Sampling
     from alaya_jax.session import Session as Session
@@ -58,6 +59,7 @@ _HOME = {
     "Model": "model",
     "Plan": "query.plan",
     "Rendered": "models.rendered",
+    "Rope": "rope",
     "Sampling": "runtime.sampling.params",
     "Session": "session",
     "ShardingRules": "sharding",

@@ -23,6 +23,7 @@ from alaya_jax.contexts.context import Context, lender, longest_prefix
 from alaya_jax.contexts.residents import Residents
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph, Index
+from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
@@ -113,7 +114,16 @@ class DB:
                 f"Budget(device={self.budget.device!r}) is {self.budget.device_bytes:,} bytes, and "
                 f"there are {there:,} in all, weights included; give less"
             )
-        self.pool = PagePool(model, num_pages, page_size, f"Budget(device={self.budget.device!r})")
+        self.pool = PagePool(
+            model.config,
+            model.dtype,
+            num_pages,
+            page_size,
+            f"Budget(device={self.budget.device!r})",
+            mesh=model.mesh,
+            rules=model.rules,
+        )
+        self._indexes = PageIndexes(self.pool)
         self._store = DirectoryStore(path, read_only=read_only)
         shown = filter(None, map(self._shown, self._store.list()))
         self._contexts = {record.id: Context(record, self._store) for record in shown}
@@ -267,7 +277,14 @@ class DB:
                 raise
         tokens = [p[: s.length] for p, s in zip(rows, sequences, strict=True)]
         session = Session(
-            self.model, self.pool, sequences, tokens, found, origins=origins, batched=batched
+            self.model,
+            self.pool,
+            self._indexes,
+            sequences,
+            tokens,
+            found,
+            origins=origins,
+            batched=batched,
         )
         session.dated = asked[0].dated
         session.lender = self._lend
@@ -462,7 +479,7 @@ class DB:
         if len(tokens) > limit:
             raise RequestError(
                 f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to "
-                f"{limit:,}; shorten it, or use a model with a longer context"
+                f"{limit:,}; shorten it, or {self.model.way_to_longer}"
             )
         room = self.pool.capacity_tokens
         if len(tokens) > room:

@@ -306,6 +306,7 @@ class _Request:
                 with session.pool.lock:
                     decoded, table, token, sampler = session.pool.run(
                         programs.decode,
+                        session.model.params,
                         table,
                         token,
                         on_device & jnp.asarray(self._running),

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.checkpoint.identity import identify_arrays
 from alaya_jax.errors import RequestError, TokenizerError
+from alaya_jax.frame import Frame
 from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
-from alaya_jax.models.quantized import QuantizedKernel, Scheme
+from alaya_jax.models.quantized import QuantizedMatrix, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
+from alaya_jax.rope import Rope, stretched
 from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, auto_axes
 
@@ -29,7 +31,7 @@ class _Named:
     fingerprint: str
     config: LlamaConfig
     arrays: list[Any]
-    tree: Any  # with what a kernel holds beside its arrays
+    tree: Any  # with what a matrix holds beside its arrays
 
     def holds_for(self, config: LlamaConfig, params: Params) -> bool:
         """Whether these are config and arrays; an array is another when it was made anew."""
@@ -123,9 +125,22 @@ class Model:
         return self.max_length or self.config.max_length
 
     @property
+    def way_to_longer(self) -> str:
+        """What to do about a sequence that is longer."""
+        longest = self.config.longest
+        if longest > self.length_limit:
+            return f"load it with max_length={longest}, which its RoPE allows"
+        return "stretch it on load: rope=aj.Rope('yarn', 4.0)"
+
+    @property
     def rope_length(self) -> int | None:
         """The length that dynamic RoPE is stretched for; None for other types."""
         return self.length_limit if self.config.rope.rope_type == "dynamic" else None
+
+    @property
+    def frame(self) -> Frame:
+        """What its programs are compiled for."""
+        return Frame(self.config, self.rope_length, self.mesh, self.rules)
 
     @property
     def chat(self) -> ChatTemplate:
@@ -192,7 +207,7 @@ class Model:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedKernel)
+    return isinstance(leaf, QuantizedMatrix)
 
 
 @under_own_settings
@@ -204,6 +219,7 @@ def load(
     quantize: Scheme | None = None,
     rules: ShardingRules | None = None,
     max_length: int | None = None,
+    rope: Rope | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a model.
@@ -215,12 +231,15 @@ def load(
       quantize: "int8" or "int4" keeps the weights so; another model than the dense one, with stored
         contexts of its own.
       rules: which axis goes where; default `ShardingRules()`.
-      max_length: longest sequence to serve, tokens; default what the checkpoint declares. Dynamic
-        RoPE is stretched for it: choose it as short as will do.
+      max_length: longest sequence to serve, tokens; default what the checkpoint declares, at most
+        what its RoPE is stretched for (`LlamaConfig.longest`: more where the config keeps the
+        length before stretching). Dynamic RoPE is stretched for it: choose it as short as will do.
+      rope: stretches RoPE in place of what the checkpoint says; another model then, with stored
+        contexts of its own.
       progress: shows a bar on stderr when it is a terminal.
 
     Raises:
-      RequestError: `max_length` is not from 1 to what the checkpoint declares.
+      RequestError: `max_length` is not from 1 to what RoPE is stretched for; `rope` lacks a length.
       CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
         understood; or the mesh has an axis that no rule uses.
     """
@@ -231,14 +250,20 @@ def load(
     read = read_checkpoint(
         path_or_name, mesh=mesh, rules=rules, dtype=dtype, quantize=quantize, progress=progress
     )
-    declared = read.config.max_length
-    if max_length is not None and not 1 <= max_length <= declared:
-        raise RequestError(f"load: max_length={max_length}; {path_or_name} declares {declared:,}")
+    config, fingerprint = stretched(read.config, read.fingerprint, rope)
+    if max_length is not None and not 1 <= max_length <= config.longest:
+        what = f"declares {config.longest:,}"
+        if config.longest > config.max_position_embeddings:
+            what = f"has RoPE for {config.longest:,}"
+        raise RequestError(
+            f"load: max_length={max_length}; {path_or_name} {what}. For more, stretch its RoPE: "
+            "rope=aj.Rope('yarn', 4.0)"
+        )
     return Model(
-        config=read.config,
+        config=config,
         params=read.params,
         tokenizer=read.tokenizer,
-        fingerprint=read.fingerprint,
+        fingerprint=fingerprint,
         name=Path(path_or_name).name,
         mesh=mesh,
         rules=rules,

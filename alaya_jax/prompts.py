@@ -8,11 +8,10 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date as Date
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from alaya_jax.contexts.context import Context
 from alaya_jax.errors import ContextError, RequestError, TokenizerError
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
@@ -21,6 +20,26 @@ from alaya_jax.models.tokenizer import Tokenizer
 
 _LOOK = 4096
 """Characters behind a date that tell one prompt from another before it is encoded."""
+
+
+class Stored(Protocol):
+    """What is looked at of a stored context (`contexts.Context`)."""
+
+    problem: str | None
+    """Why it cannot be used, where it cannot."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, int32 [n].
+
+        Raises:
+          ContextError: it is damaged.
+        """
+        ...
+
+    def shared(self, tokens: np.ndarray) -> int:
+        """How many tokens it has in common with these, from the first on."""
+        ...
 
 
 class Prompt(NamedTuple):
@@ -83,7 +102,7 @@ def prompt(
     messages: Sequence[Message] | None,
     document: str | None = None,
     date: Date | None = None,
-    stored: Iterable[Context] = (),
+    stored: Iterable[Stored] = (),
     *,
     to_store: bool = False,
 ) -> Prompt:
@@ -192,7 +211,7 @@ def _saying(stamps: Sequence[str]) -> Callable[[str], str]:
     return lambda format: next(told, "")
 
 
-def _dates(tokenizer: Tokenizer, text: Rendered, stored: Iterable[Context]) -> set[tuple[str, ...]]:
+def _dates(tokenizer: Tokenizer, text: Rendered, stored: Iterable[Stored]) -> set[tuple[str, ...]]:
     """The dates under which contexts go on most like this prompt."""
     marks = [chr(0x100000 + i) for i in range(len(text.stamps))]  # private use
     marked = _redated(tokenizer, text, marks)

@@ -17,6 +17,7 @@ from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.explain.explanation import Explanation, Reads
 from alaya_jax.explain.report import report
 from alaya_jax.index import Graph, GraphLayer, Indexed
+from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.models.tokenizer import TokenStream
 from alaya_jax.optimizer.choice import Choice
@@ -86,6 +87,7 @@ class Session:
         self,
         model: Model,
         pool: PagePool,
+        indexes: PageIndexes,
         sequences: list[Sequence],
         tokens: list[np.ndarray],
         contexts: "list[Context | None]",
@@ -96,6 +98,7 @@ class Session:
         """Made by the database; takes over the pages of `sequences`."""
         self.model = model
         self.pool = pool
+        self.indexes = indexes
         self._sequences = sequences
         self.batched = batched
         self.contexts = contexts
@@ -246,8 +249,8 @@ class Session:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none.
         """
         rows = list(range(self.batch_size)) if rows is None else rows
-        indexed = self.pool.cover(plans, [self.sequences[b] for b in rows])
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        indexed = self.indexes.cover(wanted, [self.sequences[b] for b in rows])
         layers = (
             tuple(self._graph(b, index, i) for b in rows)
             if isinstance(index, Graph)
@@ -318,6 +321,7 @@ class Session:
             with self.pool.lock:
                 part_logits, counts = self.pool.run(
                     programs.extend,
+                    self.model.params,
                     table,
                     jnp.asarray(chunk),
                     jnp.asarray(new),
@@ -475,6 +479,7 @@ class Session:
         other = Session(
             self.model,
             self.pool,
+            self.indexes,
             sequences,
             self.tokens,
             list(self.contexts),

@@ -6,7 +6,7 @@
     python examples/finetune.py --help
 
 What is worth copying from here: parameters, adapters and the optimizer's state lie on the mesh by
-the same `ShardingRules` as in serving; an adapter is a `Kernel` (see alaya_jax.models.kernels) in
+the same `ShardingRules` as in serving; an adapter is a `Matrix` (see alaya_jax.models.matrices) in
 the place of a matrix, so that the model needs no change; the batch of a step is a function of the
 seed and the step's number alone, so that a checkpoint need not hold the state of a data loader.
 """
@@ -50,7 +50,7 @@ class Adapted:
     """A frozen matrix W and a trained A B of low rank (LoRA, arXiv 2106.09685): W + scale * A B.
 
     Attributes:
-      base: the matrix, an array or itself a `Kernel`.
+      base: the matrix, an array or itself a `Matrix`.
       a: float32 [inputs..., rank].
       b: float32 [rank, outputs...]; starts at zero, so that training starts from the base.
       scale: alpha / rank.

@@ -17,9 +17,9 @@ from alaya_jax.errors import ConfigError
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 # Fields of each RoPE type beyond `rope_type` and `rope_theta`: name -> required.
-_ROPE_FIELDS: dict[str, dict[str, bool]] = {
+ROPE_FIELDS: dict[str, dict[str, bool]] = {
     "default": {},
-    "linear": {"factor": True},
+    "linear": {"factor": True, "original_max_position_embeddings": False},
     "dynamic": {"factor": True, "original_max_position_embeddings": False},
     "llama3": {
         "factor": True,
@@ -191,8 +191,11 @@ class LlamaConfig:
       num_attention_heads: H.
       num_key_value_heads: K; `group_size` = H / K query heads share a kv head.
       head_dim: D.
-      max_position_embeddings: longest sequence the checkpoint declares, tokens.
+      max_position_embeddings: length that the checkpoint declares, tokens; of a stretched RoPE it
+        may be the length before stretching (see `max_length`).
       dtype: what the checkpoint stores ("float32", "bfloat16" or "float16").
+      max_sequence_length: length after stretching, tokens, where the config says so in a field of
+        its own (Vicuna).
     """
 
     vocab_size: int
@@ -211,9 +214,15 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    max_sequence_length: int | None = None
 
     def __post_init__(self):
         _check_types(self)
+        if self.max_sequence_length is not None and self.max_sequence_length <= 0:
+            raise ConfigError(
+                f"config field 'max_sequence_length' must be positive, got "
+                f"{self.max_sequence_length}"
+            )
         for f in dataclasses.fields(self):
             if f.type is int and getattr(self, f.name) <= 0:
                 raise ConfigError(
@@ -242,13 +251,30 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence this checkpoint can serve, tokens.
+        """Longest sequence this checkpoint declares, tokens: what is served unless asked otherwise.
 
-        Dynamic RoPE stretches beyond `max_position_embeddings`, which is then the original length.
+        That is `max_position_embeddings`, but where it is the length *before* stretching: always
+        with dynamic RoPE; with YaRN where it equals `original_max_position_embeddings`, or that is
+        left out (Qwen); with linear scaling where `max_sequence_length` says more (Vicuna), or the
+        original length is given and equal. A linear scaling that gives neither does not tell.
         """
-        if self.rope.rope_type == "dynamic":
-            return int(self.max_position_embeddings * self.rope.factor)
-        return self.max_position_embeddings
+        declared, rope = self.max_position_embeddings, self.rope
+        if rope.rope_type == "dynamic":
+            return int(declared * rope.factor)
+        if rope.rope_type in ("linear", "yarn"):
+            if self.max_sequence_length is not None:
+                return max(declared, self.max_sequence_length)
+            if declared == rope.original_max_position_embeddings:
+                return max(declared, round(declared * rope.factor))
+        return declared
+
+    @property
+    def longest(self) -> int:
+        """Longest sequence that RoPE is stretched for, tokens: at least `max_length`."""
+        original = self.rope.original_max_position_embeddings or self.max_position_embeddings
+        if self.rope.rope_type not in ("linear", "yarn", "llama3"):
+            return self.max_length
+        return max(self.max_length, round(original * self.rope.factor))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -312,6 +338,7 @@ class LlamaConfig:
             "bos_token_id": take("bos_token_id", None),
             "eos_token_ids": eos,
             "dtype": str(take("dtype", "float32")).removeprefix("torch."),
+            "max_sequence_length": take("max_sequence_length", None),
             "rope": _read_rope(rest, max_positions),
         }
         if rest:
@@ -330,6 +357,8 @@ class LlamaConfig:
         for f in dataclasses.fields(self):
             if f.name not in ("rope", "eos_token_ids"):
                 hf[f.name] = getattr(self, f.name)
+        if self.max_sequence_length is None:
+            del hf["max_sequence_length"]
         hf["hidden_act"] = "silu"
         eos = list(self.eos_token_ids)
         hf["eos_token_id"] = eos[0] if len(eos) == 1 else (eos or None)
@@ -337,10 +366,32 @@ class LlamaConfig:
             "rope_type": self.rope.rope_type,
             "rope_theta": self.rope.theta,
         }
-        for name in _ROPE_FIELDS[self.rope.rope_type]:
+        for name in ROPE_FIELDS[self.rope.rope_type]:
             if getattr(self.rope, name) is not None:
                 parameters[name] = getattr(self.rope, name)
         hf["rope_parameters"] = parameters
+        return hf
+
+    def lengths_apart(self) -> "LlamaConfig":
+        """The same with the length after stretching in `max_position_embeddings`, the one before it
+        in RoPE's `original_max_position_embeddings`.
+        """
+        longest, rope = self.max_sequence_length, self.rope
+        if longest is None:
+            return self
+        config = dataclasses.replace(self, max_sequence_length=None)
+        if rope.rope_type not in ("linear", "yarn") or longest <= self.max_position_embeddings:
+            return config
+        original = rope.original_max_position_embeddings or self.max_position_embeddings
+        rope = dataclasses.replace(rope, original_max_position_embeddings=original)
+        return dataclasses.replace(config, max_position_embeddings=longest, rope=rope)
+
+    def in_digest(self) -> dict[str, Any]:
+        """What of `to_hf` a fingerprint is made of: all, but lengths that change no number."""
+        hf = self.to_hf()
+        hf.pop("max_sequence_length", None)
+        if self.rope.rope_type == "linear":
+            hf["rope_parameters"].pop("original_max_position_embeddings", None)
         return hf
 
 
@@ -352,6 +403,12 @@ def _read_rope(rest: dict[str, Any], max_positions: int) -> RopeConfig:
     if old and new and old != new:
         raise ConfigError("config has both 'rope_scaling' and 'rope_parameters', and they differ")
     given = dict(new or old or {})
+    apart = rest.pop("original_max_position_embeddings", None)  # beside it, as Phi-3 has it
+    if apart is not None and apart != given.setdefault("original_max_position_embeddings", apart):
+        raise ConfigError(
+            f"config field 'original_max_position_embeddings' = {apart!r} and that of {where!r} = "
+            f"{given['original_max_position_embeddings']!r} differ"
+        )
     if "type" in given:  # spelling of early checkpoints
         legacy = given.pop("type")
         given.setdefault("rope_type", legacy)
@@ -367,7 +424,7 @@ def _read_rope(rest: dict[str, Any], max_positions: int) -> RopeConfig:
         raise ConfigError(
             f"config field '{where}.partial_rotary_factor' other than 1 is not supported"
         )
-    known = _ROPE_FIELDS[rope_type]
+    known = ROPE_FIELDS[rope_type]
     unknown = sorted(set(given) - set(known))
     # transformers writes `original_max_position_embeddings` for every type; only some read it.
     unknown = [name for name in unknown if name != "original_max_position_embeddings"]
@@ -379,7 +436,7 @@ def _read_rope(rest: dict[str, Any], max_positions: int) -> RopeConfig:
     if missing:
         raise ConfigError(f"config field '{where}' of type {rope_type!r} lacks {missing}")
     values = {name: value for name, value in given.items() if value is not None and name in known}
-    if "original_max_position_embeddings" in known:
+    if "original_max_position_embeddings" in known and rope_type != "linear":
         values.setdefault("original_max_position_embeddings", max_positions)
     if rope_type == "yarn" and "factor" not in values:
         values["factor"] = max_positions / values["original_max_position_embeddings"]

@@ -5,12 +5,19 @@ back. What `state` is (a KV cache, a database session, nothing) is none of its b
 
     logits, state = forward(params, config, tokens, positions, attend, state)
 
+The same in three pieces, for programs that hold some of the layers only:
+
+    x = embed(params, config, tokens)
+    rotary = rotation(config, positions)
+    x, state = run_layers([layer_params(params, i) for i in ...], config, x, rotary, attend, state)
+    logits = head(params, config, x)
+
 Letters: B batch, T query tokens, L layers, H query heads, K kv heads, D head_dim, E model dim, F
 ffn dim, V vocab.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.kernels import Kernel, take_rows
+from alaya_jax.models.matrices import Matrix, take_rows
 
 Params = dict[str, Any]
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -42,7 +49,7 @@ def forward(
     """Runs the model over T new tokens of each sequence.
 
     Args:
-      params: pytree as made by `init_params` or a checkpoint reader; a matrix may be a `Kernel`.
+      params: pytree as made by `init_params` or a checkpoint reader; a matrix may be a `Matrix`.
       config: architecture (static under jit).
       tokens: token ids.
       positions: position of each token in its sequence, from 0.
@@ -55,9 +62,68 @@ def forward(
     Returns:
       logits float32 [B, T, V] (or [B, V] with `logits_at`), and the state.
     """
-    result: Any = Llama(config).apply(
-        {"params": params}, tokens, positions, attend, state, logits_at, rope_length
-    )
+    x, rotary = embed(params, config, tokens), rotation(config, positions, rope_length)
+    blocks = [layer_params(params, i) for i in range(config.num_hidden_layers)]
+    x, state = run_layers(blocks, config, x, rotary, attend, state)
+    if logits_at is not None:
+        x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
+    return head(params, config, x), state
+
+
+def layer_params(params: Params, layer: int) -> Params:
+    """The parameters of one layer."""
+    return params[f"layers_{layer}"]
+
+
+def outer_params(params: Params) -> Params:
+    """The parameters that no layer has: what `embed` and `head` need."""
+    return {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+
+
+def embed(params: Params, config: LlamaConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """What the first layer takes."""
+    result: Any = Llama(config).apply({"params": params}, tokens, method="embedded")
+    return result
+
+
+def rotation(
+    config: LlamaConfig, positions: Int[Array, "B T"], rope_length: int | None = None
+) -> tuple[Array, Array]:
+    """The rotary embedding of these positions, the same for every layer; see `rope.rotate`."""
+    return rope.rotation(positions, *rope.inverse_frequencies(config, rope_length))
+
+
+def run_layers(
+    blocks: Sequence[Params],
+    config: LlamaConfig,
+    x: Float[Array, "B T E"],
+    rotary: tuple[Array, Array],
+    attend: Attend,
+    state: Any = None,
+) -> tuple[Float[Array, "B T E"], Any]:
+    """Some consecutive layers.
+
+    Args:
+      blocks: the parameters of each; see `layer_params`.
+      config: architecture.
+      x: what `embed`, or the layer before them, made.
+      rotary: see `rotation`.
+      attend: is told the place of a layer in `blocks`.
+      state: opaque pytree threaded through `attend`, layer by layer.
+    """
+    for i, block in enumerate(blocks):
+        run = functools.partial(attend, i)
+        layer = Block(config, jnp.float32)
+        result: Any = layer.apply({"params": block}, x, rotary, run, state)
+        x, state = result
+    return x, state
+
+
+def head(
+    params: Params, config: LlamaConfig, x: Float[Array, "*rows E"]
+) -> Float[Array, "*rows V"]:
+    """Logits, float32, of what the last layer made."""
+    result: Any = Llama(config).apply({"params": params}, x, method="logits")
     return result
 
 
@@ -71,7 +137,7 @@ def causal_attend(
     b, t, h, d = q.shape
     q = q.reshape(b, t, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    mask = jnp.tril(jnp.ones((t, t), bool))
+    mask = _under(jnp.tril(jnp.ones((t, t), bool)), scores)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, h, d), state
 
@@ -101,37 +167,39 @@ def _boxed(config: LlamaConfig, dtype: Any) -> Params:
 def _init(config: LlamaConfig, key: Array, dtype: Any) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Llama(config, param_dtype=dtype)
-    variables: Any = model.init(key, tokens, tokens, causal_attend, None, None, None)
+    variables: Any = model.init(key, tokens, rotation(config, tokens), causal_attend)
     return variables["params"]
 
 
 class Llama(nn.Module):
-    """Token ids to logits. `param_dtype` matters only when parameters are made."""
+    """The names and shapes of all parameters. `param_dtype` matters only when they are made."""
 
     config: LlamaConfig
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, tokens, positions, attend, state, logits_at=None, rope_length=None):
-        cfg = self.config
-        embed = _Embed(cfg.vocab_size, cfg.hidden_size, self.param_dtype, name="embed")
-        x = embed(tokens)
-        rotary = rope.rotation(positions, *rope.inverse_frequencies(cfg, rope_length))
-        for layer in range(cfg.num_hidden_layers):
-            block = Block(cfg, self.param_dtype, name=f"layers_{layer}")
-            x, state = block(x, rotary, functools.partial(attend, layer), state)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)[:, 0]
-        x = RMSNorm(cfg.rms_norm_eps, self.param_dtype, name="norm")(x)
+    def setup(self):
+        cfg, dtype = self.config, self.param_dtype
+        self.embed = _Embed(cfg.vocab_size, cfg.hidden_size, dtype)
+        self.layers = [Block(cfg, dtype) for _ in range(cfg.num_hidden_layers)]
+        self.norm = RMSNorm(cfg.rms_norm_eps, dtype)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = _Linear((cfg.vocab_size,), ("embed", "vocab"), dtype)
+
+    def __call__(self, tokens, rotary, attend):
+        x = self.embedded(tokens)
+        for i, layer in enumerate(self.layers):
+            x, _ = layer(x, rotary, functools.partial(attend, i), None)
+        return self.logits(x)
+
+    def embedded(self, tokens):
+        return self.embed(tokens)
+
+    def logits(self, x):
+        x = self.norm(x)
         with jax.named_scope("logits"):
-            if cfg.tie_word_embeddings:
-                logits = embed.logits(x)
-            else:
-                head = _Linear(
-                    (cfg.vocab_size,), ("embed", "vocab"), self.param_dtype, name="lm_head"
-                )
-                logits = head(x, preferred_element_type=jnp.float32)
-        return logits, state
+            if self.config.tie_word_embeddings:
+                return self.embed.logits(x)
+            return self.lm_head(x, preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
@@ -204,7 +272,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return scale * y.astype(x.dtype)
+        return _under(scale, y) * y.astype(x.dtype)
 
 
 class _Embed(nn.Module):
@@ -220,13 +288,13 @@ class _Embed(nn.Module):
         self.embedding = _kernel(self, "embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens):
-        if isinstance(self.embedding, Kernel):
+        if isinstance(self.embedding, Matrix):
             return self.embedding.rows(tokens)
         return take_rows(self.embedding, tokens)
 
     def logits(self, x):
         """Logits float32 [..., V] of x [..., E]."""
-        if isinstance(self.embedding, Kernel):
+        if isinstance(self.embedding, Matrix):
             return self.embedding.contract_last(x)
         return jnp.einsum("...e,ve->...v", x, self.embedding, preferred_element_type=jnp.float32)
 
@@ -252,22 +320,27 @@ class _Linear(nn.Module):
         )
         init = _partitioned(init, *self.axes)
         kernel = _kernel(self, "kernel", init, in_shape + self.features, self.param_dtype)
-        if isinstance(kernel, Kernel):
+        if isinstance(kernel, Matrix):
             y = kernel.contract(x, n_in, preferred_element_type)
         else:
             y = jnp.tensordot(x, kernel, n_in, preferred_element_type=preferred_element_type)
         if self.use_bias:
             init = _partitioned(nn.initializers.zeros_init(), *self.axes[n_in:])
-            y = y + self.param("bias", init, self.features, self.param_dtype)
+            y = y + _under(self.param("bias", init, self.features, self.param_dtype), y)
         return y
 
 
 def _kernel(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any):
-    """A parameter of a module, or the `Kernel` that stands in its place."""
+    """A parameter of a module, or the `Matrix` that stands in its place."""
     given = module.get_variable("params", name)
-    if isinstance(given, Kernel):
+    if isinstance(given, Matrix):
         return given
     return module.param(name, init, shape, dtype)
+
+
+def _under(x: Array, y: Array) -> Array:
+    """x with axes of one in front, as many as y has: whatever JAX is told of rank promotion."""
+    return jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
 
 
 def _partitioned(init: Callable, *axes: str) -> Callable:

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.errors import ConfigError
-from alaya_jax.models.kernels import take_rows
+from alaya_jax.models.matrices import take_rows
 
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -35,8 +35,8 @@ _PASS = 1 << 24  # bytes of float32 quantized at once on the host
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel:
-    """A matrix in 8 or 4 bits; a `Kernel`, see `alaya_jax.models.kernels`.
+class QuantizedMatrix:
+    """A matrix in 8 or 4 bits; a `Matrix`, see `alaya_jax.models.matrices`.
 
     Attributes:
       values: int8, of the shape of the matrix; or uint8, half as long along E: of each GROUP, the
@@ -171,7 +171,7 @@ def quantize(
       outputs: axes that int8 has a scale for, each.
 
     Returns:
-      what `QuantizedKernel` takes, as numpy arrays.
+      what `QuantizedMatrix` takes, as numpy arrays.
 
     Raises:
       ConfigError: E is no multiple of GROUP, which int4 needs.

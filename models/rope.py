@@ -83,7 +83,7 @@ def rotation(
     positions: Int[Array, "B T"], inv_freq: np.ndarray, attention_factor: float
 ) -> tuple[Float[Array, "B T 1 D/2"], Float[Array, "B T 1 D/2"]]:
     """cos and sin of every position, float32, broadcastable over heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * inv_freq
+    angles = positions[:, :, None, None].astype(jnp.float32) * inv_freq[None, None, None]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 

@@ -17,7 +17,7 @@ import jax
 
 from alaya_jax.errors import KernelError
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference")
 """Every name that may be asked for; not every operation has all."""
 
 _CAPABILITIES = {

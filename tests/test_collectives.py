@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from alaya_jax import configs
 from alaya_jax.models import LlamaConfig, llama
-from alaya_jax.models.quantized import QuantizedKernel
+from alaya_jax.models.quantized import QuantizedMatrix
 from alaya_jax.runtime.sampling.params import Sampling
 from alaya_jax.runtime.sampling.sampler import init_sampler, sample
 from alaya_jax.sharding import make_mesh
@@ -90,7 +90,7 @@ def test_no_lookup_in_the_vocabulary_is_of_a_single_row(kept):
     if kept == "int8":
         values = jax.ShapeDtypeStruct((1009, config.hidden_size), jnp.int8)
         scale = jax.ShapeDtypeStruct((1009, 1), jnp.float32)
-        params["embed"]["embedding"] = QuantizedKernel(values, scale, 1, "float32")
+        params["embed"]["embedding"] = QuantizedMatrix(values, scale, 1, "float32")
     processors, state = init_sampler(Sampling(top_k=5, logprobs=2), [[0]], config.vocab_size)
 
     def step(params, token):

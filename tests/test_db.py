@@ -202,10 +202,10 @@ def test_importing_more_computes_only_the_rest(db, greedy, document, rng):
     computed = []
     extend = db.pool.run
 
-    def run(program, table, *args, **options):
+    def run(program, params, table, *args, **options):
         if program is programs.extend:
             computed.append(int(args[1][0]))
-        return extend(program, table, *args, **options)
+        return extend(program, params, table, *args, **options)
 
     db.pool.run = run
     context = db.import_context(longer)

@@ -375,28 +375,27 @@ def test_not_finite_logits_are_an_error_and_the_database_goes_on(open_db, tiny_m
     assert db.pool.free_tokens == 1024
 
 
-def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c):
+def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c, monkeypatch):
     """While a program runs it is put off; then the loop is left as by break."""
     expected = greedy(prompt, NEW)
     session, rest = db.create_session(prompt)
-    real, calls = db.pool._model, []
+    real, calls = db.pool.run, []
 
-    class Interrupting:
-        """Its parameters are asked for when a program is about to take the cache."""
+    def run(program, *args, **options):
+        def interrupted(*args, **static):
+            calls.append(program)
+            if len(calls) == 3:
+                ctrl_c()
+            return program(*args, **static)
 
-        def __getattr__(self, name):
-            if name == "params":
-                calls.append(name)
-                if len(calls) == 3:
-                    ctrl_c()
-            return getattr(real, name)
+        return real(interrupted, *args, **options)
 
-    db.pool._model = Interrupting()
+    monkeypatch.setattr(db.pool, "run", run)
     generation = aj.generate(session, rest, max_new_tokens=NEW)
     with pytest.raises(KeyboardInterrupt):
         list(generation)
     got = generation.ids[0]
-    db.pool._model = real
+    monkeypatch.undo()
     assert len(calls) == 3
     assert 0 < len(got) < NEW
     again = [t.id for t in aj.generate(session, max_new_tokens=NEW - len(got))]

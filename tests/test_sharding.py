@@ -14,8 +14,8 @@ from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import LlamaConfig, llama
-from alaya_jax.models.kernels import take_rows
-from alaya_jax.models.quantized import QuantizedKernel, quantize
+from alaya_jax.models.matrices import take_rows
+from alaya_jax.models.quantized import QuantizedMatrix, quantize
 from alaya_jax.runtime import programs
 from alaya_jax.sharding import memory_of, parse_axes, tree_shardings
 
@@ -54,8 +54,8 @@ def test_rows_of_a_split_vocabulary(rng, kept):
     """Bit for bit those of one device, at the borders of the parts too, for any shape of ids."""
     table = rng.normal(size=(64, 32)).astype(np.float32)
     if kept in ("int8", "int4"):
-        table = QuantizedKernel(*quantize(table, kept, 1, (0,)), 1, "float32")
-        look_up = jax.jit(QuantizedKernel.rows)
+        table = QuantizedMatrix(*quantize(table, kept, 1, (0,)), 1, "float32")
+        look_up = jax.jit(QuantizedMatrix.rows)
     else:
         table, look_up = jnp.asarray(table, kept), jax.jit(take_rows)
     mesh = aj.make_mesh(data=2, tensor=4)
@@ -66,7 +66,7 @@ def test_rows_of_a_split_vocabulary(rng, kept):
     for ids in asked:
         bits = [np.asarray(look_up(x, ids)).view(np.uint8) for x in (table, spread)]
         np.testing.assert_array_equal(*bits)
-    dense = table.dense() if isinstance(table, QuantizedKernel) else table
+    dense = table.dense() if isinstance(table, QuantizedMatrix) else table
     np.testing.assert_array_equal(look_up(spread, every), dense[every])
 
 

@@ -23,11 +23,13 @@ jax.distributed.initialize(address, 2, int(rank))
 import jax.numpy as jnp
 import numpy as np
 import alaya_jax as aj
-from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs, programs, sharding
-from alaya_jax import pool as pools
-from alaya_jax.models import LlamaConfig, llama
+from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs, sharding
+from alaya_jax.cache import tables
 from alaya_jax.cache.pool import PagePool, Sequence
-from alaya_jax.query.plan import Plan
+from alaya_jax.index.pages import PageIndexes
+from alaya_jax.models import LlamaConfig, llama
+from alaya_jax.query.plan import Plan, indexes_of
+from alaya_jax.runtime import programs
 from alaya_jax.sharding import tree_shardings
 
 mesh, rules = aj.make_mesh(context=4, tensor=2), aj.ShardingRules()
@@ -42,17 +44,18 @@ params = jax.tree.map(
     lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), params, shardings
 )
 model = aj.Model(config, params, fingerprint="tiny", name="tiny", mesh=mesh, rules=rules)
-pools.TABLE_WIDTH = 32
+tables.TABLE_WIDTH = 32
 said = {}
 
 # The functions alone: pages, a table, a chunk.
 tokens = np.load(folder + "/tokens.npy")
-pool = PagePool(model, 64, 4, "")
+pool = PagePool(config, model.dtype, 64, 4, "", mesh=mesh, rules=rules)
+indexes = PageIndexes(pool)
 sequence = Sequence()
 pool.reserve(sequence, len(tokens))
 chunk = jnp.asarray(np.pad(tokens, (0, 64 - len(tokens)))[None]), jnp.asarray([len(tokens)])
 plan = Plan(Full())
-args = pool.table([sequence]), *chunk, plan, pool.cover(plan, [sequence])
+args = pool.table([sequence]), *chunk, plan, indexes.cover(indexes_of(plan, 2), [sequence])
 logits, kv, counts = programs.extend(
     params, pool.kv, *sharding.spread(args, mesh),
     config=config, rope_length=None, mesh=mesh, rules=rules,

@@ -52,7 +52,7 @@ class Retrieved:
         """An estimate of the attention over the keys that are not read, by page means of values."""
         assert isinstance(index, SketchLayer)
         assert self.weights is not None
-        return index.attend_means(q, self.kept.pages, self.weights, self.kept.mask)
+        return Partial(*index.attend_means(q, self.kept.pages, self.weights, self.kept.mask))
 
 
 def retrieve(

@@ -3,7 +3,7 @@ owners.
 
 The one place where the cache pytree changes hands: every compiled program that donates it goes
 through `PagePool.run`. And the one place that knows when a page's contents change: whoever writes
-has reserved the page (`PagePool.reserve`).
+has reserved the page (`PagePool.reserve`), which gives it a new generation.
 """
 
 import atexit
@@ -26,13 +26,8 @@ from alaya_jax import cache
 from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
 from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.errors import CacheFullError, DatabaseError
-from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
-from alaya_jax.model import Model
-from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules, laid, spread, whole
-
-INDEX_WIDTH = 8
-"""Pages indexed at once, at least; more are this times a power of four."""
 
 TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
@@ -68,20 +63,6 @@ def uninterrupted() -> Iterator[None]:
             before(*caught[0])
 
 
-@contextlib.contextmanager
-def _within_memory(setting: str, what: str) -> Iterator[None]:
-    """Says which setting to change where the device has no memory left."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise CacheFullError(
-            f"there is no memory left for {what}; lower {setting}, which is taken whole when a "
-            f"database is first used ({str(error).splitlines()[0][:200]})"
-        ) from error
-
-
 @dataclasses.dataclass
 class Sequence:
     """One sequence's place in the pool. Owned by a session or a context.
@@ -102,24 +83,40 @@ class PagePool:
     takes (an index, then the program that reads it), hold `lock` around both.
     """
 
-    def __init__(self, model: Model, num_pages: int, page_size: int, setting: str):
-        """Args: model; P, of which whole shards are used; Z; the setting to name when the pool is
-        exhausted.
+    def __init__(
+        self,
+        config: LlamaConfig,
+        dtype: jax.typing.DTypeLike,
+        num_pages: int,
+        page_size: int,
+        setting: str,
+        *,
+        mesh: Mesh | None = None,
+        rules: ShardingRules | None = None,
+    ):
+        """Args:
+        config: of the model whose keys and values these are.
+        dtype: theirs.
+        num_pages: P, of which whole shards are used.
+        page_size: Z.
+        setting: the one to name when the pool is exhausted.
+        mesh, rules: where pages lie.
         """
-        self._shards = model.rules.page_shards(model.mesh)
-        self._place = model.rules.pool(model.mesh)
+        self.config, self.dtype = config, dtype
+        self.mesh, self.rules = mesh, rules or ShardingRules()
+        self.shards = self.rules.page_shards(mesh)
+        self._place = self.rules.pool(mesh)
         self.page_size = page_size
-        self.num_pages = num_pages - num_pages % self._shards
-        self._model = model
+        self.num_pages = num_pages - num_pages % self.shards
         self._setting = setting
-        self._allocator = PageAllocator(self.num_pages, page_size, setting, self._shards)
+        self._allocator = PageAllocator(self.num_pages, page_size, setting, self.shards)
         self.lock = threading.RLock()
         self._returned: collections.deque[np.ndarray] = collections.deque()
         """Pages given back and not yet counted as free. A session may be collected at any moment,
         in any thread, and must not wait for the lock then.
         """
         self._kv: PagedKV | None = None
-        self._indexes: dict[tuple[Index, int], _LayerState] = {}
+        self._generations = np.ones(self.num_pages, np.int64)
         self.evict: Callable[[], bool] = lambda: False
         """Called when pages run out: frees some and says whether it could."""
 
@@ -127,10 +124,9 @@ class PagePool:
     def kv(self) -> PagedKV:
         """The cache; allocated when first needed."""
         if self._kv is None:
-            m = self._model
-            with _within_memory(self._setting, "the pages of the KV cache"):
+            with self.within_memory("the pages of the KV cache"):
                 self._kv = PagedKV.create(
-                    m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules
+                    self.config, self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
                 )
         if self._kv.k[0].is_deleted():
             raise DatabaseError(
@@ -152,22 +148,51 @@ class PagePool:
             return self._allocator.num_free * self.page_size
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """No other thread, and no Ctrl-C, until the block ends."""
         with self.lock, uninterrupted():
             yield
+
+    @contextlib.contextmanager
+    def within_memory(self, what: str) -> Iterator[None]:
+        """Says which setting to change where the device has no memory left for something.
+
+        Raises:
+          CacheFullError: it has not.
+        """
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise CacheFullError(
+                f"there is no memory left for {what}; lower {self._setting}, which is taken whole "
+                f"when a database is first used ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+    def generations(self, pages: np.ndarray) -> np.ndarray:
+        """A number of each page that grows whenever its contents may change: what was learnt of a
+        page holds as long as its generation is the same. At least 1.
+        """
+        return self._generations[pages]
 
     def _take_back(self) -> None:
         while self._returned:
             self._allocator.release(self._returned.popleft())
 
     def run(
-        self, program: Callable[..., Any], *args: Any, kv_result: int | None, **static: Any
+        self,
+        program: Callable[..., Any],
+        params: Any,
+        *args: Any,
+        kv_result: int | None,
+        **static: Any,
     ) -> Any:
         """Runs `program(params, kv, *args)`, which donates the cache and gives it back.
 
         Args:
           program: compiled.
+          params: its first argument, passed on as it is.
           *args: the rest of its arguments.
           **static: its static arguments.
           kv_result: where in the result the cache is; None when it is the whole result.
@@ -175,9 +200,9 @@ class PagePool:
         Returns:
           the result without the cache.
         """
-        args = spread(args, self._model.mesh)
-        with self._alone(), _within_memory(self._setting, "a program beside the KV cache"):
-            result = program(self._model.params, self.kv, *args, **static)
+        args = spread(args, self.mesh)
+        with self.alone(), self.within_memory("a program beside the KV cache"):
+            result = program(params, self.kv, *args, **static)
             if kv_result is None:
                 self._kv = result
                 return None
@@ -189,8 +214,8 @@ class PagePool:
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
 
-        Only what is reserved is written to. So what was known of these pages is forgotten here,
-        also of the one that the last token is in: others may have filled it before they left it.
+        Only what is reserved is written to. So these pages' generations end here, also that of the
+        one that the last token is in: others may have filled it before they left it.
 
         Raises:
           CacheFullError: the pool is exhausted, whatever is evicted; nothing changes.
@@ -199,7 +224,7 @@ class PagePool:
             return
         size = self.page_size
         tail = sequence.length // size
-        with self._alone():
+        with self.alone():
             self._take_back()
             needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
             # Only the page that the last token is in can be shared: later ones hold no token.
@@ -209,12 +234,11 @@ class PagePool:
             fresh = self._allocate(needed + copied, after)
             if copied:
                 shared = sequence.pages[tail : tail + 1].copy()
-                self.run(_copy_pages, shared, fresh[:1], kv_result=None, place=self._place)
+                self.run(_copy_pages, None, shared, fresh[:1], kv_result=None, place=self._place)
                 sequence.pages[tail], fresh = fresh[0], fresh[1:]
                 self._allocator.release(shared)
             sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
-            for state in self._indexes.values():
-                state.built[sequence.pages[tail:]] = False
+            self._generations[sequence.pages[tail:]] += 1
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
         while self._allocator.num_free < n and self.evict():
@@ -223,66 +247,6 @@ class PagePool:
             gc.collect()  # sessions that nobody can reach any more, in a circle of references
             self._take_back()
         return self._allocator.allocate(n, after)
-
-    def cover(self, plans: Plans, sequences: list[Sequence]) -> Indexed:
-        """Has the plans' indexes know the full pages of these sequences.
-
-        What was built once stays, for every sequence that shares the page.
-        """
-        size = self.page_size
-        indexes = indexes_of(plans, self._model.config.num_hidden_layers)
-        full = [s.pages[: s.length // size] for s in sequences]
-        pages = np.unique(np.concatenate(full))
-        with self.lock:
-            for layer, index in enumerate(indexes):
-                if isinstance(index, Flat | Graph):  # a graph is of a context, not of pages
-                    continue
-                state = self._indexes.get((index, layer))
-                if state is None:
-                    state = self._indexes[index, layer] = self._new_index(index)
-                missing = pages[~state.built[pages]]
-                if len(missing):
-                    self._build(state, layer, missing)
-            states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
-            return Indexed(
-                tuple(state.index if state else None for state in states),
-                jnp.asarray([len(p) * size for p in full], jnp.int32),
-            )
-
-    def _new_index(self, index: Block | Sketch) -> "_LayerState":
-        m = self._model
-        with _within_memory(self._setting, f"{index!r} beside the KV cache"):
-            made = index.create(m.config, self.num_pages, self.page_size, m.dtype, m.mesh, m.rules)
-        return _LayerState(made, np.zeros(self.num_pages, bool))
-
-    def index_bytes(self) -> dict[str, int]:
-        """Bytes that each index takes on the device, all layers."""
-        sizes: dict[str, int] = {}
-        for (index, _), state in self._indexes.items():
-            leaves = jax.tree.leaves(state.index)
-            sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
-        return sizes
-
-    def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
-        shard, local = np.divmod(missing, self.num_pages // self._shards)
-        by_shard = [local[shard == s] for s in range(self._shards)]
-        width = bucket(max(map(len, by_shard)), INDEX_WIDTH, 4)
-        ids = np.full((self._shards, width), cache.NO_PAGE, np.int32)
-        for row, pages in zip(ids, by_shard, strict=True):
-            row[: len(pages)] = pages
-        filled = np.where(ids == cache.NO_PAGE, 0, self.page_size).astype(np.int32)
-        m, kv = self._model, self.kv
-        with self._alone():
-            state.index = _build_index(
-                state.index,
-                kv.k[layer],
-                kv.v[layer],
-                ids.ravel(),
-                filled.ravel(),
-                mesh=m.mesh,
-                rules=m.rules,
-            )
-            state.built[missing] = True
 
     @uninterrupted()
     def trim(self, sequence: Sequence, keep: int = 0) -> None:
@@ -308,7 +272,7 @@ class PagePool:
 
     def table(self, sequences: list[Sequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
-        if self._shards > 1:
+        if self.shards > 1:
             return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
         width = min(table_width(longest), self.num_pages - 1)
@@ -323,21 +287,21 @@ class PagePool:
 
     def _spread_table(self, sequences: list[Sequence]) -> PageTable:
         """The table of pages that are spread over devices: for each, a list of its own."""
-        per_shard = self.num_pages // self._shards
+        per_shard = self.num_pages // self.shards
         placed = [np.divmod(s.pages, per_shard) for s in sequences]
         longest = max(int(np.bincount(shard, minlength=1).max()) for shard, _ in placed)
-        width = min(table_width(longest, self._shards), per_shard - 1)
-        shape = (len(sequences), self._shards, width)
+        width = min(table_width(longest, self.shards), per_shard - 1)
+        shape = (len(sequences), self.shards, width)
         pages, start = np.zeros(shape, np.int32), np.full(shape, UNUSED, np.int32)
         for b, (shard, local) in enumerate(placed):
-            for s in range(self._shards):
+            for s in range(self.shards):
                 mine = np.flatnonzero(shard == s)
                 pages[b, s, : len(mine)] = local[mine]
                 start[b, s, : len(mine)] = mine * self.page_size
                 last = int(local[mine[-1]]) if len(mine) else -1
                 rest = np.arange(last + 1, last + 1 + width - len(mine))
                 pages[b, s, len(mine) :] = np.minimum(rest, per_shard - 1)
-        flat = (len(sequences), self._shards * width)
+        flat = (len(sequences), self.shards * width)
         assert self._place is not None
         place = NamedSharding(self._place.mesh, PartitionSpec(None, self._place.spec[1]))
 
@@ -361,7 +325,7 @@ class PagePool:
             out[:, :n] = x
             return out.reshape(heads, width, self.page_size, dim)
 
-        with self._alone():
+        with self.alone():
             old = self.kv
             new_k, new_v = _write_pages(
                 old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
@@ -378,47 +342,9 @@ class PagePool:
         count = -(-count // self.page_size)
         pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[:count]
-        place = whole(self._model.mesh)
+        place = whole(self.mesh)
         with self.lock:
             return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
-
-
-@dataclasses.dataclass
-class _LayerState:
-    """An index of one layer, and which pages it knows.
-
-    Attributes:
-      index: what it holds.
-      built: bool [P].
-    """
-
-    index: LayerIndex
-    built: np.ndarray
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("index",))
-def _build_index(
-    index: LayerIndex,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    ids: jax.Array,
-    filled: jax.Array,
-    *,
-    mesh: Mesh | None,
-    rules: ShardingRules,
-) -> LayerIndex:
-    if mesh is None:
-        return index.build(k_pages, v_pages, ids, filled)
-    pages = rules.axis("pages", mesh)
-    pool, some = PartitionSpec(rules.axis("kv_heads", mesh), pages), PartitionSpec(pages)
-    build = jax.shard_map(
-        lambda index, k, v, ids, filled: index.build(k, v, ids, filled),
-        mesh=mesh,
-        in_specs=(pool, pool, pool, some, some),
-        out_specs=pool,
-        check_vma=False,
-    )
-    return build(index, k_pages, v_pages, ids, filled)
 
 
 @functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))

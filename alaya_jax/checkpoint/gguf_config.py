@@ -134,7 +134,8 @@ def _read_rope(
     if kind == "none":
         return rope
     if kind == "linear":
-        return rope | {"rope_type": "linear", "factor": factor}
+        rope |= {"rope_type": "linear", "factor": factor}
+        return rope if original is None else rope | {"original_max_position_embeddings": original}
     if kind == "yarn":
         rope |= {
             "rope_type": "yarn",

@@ -75,6 +75,7 @@ def describe(source: Source, config: LlamaConfig, pre: str | None) -> Descriptio
     Raises:
       ConfigError: GGUF cannot say it, or how the tokenizer cuts text is not known.
     """
+    config = config.lengths_apart()  # GGUF has no third one
     metadata, divisors = _architecture(config)
     metadata["general.name"] = source.path.stem
     metadata |= tokenizer_metadata(source, config, pre)
@@ -102,7 +103,7 @@ def _architecture(config: LlamaConfig) -> tuple[Metadata, np.ndarray | None]:
     if rope.rope_type in ("linear", "yarn"):
         keys["rope.scaling.type"] = rope.rope_type
         keys["rope.scaling.factor"] = float(rope.factor)
-    if rope.rope_type in ("llama3", "yarn") and original is not None:
+    if rope.rope_type in ("llama3", "yarn", "linear") and original is not None:
         keys["rope.scaling.original_context_length"] = original
     if rope.rope_type == "llama3":
         divisors = llama3_divisors(

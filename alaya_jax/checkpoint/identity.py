@@ -49,7 +49,7 @@ def fingerprint(config: LlamaConfig, digests: Iterable[Digest]) -> str:
       of the sha256 over the config and, by name, each digest, as many digits as have room behind
       a mark: contexts stored before all bytes were read have fingerprints without it.
     """
-    whole = hashlib.sha256(json.dumps(config.to_hf(), sort_keys=True).encode())
+    whole = hashlib.sha256(json.dumps(config.in_digest(), sort_keys=True).encode())
     for digest in sorted(digests, key=lambda d: d.name):
         whole.update(json.dumps(dataclasses.astuple(digest)).encode())
     return (_MARK + whole.hexdigest())[:64]
@@ -196,7 +196,7 @@ def identify_arrays(config: LlamaConfig, params: Any) -> str:
 
     with ThreadPoolExecutor(_READERS) as readers:
         digests = list(readers.map(read, leaves))
-    # What a kernel of another kind holds beside its arrays (an adapter's scale) is in the tree.
+    # What a matrix of another kind holds beside its arrays (an adapter's scale) is in the tree.
     return fingerprint(config, [*digests, Digest("", (), "", 0, str(tree))])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from alaya_jax.checkpoint.names import Entry
 from alaya_jax.checkpoint.source import StoredTensor
 from alaya_jax.errors import CheckpointError, ConfigError
-from alaya_jax.models.quantized import QuantizedKernel, Scheme, quantize
+from alaya_jax.models.quantized import QuantizedMatrix, Scheme, quantize
 
 Place = Callable[[np.ndarray, tuple[str | None, ...]], jax.Array]
 """Puts an array with these logical axes on its devices."""
@@ -31,7 +31,7 @@ def quantized_kernel(
     scheme: Scheme,
     compute: np.dtype,
     place: Place,
-) -> QuantizedKernel:
+) -> QuantizedMatrix:
     """A matrix in 8 or 4 bits, on its devices.
 
     Args:
@@ -61,6 +61,6 @@ def quantized_kernel(
         raise ConfigError(f"tensor {tensor.name!r}: {error}") from error
     axes = entry.logical_axes
     short = tuple(a if n > 1 else None for a, n in zip(axes, scale.shape, strict=True))
-    return QuantizedKernel(
+    return QuantizedMatrix(
         values=place(values, axes), scale=place(scale, short), axis=axis, compute=compute.name
     )

@@ -141,10 +141,11 @@ def compare(
     """Compares two opened checkpoints; see `alaya_jax.checkpoint.verify`."""
     pairs_a, pairs_b = match(a), match(b)
     tokenizer_a, tokenizer_b = a.read_tokenizer(), b.read_tokenizer()
+    one, other = a.config.lengths_apart(), b.config.lengths_apart()
     config = {
-        f.name: (getattr(a.config, f.name), getattr(b.config, f.name))
+        f.name: (getattr(one, f.name), getattr(other, f.name))
         for f in dataclasses.fields(LlamaConfig)
-        if getattr(a.config, f.name) != getattr(b.config, f.name)
+        if getattr(one, f.name) != getattr(other, f.name)
         and not (f.name == "eos_token_ids" and _same_ends(a.config, b.config))
     }
     own = {entry.hf: weight_of(a, entry, tensor) for entry, tensor in pairs_a}

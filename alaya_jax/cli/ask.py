@@ -22,6 +22,7 @@ def ask(
     ],
     model: options.Model = options.MODEL,
     quantize: options.Quantize = None,
+    rope: options.Rope = None,
     attention: options.Attention = "full",
     db: options.Database = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -65,7 +66,7 @@ def ask(
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
 
-    loaded = runtime.load_model(model, options.scheme(quantize))
+    loaded = runtime.load_model(model, options.scheme(quantize), options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
     budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)

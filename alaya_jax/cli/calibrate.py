@@ -24,6 +24,7 @@ def calibrate(
             show_default="the longest text, at most 4k",
         ),
     ] = None,
+    rope: options.Rope = None,
     queries: Annotated[
         int, typer.Option(metavar="N", min=1, help="Query tokens sampled at each length.")
     ] = 32,
@@ -62,7 +63,7 @@ def calibrate(
     from alaya_jax.optimizer import calibration
     from alaya_jax.optimizer.calibrate import calibrate as measure
 
-    loaded = runtime.load_model(model)
+    loaded = runtime.load_model(model, rope=options.rope(rope))
     with on_interrupt("Nothing was kept."):
         found = measure(loaded, documents, length=tokens, queries=queries, save=False)
     place = calibration.keep(found, loaded.directory)

@@ -102,6 +102,7 @@ def index(
     id: Annotated[str, _ID],
     graph: Annotated[bool, typer.Option("--graph", help="Build a graph over its keys.")] = False,
     model: options.Model = options.MODEL,
+    rope: options.Rope = None,
     db: options.Database = None,
     memory: options.Memory = None,
     json: options.Json = False,
@@ -121,7 +122,7 @@ def index(
         raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
     with _open(db, read_only=True) as store:
         (record,) = _find(store, [id])
-    loaded = load_model(model)
+    loaded = load_model(model, rope=options.rope(rope))
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
 
@@ -131,7 +132,7 @@ def index(
         if record.id not in {context.id for context in opened.contexts}:
             raise ContextError(
                 f"context {record.id} was made by another model than {loaded.name}; give it with "
-                "--model"
+                "--model, and its --rope"
             )
         with on_interrupt("The context is as it was."):
             opened.build_index(record.id, Graph())

@@ -19,6 +19,7 @@ def explain(
         typer.Option(metavar="FILE", help="The document: a text file in UTF-8; - reads stdin."),
     ],
     model: options.Model = options.MODEL,
+    rope: options.Rope = None,
     attention: options.Attention = "recovery:0.95",
     db: options.Database = None,
     max_new_tokens: options.MaxNewTokens = 16,
@@ -64,7 +65,7 @@ def explain(
 
     if what not in HEAT_MAPS:
         raise typer.BadParameter(f"{what!r} is no figure; use {FIGURES}", param_hint="--what")
-    loaded = runtime.load_model(model)
+    loaded = runtime.load_model(model, rope=options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
     budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)

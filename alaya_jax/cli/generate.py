@@ -20,6 +20,7 @@ def generate(
     ] = None,
     model: options.Model = options.MODEL,
     quantize: options.Quantize = None,
+    rope: options.Rope = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -68,7 +69,7 @@ def generate(
     from alaya_jax.cli import runtime
     from alaya_jax.db import DB
 
-    loaded = runtime.load_model(model, options.scheme(quantize))
+    loaded = runtime.load_model(model, options.scheme(quantize), options.rope(rope))
     tokenizer = prompts.tokenizer_of(loaded)
     as_chat = tokenizer.chat is not None if chat is None else chat
     if as_chat and tokenizer.chat is None:

@@ -13,6 +13,7 @@ from alaya_jax.errors import AlayaError
 if TYPE_CHECKING:
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention as Asked
+    from alaya_jax.rope import Rope as Stretched
     from alaya_jax.runtime.sampling.params import Sampling
 
 MODEL = "smollm2-135m"
@@ -104,6 +105,18 @@ Quantize = Annotated[
         show_default="as stored",
     ),
 ]
+_ROPES = "linear, dynamic, yarn or llama3, then :FACTOR[,ORIGINAL]"
+
+Rope = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND:FACTOR",
+        help=f"Stretch RoPE for a context longer than the model declares: {_ROPES}, such as "
+        "yarn:4, or yarn:4,8k where the checkpoint does not say the length that it was trained "
+        "for. It is another model, with contexts of its own, and answers somewhat worse.",
+        show_default="as the checkpoint has it",
+    ),
+]
 Day = Annotated[
     datetime | None,
     typer.Option(
@@ -125,6 +138,27 @@ Recovery = Annotated[
 def scheme(quantize: Quantization | None) -> "Scheme | None":
     """The scheme that a --quantize option means."""
     return None if quantize is None else quantize.value
+
+
+def rope(text: str | None) -> "Stretched | None":
+    """What a --rope option means.
+
+    Raises:
+        typer.BadParameter: It is not understood.
+    """
+    if text is None:
+        return None
+    from alaya_jax.rope import Rope as Stretched
+
+    kind, _, rest = text.strip().partition(":")
+    factor, _, original = rest.partition(",")
+    try:
+        known: Any = kind
+        return Stretched(known, float(factor), length(original) if original else None)
+    except (ValueError, AlayaError, typer.BadParameter) as error:
+        raise typer.BadParameter(
+            f"{text!r}; use {_ROPES}, such as yarn:4 ({error})", param_hint="--rope"
+        ) from error
 
 
 def attention(text: str) -> "Asked":

@@ -10,6 +10,7 @@ from alaya_jax.cli.terminal import note, report, show
 
 if TYPE_CHECKING:
     from alaya_jax.models.config import LlamaConfig
+    from alaya_jax.rope import Rope
 
 
 def plan(
@@ -28,6 +29,7 @@ def plan(
             show_default="as many as the model takes",
         ),
     ] = None,
+    rope: options.Rope = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences served at once.")] = 1,
     recovery: options.Recovery = 0.95,
     tpot: Annotated[
@@ -77,7 +79,7 @@ def plan(
 
     from alaya_jax.optimizer.situation import choose_before
 
-    config, kind, of_model = described(model)
+    config, kind, of_model = described(model, options.rope(rope))
     tokens = tokens or config.max_length
     choice = choose_before(asked, config, dtype or kind, tokens, batch=batch, **of_model)
     if tokens > config.max_length:
@@ -88,7 +90,7 @@ def plan(
         show(choice.table())
 
 
-def described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
+def described(model: str, rope: "Rope | None" = None) -> "tuple[LlamaConfig, str, dict[str, Any]]":
     """A model's architecture, the dtype it would have, and what else a plan depends on."""
     import math
 
@@ -100,6 +102,7 @@ def described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
     from alaya_jax.models.config import LlamaConfig, RopeConfig
     from alaya_jax.models.llama import abstract_params
     from alaya_jax.optimizer.situation import default_dtype
+    from alaya_jax.rope import stretched
 
     if model in configs.names() and model not in bundled.MODELS and not Path(model).exists():
         fields = configs.load(model)
@@ -107,16 +110,18 @@ def described(model: str) -> "tuple[LlamaConfig, str, dict[str, Any]]":
         leaves = jax.tree.leaves(abstract_params(config))
         rest = {"fingerprint": "", "directory": None}
         parameters = sum(math.prod(leaf.shape) for leaf in leaves)
+        config, _ = stretched(config, "", rope)
         return config, fields["torch_dtype"], {"parameters": parameters, **rest}
     data = checkpoint.inspect(model)
     config = LlamaConfig(**{**data["config"], "rope": RopeConfig(**data["config"]["rope"])})
+    config, fingerprint = stretched(config, data["fingerprint"], rope)
     place = Path(data["path"])
     return (
         config,
         default_dtype(data["parameters_by_stored_type"]),
         {
             "parameters": data["parameters"],
-            "fingerprint": served_as(data["fingerprint"], config),
+            "fingerprint": served_as(fingerprint, config),
             "directory": place if place.is_dir() else None,
         },
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from alaya_jax.model import Model
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention
+    from alaya_jax.rope import Rope
     from alaya_jax.runtime.sampling.params import Sampling
 
 _LEAST_ROOM = 8192
@@ -72,12 +73,12 @@ def cpu_mesh(text: str) -> "Mesh":
     return make_mesh(devices=jax.devices("cpu"), **axes)
 
 
-def load_model(name: str, quantize: "Scheme | None" = None) -> "Model":
+def load_model(name: str, quantize: "Scheme | None" = None, rope: "Rope | None" = None) -> "Model":
     """Loads a model, with a progress bar, ready to run."""
     start_jax()
     from alaya_jax.model import load
 
-    return load(name, quantize=quantize)
+    return load(name, quantize=quantize, rope=rope)
 
 
 def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budget":

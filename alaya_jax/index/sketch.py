@@ -41,7 +41,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
 
 from alaya_jax import cache
-from alaya_jax.attention.partial import Partial
 from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.cache.views import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.errors import ConfigError
@@ -215,7 +214,7 @@ class SketchLayer:
         pages: Pages,
         weights: Weights,
         read: Bool[Array, "K G T S"],
-    ) -> Partial:
+    ) -> tuple[Float[Array, "K G T D"], Float[Array, "K G T"]]:
         """Attention over keys of these weights, each with its page's mean value.
 
         Args:
@@ -223,6 +222,9 @@ class SketchLayer:
           pages: which pages; its keys and values are not read.
           weights: by column.
           read: keys that are left out.
+
+        Returns:
+          the mean of the values, and the log-sum-exp of the scaled scores, -inf where none is left.
         """
         heads, group, t, dim = q.shape
 
@@ -253,7 +255,7 @@ class SketchLayer:
         total = jnp.sum(by_page, axis=-1).reshape(heads, group, t)
         safe = jnp.where(total > 0, total, 1.0)
         lse = jnp.where(total > 0, dim**-0.5 * weights.best + jnp.log(safe), -jnp.inf)
-        return Partial(acc.reshape(q.shape) / safe[..., None], lse)
+        return acc.reshape(q.shape) / safe[..., None], lse
 
 
 @dataclasses.dataclass(frozen=True)

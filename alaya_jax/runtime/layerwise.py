@@ -55,6 +55,7 @@ def update(
     table = _table(session, layer)
     session.pool.run(
         _append,
+        None,
         table,
         jnp.full(batch, t, jnp.int32),
         k,

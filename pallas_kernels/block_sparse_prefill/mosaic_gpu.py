@@ -28,6 +28,8 @@ proven. `Tuning(p_in_registers=True)` saves that way where a device has shown it
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,232 +91,372 @@ def prefill(
     q = pad_queries(q)
     batch, padded, heads, dim = q.shape
     kv_heads, _, page, _ = k_pages.shape
-    group = heads // kv_heads
-    q_blocks = padded // QUERY_BLOCK
-    tile_pages = block_kv // page
     tuning = tuning or tuning_of(dim)
-    stages = tuning.stages
-    through_smem = target.interpret or not tuning.p_in_registers
-    dtype = q.dtype
-    to_log2 = scale * math.log2(math.e)
+    shape = _Shape(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_blocks=padded // QUERY_BLOCK,
+        dim=dim,
+        page=page,
+        block_kv=block_kv,
+        stages=tuning.stages,
+        p_in_smem=target.interpret or not tuning.p_in_registers,
+        dtype=q.dtype,
+        scale=scale,
+    )
     whole, tail_k, tail_v = _tails(k_pages, v_pages, pages, lengths + count)
+    given = _Given(q, k_pages, v_pages, tail_k, tail_v, pages, lengths, count, whole, beta, lists)
+    out, lse, skipped = _kernel(shape, target)(given)
+    used = -(-tokens // ROWS)
+    return Prefill(out[:, :tokens], lse[..., :tokens], skipped[..., :used])
 
-    operands = [q, k_pages, v_pages, tail_k, tail_v, pages, lengths, count, whole]
-    operands += [] if beta is None else [beta]
-    operands += [] if lists is None else [lists.blocks, lists.count, lists.kept]
 
-    def kernel(q_ref, k_ref, v_ref, tail_k_ref, tail_v_ref, page_ref, length_ref, count_ref,
-               whole_ref, *refs):  # fmt: skip
-        beta_ref, refs = (None, refs) if beta is None else (refs[0], refs[1:])
-        list_ref, n_ref, always_ref, refs = (
-            (None, None, None, refs) if lists is None else (*refs[:3], refs[3:])
-        )
-        out_ref, lse_ref, skipped_ref, *refs = refs
-        q_smem, k_smem, v_smem, lse_smem, wanted_smem, *refs = refs
-        q_ready, k_ready, v_ready, k_free, v_free, *p_smem = refs
-        head = lax.axis_index("head")
-        block = q_blocks - 1 - lax.axis_index("block")  # the longest first
-        b = lax.axis_index("batch")
-        wg = lax.axis_index("wg")
-        kv_head = lax.div(head, jnp.int32(group))
-        length, new = length_ref[b], count_ref[b]
-        start = block * QUERY_BLOCK
-        # Tiles that hold a key some query of the block may see, the last first: the query's own
-        # neighbourhood gives the running maximum that later tiles are judged by.
-        last = length + jnp.minimum(start + QUERY_BLOCK, new) - 1
-        visible = jnp.where(start < new, lax.div(last, jnp.int32(block_kv)) + 1, 0)
-        if lists is None or n_ref is None or list_ref is None or always_ref is None:
-            tiles, always = visible, 0
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the kernel is compiled for."""
 
-            def tile_at(i):
-                return visible - 1 - i
-        else:
-            of_list = head if lists.blocks.shape[1] == heads else kv_head
-            tiles = jnp.where(start < new, n_ref[b, of_list, block], 0)
-            always = always_ref[b, of_list, block]
+    batch: int
+    heads: int
+    kv_heads: int
+    q_blocks: int
+    dim: int
+    page: int
+    block_kv: int
+    stages: int
+    p_in_smem: bool
+    dtype: Any
+    scale: float
 
-            def tile_at(i):
-                return list_ref[b, of_list, block, i]
+    @property
+    def tile_pages(self) -> int:
+        """Pages a tile of keys."""
+        return self.block_kv // self.page
 
-        @pl.when(wg < _COMPUTE)
-        def compute():
-            plgpu.set_max_registers(240, action="increase")
-            first = start + wg * ROWS  # the warpgroup's first query
-            q_tile = q_smem.at[wg]
-            mosaic.bring(q_ref.at[b, pl.ds(first, ROWS), head], q_tile, q_ready.at[wg])
-            plgpu.barrier_wait(q_ready.at[wg])
+    @property
+    def to_log2(self) -> float:
+        """From a raw score to a power of two."""
+        return self.scale * math.log2(math.e)
 
-            def iota(axis):
-                shape = (ROWS, block_kv)
-                return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
-            def step(i, carry):
-                top, total, acc, skipped = carry
-                slot = lax.rem(i, jnp.int32(stages))
-                tile = tile_at(i)
-                plgpu.barrier_wait(k_ready.at[slot])
+class _Given(NamedTuple):
+    """What the kernel reads of GMEM; `beta` and `lists` may be None."""
 
-                def scores(ref):
-                    plgpu.wgmma(ref, q_tile, k_smem.at[slot].transpose((1, 0)))
-                    return ref[...]
+    q: Any
+    k: Any
+    v: Any
+    tail_k: Any
+    tail_v: Any
+    pages: Any
+    lengths: Any
+    count: Any
+    whole: Any
+    beta: Any
+    lists: Any
 
-                s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((ROWS, block_kv), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
 
-                def masked(s):
-                    row, key = first + iota(0), tile * block_kv + iota(1)
-                    return jnp.where((key <= length + row) & (row < new), s, -jnp.inf)
+class _Made(NamedTuple):
+    """What it writes to GMEM."""
 
-                ragged = ((tile + 1) * block_kv > length + first + 1) | (first + ROWS > new)
-                s = lax.cond(ragged, masked, lambda s: s, s)
-                tile_top = s.max(axis=1)
+    out: Any
+    lse: Any
+    skipped: Any
 
-                def attend(top, total, acc):
-                    new_top = jnp.maximum(top, tile_top)
-                    fade = jnp.exp2((top - new_top) * to_log2)
-                    # Rows without a key yet have p = exp2(-inf).
-                    p = jnp.exp2((s - _over_columns(new_top, s.shape)) * to_log2)
-                    total = total * fade + p.sum(axis=1)
-                    p = p.astype(dtype)
-                    if p_smem:
-                        p_smem[0].at[wg][...] = p
-                        plgpu.commit_smem()
-                    plgpu.barrier_wait(v_ready.at[slot])
 
-                    def weigh(ref):
-                        plgpu.wgmma(ref, p_smem[0].at[wg] if p_smem else p, v_smem.at[slot])
-                        return ref[...]
+class _Scratch(NamedTuple):
+    """SMEM, and the barriers that say what is in it; a slot of `k` and `v` is one tile of keys."""
 
-                    pv = pl.run_scoped(weigh, plgpu.WGMMAAccumulatorRef((ROWS, dim), jnp.float32))
-                    return new_top, total, acc * _over_columns(fade, acc.shape) + pv
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    wanted: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    p: Any  # None: P goes through registers
 
-                if beta_ref is None:
-                    top, total, acc = attend(top, total, acc)
-                else:
-                    # A maximum over warps, through SMEM of our own: the compiler's scratch for
-                    # it is one for both warpgroups. Each warp reads all rows.
-                    wanted = wanted_smem.at[wg]
-                    wanted[...] = jnp.where(tile_top >= top - beta_ref[head], 1.0, 0.0)
-                    wanted = plgpu.load(wanted, layout=plgpu.Layout.WGMMA.reduce(0))
-                    keep = ragged | (i < always) | (jnp.max(wanted) > 0)
 
-                    def skip(top, total, acc):
-                        plgpu.barrier_wait(v_ready.at[slot])
-                        return top, total, acc
-
-                    top, total, acc = lax.cond(keep, attend, skip, top, total, acc)
-                    skipped += jnp.where(keep, 0, 1)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return top, total, acc, skipped
-
-            row = plgpu.Layout.WGMMA.reduce(1)
-            top, total, acc, skipped = lax.fori_loop(
-                0,
-                tiles,
-                step,
-                (
-                    plgpu.layout_cast(jnp.full((ROWS,), _LOW, jnp.float32), row),
-                    plgpu.layout_cast(jnp.full((ROWS,), 0.0, jnp.float32), row),
-                    plgpu.layout_cast(jnp.full((ROWS, dim), 0.0, jnp.float32), plgpu.Layout.WGMMA),
-                    jnp.int32(0),
-                ),
-            )
-            some = total > 0
-            total = jnp.where(some, total, 1.0)
-            lse = jnp.where(some, top * scale + jnp.log(total), -jnp.inf)
-            q_tile[...] = (acc / _over_columns(total, acc.shape)).astype(dtype)
-            lse_smem.at[wg][...] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[b, pl.ds(first, ROWS), head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, head, pl.ds(first, ROWS)])
-            skipped_ref[b, head, block * _COMPUTE + wg] = skipped
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == _COMPUTE)
-        def load():
-            plgpu.set_max_registers(24, action="decrease")
-            full = whole_ref[b]  # whole pages; the next is the tail
-
-            @pl.loop(0, tiles)
-            def tile_step(i):
-                slot = lax.rem(i, jnp.int32(stages))
-                tile = tile_at(i)
-
-                def bring(pool, tail, smem, ready):
-                    for j in range(tile_pages):
-                        n = tile * tile_pages + j
-                        to = smem.at[slot, pl.ds(j * page, page)]
-
-                        @pl.when(n < full)
-                        def _(n=n, to=to):
-                            here = pool.at[kv_head, page_ref[b, n]]
-                            mosaic.bring(here, to, ready.at[slot])
-
-                        @pl.when(n >= full)
-                        def _(n=n, to=to):
-                            here = tail.at[kv_head, b]
-                            mosaic.bring(here, to, ready.at[slot])
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                bring(k_ref, tail_k_ref, k_smem, k_ready)
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                bring(v_ref, tail_v_ref, v_smem, v_ready)
-
-            # Whoever waits at a barrier has to see all its phases.
-            @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
-            def drain(i):
-                slot = lax.rem(i, jnp.int32(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-
+def _scratch(shape: _Shape) -> _Scratch:
     tiled = mosaic.swizzled(_SWIZZLE, 2)
 
-    def smem(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=tiled)
+    def smem(*size: int) -> Any:
+        return plgpu.SMEM(size, shape.dtype, transforms=tiled)
 
-    scratch = [
-        smem(_COMPUTE, ROWS, dim),
-        smem(stages, block_kv, dim),
-        smem(stages, block_kv, dim),
-        plgpu.SMEM((_COMPUTE, ROWS), jnp.float32),
-        plgpu.SMEM((_COMPUTE, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=_COMPUTE),
-        plgpu.Barrier(num_arrivals=tile_pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=tile_pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=stages),
-    ]
-    if through_smem:
-        scratch.append(smem(_COMPUTE, ROWS, block_kv))
-    out, lse, skipped = plgpu.kernel(
-        kernel,
+    tiles = smem(shape.stages, shape.block_kv, shape.dim)
+    of_rows = plgpu.SMEM((_COMPUTE, ROWS), jnp.float32)
+    ready = plgpu.Barrier(num_arrivals=shape.tile_pages, num_barriers=shape.stages)
+    free = plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=shape.stages)
+    return _Scratch(
+        q=smem(_COMPUTE, ROWS, shape.dim),
+        k=tiles,
+        v=tiles,
+        lse=of_rows,
+        wanted=of_rows,
+        q_ready=plgpu.Barrier(num_barriers=_COMPUTE),
+        k_ready=ready,
+        v_ready=ready,
+        k_free=free,
+        v_free=free,
+        p=smem(_COMPUTE, ROWS, shape.block_kv) if shape.p_in_smem else None,
+    )
+
+
+def _kernel(shape: _Shape, target: Target) -> Any:
+    padded = shape.q_blocks * QUERY_BLOCK
+    by_head = (shape.batch, shape.heads)
+    return plgpu.kernel(
+        functools.partial(_body, shape),
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, padded // ROWS), jnp.int32),
+            jax.ShapeDtypeStruct((shape.batch, padded, shape.heads, shape.dim), shape.dtype),
+            jax.ShapeDtypeStruct((*by_head, padded), jnp.float32),
+            jax.ShapeDtypeStruct((*by_head, padded // ROWS), jnp.int32),
         ),
-        scratch_types=scratch,
-        grid=(heads, q_blocks, batch),
+        scratch_types=[_scratch(shape)],
+        grid=(shape.heads, shape.q_blocks, shape.batch),
         grid_names=("head", "block", "batch"),
         num_threads=_COMPUTE + 1,
         thread_name="wg",
         kernel_name="block_sparse_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=mosaic.interpret(target),
-    )(*operands)
-    used = -(-tokens // ROWS)
-    return Prefill(out[:, :tokens], lse[..., :tokens], skipped[..., :used])
+    )
 
 
-def _over_columns(x, shape):
-    return lax.broadcast_in_dim(x, shape, [0])
+def _body(
+    shape: _Shape, given: _Given, out: Any, lse: Any, skipped: Any, scratch: _Scratch
+) -> None:
+    head = lax.axis_index("head")
+    block = shape.q_blocks - 1 - lax.axis_index("block")  # the longest first
+    b = lax.axis_index("batch")
+    wg = lax.axis_index("wg")
+    cta = _of_block(shape, given, head, block, b)
+    pl.when(wg < _COMPUTE)(lambda: _compute(cta, given, _Made(out, lse, skipped), scratch, wg))
+    pl.when(wg == _COMPUTE)(lambda: _load(cta, given, scratch))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cta:
+    """What one CTA is about: a block of queries of one head, and the tiles of keys it visits.
+
+    Attributes:
+      b, head, kv_head, block: where in the batch.
+      length, new: the sequence's tokens before the chunk, and those of the chunk.
+      start: the block's first query, counted from the chunk's first.
+      tiles: how many tiles are visited; `tile_at` says which.
+      always: how many of them come first that are never skipped.
+    """
+
+    shape: _Shape
+    b: Any
+    head: Any
+    kv_head: Any
+    block: Any
+    length: Any
+    new: Any
+    start: Any
+    tiles: Any
+    always: Any
+    tile_at: Callable[[Any], Any]
+
+    def slot(self, i: Any) -> Any:
+        """Where in SMEM the tile of visit i is."""
+        return lax.rem(i, jnp.int32(self.shape.stages))
+
+
+def _of_block(shape: _Shape, given: _Given, head: Any, block: Any, b: Any) -> _Cta:
+    kv_head = lax.div(head, jnp.int32(shape.heads // shape.kv_heads))
+    length, new = given.lengths[b], given.count[b]
+    start = block * QUERY_BLOCK
+    # Tiles that hold a key some query of the block may see, the last first: the query's own
+    # neighbourhood gives the running maximum that later tiles are judged by.
+    last = length + jnp.minimum(start + QUERY_BLOCK, new) - 1
+    visible = jnp.where(start < new, lax.div(last, jnp.int32(shape.block_kv)) + 1, 0)
+    lists = given.lists
+    if lists is None:
+        tiles, always = visible, 0
+
+        def tile_at(i: Any) -> Any:
+            return visible - 1 - i
+    else:
+        of_list = head if lists.blocks.shape[1] == shape.heads else kv_head
+        tiles = jnp.where(start < new, lists.count[b, of_list, block], 0)
+        always = lists.kept[b, of_list, block]
+
+        def tile_at(i: Any) -> Any:
+            return lists.blocks[b, of_list, block, i]
+
+    return _Cta(shape, b, head, kv_head, block, length, new, start, tiles, always, tile_at)
+
+
+def _load(cta: _Cta, given: _Given, scratch: _Scratch) -> None:
+    """The warpgroup that copies: `stages` tiles ahead of those that compute."""
+    plgpu.set_max_registers(24, action="decrease")
+    shape = cta.shape
+    full = given.whole[cta.b]  # whole pages; the next is the tail
+
+    def bring(pool: Any, tail: Any, tile: Any, smem: Any, ready: Any) -> None:
+        for j in range(shape.tile_pages):
+            n = tile * shape.tile_pages + j
+            to = smem.at[pl.ds(j * shape.page, shape.page)]
+
+            @pl.when(n < full)
+            def _(n: Any = n, to: Any = to) -> None:
+                mosaic.bring(pool.at[cta.kv_head, given.pages[cta.b, n]], to, ready)
+
+            @pl.when(n >= full)
+            def _(to: Any = to) -> None:
+                mosaic.bring(tail.at[cta.kv_head, cta.b], to, ready)
+
+    @pl.loop(0, cta.tiles)
+    def _step(i: Any) -> None:
+        slot, tile = cta.slot(i), cta.tile_at(i)
+        for pool, tail, smem, ready, free in (
+            (given.k, given.tail_k, scratch.k, scratch.k_ready, scratch.k_free),
+            (given.v, given.tail_v, scratch.v, scratch.v_ready, scratch.v_free),
+        ):
+            pl.when(i >= shape.stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            bring(pool, tail, tile, smem.at[slot], ready.at[slot])
+
+    # Whoever waits at a barrier has to see all its phases.
+    @pl.loop(jnp.maximum(cta.tiles - shape.stages, 0), cta.tiles)
+    def _drain(i: Any) -> None:
+        slot = cta.slot(i)
+        plgpu.barrier_wait(scratch.k_free.at[slot])
+        plgpu.barrier_wait(scratch.v_free.at[slot])
+
+
+def _compute(cta: _Cta, given: _Given, made: _Made, scratch: _Scratch, wg: Any) -> None:
+    """A warpgroup that computes: its 64 queries, over all tiles."""
+    plgpu.set_max_registers(240, action="increase")
+    shape = cta.shape
+    first = cta.start + wg * ROWS  # the warpgroup's first query
+    queries = (cta.b, pl.ds(first, ROWS), cta.head)
+    q = scratch.q.at[wg]
+    mosaic.bring(given.q.at[*queries], q, scratch.q_ready.at[wg])
+    plgpu.barrier_wait(scratch.q_ready.at[wg])
+    p = None if scratch.p is None else scratch.p.at[wg]
+
+    def step(i: Any, carry: Any) -> Any:
+        *running, skipped = carry
+        slot, tile = cta.slot(i), cta.tile_at(i)
+        plgpu.barrier_wait(scratch.k_ready.at[slot])
+        s = _product(q, scratch.k.at[slot].transpose((1, 0)), (ROWS, shape.block_kv))
+        plgpu.barrier_arrive(scratch.k_free.at[slot])
+        ragged = (tile + 1) * shape.block_kv > cta.length + first + 1
+        ragged = ragged | (first + ROWS > cta.new)
+        s = lax.cond(ragged, functools.partial(_masked, cta, first, tile), lambda s: s, s)
+        tile_top = s.max(axis=1)
+        v_ready, v = scratch.v_ready.at[slot], scratch.v.at[slot]
+
+        def attend(*running: Any) -> Any:
+            return _fold(shape, running, s, tile_top, p, v_ready, v)
+
+        def skip(*running: Any) -> Any:
+            plgpu.barrier_wait(v_ready)
+            return running
+
+        if given.beta is None:
+            running = attend(*running)
+        else:
+            near = tile_top >= running[0] - given.beta[cta.head]
+            wanted = _any_row(near, scratch.wanted.at[wg])
+            keep = ragged | (i < cta.always) | wanted
+            running = lax.cond(keep, attend, skip, *running)
+            skipped += jnp.where(keep, 0, 1)
+        plgpu.barrier_arrive(scratch.v_free.at[slot])
+        return *running, skipped
+
+    start = (*_nothing(shape), jnp.int32(0))
+    *running, skipped = lax.fori_loop(0, cta.tiles, step, start)
+    out, lse = _finish(shape, *running)
+    q[...] = out.astype(shape.dtype)
+    scratch.lse.at[wg][...] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q, made.out.at[*queries])
+    rows = made.lse.at[cta.b, cta.head, pl.ds(first, ROWS)]
+    plgpu.copy_smem_to_gmem(scratch.lse.at[wg], rows)
+    made.skipped[cta.b, cta.head, cta.block * _COMPUTE + wg] = skipped
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _product(left: Any, right: Any, size: tuple[int, int]) -> Any:
+    """A product by wgmma, in registers, in float32."""
+
+    def multiply(ref: Any) -> Any:
+        plgpu.wgmma(ref, left, right)
+        return ref[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(size, jnp.float32))
+
+
+def _masked(cta: _Cta, first: Any, tile: Any, s: Any) -> Any:
+    """The scores of a tile that reaches a query's own position, or the chunk's end."""
+
+    def iota(axis: int) -> Any:
+        return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
+
+    row, key = first + iota(0), tile * cta.shape.block_kv + iota(1)
+    return jnp.where((key <= cta.length + row) & (row < cta.new), s, -jnp.inf)
+
+
+def _any_row(wanted: Any, smem: Any) -> Any:
+    """Whether it is true of any of the warpgroup's rows.
+
+    A maximum over warps, through SMEM of the warpgroup's own: the compiler's scratch for it is one
+    for both warpgroups. Each warp reads all rows.
+    """
+    smem[...] = jnp.where(wanted, 1.0, 0.0)
+    return jnp.max(plgpu.load(smem, layout=plgpu.Layout.WGMMA.reduce(0))) > 0
+
+
+def _nothing(shape: _Shape) -> tuple[Any, Any, Any]:
+    """The softmax of no key: running maximum, sum of exponentials, weighted sum of values."""
+    wgmma = plgpu.Layout.WGMMA
+
+    def full(size: tuple[int, ...], value: float, layout: Any) -> Any:
+        return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
+
+    row = wgmma.reduce(1)
+    return (
+        full((ROWS,), _LOW, row),
+        full((ROWS,), 0.0, row),
+        full((ROWS, shape.dim), 0.0, wgmma),
+    )
+
+
+def _fold(
+    shape: _Shape, running: Any, s: Any, tile_top: Any, p_smem: Any, v_ready: Any, v: Any
+) -> tuple[Any, Any, Any]:
+    """One step of the softmax: a tile's scores, and its values once they are there."""
+    top, total, acc = running
+    new_top = jnp.maximum(top, tile_top)
+    fade = jnp.exp2((top - new_top) * shape.to_log2)
+    # Rows without a key yet have p = exp2(-inf).
+    p = jnp.exp2((s - _over_columns(new_top, s.shape)) * shape.to_log2)
+    total = total * fade + p.sum(axis=1)
+    p = p.astype(shape.dtype)
+    if p_smem is not None:
+        p_smem[...] = p
+        plgpu.commit_smem()
+        p = p_smem
+    plgpu.barrier_wait(v_ready)
+    pv = _product(p, v, (ROWS, shape.dim))
+    return new_top, total, acc * _over_columns(fade, acc.shape) + pv
+
+
+def _finish(shape: _Shape, top: Any, total: Any, acc: Any) -> tuple[Any, Any]:
+    """Attention, and log-sum-exp; of rows without a key 0 and -inf."""
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, top * shape.scale + jnp.log(total), -jnp.inf)
+    return acc / _over_columns(total, acc.shape), lse
+
+
+def _over_columns(x: Any, size: tuple[int, ...]) -> Any:
+    return lax.broadcast_in_dim(x, size, [0])
 
 
 @functools.partial(jax.jit, inline=True)

@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ import alaya_jax as aj
 from alaya_jax.cache import UNUSED
 from alaya_jax.cache.pool import PagePool, Sequence
 from alaya_jax.errors import CacheFullError, DatabaseError
-from alaya_jax.query.plan import plan_for
+from alaya_jax.query.plan import indexes_of, plan_for
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def narrow(tiny_model, monkeypatch):
     """64 pages of 16 tokens, with tables and transfers that grow early."""
     monkeypatch.setattr("alaya_jax.cache.tables.TABLE_WIDTH", 2)
     monkeypatch.setattr("alaya_jax.cache.pool.TRANSFER_WIDTH", 2)
-    return PagePool(tiny_model, 65, 16, "Budget(device='520KiB')")
+    return PagePool(tiny_model.config, tiny_model.dtype, 65, 16, "Budget(device='520KiB')")
 
 
 @pytest.mark.parametrize(("pages", "width"), [(0, 2), (2, 2), (3, 8), (8, 8), (9, 32), (33, 64)])
@@ -51,10 +51,10 @@ def test_a_table_is_as_wide_as_its_longest_sequence_needs(narrow, pages, width):
 )
 def test_the_table_of_a_spread_pool_says_where_each_page_is(steps):
     """Whatever was reserved and released before: each device's entries, in order, by position."""
-    model = SimpleNamespace(
-        mesh=aj.make_mesh(data=2, context=4), rules=aj.ShardingRules(), config=None
-    )
-    pool = PagePool(model, 67, 16, "Budget()")  # of which 64 are used: 4 parts of 16
+    mesh = aj.make_mesh(data=2, context=4)
+    config: Any = None  # there are no arrays
+    # 64 pages are used: 4 parts of 16.
+    pool = PagePool(config, "float32", 67, 16, "Budget()", mesh=mesh)
     assert pool.num_pages == 64
     assert pool.capacity_tokens == 60 * 16
     sequences = [Sequence() for _ in range(3)]
@@ -117,9 +117,9 @@ def test_ctrl_c_waits_until_the_cache_is_back(narrow, ctrl_c):
             leaf.delete()
         return jax.tree.map(lambda x: np.ones(x.shape), type(kv).create(*args))
 
-    args = (narrow._model.config, 65, 16, "float32")
+    args = (narrow.config, 65, 16, "float32")
     with pytest.raises(KeyboardInterrupt):
-        narrow.run(program, kv_result=None)
+        narrow.run(program, None, kv_result=None)
     assert before.k[0].is_deleted()
     assert narrow._kv is not before
     assert narrow._kv.k[0][0, 0, 0, 0] == 1
@@ -175,18 +175,18 @@ SKETCHED = aj.Plan(aj.DIPR(beta=2.0, window=aj.Window(4, 12)), aj.Sketch())
 
 def require_true_indexes(db, *sessions):
     """What the pool's index knows of full pages is what it finds by looking at them anew."""
-    plans = plan_for(SKETCHED, db.model.config, 0)
+    indexes = indexes_of(plan_for(SKETCHED, db.model.config, 0), 2)
     sequences = [s for session in sessions for s in session.sequences]
     full = [s.pages[: s.length // db.pool.page_size] for s in sequences]
     pages = np.unique(np.concatenate(full))
 
     def known():
-        layers = db.pool.cover(plans, sequences).layers
+        layers = db._indexes.cover(indexes, sequences).layers
         return [np.array(leaf)[:, pages] for leaf in jax.tree.leaves(layers)]
 
     before = known()
-    for state in db.pool._indexes.values():
-        state.built[pages] = False
+    for state in db._indexes._indexes.values():
+        state.built[pages] = 0
     for was, now in zip(before, known(), strict=True):
         np.testing.assert_array_equal(was, now)
 
@@ -348,9 +348,9 @@ import jax, jax.numpy as jnp
 from alaya_jax.cache.pool import PagePool
 slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
 x = jnp.eye(400)
-pool = types.SimpleNamespace(_model=types.SimpleNamespace(params=(), mesh=None), kv=x, _setting="")
-pool._alone = contextlib.nullcontext
-PagePool.run(pool, slow, kv_result=1)
+pool = types.SimpleNamespace(mesh=None, kv=x, alone=contextlib.nullcontext)
+pool.within_memory = contextlib.nullcontext
+PagePool.run(pool, slow, None, kv_result=1)
 sys.exit(130)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -19,7 +19,7 @@ import alaya_jax as aj
 from alaya_jax.checkpoint import convert, identity, inspect, open_checkpoint, read_checkpoint, save
 from alaya_jax.errors import RequestError
 from alaya_jax.models.config import RopeConfig
-from alaya_jax.models.quantized import QuantizedKernel
+from alaya_jax.models.quantized import QuantizedMatrix
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -256,7 +256,7 @@ def test_quantized_and_adapted_kernels_are_part_of_it(wide, tiny_model):
     found = read(wide(), quantize="int8")
     model = aj.Model(found.config, found.params)
     down = found.params["layers_0"]["mlp"]["down"]["kernel"]
-    assert isinstance(down, QuantizedKernel)
+    assert isinstance(down, QuantizedMatrix)
     layer = found.params["layers_0"]
     prints = {model.fingerprint}
     for kernel in (

@@ -16,7 +16,7 @@ from alaya_jax.checkpoint.verification import stream_logits
 from alaya_jax.checkpoint.weights import Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models import llama
-from alaya_jax.models.quantized import QuantizedKernel, quantize
+from alaya_jax.models.quantized import QuantizedMatrix, quantize
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4, "hidden_size": 64}
 TOKENS = np.arange(24)[None] % 48
@@ -37,11 +37,11 @@ def forward(model, params, tokens=TOKENS):
 
 
 def is_quantized(x):
-    return isinstance(x, QuantizedKernel)
+    return isinstance(x, QuantizedMatrix)
 
 
 def dense_values(params):
-    dense = jax.jit(QuantizedKernel.dense)
+    dense = jax.jit(QuantizedMatrix.dense)
     return jax.tree.map(lambda x: dense(x) if is_quantized(x) else x, params, is_leaf=is_quantized)
 
 

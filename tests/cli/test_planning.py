@@ -95,6 +95,16 @@ def test_plan_of_a_known_architecture_without_any_file(alaya):
     assert data["bytes"]["kv"] == 131_072 * 131_072
 
 
+def test_plan_takes_a_length_beyond_the_declared_one(alaya, tiny_model):
+    plain = alaya("plan", tiny_model, "--length", "16000", "--json")
+    assert "declares at most 8,000" in plain.stderr
+    longer = alaya("plan", tiny_model, "--length", "16000", "--rope", "yarn:2", "--json")
+    assert "declares" not in longer.stderr
+    assert json.loads(longer.stdout)["layers"]
+    known = alaya("plan", "llama-3-8b", "--length", "16k", "--rope", "yarn:2", "--json")
+    assert "declares" not in known.stderr
+
+
 def test_plan_refuses_with_the_nearest_goals(alaya, tiny_model):
     said = alaya("plan", tiny_model, "--length", "4k", "--tpot", "1e-6", code=1).stderr
     assert "Nearest that can be had: tpot=" in said

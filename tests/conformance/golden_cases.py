@@ -110,6 +110,7 @@ YARN = {
     "original_max_position_embeddings": 4096,
     "rope_theta": 10000.0,
 }
+QWEN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1000000.0}
 ROPE_CASES = [  # name, rope_parameters, head_dim, max_position_embeddings, sequence length
     ("llama-3-8b", {"rope_type": "default", "rope_theta": 500000.0}, 128, 8192, None),
     ("smollm2-135m", {"rope_type": "default", "rope_theta": 100000.0}, 64, 8192, None),
@@ -165,4 +166,8 @@ ROPE_CASES = [  # name, rope_parameters, head_dim, max_position_embeddings, sequ
         4096,
         None,
     ),
+    # The length before stretching in max_position_embeddings: Qwen (both ways), Vicuna.
+    ("yarn-qwen", {**QWEN, "original_max_position_embeddings": 32768}, 128, 32768, None),
+    ("yarn-qwen-short", QWEN, 128, 32768, None),
+    ("linear-vicuna", {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 128, 4096, None),
 ]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import quantized
-from alaya_jax.models.kernels import Kernel
-from alaya_jax.models.quantized import QuantizedKernel, check_scheme, quantize
+from alaya_jax.models.matrices import Matrix
+from alaya_jax.models.quantized import QuantizedMatrix, check_scheme, quantize
 
 # shape, axis of E, output axes, how many axes x is contracted over
 CASES = {
@@ -24,7 +24,7 @@ CASES = {
 
 def make(matrix, scheme, axis, outputs, compute="float32"):
     values, scale = quantize(matrix, scheme, axis, outputs)
-    return QuantizedKernel(jnp.asarray(values), jnp.asarray(scale), axis, compute)
+    return QuantizedMatrix(jnp.asarray(values), jnp.asarray(scale), axis, compute)
 
 
 def unpacked(kernel):
@@ -50,7 +50,7 @@ def test_products_are_those_of_the_dense_matrix(rng, monkeypatch, case, scheme, 
     shape, axis, outputs, n = CASES[case]
     kernel = make(rng.standard_normal(shape, np.float32), scheme, axis, outputs)
     assert kernel.block_width == (48 if scheme == "int8" and block > 1 else 32)
-    assert isinstance(kernel, Kernel)
+    assert isinstance(kernel, Matrix)
     assert (kernel.shape, kernel.scheme) == (shape, scheme)
     want = unpacked(kernel)
     np.testing.assert_allclose(kernel.dense(), want, rtol=1e-6)
@@ -123,7 +123,7 @@ def test_the_dense_matrix_never_exists(scheme, axis, method):
         scale = [n, n]
         scale[axis] //= 32
     kind = (jnp.uint8, jnp.bfloat16) if scheme == "int4" else (jnp.int8, jnp.float32)
-    kernel = QuantizedKernel(
+    kernel = QuantizedMatrix(
         jax.ShapeDtypeStruct(tuple(values), kind[0]),
         jax.ShapeDtypeStruct(tuple(scale), kind[1]),
         axis,

@@ -246,7 +246,7 @@ def _noise(key: jax.Array, step: jax.Array, size: int) -> jax.Array:
 
 
 def _at(rows: jax.Array, token: jax.Array) -> jax.Array:
-    # Twice each: see `models.kernels.take_rows`.
+    # Twice each: see `models.matrices.take_rows`.
     return jnp.take_along_axis(rows, jnp.stack([token, token], axis=-1), axis=-1)[:, 0]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu import timing
+from gpu.against_reference import AgainstReference
 
 from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.block_sparse_prefill import (
@@ -96,20 +97,6 @@ def _call(implementation: str, target: Target | None, *arguments: Any) -> Any:
     return got.out, got.lse
 
 
-def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """(name, function that gives what is wrong, or None) of every case."""
-    for number, shape in enumerate(QUICK if quick else CHECKED):
-        yield f"{OP} {shape}", functools.partial(_wrong, shape, target, number)
-
-
-def _wrong(shape: Shape, target: Target | None, seed: int) -> str | None:
-    arrays = _inputs(shape, seed)
-    got = jax.jit(functools.partial(_call, "mosaic_gpu", target))(*arrays)
-    wanted = jax.jit(functools.partial(_call, "reference", target))(*arrays)
-    error = difference(got, wanted)
-    return None if error < TOLERANCE else f"differs from the reference by {error}"
-
-
 def rows(
     quick: bool, sweep: bool
 ) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
@@ -184,6 +171,9 @@ def difference(ours: Any, theirs: Any) -> float:
         return float(jnp.max(jnp.where(a == b, 0.0, jnp.abs(a - b))))  # -inf is equal to -inf
 
     return max(largest(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+checks = AgainstReference(OP, CHECKED, QUICK, _inputs, _call, difference, TOLERANCE)
 
 
 def torch_rows(shape: dict) -> dict[str, float]:

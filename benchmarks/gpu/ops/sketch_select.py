@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu.against_reference import AgainstReference
 
 from alaya_jax.pallas_kernels import dispatch
 from alaya_jax.pallas_kernels.dispatch import Target
@@ -89,20 +90,6 @@ def _call(implementation: str, target: Target | None, *arrays: Any) -> Any:
     return sketch_select(*arrays, beta=4.0, implementation=implementation, target=target)
 
 
-def checks(target: Target | None, quick: bool) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """(name, function that gives what is wrong, or None) of every case."""
-    for number, shape in enumerate(QUICK if quick else CHECKED):
-        yield f"{OP} {shape}", functools.partial(_wrong, shape, target, number)
-
-
-def _wrong(shape: Shape, target: Target | None, seed: int) -> str | None:
-    arrays = _inputs(shape, seed)
-    got = jax.jit(functools.partial(_call, "mosaic_gpu", target))(*arrays)
-    wanted = jax.jit(functools.partial(_call, "reference", target))(*arrays)
-    error = difference(got, wanted)
-    return None if error < TOLERANCE else f"differs from the reference by {error}"
-
-
 def rows(
     quick: bool, sweep: bool
 ) -> Iterator[tuple[dict, float, float, Callable[[], dict[str, Any]]]]:
@@ -154,6 +141,9 @@ def difference(ours: Any, theirs: Any) -> float:
     if not bool(jnp.all((ours.page_ids == theirs.page_ids) | ~listed)):
         return float("inf")
     return float(jnp.max(jnp.abs(ours.best - theirs.best)))
+
+
+checks = AgainstReference(OP, CHECKED, QUICK, _inputs, _call, difference, TOLERANCE)
 
 
 def torch_rows(shape: dict) -> dict[str, float]:

@@ -11,19 +11,19 @@ from jaxtyping import Array, Float, Int, Shaped
 
 
 @runtime_checkable
-class Kernel(Protocol):
+class Matrix(Protocol):
     """A matrix that is not a plain array; axes as those of the array it stands for."""
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:
-        """The last n axes of x with the first n of the kernel; the type of x, or the one asked."""
+        """The last n axes of x with the first n of the matrix; the type of x, or the one asked."""
         ...
 
     def contract_last(self, x: Float[Array, "... E"]) -> Float[Array, "... V"]:
-        """The last axis of x with the last of a kernel [V, E], in float32."""
+        """The last axis of x with the last of a matrix [V, E], in float32."""
         ...
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
-        """Rows of a kernel [V, E], in the type the model computes in."""
+        """Rows of a matrix [V, E], in the type the model computes in."""
         ...
 
 

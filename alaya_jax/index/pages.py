@@ -1,0 +1,132 @@
+"""The indexes of a pool's pages: which index knows which page, and building what is missing."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence as Listed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from alaya_jax import cache
+from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.tables import bucket
+from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
+from alaya_jax.sharding import ShardingRules
+
+INDEX_WIDTH = 8
+"""Pages indexed at once, at least; more are this times a power of four."""
+
+
+class PageIndexes:
+    """What indexes know of the pages of a pool, for all sequences that share a page.
+
+    Threads may share it: they take turns under the pool's lock.
+    """
+
+    def __init__(self, pool: PagePool):
+        """Of this pool's pages; what was learnt of a page holds for its generation."""
+        self._pool = pool
+        self._indexes: dict[tuple[Index, int], _LayerState] = {}
+
+    def cover(self, indexes: Listed[Index], sequences: list[Sequence]) -> Indexed:
+        """Has the indexes know the full pages of these sequences.
+
+        What was built once stays, for every sequence that shares the page.
+
+        Args:
+          indexes: of each layer. `Flat` holds nothing, and a graph is of a context, not of pages.
+          sequences: in the pool.
+        """
+        pool, size = self._pool, self._pool.page_size
+        full = [s.pages[: s.length // size] for s in sequences]
+        pages = np.unique(np.concatenate(full))
+        with pool.lock:
+            for layer, index in enumerate(indexes):
+                if isinstance(index, Flat | Graph):
+                    continue
+                state = self._indexes.get((index, layer))
+                if state is None:
+                    state = self._indexes[index, layer] = self._new_index(index)
+                missing = pages[state.built[pages] != pool.generations(pages)]
+                if len(missing):
+                    self._build(state, layer, missing)
+            states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
+            return Indexed(
+                tuple(state.index if state else None for state in states),
+                jnp.asarray([len(p) * size for p in full], jnp.int32),
+            )
+
+    def _new_index(self, index: Block | Sketch) -> "_LayerState":
+        p = self._pool
+        with p.within_memory(f"{index!r} beside the KV cache"):
+            made = index.create(p.config, p.num_pages, p.page_size, p.dtype, p.mesh, p.rules)
+        return _LayerState(made, np.zeros(p.num_pages, np.int64))
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that each index takes on the device, all layers."""
+        sizes: dict[str, int] = {}
+        for (index, _), state in self._indexes.items():
+            leaves = jax.tree.leaves(state.index)
+            sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
+        return sizes
+
+    def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
+        pool, kv = self._pool, self._pool.kv
+        shard, local = np.divmod(missing, pool.num_pages // pool.shards)
+        by_shard = [local[shard == s] for s in range(pool.shards)]
+        width = bucket(max(map(len, by_shard)), INDEX_WIDTH, 4)
+        ids = np.full((pool.shards, width), cache.NO_PAGE, np.int32)
+        for row, pages in zip(ids, by_shard, strict=True):
+            row[: len(pages)] = pages
+        filled = np.where(ids == cache.NO_PAGE, 0, pool.page_size).astype(np.int32)
+        with pool.alone():
+            state.index = _build_index(
+                state.index,
+                kv.k[layer],
+                kv.v[layer],
+                ids.ravel(),
+                filled.ravel(),
+                mesh=pool.mesh,
+                rules=pool.rules,
+            )
+            state.built[missing] = pool.generations(missing)
+
+
+@dataclasses.dataclass
+class _LayerState:
+    """An index of one layer, and which pages it knows.
+
+    Attributes:
+      index: what it holds.
+      built: int64 [P], the generation in which it last looked at each page; 0: never.
+    """
+
+    index: LayerIndex
+    built: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("index",))
+def _build_index(
+    index: LayerIndex,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    ids: jax.Array,
+    filled: jax.Array,
+    *,
+    mesh: Mesh | None,
+    rules: ShardingRules,
+) -> LayerIndex:
+    if mesh is None:
+        return index.build(k_pages, v_pages, ids, filled)
+    pages = rules.axis("pages", mesh)
+    pool, some = PartitionSpec(rules.axis("kv_heads", mesh), pages), PartitionSpec(pages)
+    build = jax.shard_map(
+        lambda index, k, v, ids, filled: index.build(k, v, ids, filled),
+        mesh=mesh,
+        in_specs=(pool, pool, pool, some, some),
+        out_specs=pool,
+        check_vma=False,
+    )
+    return build(index, k_pages, v_pages, ids, filled)
