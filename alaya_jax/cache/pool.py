@@ -76,6 +76,19 @@ class Sequence:
     length: int = 0
 
 
+@dataclasses.dataclass
+class Lent:
+    """The cache in the hands of programs, which donate it, all of it or the layers they work on.
+
+    Attributes:
+      kv: the cache as the newest program gave it back.
+      result: something small that the newest program made beside it.
+    """
+
+    kv: PagedKV
+    result: jax.Array | None = None
+
+
 class PagePool:
     """Device pages and the host's accounts of them.
 
@@ -128,7 +141,7 @@ class PagePool:
                 self._kv = PagedKV.create(
                     self.config, self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
                 )
-        if self._kv.k[0].is_deleted():
+        if any(pool.is_deleted() for pool in (*self._kv.k, *self._kv.v)):
             raise DatabaseError(
                 "the KV cache was lost when a program was interrupted; open the database again "
                 "(stored contexts are safe)"
@@ -201,15 +214,32 @@ class PagePool:
           the result without the cache.
         """
         args = spread(args, self.mesh)
-        with self.alone(), self.within_memory("a program beside the KV cache"):
-            result = program(params, self.kv, *args, **static)
+        with self.lend() as lent:
+            result = program(params, lent.kv, *args, **static)
             if kv_result is None:
-                self._kv = result
+                lent.kv = result
                 return None
-            self._kv = result[kv_result]
-        rest = (*result[:kv_result], *result[kv_result + 1 :])
-        _under_way.append(min(jax.tree.leaves(rest), key=lambda leaf: leaf.size))
+            lent.kv = result[kv_result]
+            rest = (*result[:kv_result], *result[kv_result + 1 :])
+            lent.result = min(jax.tree.leaves(rest), key=lambda leaf: leaf.size)
         return rest
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Lent]:
+        """Lends the cache to programs that donate it; who has it puts back what each gives back.
+
+        Where one of several programs fails, the cache is what those before it left: what they wrote
+        is behind the tokens that a sequence has, and counts as nothing. It is lost where a program
+        that had donated layers did not give them back.
+        """
+        with self.alone(), self.within_memory("a program beside the KV cache"):
+            lent = Lent(self.kv)
+            try:
+                yield lent
+            finally:
+                self._kv = lent.kv
+        if lent.result is not None:
+            _under_way.append(lent.result)
 
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.

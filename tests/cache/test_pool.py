@@ -349,7 +349,7 @@ from alaya_jax.cache.pool import PagePool
 slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
 x = jnp.eye(400)
 pool = types.SimpleNamespace(mesh=None, kv=x, alone=contextlib.nullcontext)
-pool.within_memory = contextlib.nullcontext
+pool.within_memory, pool.lend = contextlib.nullcontext, lambda: PagePool.lend(pool)
 PagePool.run(pool, slow, None, kv_result=1)
 sys.exit(130)
 """
