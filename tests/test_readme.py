@@ -59,6 +59,7 @@ def test_the_tour_runs_as_printed(elsewhere, capsys):
     check(*run(tour(), capsys))
 
 
+@pytest.mark.slow
 def test_the_tour_runs_on_a_llama_3_whose_tokenizer_adds_a_bos(elsewhere, capsys, llama3):
     llama3(path=elsewhere / "tiny-llama-3")
     first, *others = tour()
