@@ -164,9 +164,7 @@ def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def open(model: Any = None, path: str = "db", pages: int = PAGES, **options: Any) -> Any:
         model = model or tiny_model
-        c = model.config
-        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
-        budget = aj.Budget(device=pages * options.get("page_size", 16) * width)
+        budget = aj.Budget(device=pages * options.get("page_size", 16) * model.token_bytes)
         opened.append(aj.DB(tmp_path / path, model, budget, **options))
         return opened[-1]
 
