@@ -13,8 +13,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.explain.explanation import Explanation
-from alaya_jax.explain.reads import Reads
+from alaya_jax.explain.explanation import Explanation, Reads
 from alaya_jax.explain.report import report
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
