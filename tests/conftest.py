@@ -1,14 +1,32 @@
 """Eight virtual CPU devices for every test (before jax starts); a tiny model and its database."""
 
+import hashlib
+import importlib.metadata
 import os
+import platform
+from pathlib import Path
+
+
+def kept_programs() -> Path:
+    """Where compiled programs wait for the next run of the tests: not for another CPU or jaxlib."""
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    named = [line for line in first if line.startswith(("model name", "flags", "Features"))]
+    cpu = hashlib.sha256("\n".join([platform.machine(), *named]).encode()).hexdigest()[:12]
+    version = importlib.metadata.version("jaxlib")
+    return Path(__file__).parents[1] / ".cache" / "tests" / f"jaxlib-{version}-{cpu}"
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# In the environment, so that the processes which tests start read and write there too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import functools
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
