@@ -10,7 +10,7 @@ pytest = $(BIN)/pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-all aot lint format typecheck docs docs-serve bench clean
+.PHONY: help install demo test test-slow test-all aot lint format typecheck floors laid-out docs docs-serve bench clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,19 +34,25 @@ aot: .venv-aot/.installed ## compile every kernel, and a decode step, for H100s 
 	.venv-aot/bin/python -m alaya_jax.pallas_kernels.aot $(AOT_ARGS)
 	.venv-aot/bin/python benchmarks/decode_step_aot.py --layers 1 --attention full dipr pages
 
-lint: $(VENV)/.installed ## check format, lint and types
+lint: $(VENV)/.installed ## check format, lint, floors and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@$(MAKE) --no-print-directory typecheck
+	@$(MAKE) --no-print-directory floors typecheck
 
 format: $(VENV)/.installed ## reformat, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(VENV)/.installed ## check types only
+typecheck: laid-out ## check types only
+	$(BIN)/pyright
+
+floors: laid-out ## check that modules import only from floors below their own (pyproject.toml, import-linter)
+	cd build/typecheck && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache --no-logo
+
+# A copy of the package as an installation has it: these tools cannot follow package-dir.
+laid-out: $(VENV)/.installed
 	@rm -rf build/typecheck && mkdir -p build/typecheck
 	@cp -R alaya_jax build/typecheck && cp -R models pallas_kernels configs build/typecheck/alaya_jax
-	$(BIN)/pyright
 
 docs: $(VENV)/.docs ## build the documentation as a site, in build/site; open index.html there
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -250,6 +250,11 @@ class LlamaConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def kv_width(self) -> int:
+        """Numbers that the keys and values of one token are, all layers: 2 L K D."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @property
     def max_length(self) -> int:
         """Longest sequence this checkpoint declares, tokens: what is served unless asked otherwise.
 

@@ -1,10 +1,17 @@
 """Eight virtual CPU devices for every test (before jax starts); a tiny model and its database."""
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 
 
 def kept_programs() -> Path:
@@ -24,13 +31,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import functools
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
-import pytest
 
 PAGES = 65
 """Of every database of the tests, so that they share compiled programs; one belongs to nobody."""
@@ -182,9 +182,7 @@ def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def open(model: Any = None, path: str = "db", pages: int = PAGES, **options: Any) -> Any:
         model = model or tiny_model
-        c = model.config
-        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
-        budget = aj.Budget(device=pages * options.get("page_size", 16) * width)
+        budget = aj.Budget(device=pages * options.get("page_size", 16) * model.token_bytes)
         opened.append(aj.DB(tmp_path / path, model, budget, **options))
         return opened[-1]
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
-    from alaya_jax.db import DB, Budget, Context
+    from alaya_jax.budget import Budget
+    from alaya_jax.contexts.context import Context
+    from alaya_jax.db import DB
     from alaya_jax.model import Model
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention
@@ -86,14 +88,12 @@ def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budge
 
     A power of two, because programs are compiled anew for another size.
     """
-    from alaya_jax.db import Budget
+    from alaya_jax.budget import Budget
 
     if memory is not None:
         return Budget(device=memory)
-    c = model.config
-    width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     room = max(_LEAST_ROOM, 1 << (tokens + _SLACK - 1).bit_length())
-    return Budget(device=room * width * model.dtype.itemsize)
+    return Budget(device=room * model.token_bytes)
 
 
 def _open(*arguments: Any, **options: Any) -> "DB":

@@ -165,13 +165,13 @@ class DirectoryStore:
         tokens: Any,
         kv: Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
-    ) -> str:
+    ) -> ContextRecord:
         """See `ContextStore.write`."""
         self._usable(writing=True)
         tokens = _token_ids(tokens)
         id = header.context_id(tokens)
         if self._intact(id):
-            return id
+            return self._contexts[id].record
         record = ContextRecord(id=id, header=header, num_tokens=len(tokens), created=time.time())
         free = shutil.disk_usage(self._directory).free
         if record.nbytes > free:
@@ -189,6 +189,7 @@ class DirectoryStore:
                         self._discard(id)
                     new.rename(self._directory / id)
                     self._contexts[id] = StoredContext(self._directory / id)
+                written = self._contexts[id].record
             flush_directory(self._directory)
         except OSError as error:
             raise DatabaseError(
@@ -197,7 +198,7 @@ class DirectoryStore:
             ) from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        return id
+        return written
 
     def remove(self, id: str) -> None:
         """See `ContextStore.remove`."""

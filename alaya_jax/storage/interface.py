@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -116,7 +117,16 @@ class IndexRecord:
 
 
 class ContextStore(Protocol):
-    """Where contexts live between processes."""
+    """Where contexts live between processes: all that a database uses of its store."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for errors."""
+        ...
+
+    def require_writable(self) -> None:
+        """Raises DatabaseError when nothing can be written: closed, or open for reading only."""
+        ...
 
     def list(self, namespace: str | None = None) -> Sequence[ContextRecord]:
         """All contexts, oldest first, damaged ones too (see `ContextRecord.problem`).
@@ -135,8 +145,8 @@ class ContextStore(Protocol):
         tokens: Any,
         kv: Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
-    ) -> str:
-        """Store a context, all of it or nothing, and return its id.
+    ) -> ContextRecord:
+        """Store a context, all of it or nothing, and return its record.
 
         A context already there is kept as it is, and `kv` is not read.
 
