@@ -141,8 +141,8 @@ def read_document(path: Path, what: str = "the document's text") -> str:
     """The text of a file, or of stdin for `-`.
 
     Raises:
-        RequestError: It is empty, or not UTF-8.
-        OSError: It cannot be read.
+      RequestError: it is empty, or not UTF-8.
+      OSError: it cannot be read.
     """
     if str(path) == "-":
         if sys.stdin is None:  # closed, as by <&-

@@ -36,8 +36,8 @@ class Question:
     """A question about the demo's text.
 
     Attributes:
-        text: As asked.
-        expected: Any of these must be in a right answer.
+      text: as asked.
+      expected: any of these must be in a right answer.
     """
 
     text: str
@@ -214,7 +214,7 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
     """What the new process does: load the model, open the database, answer all questions.
 
     Raises:
-        ContextError: The document's context is damaged.
+      ContextError: the document's context is damaged.
     """
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
