@@ -195,7 +195,7 @@ def analyze(
         pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
-            q[layer, 0, 0],
+            q[layer][0, 0],
             pages,
             table.length[0],
             local,
