@@ -14,13 +14,14 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.explain.explanation import Explanation, Reads
+from alaya_jax.explain.explanation import Explanation
+from alaya_jax.explain.reads import Reads
 from alaya_jax.explain.report import report
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.models.tokenizer import TokenStream
-from alaya_jax.optimizer.choice import Choice
+from alaya_jax.optimizer.choice import PlanChoice
 from alaya_jax.optimizer.prefill import PrefillChoice
 from alaya_jax.optimizer.situation import choose_for, choose_prefill_for
 from alaya_jax.query import Full
@@ -118,7 +119,7 @@ class Session:
             0,
         )
         """Finds another context's graph where a sequence's own has none, and how far it goes."""
-        self.choice: Choice | None = None
+        self.choice: PlanChoice | None = None
         """What `Auto` chose last, and why."""
         self.prefill_choice: PrefillChoice | None = None
         """The same for a prefill."""

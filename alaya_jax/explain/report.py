@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from alaya_jax.explain.analysis import WANTED
 from alaya_jax.explain.analysis import analyze as analyze_last
-from alaya_jax.explain.explanation import Explanation, planned_rows
+from alaya_jax.explain.explanation import Explanation
+from alaya_jax.explain.reads import planned_rows
 from alaya_jax.optimizer.prefill import PrefillChoice
 from alaya_jax.query.plan import Attention, same_plans
 

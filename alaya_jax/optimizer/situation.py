@@ -9,7 +9,7 @@ import numpy as np
 
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.optimizer import calibration
-from alaya_jax.optimizer.choice import Choice
+from alaya_jax.optimizer.choice import PlanChoice
 from alaya_jax.optimizer.choose import GRAPH_FROM, choose
 from alaya_jax.optimizer.cost import Machine, Workload
 from alaya_jax.optimizer.machine import machine_for, prefill_for
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from alaya_jax.session import Session
 
 
-def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
+def choose_for(auto: Auto, session: "Session", length: int) -> PlanChoice:
     """What `auto` means in a session whose sequences grow to so many tokens.
 
     The first call on a machine measures it, some seconds; see `machine.py`.
@@ -91,7 +91,7 @@ def choose_before(
     parameters: int,
     fingerprint: str,
     directory: Path | None,
-) -> Choice:
+) -> PlanChoice:
     """What `auto` would mean for a model that is not loaded.
 
     Args:
