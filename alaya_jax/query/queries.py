@@ -177,9 +177,9 @@ class Tiles:
     `recovery` chooses the blocks that are scored at all, from the attention of a few queries of the
     block (`samples`, spread evenly): in order of the share of mass that these give them, as many as
     it takes for each of these to hold `recovery` of its mass. That is an estimate for the others:
-    on keys of SmolLM2-135M 93% to 97% of all queries hold it (benchmarks/sparse_prefill.py). 1 leaves
-    nothing out, and only sets the order; with None there is no estimate, and keys come in order of
-    position.
+    on keys of SmolLM2-135M 93% to 97% of all queries hold it (benchmarks/sparse_prefill.py). 1
+    leaves nothing out, and only sets the order; with None there is no estimate, and keys come in
+    order of position.
 
     The window's keys are always attended, but by blocks: those of the sink and those within
     `recent` of a query of the block.
