@@ -1,5 +1,6 @@
 """Estimates and their errors against numpy."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ def test_the_error_is_a_sum_of_products(scan):
 
 
 def test_exact_scores_err_by_nothing(rng):
-    scan = Scan(rng.standard_normal((K, G, T, S)))
+    scan = Scan(rng.standard_normal((K, G, T, S), np.float32))
     assert scan.exact
     assert scan.error == 0.0
     np.testing.assert_array_equal(scan.likely(1, 1, 16), scan.estimate[:, 1:2])
@@ -62,6 +63,6 @@ def test_likely_adds_half_the_variance_of_the_scaled_score(scan, axis):
 
 
 def test_an_error_without_end_adds_a_finite_number():
-    added = np.asarray(half_variance(np.array([np.inf, 1e35, 0.0], np.float32), 1.0, 16))
+    added = np.asarray(half_variance(jnp.asarray([np.inf, 1e35, 0.0]), 1.0, 16))
     assert np.isfinite(added).all()
     np.testing.assert_array_equal(added, np.array([FAR, FAR, 0.0], np.float32))

@@ -45,7 +45,9 @@ def test_a_wrong_byte_is_found_when_its_layer_is_read(context):
     file.write_bytes(data)
     index = stored_indexes(context)["graph"]
     index.read(0)
-    with pytest.raises(ContextError, match=r"graph index of context one .* db\.build_index"):
+    with pytest.raises(
+        ContextError, match=r"graph index of context one in .*layer_001_near.* \(db\.build_index"
+    ):
         index.read(1)
     assert len(index.check()) == 1
     assert stored_indexes(context)["other"].check() == []
