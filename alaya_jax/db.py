@@ -235,6 +235,7 @@ class DB:
             self.model,
             self.pool,
             self._catalogue.indexes,
+            self._catalogue.stack,
             sequences,
             tokens,
             found,

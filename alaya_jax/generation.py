@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,16 +15,12 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.decoding import Decoding, read
+from alaya_jax.runtime.programs import Row
 from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
-from alaya_jax.runtime.sampling.sampler import init_sampler, sample
+from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.session import Output, Session
 from alaya_jax.settings import methods_under_own_settings, under_own_settings
-
-BLOCK = 16
-"""Most decode steps of one device call. The next call is under way while one's tokens are read."""
-
-_sample = jax.jit(sample, static_argnums=0, donate_argnums=1)
 
 
 class Token(NamedTuple):
@@ -273,13 +268,14 @@ class _Request:
         total = self.timing.prefill_tokens
         try:
             with progress_bar("reading the prompt", total, show=self._progress) as advance:
-                logits = session.feed(self._rows, self._prefill, advance)
-            token, logprob, alternatives, sampler = _sample(self._processors, self._sampler, logits)
-            first = np.asarray(token)
+                passed, fed = session.feed(self._rows, self._prefill, advance)
+            decoding = self._decoding()
+            row = decoding.first(passed, fed, session.pool.table(session.sequences))
+            token, logprob, alternatives, *_ = read(row)
             self.timing.first_token_s = time.perf_counter() - started
-            yield from self._accept(first, np.asarray(logprob), _rows(alternatives))
+            yield from self._accept(token, logprob, alternatives)
             started = time.perf_counter()
-            for row in self._decode(token, sampler):
+            for row in self._decode(decoding):
                 for new in self._accept(*row):
                     self.timing.decode_s = time.perf_counter() - started
                     self.timing.decode_tokens += 1
@@ -287,63 +283,40 @@ class _Request:
         finally:
             self.give_back()
 
-    def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
-        """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
+    def _decoding(self) -> Decoding:
         session = self.session
         width = max(1, *(len(ids) for ids in self._end_ids))
         end_ids = np.full((session.batch_size, width), -1, np.int32)
         for row, ids in zip(end_ids, self._end_ids, strict=True):
             row[: len(ids)] = ids
-        end_ids = jnp.asarray(end_ids)
-        table = session.pool.table(session.sequences)
-        on_device = jnp.asarray(self._running)
-        under_way: tuple[programs.Decoded, jax.Array, jax.Array] | None = None
-        left, block = self._max - 1, 2
+        return Decoding(
+            session.stack,
+            session.pool,
+            self._attention,
+            lambda: session.cover(self._attention),
+            end_ids,
+            (self._processors, self._sampler),
+        )
+
+    def _decode(self, decoding: Decoding) -> Iterator[tuple[Any, Any, Any]]:
+        """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities.
+
+        While one is read, the next step is under way.
+        """
+        left = self._max - 1
+        under_way: Row | None = None
         while under_way is not None or (left > 0 and self._running.any()):
             finished, under_way = under_way, None
             if left > 0 and self._running.any():
-                steps, before = min(block, left), table.length
-                with session.pool.lock:
-                    decoded, table, token, sampler = session.pool.run(
-                        programs.decode,
-                        session.model.params,
-                        table,
-                        token,
-                        on_device & jnp.asarray(self._running),
-                        end_ids,
-                        sampler,
-                        jnp.int32(steps),
-                        self._attention,
-                        session.cover(self._attention),
-                        kv_result=1,
-                        processors=self._processors,
-                        capacity=BLOCK,
-                        **session.static,
-                    )
-                on_device = decoded.running
-                under_way, left = (decoded, before, table.length), left - steps
-                block = min(2 * block, BLOCK)  # short ones first: the reader waits for them
+                decoding.allow(self._running)
+                under_way, left = decoding.step(), left - 1
             if finished is not None:
-                yield from self._read(*finished)
-
-    def _read(
-        self, decoded: programs.Decoded, before: jax.Array, after: jax.Array
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        """The rows of one device call, and lengths around it; blocks until it has run."""
-        steps = int(decoded.steps)
-        tokens, logprobs = np.asarray(decoded.tokens), np.asarray(decoded.logprobs)
-        alternatives = _rows(decoded.alternatives)
-        if steps:
-            lengths = np.asarray(before)
-            self.session.count_reads(
-                "decode",
-                self._attention,
-                decoded.counts,
-                lengths.tolist(),
-                np.asarray(after) - lengths,
-            )
-        for s in range(steps):
-            yield tokens[s], logprobs[s], alternatives and [a[s] for a in alternatives]
+                token, logprob, alternatives, length, count = read(finished)
+                if count.any():
+                    self.session.count_reads(
+                        "decode", self._attention, finished.counts, length.tolist(), count
+                    )
+                    yield token, logprob, alternatives
 
     @property
     def _running(self) -> np.ndarray:
@@ -394,7 +367,3 @@ class _Request:
             output.stream, output.stop = None, StopText(())
         self._texts[b].append(text)
         return text
-
-
-def _rows(alternatives: Any) -> list[np.ndarray] | None:
-    return None if alternatives is None else [np.asarray(a) for a in alternatives]

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -28,15 +27,17 @@ from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Origin, Way
 from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
-from alaya_jax.runtime import layerwise, programs
+from alaya_jax.runtime import layerwise
+from alaya_jax.runtime.programs import Fed, Passed
 from alaya_jax.runtime.sampling.params import StopText
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.settings import methods_under_own_settings
 
 if TYPE_CHECKING:
     from alaya_jax.contexts.context import Context
 
 CHUNKS = (8, 64, 512)
-"""Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
+"""Tokens that one step of a prefill takes; the last chunk of a prefill is padded to the
 next.
 """
 
@@ -89,6 +90,7 @@ class Session:
         model: Model,
         pool: PagePool,
         indexes: PageIndexes,
+        stack: Stack,
         sequences: list[Sequence],
         tokens: list[np.ndarray],
         contexts: "list[Context | None]",
@@ -100,6 +102,7 @@ class Session:
         self.model = model
         self.pool = pool
         self.indexes = indexes
+        self.stack = stack
         self._sequences = sequences
         self.batched = batched
         self.contexts = contexts
@@ -216,7 +219,8 @@ class Session:
         longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
         plans = self.plans(attention, longest, prefill=True)
         self.make_room([len(row) for row in rows])
-        return self.feed(rows, plans, on_chunk)
+        passed, _ = self.feed(rows, plans, on_chunk)
+        return self.stack.logits(passed)
 
     def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
@@ -305,10 +309,15 @@ class Session:
         rows: list[np.ndarray],
         plans: Plans,
         on_chunk: Callable[[int], None] | None = None,
-    ) -> Float[Array, "B V"]:
-        """`prefill` of what `rows` returned, for which room is made."""
-        logits: Array | None = None
-        done, way = 0, Way.of(plans)
+    ) -> tuple[Passed, Fed]:
+        """`prefill` of what `rows` returned, for which room is made.
+
+        Returns:
+          what the layers made of each sequence's last token, and the last chunk.
+        """
+        stack = self.stack
+        passed: Passed | None = None
+        x, fed, done, way = None, None, 0, Way.of(plans)
         while done < max(len(row) for row in rows):
             left = max(len(row) for row in rows) - done
             widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
@@ -318,23 +327,15 @@ class Session:
             for b, row in enumerate(rows):
                 part = row[done : done + width]
                 chunk[b, : len(part)], new[b] = part, len(part)
-            table = self.pool.table(self.sequences)
+            if x is None or x.shape[1] != width:
+                x = stack.between(self.batch_size, width)
+            passed = stack.start(self.batch_size, passed)
+            fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
             with self.pool.lock:
-                part_logits, counts = self.pool.run(
-                    programs.extend,
-                    self.model.params,
-                    table,
-                    jnp.asarray(chunk),
-                    jnp.asarray(new),
-                    plans,
-                    self.cover(plans),
-                    kv_result=1,
-                    **self.static,
-                )
-            # Only after its last chunk are a sequence's logits those of its last token.
-            fresh = jnp.asarray(new > 0)[:, None]
-            logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
-            self.count_reads("prefill", plans, counts, self.lengths, new, width)
+                chain = stack.chain(plans, stack.put(self.cover(plans)))
+                with self.pool.lend() as lent:
+                    x, passed = stack.layers(lent, chain, x, passed, fed)
+            self.count_reads("prefill", plans, stack.counts(passed), self.lengths, new, width)
             with uninterrupted():
                 for b, count in enumerate(new):
                     self._commit(b, rows[b][done : done + count].tolist(), way)
@@ -342,8 +343,9 @@ class Session:
             if on_chunk is not None:
                 on_chunk(int(new.max()))
             done += width
-        assert logits is not None
-        return logits
+        assert passed is not None
+        assert fed is not None
+        return passed, fed
 
     def make_room(self, counts: list[int]) -> None:
         """Reserves pages for new tokens of each sequence.
@@ -391,17 +393,6 @@ class Session:
         self.origins[b] = self.origins[b].then(sequence.length, end, way)
         self._tokens[b].extend(tokens)
         sequence.length = end
-
-    @property
-    def static(self) -> dict[str, Any]:
-        """Static arguments of the programs that run the model."""
-        m = self.model
-        return {
-            "config": m.config,
-            "rope_length": m.rope_length,
-            "mesh": m.mesh,
-            "rules": m.rules,
-        }
 
     def count_reads(
         self,
@@ -481,6 +472,7 @@ class Session:
             self.model,
             self.pool,
             self.indexes,
+            self.stack,
             sequences,
             self.tokens,
             list(self.contexts),

@@ -18,7 +18,7 @@ import alaya_jax as aj
 from alaya_jax.budget import Budget
 from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
 from alaya_jax.models import llama
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.stack import Stack
 
 ROOM = 1024  # tokens, 64 pages
 
@@ -196,22 +196,20 @@ def test_importing_twice_stores_once(db, document, monkeypatch):
     assert len(db.contexts) == 1
 
 
-def test_importing_more_computes_only_the_rest(db, greedy, document, rng):
+def test_importing_more_computes_only_the_rest(db, greedy, document, rng, monkeypatch):
     db.import_context(document)
     longer = np.concatenate([document, rng.integers(3, 256, 30)])
     computed = []
-    extend = db.pool.run
+    layers = Stack.layers
 
-    def run(program, params, table, *args, **options):
-        if program is programs.extend:
-            computed.append(int(args[1][0]))
-        return extend(program, params, table, *args, **options)
+    def run(stack, lent, chain, x, passed, fed):
+        computed.append(int(fed.count[0]))
+        return layers(stack, lent, chain, x, passed, fed)
 
-    db.pool.run = run
+    monkeypatch.setattr(Stack, "layers", run)
     context = db.import_context(longer)
     assert sum(computed) == 30
     assert (context.num_tokens, len(db.contexts)) == (100, 2)
-    del db.pool.run
     assert answer(db, [*longer, 9]) == (greedy([*longer, 9], 6), 100)
 
 

@@ -90,12 +90,13 @@ def documents(rng):
 def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
     """Pages of every sequence on eight devices; stored there, read on one device and on 2x2x2."""
     want, tokens = scenario(open_db(path="one", **OPTIONS), documents)
-    compiled = programs.decode._cache_size(), programs.extend._cache_size()
+    compiled = programs.end._cache_size(), programs.layers._cache_size()
     db = open_db(laid_on(context=8), path="mesh", **OPTIONS)
     got, there = scenario(db, documents)
     # As many programs as on one device: nothing is laid one way in this call, another in the next.
-    assert programs.decode._cache_size() - compiled[0] == 1
-    assert programs.extend._cache_size() - compiled[1] == 2
+    # Two layers of unlike plans: two programs of a step, one of each of a prefill's two widths.
+    assert programs.end._cache_size() - compiled[0] == 1
+    assert programs.layers._cache_size() - compiled[1] == 4
     assert db.pool.kv.k[0].sharding.shard_shape((2, 64, 4, 16)) == (2, 8, 4, 16)
     assert got == want
     np.testing.assert_array_equal(there, tokens)

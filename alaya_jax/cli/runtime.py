@@ -40,20 +40,12 @@ def start_jax() -> None:
     What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone.
     """
     load_jax()
-    import jax
+    from alaya_jax.compilation import keep_programs
 
-    from alaya_jax.checkpoint import bundled
-
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    place = bundled.cache_directory() / "xla"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        keep_programs()
     except OSError as error:
-        note(f"Compiled programs are not kept: {place} cannot be written ({error.strerror}).")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(place))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        note(f"Compiled programs are not kept: {error}.")
 
 
 def cpu_mesh(text: str) -> "Mesh":

@@ -20,6 +20,7 @@ from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
 
 EXACT = Origin()
@@ -35,6 +36,7 @@ class Catalogue:
       store: where they are at rest.
       pool: pages of the contexts that are in memory, and of all sessions.
       indexes: what indexes know of these pages.
+      stack: the model's layers, as compiled programs.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Catalogue:
             evict=self.evict,
         )
         self.indexes = PageIndexes(self.pool)
+        self.stack = Stack(model.params, model.frame, model.layers_per_program)
         shown = filter(None, map(self._shown, store.list()))
         self._contexts = {record.id: Context(record, store) for record in shown}
         self._clock = 0
@@ -234,7 +237,13 @@ class Catalogue:
         sequence = self.lock(context, context.num_tokens)
         try:
             layers = graphs.build_layers(
-                self._model, self.pool, sequence, context.tokens, index, progress=progress
+                self._model,
+                self.stack,
+                self.pool,
+                sequence,
+                context.tokens,
+                index,
+                progress=progress,
             )
             self.store.write_index(context.id, graphs.KIND, index.built, layers)
         finally:

@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.truth import Truth, truth
-from alaya_jax.index import Graphs, Indexed, LayerIndex
-from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.llama import Params, forward
+from alaya_jax.index import Graphs, LayerIndex
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sharding import ShardingRules, laid, whole
+from alaya_jax.runtime.programs import Fed
+from alaya_jax.sharding import laid, whole
 
 if TYPE_CHECKING:
     from alaya_jax.session import Session
@@ -168,9 +167,11 @@ def analyze(
     indexed = session.cover(plans, [sequence])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)
-    q = _queries(
-        model.params, pool.kv, before, jnp.asarray(tokens[-1:]), plans, indexed, **session.static
-    )
+    stack = session.stack
+    one = Fed(tokens[None, -1:], np.ones(1, np.int32), before)  # type: ignore[arg-type]
+    chain = stack.chain(plans, stack.put(indexed))
+    asked = stack.queries(pool.kv, chain, stack.put(one), np.zeros(1, np.int32))
+    q = list(asked)  # of each layer [1, 1, H, D]
     shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
     for layer in range(layers):
@@ -263,59 +264,6 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)
     return result, float(np.median(times))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rope_length", "mesh", "rules"))
-def _queries(
-    params: Params,
-    kv: PagedKV,
-    table: PageTable,
-    token: Int[Array, " B"],
-    plans: Plans,
-    indexed: Indexed,
-    *,
-    config: LlamaConfig,
-    rope_length: int | None,
-    mesh: Mesh | None,
-    rules: ShardingRules,
-) -> Float[Array, "L B 1 H D"]:
-    """Queries of each layer at a token that is in the cache already, which is only read.
-
-    Args:
-      params, config, plans, indexed, rope_length, mesh, rules: as in `programs.step`.
-      kv: cache, not donated.
-      table: lengths without that token.
-      token: its id.
-    """
-
-    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        del k, v
-        out, _ = engine.attend(
-            of_layer(plans, layer),
-            q,
-            kv.k[layer],
-            kv.v[layer],
-            table,
-            jnp.ones_like(table.length),
-            indexed.layers[layer],
-            indexed.covered,
-            mesh=mesh,
-            rules=rules,
-        )
-        return out, (*state, q)
-
-    positions = table.length[:, None]
-    _, queries = forward(
-        params,
-        config,
-        token[:, None],
-        positions,
-        attend,
-        (),
-        logits_at=jnp.zeros_like(table.length),
-        rope_length=rope_length,
-    )
-    return jnp.stack(queries)
 
 
 def _on_one(
