@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alaya_jax.cache.pool import uninterrupted
+from alaya_jax.compilation import Watch
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
@@ -44,24 +45,32 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass
 class Timing:
-    """Wall times, seconds. The first call of a new shape includes its compilation.
+    """Wall times, seconds.
 
     Attributes:
       prefill_tokens: tokens the model was run over before the first new one, longest sequence.
       first_token_s: from the call to the first token.
       decode_tokens: tokens after the first, over the batch.
       decode_s: from the first token to the last.
+      compile_s: of both, what compiling took: the first call of a new plan or shape compiles its
+        programs, or reads them from disk.
+      decode_compile_s: of `decode_s`.
+      programs: how many programs were compiled, or read.
     """
 
     prefill_tokens: int = 0
     first_token_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    compile_s: float = 0.0
+    decode_compile_s: float = 0.0
+    programs: int = 0
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed, over the batch; 0 when nothing was decoded."""
-        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+        """Decoding speed, over the batch, without compiling; 0 when nothing was decoded."""
+        took = self.decode_s - self.decode_compile_s
+        return self.decode_tokens / took if self.decode_tokens and took > 0 else 0.0
 
 
 @under_own_settings
@@ -264,21 +273,25 @@ class _Request:
             self.session.give_room_back()
 
     def run(self) -> Generator[Token]:
-        session, started = self.session, time.perf_counter()
-        total = self.timing.prefill_tokens
+        session, started, timing = self.session, time.perf_counter(), self.timing
+        total, watch = timing.prefill_tokens, Watch()
         try:
             with progress_bar("reading the prompt", total, show=self._progress) as advance:
                 passed, fed = session.feed(self._rows, self._prefill, advance)
             decoding = self._decoding()
             row = decoding.first(passed, fed, session.pool.table(session.sequences))
             token, logprob, alternatives, *_ = read(row)
-            self.timing.first_token_s = time.perf_counter() - started
+            timing.first_token_s = time.perf_counter() - started
+            timing.compile_s, timing.programs = watch.read()
+            prefilling = timing.compile_s
             yield from self._accept(token, logprob, alternatives)
             started = time.perf_counter()
             for row in self._decode(decoding):
+                timing.compile_s, timing.programs = watch.read()
+                timing.decode_compile_s = timing.compile_s - prefilling
                 for new in self._accept(*row):
-                    self.timing.decode_s = time.perf_counter() - started
-                    self.timing.decode_tokens += 1
+                    timing.decode_s = time.perf_counter() - started
+                    timing.decode_tokens += 1
                     yield new
         finally:
             self.give_back()

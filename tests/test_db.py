@@ -191,7 +191,7 @@ def test_dynamic_rope_is_stretched_for_the_length_that_is_served(open_db, rng):
 
 def test_importing_twice_stores_once(db, document, monkeypatch):
     context = db.import_context(document)
-    monkeypatch.setattr(db.pool, "run", None)  # nothing may be computed
+    monkeypatch.setattr(db.pool, "lend", None)  # nothing may be computed
     assert db.import_context(document.tolist()) is context
     assert len(db.contexts) == 1
 
@@ -607,7 +607,7 @@ def test_an_interrupted_import_stores_nothing(db, document, monkeypatch):
 def test_a_read_only_database(open_db, document, monkeypatch):
     open_db().close()
     reader = open_db(read_only=True)
-    monkeypatch.setattr(reader.pool, "run", None)  # refused before it is computed
+    monkeypatch.setattr(reader.pool, "lend", None)  # refused before it is computed
     with pytest.raises(DatabaseError, match="read_only"):
         reader.import_context(document)
 

@@ -12,6 +12,7 @@ import pytest
 import alaya_jax as aj
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.generation import Generation
+from alaya_jax.runtime import programs
 
 NEW = 22  # tokens: more than two device calls
 WINDOW = aj.Window(sink=2, recent=3)
@@ -379,18 +380,15 @@ def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c, monkeypatch
     """While a program runs it is put off; then the loop is left as by break."""
     expected = greedy(prompt, NEW)
     session, rest = db.create_session(prompt)
-    real, calls = db.pool.run, []
+    real, calls = programs.layers, []
 
-    def run(program, *args, **options):
-        def interrupted(*args, **static):
-            calls.append(program)
-            if len(calls) == 3:
-                ctrl_c()
-            return program(*args, **static)
+    def interrupted(*args, **static):
+        calls.append(args)
+        if len(calls) == 3:
+            ctrl_c()
+        return real(*args, **static)
 
-        return real(interrupted, *args, **options)
-
-    monkeypatch.setattr(db.pool, "run", run)
+    monkeypatch.setattr(programs, "layers", interrupted)
     generation = aj.generate(session, rest, max_new_tokens=NEW)
     with pytest.raises(KeyboardInterrupt):
         list(generation)

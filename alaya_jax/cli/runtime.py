@@ -188,6 +188,7 @@ class Answer:
     prefilled: int = 0
     first_token_s: float = 0.0
     tokens_per_s: float = 0.0
+    compile_s: float = 0.0
     keys_per_step: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +202,8 @@ class Answer:
         )
         if self.tokens_per_s:
             line += f", then {self.tokens_per_s:.1f} tokens/s"
+        if self.compile_s >= 0.1:
+            line += f"; {self.compile_s:.1f} s of it all compiling, once"
         if keys := self.keys_per_step:
             line += f"; keys read per step: {keys['attended']:,.0f} of {keys['visible']:,.0f}"
             if keys["scanned"] > keys["attended"]:
@@ -258,6 +261,7 @@ def answer(
             result.finish_reason = "interrupted" if interrupted else run.finish_reason
             result.first_token_s = opened + run.timing.first_token_s
             result.tokens_per_s = run.timing.tokens_per_s
+            result.compile_s = run.timing.compile_s
             decode = session.explain().to_dict()["phases"].get("decode")
     except CacheFullError as error:
         raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error
