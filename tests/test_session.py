@@ -69,7 +69,7 @@ def test_copied_pages_stay_in_one_run(db, rng):
     db.import_context(document)
     session, _ = db.create_session([*document, 1])
     shared = session.sequences[0].pages.copy()
-    session.make_room([60])
+    session.batch.make_room([60])
     pages = session.sequences[0].pages
     assert len(pages) == 9
     np.testing.assert_array_equal(pages[:4], shared[:4])
@@ -189,9 +189,9 @@ def test_update_and_attention_refuse_what_does_not_fit(db, rng):
 def test_what_is_pending_is_fed_first(db, all_logits, greedy, prompt):
     session, rest = db.create_session(prompt)
     (first,) = continued(session, rest, n=1)
-    assert (session.pending, session.length) == ([[first]], 37)
+    assert (session.batch.pending, session.length) == ([[first]], 37)
     logits = session.prefill(())
-    assert (session.pending, session.length) == ([[]], 38)
+    assert (session.batch.pending, session.length) == ([[]], 38)
     np.testing.assert_allclose(logits[0], all_logits([*prompt, first])[-1], rtol=0, atol=TOLERANCE)
     with pytest.raises(RequestError, match="no tokens"):
         session.prefill(())

@@ -15,11 +15,13 @@ import numpy as np
 from alaya_jax.cache.pool import PagePool, Sequence
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
+from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
 
@@ -165,6 +167,33 @@ class Catalogue:
             if resident is None or resident.length < length:
                 resident = self._read_on(context, length)
             return self.pool.share(resident, length)
+
+    def open(self, rows: list[np.ndarray], *, exact: bool) -> tuple[Batch, list[Context | None]]:
+        """A batch of the longest stored prefixes of some prompts, and the contexts they are from.
+
+        Args:
+          rows: token ids of each prompt.
+          exact: see `match`.
+
+        Raises:
+          ContextError, CacheFullError: see `lock`.
+        """
+        sequences, found, origins = [], [], []
+        with self.pool.lock:
+            try:
+                for tokens in rows:
+                    context, length = self.match(tokens, exact=exact)
+                    found.append(context)
+                    origins.append(context.origin.upto(length) if context else EXACT)
+                    sequences.append(self.lock(context, length) if context else Sequence())
+            except BaseException:
+                for sequence in sequences:
+                    self.pool.release(sequence)
+                raise
+        tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
+        lent = Lending(self._model, self.pool.lock, found, tokens, self.match_graph)
+        batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
+        return batch, found
 
     def _read_on(self, context: Context, length: int) -> Sequence:
         """Has the first tokens of a context in memory, from the last full page that is there on."""

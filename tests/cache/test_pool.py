@@ -163,7 +163,7 @@ def test_ctrl_c_while_a_shared_page_is_copied_loses_no_page(db, rng, monkeypatch
 
     monkeypatch.setattr(db.pool, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        session.make_room([2])
+        session.batch.make_room([2])
     monkeypatch.undo()
     assert session.prefill(rest).shape == (1, 256)
     session.close()
@@ -261,7 +261,7 @@ def test_pages_of_sessions_that_nobody_can_reach_are_found(db, rng):
     try:
         for _ in range(3):
             session, rest = db.create_session(rng.integers(3, 256, 480))
-            session.make_room([len(rest)])
+            session.batch.make_room([len(rest)])
             circle = [session]
             circle.append(circle)
             del session, circle
@@ -315,7 +315,7 @@ def test_a_session_may_be_collected_while_another_thread_is_at_work(db, rng):
     ever.
     """
     session, rest = db.create_session(rng.integers(3, 256, 37))
-    session.make_room([len(rest)])
+    session.batch.make_room([len(rest)])
     with db.pool.lock:
         thread = threading.Thread(target=session.close)
         thread.start()

@@ -287,7 +287,7 @@ def test_auto_in_a_model_of_your_own_and_refused(db, machine, rng):
     session.update(None, k, k, 0)
     out = session.attention(q, 0, aj.Auto(window=WINDOW))
     assert out.shape == q.shape
-    assert isinstance(session.choice.plans.query, aj.DIPR)
+    assert isinstance(session.account.choice.plans.query, aj.DIPR)
     free = db.pool.free_tokens
     session.update(None, k, k, 1)
     with pytest.raises(PlanError, match=r"Auto\(tpot=1e-06.*Nearest"):
