@@ -57,7 +57,7 @@ def test_a_fork_of_a_running_generation(db, greedy, prompt):
     got = [next(running).id for _ in range(6)]
     fork = session.fork()
     assert fork.lengths == [37 + 5]
-    assert fork.pending == [[expected[5]]]
+    assert fork.batch.pending == [[expected[5]]]
     other = continued(fork, [3, 4], n=6)
     assert got + [t.id for t in running] == expected
     assert other == greedy([*prompt, *expected[:6], 3, 4], 6)
@@ -240,7 +240,7 @@ def test_chunks_of_unequal_size(db, all_logits, rng, monkeypatch):
 
 def test_room_for_a_batch_is_for_all_or_none(db, rng):
     blocker, _ = db.create_session(rng.integers(3, 256, 500))
-    blocker.make_room([500])
+    blocker.batch.make_room([500])
     batch, rest = db.create_session([rng.integers(3, 256, 300) for _ in range(2)])
     free = db.pool.free_tokens
     with pytest.raises(CacheFullError):

@@ -229,17 +229,17 @@ def test_auto_asks_the_graph_of_a_context(db, walks, calibrated, rng):
     session.close()
     again, _ = db.create_session([*stored.tokens, 5])
     assert again.context is stored
-    assert again.known_graph() == (GRAPH, 90)
+    assert again.batch.graphs.known() == (GRAPH, 90)
     assert {x.index for x in again.explain(attention=auto).choice.plans} == {GRAPH}
     assert again.explain(
         attention=aj.Auto(recovery=0.9, window=WINDOW, graph=False)
     ).choice.plans == aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Flat())
-    assert db.create_session([7, 8, 9])[0].known_graph() == (None, 0)
+    assert db.create_session([7, 8, 9])[0].batch.graphs.known() == (None, 0)
     # Of a batch all must have one; it knows as much as it knows of each.
     both, _ = db.create_session([[*document, 5], [*document[:60], 5]])
-    assert both.known_graph() == (GRAPH, 60)
+    assert both.batch.graphs.known() == (GRAPH, 60)
     one, _ = db.create_session([[*document, 5], [7, 8, 9]])
-    assert one.known_graph() == (None, 0)
+    assert one.batch.graphs.known() == (None, 0)
     assert context.indexes == (GRAPH,)
 
 
