@@ -190,7 +190,7 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
         pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
-            q[layer, 0, 0],
+            q[layer][0, 0],
             pages,
             table.length[0],
             local,
