@@ -6,6 +6,7 @@ user's is left alone, and `ALAYA_COMPILATION_CACHE=off`, or `aj.load(..., compil
 leaves JAX as it is.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -105,10 +106,13 @@ class Compilations(NamedTuple):
 
 def compilations() -> Compilations:
     """How many programs JAX has compiled, or read from disk, in this process so far."""
-    return Compilations(_programs, _read)
+    return Compilations(by_name.total(), _read)
 
 
-_programs, _read, _lock = 0, 0, threading.Lock()
+by_name: collections.Counter[str] = collections.Counter()
+"""How often programs were compiled or read, by the name of what was jitted."""
+
+_read, _lock = 0, threading.Lock()
 
 
 class _Thread(threading.local):
@@ -120,11 +124,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _on_duration(name: str, seconds: float, **_: object) -> None:
-    global _programs
+def _on_duration(name: str, seconds: float, fun_name: str = "", **_: object) -> None:
     if name == "/jax/core/compile/backend_compile_duration":
         with _lock:
-            _programs += 1
+            by_name[fun_name.removeprefix("jit(").removesuffix(")")] += 1
         _thread.programs += 1
         if not _thread.timed:
             _thread.seconds += seconds

@@ -8,10 +8,10 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax import DIPR, Sketch, TopK, Window
+from alaya_jax.compilation import by_name
 from alaya_jax.errors import CacheFullError, ConfigError, RequestError
 from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
-from alaya_jax.runtime import programs
 from alaya_jax.sharding import tree_shardings
 
 WINDOW = Window(2, 6)
@@ -90,13 +90,13 @@ def documents(rng):
 def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
     """Pages of every sequence on eight devices; stored there, read on one device and on 2x2x2."""
     want, tokens = scenario(open_db(path="one", **OPTIONS), documents)
-    compiled = programs.end._cache_size(), programs.layers._cache_size()
+    compiled = by_name.copy()
     db = open_db(laid_on(context=8), path="mesh", **OPTIONS)
     got, there = scenario(db, documents)
     # As many programs as on one device: nothing is laid one way in this call, another in the next.
     # Two layers of unlike plans: two programs of a step, one of each of a prefill's two widths.
-    assert programs.end._cache_size() - compiled[0] == 1
-    assert programs.layers._cache_size() - compiled[1] == 4
+    assert by_name["end"] - compiled["end"] == 1
+    assert by_name["layers"] - compiled["layers"] == 4
     assert db.pool.kv.k[0].sharding.shard_shape((2, 64, 4, 16)) == (2, 8, 4, 16)
     assert got == want
     np.testing.assert_array_equal(there, tokens)

@@ -26,10 +26,10 @@ import alaya_jax as aj
 from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs
 from alaya_jax.cache import tables
 from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.compilation import by_name
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.query.plan import Plan, indexes_of
-from alaya_jax.runtime import programs
 from alaya_jax.runtime.programs import Fed
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.sharding import tree_shardings
@@ -89,7 +89,7 @@ with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) a
     assert again.reused == [context.num_tokens]
     said["k"] = db.pool.read(again.sequences[0], 1)[0]
 # Of a prefill, and of a step with two plans; and one end of a step.
-compiled = programs.layers._cache_size(), programs.end._cache_size()
+compiled = by_name["layers"], by_name["end"]
 assert compiled == (3, 1), compiled
 np.savez(folder + f"/said{rank}.npz", **said)
 """

@@ -69,24 +69,16 @@ def step(
         x = llama.embed(params, config, tokens)
         reading = _Reading(frame, each, [memory.layer(i) for i in layers], count)
         x, kv, counts = reading.run(blocks, x)
-        logits = llama.head(params, config, _last(x, count))
-        table = dataclasses.replace(memory.table, length=memory.table.length + count)
-        return logits, dataclasses.replace(memory, kv=kv, table=table), counts
+        return llama.head(params, config, _last(x, count)), kv, counts
 
     plans = plan_for(plans, frame.config, 0)
-    everywhere = PartitionSpec()
-    of_memory = jax.tree.map(lambda _: everywhere, memory)
-    pool = frame.rules.pool(frame.mesh)
-    if pool is not None:
-        kv = jax.tree.map(lambda _: pool.spec, memory.kv)
-        if memory.table.start is not None:
-            entries = PartitionSpec(None, frame.rules.axis("pages", frame.mesh))
-            table: Any = PageTable(entries, everywhere, entries)  # type: ignore[arg-type]
-            of_memory = dataclasses.replace(of_memory, table=table)
-        indexed = jax.tree.map(lambda x: pool.spec if x.ndim > 1 else everywhere, memory.indexed)
-        of_memory = dataclasses.replace(of_memory, kv=kv, indexed=indexed)
-    places = (everywhere, of_memory, everywhere)
-    return _by_the_compiler(run, frame, places, params, memory, tokens, count, plans)
+    everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
+    of_kv = jax.tree.map(lambda _: pool and pool.spec, memory.kv)
+    logits, kv, counts = _by_the_compiler(
+        run, frame, (everywhere, of_kv, everywhere), params, memory, tokens, count, plans
+    )
+    table = dataclasses.replace(memory.table, length=memory.table.length + count)
+    return logits, dataclasses.replace(memory, kv=kv, table=table), counts
 
 
 def _by_the_compiler(function: Callable[..., Any], frame: Frame, places: Any, *args: Any) -> Any:
@@ -289,7 +281,8 @@ def by_heads(frame: Frame) -> NamedSharding | None:
     if frame.mesh is None:
         return None
     heads = frame.rules.axis("kv_heads", frame.mesh)
-    return NamedSharding(frame.mesh, PartitionSpec(None, None, heads))
+    spec = PartitionSpec() if heads is None else PartitionSpec(None, None, heads)
+    return NamedSharding(frame.mesh, spec)
 
 
 def _embedded(frame: Frame, outer: Params, x: Array, layer: Array, tokens: Array) -> Array:
