@@ -8,8 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Listed
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -108,7 +107,7 @@ class DB:
         text_or_tokens: str | Iterable[int] | np.ndarray | None = None,
         kv: Iterable[tuple[Any, Any]] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         title: str = "",
@@ -157,7 +156,7 @@ class DB:
         self,
         prompt: str | np.ndarray | list[int] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -172,7 +171,7 @@ class DB:
         self,
         prompt: Any = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -341,7 +340,7 @@ class DB:
     def prompt(
         self,
         prompt: Any = None,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         *,

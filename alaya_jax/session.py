@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Array, Float
 
-from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
+from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
 from alaya_jax.contexts.context import Context
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.account import Account
@@ -110,7 +110,7 @@ class Session:
         return self.batch.origins
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[PagedSequence]:
         """Where each sequence is in the pool.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
@@ -152,7 +152,7 @@ class Catalogue:
             most = max(shared, default=0)
             return (having[shared.index(most)], most) if most else (None, 0)
 
-    def lock(self, context: Context, length: int) -> Sequence:
+    def lock(self, context: Context, length: int) -> PagedSequence:
         """A share of the pages of a context's first tokens: they stay until it is released.
 
         Of a context of which less is in memory, the rest is read from the store.
@@ -185,7 +185,7 @@ class Catalogue:
                     context, length = self.match(tokens, exact=exact)
                     found.append(context)
                     origins.append(context.origin.upto(length) if context else EXACT)
-                    sequences.append(self.lock(context, length) if context else Sequence())
+                    sequences.append(self.lock(context, length) if context else PagedSequence())
             except BaseException:
                 for sequence in sequences:
                     self.pool.release(sequence)
@@ -195,9 +195,9 @@ class Catalogue:
         batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
         return batch, found
 
-    def _read_on(self, context: Context, length: int) -> Sequence:
+    def _read_on(self, context: Context, length: int) -> PagedSequence:
         """Has the first tokens of a context in memory, from the last full page that is there on."""
-        held, size = context.resident or Sequence(), self.pool.page_size
+        held, size = context.resident or PagedSequence(), self.pool.page_size
         start = held.length // size * size
         longer = self.pool.share(held, start)
         try:
@@ -246,7 +246,7 @@ class Catalogue:
                 self._contexts[record.id] = Context(record, self.store)
             return self._contexts[record.id]
 
-    def keep(self, context: Context, sequence: Sequence) -> None:
+    def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Has a context in memory in the pages of a sequence that holds its tokens."""
         with self.pool.lock:
             if context.resident is None:

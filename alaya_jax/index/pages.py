@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from alaya_jax import cache
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
 from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
 from alaya_jax.sharding import ShardingRules
@@ -33,7 +33,7 @@ class PageIndexes:
         self.pool = pool
         self._indexes: dict[tuple[Index, int], _LayerState] = {}
 
-    def cover(self, indexes: Listed[Index], sequences: list[Sequence]) -> Indexed:
+    def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
         """Has the indexes know the full pages of these sequences.
 
         What was built once stays, for every sequence that shares the page.

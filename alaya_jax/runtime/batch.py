@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
-from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
+from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
@@ -82,7 +82,7 @@ class Batch:
         stack: Stack,
         indexes: PageIndexes,
         graphs: GraphSource,
-        sequences: list[Sequence],
+        sequences: list[PagedSequence],
         tokens: list[np.ndarray],
         origins: list[Origin],
     ):
@@ -106,7 +106,7 @@ class Batch:
         return self._release.alive
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[PagedSequence]:
         """Where each sequence is in the pool.
 
         Raises:
@@ -274,6 +274,6 @@ class Batch:
         self.turn += 1
 
 
-def _release(pool: PagePool, sequences: list[Sequence]) -> None:
+def _release(pool: PagePool, sequences: list[PagedSequence]) -> None:
     for sequence in sequences:
         pool.release(sequence)
