@@ -219,7 +219,7 @@ def test_a_batch_with_an_empty_row(db, all_logits, rng):
 
 def test_each_sequence_of_a_batch_gets_the_logits_of_its_own_end(db, all_logits, rng, monkeypatch):
     """Two chunks, and a sequence that ends in the first."""
-    monkeypatch.setattr("alaya_jax.session.CHUNKS", (8, 64))
+    monkeypatch.setattr("alaya_jax.runtime.batch.CHUNKS", (8, 64))
     prompts = [rng.integers(3, 256, n) for n in (20, 75)]
     session, rest = db.create_session(prompts)
     logits = session.prefill(rest)
@@ -230,7 +230,7 @@ def test_each_sequence_of_a_batch_gets_the_logits_of_its_own_end(db, all_logits,
 def test_chunks_of_unequal_size(db, all_logits, rng, monkeypatch):
     """However a prompt is cut, the logits are those of one forward."""
     tokens = rng.integers(3, 256, 75)
-    monkeypatch.setattr("alaya_jax.session.CHUNKS", (8, 64))
+    monkeypatch.setattr("alaya_jax.runtime.batch.CHUNKS", (8, 64))
     session, rest = db.create_session(tokens)
     seen = []
     logits = session.prefill(rest, on_chunk=seen.append)
