@@ -8,8 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Listed
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from alaya_jax import prompts
 from alaya_jax.budget import Budget
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.catalogue import Catalogue, finite
 from alaya_jax.contexts.context import Context
@@ -26,7 +25,6 @@ from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
-from alaya_jax.query.origin import Origin
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.storage import DirectoryStore
@@ -109,7 +107,7 @@ class DB:
         text_or_tokens: str | Iterable[int] | np.ndarray | None = None,
         kv: Iterable[tuple[Any, Any]] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         title: str = "",
@@ -118,16 +116,17 @@ class DB:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
         What is stored already is not computed again: the longest stored prefix is reused, and a
-        context that is there is returned as it is. Interrupted, nothing is stored.
+        context that is there is returned as it is. If it is interrupted, nothing is stored.
 
         Args:
           text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
             template rendered (`model.chat.render`); or token ids.
           kv: per layer keys (after RoPE) and values, each [K, n, D], taken to be exact; None: they
             are computed.
-          messages: in place of a text, a conversation that others go on from.
-          document: in place of a text, a document to be asked about in the model's chat template,
-            behind `messages` such as a system's; `create_session` takes it with the question.
+          messages: in place of a text, a conversation for later sessions to continue.
+          document: in place of a text, a document to ask about in the model's chat template; it
+            comes after `messages`, such as a system message. `create_session` takes it with the
+            question.
           date: see `create_session`.
           title: for people.
           progress: shows a bar on stderr when it is a terminal.
@@ -158,7 +157,7 @@ class DB:
         self,
         prompt: str | np.ndarray | list[int] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -173,7 +172,7 @@ class DB:
         self,
         prompt: Any = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -191,7 +190,7 @@ class DB:
             anew each day. `Session.dated` says what was printed.
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
-            there; "any": all of it, as the session that stored it would have gone on.
+            there; "any": all of it is reused, as if the session that stored it went on.
 
         Returns:
           the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
@@ -216,35 +215,11 @@ class DB:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
         if reuse not in ("exact", "any"):
             raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
-        sequences, found, origins = [], [], []
-        with self.pool.lock:
-            try:
-                for tokens in rows:
-                    self._check_length(tokens)
-                    context, length = self._catalogue.match(tokens, exact=reuse == "exact")
-                    found.append(context)
-                    origins.append(context.origin.upto(length) if context else Origin())
-                    shared = self._catalogue.lock(context, length) if context else Sequence()
-                    sequences.append(shared)
-            except BaseException:
-                for sequence in sequences:
-                    self.pool.release(sequence)
-                raise
-        tokens = [p[: s.length] for p, s in zip(rows, sequences, strict=True)]
-        session = Session(
-            self.model,
-            self.pool,
-            self._catalogue.indexes,
-            self._catalogue.stack,
-            sequences,
-            tokens,
-            found,
-            origins=origins,
-            batched=batched,
-        )
-        session.dated = asked[0].dated
-        session.lender = self._catalogue.match_graph
-        rest = [p[s.length :] for p, s in zip(rows, sequences, strict=True)]
+        for tokens in rows:
+            self._check_length(tokens)
+        batch, found = self._catalogue.open(rows, exact=reuse == "exact")
+        session = Session(batch, found, batched=batched, dated=asked[0].dated)
+        rest = [p[n:] for p, n in zip(rows, batch.reused, strict=True)]
         return session, rest if batched else rest[0]
 
     def store(self, session: Session, *, title: str = "", tokens: Any = None) -> Context:
@@ -301,10 +276,10 @@ class DB:
     ) -> Context:
         """Builds an index that a context keeps, on disk beside its keys and values.
 
-        Only `Graph` is such an index: the others are of pages, and grow with them. The model runs
-        over the context once more; then each layer's graph is built. An index that is there with
-        the same settings is kept; one with others, or a damaged one, is replaced. Interrupted, the
-        context is as it was.
+        Only `Graph` is such an index: the others belong to pages, and grow with them. The model
+        runs over the context once more; then each layer's graph is built. An index that is there
+        with the same settings is kept; one with others, or a damaged one, is replaced. If it is
+        interrupted, the context stays as it was.
 
         Args:
           context: or its id.
@@ -366,7 +341,7 @@ class DB:
     def prompt(
         self,
         prompt: Any = None,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         *,

@@ -93,8 +93,8 @@ def generate(
     Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far. A later call
     without new tokens goes on as one call would: penalties count what was said before, half a
     character waits for its other half, and a stop string may begin in one call and end in the next
-    (where `max_new_tokens` ended a call, its beginning was said). A request that cannot fit is
-    refused here, before anything runs.
+    (if `max_new_tokens` ended a call, its beginning was emitted already). A request that cannot fit
+    is refused here, before anything runs.
 
     Args:
       session: where to continue.
@@ -129,7 +129,8 @@ def generate(
 class Generation(Iterator[Token]):
     """A running generation: an iterator of tokens, and what is known so far.
 
-    Dropped, it gives its room back at once: the iterator refers to the request, never to this.
+    When it is dropped, its room is given back at once: the iterator refers to the request, never to
+    this object.
 
     Attributes:
       session: where it runs.
@@ -218,7 +219,9 @@ class _Request:
         # Tokens that are given, and not only what is pending, begin another output.
         begun = [
             Output() if len(row) > len(pending) else output
-            for row, pending, output in zip(rows, session.pending, session.outputs, strict=True)
+            for row, pending, output in zip(
+                rows, session.batch.pending, session.outputs, strict=True
+            )
         ]
         self._processors, sampler = init_sampler(
             each, prompts, model.config.vocab_size, [output.ids for output in begun]
@@ -231,7 +234,7 @@ class _Request:
             prefill = attention  # which says what it means for a prefill
         plans = session.plans(attention, longest), session.plans(prefill, max(ends), prefill=True)
         # The last token sampled is never fed, so it needs no room.
-        session.make_room([len(row) + max_new_tokens - 1 for row in rows])
+        session.batch.make_room([len(row) + max_new_tokens - 1 for row in rows])
 
         self.session = session
         self._tokenizer = model.tokenizer
@@ -239,7 +242,7 @@ class _Request:
         self.finish_reasons: list[str | None] = [None] * batch
         self.timing = Timing(prefill_tokens=max(len(row) for row in rows))
         self._rows = rows
-        self._turn = session.turn
+        self._turn = session.batch.turn
         self._alternatives = [s.logprobs for s in each]
         self._max = max_new_tokens
         self._attention, self._prefill = plans
@@ -261,7 +264,7 @@ class _Request:
 
     def require_its_turn(self) -> None:
         """Raises RequestError where somebody else has gone on with the session."""
-        if self._turn != self.session.turn and self._running.any():
+        if self._turn != self.session.batch.turn and self._running.any():
             raise RequestError(
                 "the session was closed, or went on by another call, since this generation began; "
                 "start another generate()"
@@ -269,15 +272,16 @@ class _Request:
 
     def give_back(self) -> None:
         """Gives up the room that was not used; what a later call has reserved is not ours."""
-        if self._turn == self.session.turn:
-            self.session.give_room_back()
+        if self._turn == self.session.batch.turn:
+            self.session.batch.give_room_back()
 
     def run(self) -> Generator[Token]:
         session, started, timing = self.session, time.perf_counter(), self.timing
+        on_read = session.account.on_read("prefill", self._prefill)
         total, watch = timing.prefill_tokens, Watch()
         try:
             with progress_bar("reading the prompt", total, show=self._progress) as advance:
-                passed, fed = session.feed(self._rows, self._prefill, advance)
+                passed, fed = session.batch.feed(self._rows, self._prefill, on_read, advance)
             decoding = self._decoding()
             row = decoding.first(passed, fed, session.pool.table(session.sequences))
             token, logprob, alternatives, *_ = read(row)
@@ -303,10 +307,10 @@ class _Request:
         for row, ids in zip(end_ids, self._end_ids, strict=True):
             row[: len(ids)] = ids
         return Decoding(
-            session.stack,
+            session.batch.stack,
             session.pool,
             self._attention,
-            lambda: session.cover(self._attention),
+            lambda: session.batch.cover(self._attention),
             end_ids,
             (self._processors, self._sampler),
         )
@@ -326,7 +330,7 @@ class _Request:
             if finished is not None:
                 token, logprob, alternatives, length, count = read(finished)
                 if count.any():
-                    self.session.count_reads(
+                    self.session.account.count(
                         "decode", self._attention, finished.counts, length.tolist(), count
                     )
                     yield token, logprob, alternatives

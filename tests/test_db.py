@@ -457,7 +457,7 @@ def test_exhaustion_is_refused_with_number_and_setting_and_nothing_changes(db, g
     open_sessions = []
     for prompt in prompts[:2]:
         session, rest = db.create_session(prompt)
-        session.make_room([len(rest)])
+        session.batch.make_room([len(rest)])
         open_sessions.append(session)
     free = db.pool.free_tokens
     assert free == ROOM - 960
@@ -486,7 +486,7 @@ def test_a_prompt_larger_than_the_cache_names_a_budget_that_is_enough(open_db, t
     budget = Budget(device=int(enough[1].replace(",", "")))
     with aj.DB(small._catalogue.store.path.parent / "enough", tiny_model, budget) as larger:
         session, _ = larger.create_session(prompt)
-        session.make_room([200])
+        session.batch.make_room([200])
         assert larger.pool.free_tokens < 16, "more than was needed"
 
 

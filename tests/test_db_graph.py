@@ -73,7 +73,7 @@ def test_a_long_list_gives_the_flat_answer(db, context, document, rng):
         assert session.reused == [shared]
         session.prefill(rest)
         compare(session, shared, rng)
-        assert [int(g.length) for g in session.cover(THROUGH).layers[1]] == [shared]
+        assert [int(g.length) for g in session.batch.cover(THROUGH).layers[1]] == [shared]
         # A fork that has gone further, and its account.
         fork = session.fork()
         fork.prefill([5, 6, 7])

@@ -129,9 +129,9 @@ def test_budgets_of_a_split_pool(open_db, laid_on):
         db.create_session(range(3, 36))
     assert open_db(model, path="c", pages=24, page_size=4).pool.capacity_tokens >= 33
     session, rest = db.create_session(range(3, 30))
-    session.make_room([len(rest)])
+    session.batch.make_room([len(rest)])
     with pytest.raises(CacheFullError, match="1 of 8 are free"):
-        db.create_session([5])[0].make_room([8])
+        db.create_session([5])[0].batch.make_room([8])
 
 
 def test_a_pool_whose_heads_do_not_divide_is_refused(open_db, tiny_model):

@@ -25,7 +25,7 @@ import numpy as np
 import alaya_jax as aj
 from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs
 from alaya_jax.cache import tables
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagePool, PagedSequence
 from alaya_jax.compilation import by_name
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.models import LlamaConfig, llama
@@ -53,7 +53,7 @@ said = {}
 tokens = np.load(folder + "/tokens.npy")
 pool = PagePool(config, model.dtype, 64, 4, "", mesh=mesh, rules=rules)
 indexes = PageIndexes(pool)
-sequence = Sequence()
+sequence = PagedSequence()
 pool.reserve(sequence, len(tokens))
 chunk = np.pad(tokens, (0, 64 - len(tokens)))[None].astype(np.int32)
 stack, plan = Stack(params, model.frame), Plan(Full())

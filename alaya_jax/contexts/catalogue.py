@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
+from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
 
@@ -82,11 +84,11 @@ class Catalogue:
         return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
 
     def id_of(self, context: Context | str, what: str) -> str:
-        """A context's id; that of another database is not meant by a handle of one's own.
+        """A context's id; a handle of another database is refused.
 
         Args:
           context: a handle, or an id, which need not be here.
-          what: was called, for the error.
+          what: the method that was called, for the error.
 
         Raises:
           RequestError: it is neither.
@@ -150,7 +152,7 @@ class Catalogue:
             most = max(shared, default=0)
             return (having[shared.index(most)], most) if most else (None, 0)
 
-    def lock(self, context: Context, length: int) -> Sequence:
+    def lock(self, context: Context, length: int) -> PagedSequence:
         """A share of the pages of a context's first tokens: they stay until it is released.
 
         Of a context of which less is in memory, the rest is read from the store.
@@ -166,9 +168,38 @@ class Catalogue:
                 resident = self._read_on(context, length)
             return self.pool.share(resident, length)
 
-    def _read_on(self, context: Context, length: int) -> Sequence:
-        """Has the first tokens of a context in memory, from the last full page that is there on."""
-        held, size = context.resident or Sequence(), self.pool.page_size
+    def open(self, rows: list[np.ndarray], *, exact: bool) -> tuple[Batch, list[Context | None]]:
+        """A batch of the longest stored prefixes of some prompts, and the contexts they are from.
+
+        Args:
+          rows: token ids of each prompt.
+          exact: see `match`.
+
+        Raises:
+          ContextError, CacheFullError: see `lock`.
+        """
+        sequences, found, origins = [], [], []
+        with self.pool.lock:
+            try:
+                for tokens in rows:
+                    context, length = self.match(tokens, exact=exact)
+                    found.append(context)
+                    origins.append(context.origin.upto(length) if context else EXACT)
+                    sequences.append(self.lock(context, length) if context else PagedSequence())
+            except BaseException:
+                for sequence in sequences:
+                    self.pool.release(sequence)
+                raise
+        tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
+        lent = Lending(self._model, self.pool.lock, found, tokens, self.match_graph)
+        batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
+        return batch, found
+
+    def _read_on(self, context: Context, length: int) -> PagedSequence:
+        """Brings the first tokens of a context into memory, going on from the last full page that
+        is there.
+        """
+        held, size = context.resident or PagedSequence(), self.pool.page_size
         start = held.length // size * size
         longer = self.pool.share(held, start)
         try:
@@ -217,15 +248,15 @@ class Catalogue:
                 self._contexts[record.id] = Context(record, self.store)
             return self._contexts[record.id]
 
-    def keep(self, context: Context, sequence: Sequence) -> None:
-        """Has a context in memory in the pages of a sequence that holds its tokens."""
+    def keep(self, context: Context, sequence: PagedSequence) -> None:
+        """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
         with self.pool.lock:
             if context.resident is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
 
     def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
-        """Builds a graph and stores it with its context, unless such a one is there and well.
+        """Builds a graph and stores it with its context, unless an equal one is there, undamaged.
 
         Raises:
           ContextError, CacheFullError, DatabaseError: the context is damaged, does not fit into
@@ -310,7 +341,7 @@ class Catalogue:
         return header == self._header(header.title, Origin(header.origin))
 
     def _shown(self, record: ContextRecord) -> ContextRecord | None:
-        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
+        """The record if it is ours, or may be: because it is damaged, or its model is not known.
 
         One of another model, layout or namespace is not ours to show.
         """

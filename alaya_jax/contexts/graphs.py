@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.errors import ContextError, GraphError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.index.graph import build as graph_build
@@ -33,7 +33,7 @@ def build_layers(
     model: Model,
     stack: Stack,
     pool: PagePool,
-    sequence: Sequence,
+    sequence: PagedSequence,
     tokens: np.ndarray,
     index: Graph,
     *,
@@ -90,7 +90,12 @@ def build_layers(
 
 
 def _asked(
-    model: Model, stack: Stack, pool: PagePool, sequence: Sequence, tokens: np.ndarray, index: Graph
+    model: Model,
+    stack: Stack,
+    pool: PagePool,
+    sequence: PagedSequence,
+    tokens: np.ndarray,
+    index: Graph,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunk by chunk, queries of evenly chosen tokens [L, m, H, D], and the tokens' positions."""
     c = model.config

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,9 @@ from alaya_jax.explain.truth import Truth, truth
 from alaya_jax.index import Graphs, LayerIndex
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
+from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.programs import Fed
 from alaya_jax.sharding import laid, whole
-
-if TYPE_CHECKING:
-    from alaya_jax.session import Session
 
 REPEATS = 5
 """Timed calls of a layer's attention; the median is reported."""
@@ -126,13 +124,11 @@ class Analysis:
         return [(int(at), self.decode([int(self.tokens[at])])) for at in positions]
 
 
-def analyze(
-    session: "Session", plans: Plans, sequence: int = 0, wanted: float = WANTED
-) -> Analysis:
+def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTED) -> Analysis:
     """Runs the last cached token of one sequence again by these plans.
 
     Args:
-      session: where the token is.
+      batch: where the token is.
       plans: how its attention is answered.
       sequence: of a batch, which.
       wanted: share of the mass that "needed" figures are for, where a plan asks for none.
@@ -141,18 +137,17 @@ def analyze(
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
         sequence; or the plan is for a prefill.
     """
-    if not 0 <= sequence < session.batch_size:
+    if not 0 <= sequence < batch.size:
         raise RequestError(
-            f"explain(sequence={sequence}): the session has {session.batch_size} sequences, "
-            "counted from 0"
+            f"explain(sequence={sequence}): the session has {batch.size} sequences, counted from 0"
         )
-    layers = session.model.config.num_hidden_layers
+    layers = batch.model.config.num_hidden_layers
     if any(isinstance(of_layer(plans, i).query, Tiles) for i in range(layers)):
         raise RequestError(
             "explain(analyze=True) runs one token, and Tiles answers for blocks of them; name "
             "another with attention=..."
         )
-    held, tokens = session.sequences[sequence], session.tokens[sequence]
+    held, tokens = batch.sequences[sequence], batch.tokens[sequence]
     if held.length == 0:
         raise RequestError(
             "explain(analyze=True) runs the last token in the cache again, and there is none; "
@@ -163,11 +158,11 @@ def analyze(
             f"explain(analyze=True): the sequence holds {held.length} tokens and the ids of "
             f"{len(tokens)} are known; update() is not told them"
         )
-    pool, model = session.pool, session.model
-    indexed = session.cover(plans, [sequence])
+    pool, model = batch.pool, batch.model
+    indexed = batch.cover(plans, [sequence])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)
-    stack = session.stack
+    stack = batch.stack
     one = Fed(tokens[None, -1:], np.ones(1, np.int32), before)  # type: ignore[arg-type]
     chain = stack.chain(plans, stack.put(indexed))
     asked = stack.queries(pool.kv, chain, stack.put(one), np.zeros(1, np.int32))
