@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alaya_jax.models.rendered import Rendered as Rendered
     from alaya_jax.optimizer.calibrate import calibrate as calibrate
     from alaya_jax.query import DIPR as DIPR
+    from alaya_jax.query import Custom as Custom
     from alaya_jax.query import Full as Full
     from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
@@ -51,6 +52,7 @@ _HOME = {
     "Block": "index",
     "Budget": "db",
     "DB": "db",
+    "Custom": "query",
     "DIPR": "query",
     "Flat": "index",
     "Full": "query",
