@@ -76,6 +76,19 @@ class Sequence:
     length: int = 0
 
 
+@dataclasses.dataclass
+class Lent:
+    """The cache in the hands of programs, which donate it, all of it or the layers they work on.
+
+    Attributes:
+      kv: the cache as the newest program gave it back.
+      result: something small that the newest program made beside it.
+    """
+
+    kv: PagedKV
+    result: jax.Array | None = None
+
+
 class PagePool:
     """Device pages and the host's accounts of them.
 
@@ -93,6 +106,7 @@ class PagePool:
         *,
         mesh: Mesh | None = None,
         rules: ShardingRules | None = None,
+        evict: Callable[[], bool] = lambda: False,
     ):
         """Args:
         config: of the model whose keys and values these are.
@@ -101,6 +115,7 @@ class PagePool:
         page_size: Z.
         setting: the one to name when the pool is exhausted.
         mesh, rules: where pages lie.
+        evict: called when pages run out: frees some, and says whether it could.
         """
         self.config, self.dtype = config, dtype
         self.mesh, self.rules = mesh, rules or ShardingRules()
@@ -117,8 +132,7 @@ class PagePool:
         """
         self._kv: PagedKV | None = None
         self._generations = np.ones(self.num_pages, np.int64)
-        self.evict: Callable[[], bool] = lambda: False
-        """Called when pages run out: frees some and says whether it could."""
+        self._evict = evict
 
     @property
     def kv(self) -> PagedKV:
@@ -128,7 +142,7 @@ class PagePool:
                 self._kv = PagedKV.create(
                     self.config, self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
                 )
-        if self._kv.k[0].is_deleted():
+        if any(pool.is_deleted() for pool in (*self._kv.k, *self._kv.v)):
             raise DatabaseError(
                 "the KV cache was lost when a program was interrupted; open the database again "
                 "(stored contexts are safe)"
@@ -201,15 +215,32 @@ class PagePool:
           the result without the cache.
         """
         args = spread(args, self.mesh)
-        with self.alone(), self.within_memory("a program beside the KV cache"):
-            result = program(params, self.kv, *args, **static)
+        with self.lend() as lent:
+            result = program(params, lent.kv, *args, **static)
             if kv_result is None:
-                self._kv = result
+                lent.kv = result
                 return None
-            self._kv = result[kv_result]
-        rest = (*result[:kv_result], *result[kv_result + 1 :])
-        _under_way.append(min(jax.tree.leaves(rest), key=lambda leaf: leaf.size))
+            lent.kv = result[kv_result]
+            rest = (*result[:kv_result], *result[kv_result + 1 :])
+            lent.result = min(jax.tree.leaves(rest), key=lambda leaf: leaf.size)
         return rest
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Lent]:
+        """Lends the cache to programs that donate it; who has it puts back what each gives back.
+
+        Where one of several programs fails, the cache is what those before it left: what they wrote
+        is behind the tokens that a sequence has, and counts as nothing. It is lost where a program
+        that had donated layers did not give them back.
+        """
+        with self.alone(), self.within_memory("a program beside the KV cache"):
+            lent = Lent(self.kv)
+            try:
+                yield lent
+            finally:
+                self._kv = lent.kv
+        if lent.result is not None:
+            _under_way.append(lent.result)
 
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
@@ -241,7 +272,7 @@ class PagePool:
             self._generations[sequence.pages[tail:]] += 1
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
-        while self._allocator.num_free < n and self.evict():
+        while self._allocator.num_free < n and self._evict():
             self._take_back()
         if self._allocator.num_free < n:
             gc.collect()  # sessions that nobody can reach any more, in a circle of references
@@ -312,13 +343,23 @@ class PagePool:
         length = jnp.asarray([s.length for s in sequences], jnp.int32)
         return PageTable(put(pages), length, put(start))
 
-    def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
+    def write(
+        self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray, start: int = 0
+    ) -> None:
+        """Writes tokens [K, n, D] of one layer into the pages reserved for them.
+
+        Args:
+          sequence: whose pages.
+          layer: which.
+          k, v: of the tokens from `start` on.
+          start: first of a page.
+        """
+        first = start // self.page_size
         heads, n, dim = k.shape
         count = -(-n // self.page_size)
         width = bucket(count, TRANSFER_WIDTH, 2)
         pages = np.full(width, cache.NO_PAGE, np.int32)
-        pages[:count] = sequence.pages[:count]
+        pages[:count] = sequence.pages[first : first + count]
 
         def paged(x: np.ndarray) -> np.ndarray:
             out = np.zeros((heads, width * self.page_size, dim), x.dtype)
