@@ -35,16 +35,17 @@ def differentiable(forward: Callable[[Array, Pages, KeyRange], _Answer]) -> Any:
     best score, which only decides what is read, has none.
     """
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-    def of_arrays(arrays: Any, table: Any, keys: Any, tile: int | None) -> _Answer:
-        q, k, v = arrays
-        return forward(q, Pages(k, v, *table, tile), KeyRange(*keys))
+    def plain(arrays: Any, table: Any, keys: Any, tile: int | None) -> _Answer:
+        (q, k, v), (ids, start) = arrays, table
+        return forward(q, Pages(k, v, ids, start, tile), KeyRange(*keys))
+
+    of_arrays: Any = jax.custom_jvp(plain, nondiff_argnums=(3,))
 
     def rule(tile: int | None, primals: Any, tangents: Any) -> tuple[_Answer, _Answer]:
-        (q, k, v), table, keys = primals
+        (q, k, v), (ids, start), keys = primals
         partial, best = of_arrays(*primals, tile)
         moved = [None if isinstance(t, SymbolicZero) else t for t in tangents[0]]
-        pages = Pages(k, v, *table, tile)
+        pages = Pages(k, v, ids, start, tile)
         return (partial, best), (
             _tangent(q, pages, KeyRange(*keys), partial, *moved),
             jnp.zeros_like(best),

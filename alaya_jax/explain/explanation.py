@@ -11,6 +11,7 @@ from alaya_jax import show, units
 from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.analysis import Analysis
+from alaya_jax.explain.dataframe import dataframe
 from alaya_jax.explain.implementation import implementation_of
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
@@ -22,6 +23,7 @@ from alaya_jax.query.plan import Plan, Plans, of_layer, same_plans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 class Reads:
@@ -206,6 +208,16 @@ class Explanation:
             "prefill_choice": self.prefill and self.prefill.to_dict(),
             "analysis": self.analysis and self.analysis.to_dict(),
         }
+
+    def to_dataframe(self) -> "DataFrame":
+        """A row for each phase and layer, of pandas; the columns are `dataframe.COLUMNS`.
+
+        Figures are means over query tokens and heads; of what a phase does not know, NaN.
+
+        Raises:
+          RequestError: pandas is not installed.
+        """
+        return dataframe(self.phases, self.planned, self.analysis)
 
     def selected(self, layer: int, head: int, *, window: bool = False) -> np.ndarray:
         """Positions that a head of the analyzed token attended to, ascending int.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from alaya_jax.errors import RequestError
 
@@ -59,7 +60,7 @@ def _said(value: Any, above: tuple[int, ...]) -> str:
         return f"{type(value).__name__}({', '.join(ordered)})"
     if isinstance(value, dict):
         return str([(_said(key, above), _said(x, above)) for key, x in value.items()])
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer):
         array = np.asarray(value)
         data = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         return f"array {array.shape} {array.dtype} {data}"
