@@ -15,6 +15,7 @@ from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import Found, Graph, GraphLayer
+from alaya_jax.index.graph.layer import Effort
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
 
@@ -112,9 +113,8 @@ def find(
         ef = max(2 * query.k, index.l0)
         return graph.search_top(q, pages, limit, low, query.k, ef)
     assert query.beta is not None
-    return graph.search_range(
-        q, pages, limit, low, query.beta, best, l0=index.l0, capacity=index.capacity
-    )
+    effort = Effort(index.l0, index.capacity)
+    return graph.search_range(q, pages, limit, low, query.beta, best, effort)
 
 
 def attend_found(

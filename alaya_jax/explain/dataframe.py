@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.analysis import Analysis
+from alaya_jax.explain.reads import Reads
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-
-class Reading(Protocol):
-    """What one phase read, as `Reads` keeps it."""
-
-    queries: int
-    visible: int
-    attended: np.ndarray
-
-    def layer(self, layer: int) -> dict[str, Any]:
-        """Of one layer, per query token."""
-        ...
 
 
 COLUMNS = {
@@ -54,7 +43,7 @@ COLUMNS = {
 
 
 def dataframe(
-    phases: Mapping[str, Reading],
+    phases: Mapping[str, Reads],
     planned: list[dict[str, Any]] | None,
     analysis: Analysis | None,
 ) -> DataFrame:
@@ -102,7 +91,7 @@ def _mean(numbers: list[float] | None) -> float | None:
     return None if numbers is None else float(np.mean(numbers))
 
 
-def _read(phase: str, row: dict[str, Any], reads: Reading) -> dict[str, Any]:
+def _read(phase: str, row: dict[str, Any], reads: Reads) -> dict[str, Any]:
     return {
         "phase": phase,
         **_common(row),
