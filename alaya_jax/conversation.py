@@ -191,14 +191,14 @@ class Chat:
             keep = have[:-1] if ended else have
             left = self._prompt[len(keep) :]  # of a prompt that was not read to its end
             prompt = np.concatenate([keep, left, self._behind_the_answer(turns)]).astype(np.int32)
-            pending = session.pending[0]
+            pending = session.batch.pending[0]
             try:
                 if ended:
-                    session.pending[0] = pending[:-1]
-                waiting = len(session.tokens[0]) + len(session.pending[0])
+                    session.batch.pending[0] = pending[:-1]
+                waiting = len(session.tokens[0]) + len(session.batch.pending[0])
                 generation = self._generate(session, prompt[waiting:], options)
             except BaseException:
-                session.pending[0] = pending
+                session.batch.pending[0] = pending
                 raise
         self._turns, self._prompt, self._said = turns, prompt, _Said()
         return Answer(generation, self._said)
@@ -250,7 +250,7 @@ class Chat:
         """Ids in the cache and those that wait to be read."""
         if self.session is None:
             return np.zeros(0, np.int32)
-        waiting = np.asarray(self.session.pending[0], np.int32)
+        waiting = np.asarray(self.session.batch.pending[0], np.int32)
         return np.concatenate([self.session.tokens[0], waiting])
 
     def _end_ids(self) -> set[int]:

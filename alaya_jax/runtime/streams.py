@@ -1,6 +1,6 @@
 """Who is told of tokens while they come: a streamer, as transformers has them, and a callback."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,15 @@ class Streamer(Protocol):
 
     def end(self) -> None:
         """There will be no more."""
+        ...
+
+
+class Numbered(Protocol):
+    """A token."""
+
+    @property
+    def id(self) -> int:
+        """Its token id."""
         ...
 
 
@@ -43,20 +52,18 @@ def check_listeners(streamer: Any, on_token: Any, batched: bool) -> None:
         raise RequestError(f"on_token={on_token!r}: must be a function of a token")
 
 
-def told[T](
+def told[T: Numbered](
     tokens: Generator[T],
     prompt: np.ndarray,
-    id_of: Callable[[T], int],
     streamer: Streamer | None,
     on_token: Callable[[T], Any] | None,
     stopped: Callable[[], None],
-) -> Iterator[T]:
+) -> Generator[T]:
     """The same tokens; each is told before it is yielded.
 
     Args:
       tokens: closed at the end, whoever ends it.
       prompt: ids before the first token, int32 [n].
-      id_of: of a token.
       streamer: `end` is called once, also where the loop is left.
       on_token: what it returns, if true, ends the generation behind this token.
       stopped: called where it does.
@@ -66,7 +73,7 @@ def told[T](
             streamer.put(prompt[None].astype(np.int64))
         for token in tokens:
             if streamer is not None:
-                streamer.put(np.asarray([id_of(token)]))
+                streamer.put(np.asarray([token.id]))
             ends = on_token is not None and on_token(token)
             if ends:
                 stopped()
