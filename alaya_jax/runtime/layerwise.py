@@ -1,4 +1,4 @@
-"""A session run by a model of one's own, which calls `update` and `attention` in each layer.
+"""A session run by a model of the user's own, which calls `update` and `attention` in each layer.
 
 The cache holds new tokens layer by layer then: `Batch.ahead` counts those that some layers have
 and others do not, and lengths grow when all have them.
