@@ -105,15 +105,61 @@ LLAMA3 = (
 
 
 @pytest.fixture(scope="session")
-def llama3(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes checkpoints of a tiny model whose tokenizer puts a BOS in front, as Llama 3's does."""
+def tiny_checkpoint() -> Callable[..., None]:
+    """Writes a random model of two layers, without a tokenizer, as Hugging Face keeps it.
+
+    The first `never` tokens have logit 0, and the likeliest of many others always beats that.
+    """
     import json
 
     from safetensors.numpy import save_file
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
-    from tokenizers import Tokenizer as Backend
 
     from alaya_jax.models import LlamaConfig
+
+    def write(path: Path, vocab_size: int, max_length: int, seed: int, never: int) -> None:
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=max_length,
+            eos_token_ids=(1,),
+        )
+        random = np.random.default_rng(seed)
+        e, f, q, kv = 32, 64, 64, 32
+        shapes = {"model.embed_tokens": (vocab_size, e), "lm_head": (vocab_size, e)}
+        for layer in ("model.layers.0", "model.layers.1"):
+            shapes |= {f"{layer}.self_attn.{n}_proj": (kv, e) for n in "kv"}
+            shapes |= {f"{layer}.self_attn.q_proj": (q, e), f"{layer}.self_attn.o_proj": (e, q)}
+            shapes |= {f"{layer}.mlp.{n}_proj": (f, e) for n in ("gate", "up")}
+            shapes |= {f"{layer}.mlp.down_proj": (e, f)}
+        tensors = {
+            f"{name}.weight": (random.standard_normal(s) / np.sqrt(s[1])).astype(np.float32)
+            for name, s in shapes.items()
+        }
+        tensors["lm_head.weight"][:never] = 0
+        for layer in ("model.layers.0", "model.layers.1"):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{layer}.{norm}.weight"] = np.ones(e, np.float32)
+        tensors["model.norm.weight"] = np.ones(e, np.float32)
+        save_file(tensors, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config.to_hf()))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def llama3(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., None]
+) -> Callable[..., Path]:
+    """Writes checkpoints of a tiny model whose tokenizer puts a BOS in front, as Llama 3's does."""
+    import json
+
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
 
     def write(template: str = LLAMA3, path: Path | None = None) -> Path:
         path = path or tmp_path_factory.mktemp("models") / "tiny-llama-3"
@@ -135,36 +181,7 @@ def llama3(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         backend.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, 0)]
         )
-        config = LlamaConfig(
-            vocab_size=backend.get_vocab_size(),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=8192,
-            eos_token_ids=(1,),
-        )
-        random = np.random.default_rng(3)
-        e, f, q, kv = 32, 64, 64, 32
-        shapes = {"model.embed_tokens": (config.vocab_size, e), "lm_head": (config.vocab_size, e)}
-        for layer in ("model.layers.0", "model.layers.1"):
-            shapes |= {f"{layer}.self_attn.{n}_proj": (kv, e) for n in "kv"}
-            shapes |= {f"{layer}.self_attn.q_proj": (q, e), f"{layer}.self_attn.o_proj": (e, q)}
-            shapes |= {f"{layer}.mlp.{n}_proj": (f, e) for n in ("gate", "up")}
-            shapes |= {f"{layer}.mlp.down_proj": (e, f)}
-        tensors = {
-            f"{name}.weight": (random.standard_normal(s) / np.sqrt(s[1])).astype(np.float32)
-            for name, s in shapes.items()
-        }
-        tensors["lm_head.weight"][:4] = 0  # control tokens are never the likeliest
-        for layer in ("model.layers.0", "model.layers.1"):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{layer}.{norm}.weight"] = np.ones(e, np.float32)
-        tensors["model.norm.weight"] = np.ones(e, np.float32)
-        save_file(tensors, path / "model.safetensors")
-        (path / "config.json").write_text(json.dumps(config.to_hf()))
+        tiny_checkpoint(path, backend.get_vocab_size(), 8192, seed=3, never=4)  # control tokens
         (path / "tokenizer.json").write_text(backend.to_str())
         roles = {"bos_token": bos, "eos_token": names[1], "chat_template": template}
         (path / "tokenizer_config.json").write_text(json.dumps(roles))

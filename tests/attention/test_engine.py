@@ -112,6 +112,7 @@ def test_equals_definition(query, lengths, t, rng, small_blocks):
         np.testing.assert_array_equal(counts.attended[b], want_count)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),

@@ -12,6 +12,7 @@ def document(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_ask_keeps_contexts_by_rope(alaya, tiny_model, document, tmp_path):
     def read(*more):
         options = ("--model", tiny_model, "--context", document, "--db", tmp_path / "a.db")

@@ -99,6 +99,7 @@ def test_ask_puts_the_answer_on_stdout_and_notes_on_stderr(ask):
     assert "--max-new-tokens allows more" in said.stderr
 
 
+@pytest.mark.slow
 def test_attention_policies_read_what_they_say(ask):
     full = json.loads(ask("--json", "When?").stdout)["keys_per_step"]
     everything = json.loads(ask("--json", "--attention", "dipr:1e9", "When?").stdout)

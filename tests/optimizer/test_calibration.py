@@ -203,6 +203,7 @@ def walks(monkeypatch):
     monkeypatch.setattr("alaya_jax.optimizer.situation.machine_for", lambda *_, **__: WALKS)
 
 
+@pytest.mark.slow
 def test_auto_asks_the_graph_of_a_context(db, walks, calibrated, rng):
     document = rng.integers(3, 256, 90)
     context = db.build_index(db.import_context(document), GRAPH)

@@ -81,6 +81,7 @@ def test_keys_are_exact_so_far_and_no_further(db, document, attention, until):
                 assert np.abs(got[:, until:] - want[:, until:]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 def test_an_exact_session_reuses_what_is_exact(open_db, all_logits, document, where):
@@ -129,6 +130,7 @@ def test_a_document_is_never_imported_from_keys_that_are_not_exact(db, all_logit
         np.testing.assert_allclose(logits, all_logits([*document, 9])[-1], rtol=0, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_other_plans_make_other_contexts(db, document):
     """Also by a number of one head; the same plan again is the same context."""
     betas = np.array([3.0, 4.0, 9.0, 5.0])
