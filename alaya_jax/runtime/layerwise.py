@@ -21,7 +21,7 @@ from alaya_jax.errors import RequestError
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
-from alaya_jax.sharding import ShardingRules, laid, whole
+from alaya_jax.sharding import ShardingRules, laid, spread, whole
 
 
 def update(
@@ -51,18 +51,12 @@ def update(
     for sequence in batch.sequences:
         batch.pool.reserve(sequence, int(start) + t)
     table = _table(batch, layer)
-    batch.pool.run(
-        _append,
-        None,
-        table,
-        jnp.full(batch.size, t, jnp.int32),
-        k,
-        v,
-        kv_result=None,
-        layer=layer,
-        mesh=batch.model.mesh,
-        rules=batch.model.rules,
-    )
+    count = jax.device_put(np.full(batch.size, t, np.int32))
+    args = spread((table, count, k, v), batch.model.mesh)
+    with batch.pool.lend() as lent:
+        old = lent.kv.part(layer, 1)
+        new = _append(old, *args, mesh=batch.model.mesh, rules=batch.model.rules)
+        lent.kv = lent.kv.replace_part(layer, new)
     batch.ahead[layer] += t
     done = int(batch.ahead.min())
     if done:
@@ -141,20 +135,19 @@ def _table(batch: Batch, layer: int) -> PageTable:
     return dataclasses.replace(table, length=table.length + int(batch.ahead[layer]))
 
 
-def _append_layer(
-    params: Any,
+@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("kv",))
+def _append(
     kv: PagedKV,
     table: PageTable,
     count: Array,
     k: Array,
     v: Array,
     *,
-    layer: int,
     mesh: Mesh | None,
     rules: ShardingRules,
 ) -> PagedKV:
-    del params
-    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
+    """`engine.append` to a cache of one layer: one program for all layers."""
+    new = engine.append(kv, 0, k, v, table, count, mesh=mesh, rules=rules)
     return laid(new, rules.pool(mesh))
 
 
@@ -163,8 +156,3 @@ def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding |
     """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
     here = (jnp.arange(layers) == layer)[:, None, None]
     return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
-
-
-_append = jax.jit(
-    _append_layer, static_argnames=("layer", "mesh", "rules"), donate_argnames=("kv",)
-)
