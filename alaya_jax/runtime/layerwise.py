@@ -1,4 +1,4 @@
-"""A session run by a model of one's own, which calls `update` and `attention` in each layer.
+"""A session run by a model of the user's own, which calls `update` and `attention` in each layer.
 
 The cache holds new tokens layer by layer then: `Batch.ahead` counts those that some layers have
 and others do not, and lengths grow when all have them.
@@ -11,17 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
+from alaya_jax.frame import Frame
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
-from alaya_jax.sharding import ShardingRules, laid, spread, whole
+from alaya_jax.sharding import laid, spread, whole
 
 
 def update(
@@ -54,8 +55,7 @@ def update(
     count = jax.device_put(np.full(batch.size, t, np.int32))
     args = spread((table, count, k, v), batch.model.mesh)
     with batch.pool.lend() as lent:
-        old = lent.kv.part(layer, 1)
-        new = _append(old, *args, mesh=batch.model.mesh, rules=batch.model.rules)
+        new = _append(lent.kv.part(layer, 1), *args, frame=batch.model.frame)
         lent.kv = lent.kv.replace_part(layer, new)
     batch.ahead[layer] += t
     done = int(batch.ahead.min())
@@ -135,7 +135,7 @@ def _table(batch: Batch, layer: int) -> PageTable:
     return dataclasses.replace(table, length=table.length + int(batch.ahead[layer]))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "rules"), donate_argnames=("kv",))
+@functools.partial(jax.jit, static_argnames=("frame",), donate_argnames=("kv",))
 def _append(
     kv: PagedKV,
     table: PageTable,
@@ -143,12 +143,11 @@ def _append(
     k: Array,
     v: Array,
     *,
-    mesh: Mesh | None,
-    rules: ShardingRules,
+    frame: Frame,
 ) -> PagedKV:
     """`engine.append` to a cache of one layer: one program for all layers."""
-    new = engine.append(kv, 0, k, v, table, count, mesh=mesh, rules=rules)
-    return laid(new, rules.pool(mesh))
+    where: Any = {"mesh": frame.mesh, "rules": frame.rules}
+    return laid(engine.append(kv, 0, k, v, table, count, **where), frame.rules.pool(frame.mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "place"))
