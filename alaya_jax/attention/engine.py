@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from alaya_jax import cache
 from alaya_jax.attention import kernels
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.gradient import computed_by, not_reversed
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import attend_range
@@ -198,8 +199,24 @@ def _attend(
         head_axis,
     )
     choice = kernels.choose(plan, asked)
-    if choice.implementation != "xla":
+
+    def by_kernels(plan: Plan, asked: kernels.Batch) -> tuple[Float[Array, "B T H D"], Counts]:
         return kernels.attend(plan, asked, choice.implementation, choice.target)
+
+    by_xla = choice.implementation == "xla"
+    if not isinstance(plan.query, Full | Window):
+        out, counts = _by_xla(plan, asked, index) if by_xla else by_kernels(plan, asked)
+        return not_reversed(out, type(plan.query).__name__), counts
+    if by_xla:
+        return _by_xla(plan, asked)
+    return computed_by(by_kernels, _by_xla, plan, asked)
+
+
+def _by_xla(
+    plan: Plan, asked: kernels.Batch, index: LayerIndex | Graphs | None = None
+) -> tuple[Float[Array, "B T H D"], Counts]:
+    q, k_pages, v_pages, table = asked.q, asked.k, asked.v, asked.table
+    count, covered, axis, head_axis = asked.count, asked.covered, asked.axis, asked.head_axis
     batch, t, heads, dim = q.shape
     kv_heads = k_pages.shape[0]
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from alaya_jax.attention.custom import select_custom
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
 from alaya_jax.attention.partial import Partial, merge_across, share_read
 from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.select import as_mask, by_row, in_range, largest, largest_of_all
-from alaya_jax.query import DIPR, TopK
+from alaya_jax.query import DIPR, Custom, TopK
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
@@ -70,7 +71,7 @@ def retrieve(
     """Keys in range that the plan's query keeps.
 
     Args:
-      plan: a DIPR or TopK.
+      plan: a DIPR, TopK or Custom.
       q: rotated, unscaled.
       pages: of the sequence, as far as this device holds them.
       keys: positions outside the window.
@@ -82,7 +83,7 @@ def retrieve(
       head_axis: mesh axis that the heads are split over.
     """
     query = plan.query
-    assert isinstance(query, DIPR | TopK)
+    assert isinstance(query, DIPR | TopK | Custom)
     if query.before is not None:
         keys = dataclasses.replace(keys, high=jnp.minimum(keys.high, query.before))
     if plan.by == "page":
@@ -90,7 +91,9 @@ def retrieve(
     q = q.astype(pages.operand_dtype)
     scan = _scan(q, pages, keys, index, covered)
     floor, unread, weights = None, None, None
-    if isinstance(query, TopK):
+    if isinstance(query, Custom):
+        mask = select_custom(query, scan.estimate, pages, window, best, axis, head_axis)
+    elif isinstance(query, TopK):
         if scan.exact:
             scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
         else:
