@@ -1,34 +1,36 @@
-"""The account that a session keeps: what new tokens could see, and when another account begins."""
+"""The account of a session: which tokens count, and when another account begins."""
 
-import jax.numpy as jnp
+import numpy as np
 
 import alaya_jax as aj
 from alaya_jax.attention.counts import Counts
 from alaya_jax.explain.account import Account
-from alaya_jax.query.plan import Plan
 
 
-def counts():
-    """Of llama-tiny's 2 layers, two sequences and 4 heads."""
-    return Counts.of((2, 2, 4), jnp.int32(5), jnp.int32(5))
+def counts(config, batch, attended):
+    shape = config.num_hidden_layers, batch, config.num_attention_heads
+    keys = np.full(shape, attended, np.int32)
+    return Counts(keys, keys, keys, np.zeros(shape, np.float32), 0 * keys)
 
 
-def test_each_new_token_sees_those_before_it_and_itself(tiny_model):
+def test_what_new_tokens_see_is_counted_for_each_sequence(tiny_model):
     account = Account(tiny_model, 16)
-    account.on_read("prefill", Plan(aj.Full()))(counts(), [10, 0], [3, 2])
+    on_read = account.on_read("prefill", aj.Plan(aj.Full()))
+    on_read(counts(tiny_model.config, 2, 7), [10, 4], [3, 0], 8)
     reads = account.reads["prefill"]
-    assert reads.queries == 5
-    assert reads.visible == (11 + 12 + 13) + (1 + 2)
+    assert (reads.queries, reads.visible) == (3, 3 * 10 + 1 + 2 + 3)
+    on_read(counts(tiny_model.config, 2, 7), [13, 4], [1, 2], 8)
+    assert (reads.queries, reads.visible) == (6, 36 + 14 + 2 * 4 + 3)
+    assert (reads.mean("attended") == 2 * 2 * 7 / 6).all()
 
 
-def test_other_plans_begin_another_account_and_equal_ones_go_on(tiny_model):
-    account = Account(tiny_model, 16)
-    for beta in (3.0, 3.0, 4.0):
-        plans = Plan(aj.DIPR(beta=beta, window=aj.Window(2, 6)))
-        account.count("decode", plans, counts(), [10, 10], [1, 1])
-        if beta == 3.0:
-            kept = account.reads["decode"]
-    assert kept.queries == 4
-    assert account.reads["decode"] is not kept
-    assert account.reads["decode"].queries == 2
-    assert account.choice is account.prefill is None
+def test_other_plans_begin_another_account(tiny_model):
+    account, seen = Account(tiny_model, 16), counts(tiny_model.config, 1, 5)
+    plans = [aj.Plan(aj.Full()), aj.Plan(aj.Full()), aj.Plan(aj.Window(2, 3))]
+    totals = []
+    for plan in plans:
+        account.count("decode", plan, seen, [20], [1])
+        totals.append(account.reads["decode"].queries)
+    assert totals == [1, 2, 1]
+    assert set(account.reads) == {"decode"}
+    assert (account.choice, account.prefill) == (None, None)
