@@ -36,8 +36,8 @@ import alaya_jax as aj
 from alaya_jax import cache, configs
 from alaya_jax.attention import engine
 from alaya_jax.attention.kept import Kept, lse_kept
-from alaya_jax.attention.partial import share_read
 from alaya_jax.attention.retrieve import pivot
+from alaya_jax.attention.softmax import share_read
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import MISS, Flat, Sketch, recover

@@ -8,6 +8,6 @@ kept      attention over the keys that were kept
 partial   attention over parts of the keys, and their merge
 """
 
-from alaya_jax.attention.partial import Partial, merge
+from alaya_jax.attention.softmax import Partial, merge
 
 __all__ = ["Partial", "merge"]

@@ -27,10 +27,11 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.paged import attend_range
-from alaya_jax.attention.partial import merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.selection import select_tiles
+from alaya_jax.attention.softmax import merge, merge_across, share_read
 from alaya_jax.attention.tiles import attend_list
+from alaya_jax.attention.window import Split
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
 from alaya_jax.errors import RequestError
@@ -284,17 +285,14 @@ def _attend_rows(
         return merge_across(partial, axis).out, counts(end, end, mass=1.0)
 
     window = query if isinstance(query, Window) else query.window
-    sink_end = jnp.minimum(window.sink, end)
-    recent_start = jnp.maximum(sink_end, end - window.recent)
-    if isinstance(index, GraphLayer):  # what it does not know stays in the window
-        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, index.length))
-    inside, best = attend_range(q, pages, KeyRange(zero, end, sink_end, recent_start))
+    split = Split.of(window, end, index.length if isinstance(index, GraphLayer) else None)
+    inside, best = attend_range(q, pages, split.inside)
     inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
-    in_window = sink_end + end - recent_start
+    in_window = split.size
     if isinstance(query, Window):
         return inside.out, counts(in_window, in_window)
 
-    outside = KeyRange(sink_end, recent_start)
+    outside = split.outside
     if isinstance(index, GraphLayer):
         low = jnp.asarray(window.sink)
         found = attend_graph(plan, q, pages, outside, low, index, inside, best)

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.kept import attend_kept
-from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.softmax import Partial, Running, finish, fold, start
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import Found, Graph, GraphLayer
 from alaya_jax.query import DIPR, TopK
@@ -135,28 +135,23 @@ def attend_found(
     scores = jnp.pad(found.scores, widths, constant_values=-jnp.inf)
     attended = found.count
 
-    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = carry
+    def block(i: Array, running: Running) -> Running:
         at, here = (
             lax.dynamic_slice_in_dim(x, i * width, width, axis=-1) for x in (positions, scores)
         )
         v = pages.gather(pages.v, at.reshape(heads, -1)).reshape(*at.shape, -1)
         # An unused slot names any key, whose page may hold anything.
         v = jnp.where((here > -jnp.inf)[..., None], v, 0)
-        new_top = jnp.maximum(top, jnp.max(here, axis=-1))
-        p = jnp.exp(scale * (here - new_top[..., None]))
-        fade = jnp.exp(scale * (top - new_top))
-        weighed = jnp.einsum(
-            "kgtc,kgtcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return new_top, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + weighed
 
-    low = -1e30  # below every score, and finite: differences stay defined
-    start = (jnp.full(rows, low), jnp.zeros(rows), jnp.zeros(q.shape))
-    top, total, acc = lax.fori_loop(0, -(-jnp.max(attended) // width), block, start)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
-    return Partial(acc / safe[..., None], lse), attended
+        def weigh(p: Array) -> Array:
+            return jnp.einsum(
+                "kgtc,kgtcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+
+        return fold(running, here, scale, weigh)
+
+    blocks = -(-jnp.max(attended) // width)
+    return finish(lax.fori_loop(0, blocks, block, start(rows, q.shape[-1])), scale), attended
 
 
 __all__ = ["Searched", "attend_found", "attend_graph", "find"]

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
-from alaya_jax.attention.partial import Partial, merge_across, share_read
+from alaya_jax.attention.softmax import Partial, merge_across, share_read
 from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat

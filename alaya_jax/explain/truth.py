@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alaya_jax.attention.graph import find
 from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import Graphs, LayerIndex, recover
 from alaya_jax.query import Full, Window
@@ -77,15 +78,11 @@ def truth(
 
     query = plan.query
     window = query if isinstance(query, Window) else getattr(query, "window", Window())
-    sink_end = jnp.minimum(window.sink, end)
-    recent_start = jnp.maximum(sink_end, end - window.recent)
     graph = index[0] if isinstance(index, tuple) else None
-    if graph is not None:
-        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, graph.length))
-    in_window = KeyRange(zero, end, sink_end, recent_start)
-    inside, best_inside = attend_range(rows, held, in_window)
+    split = Split.of(window, end, None if graph is None else graph.length)
+    inside, best_inside = attend_range(rows, held, split.inside)
     position = held.all_positions()
-    of_window = in_window.mask(position)
+    of_window = split.inside.mask(position)
 
     if isinstance(query, Full):
         attended = scores > -jnp.inf
@@ -93,7 +90,7 @@ def truth(
     else:
         retrieved = jnp.zeros(scores.shape, bool)
         if plan.retrieves:
-            outside = KeyRange(sink_end, recent_start)
+            outside = split.outside
             found = retrieve(  # of a graph: what answers where its search overflows
                 plan,
                 rows,

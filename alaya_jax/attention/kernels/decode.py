@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
-from alaya_jax.attention.partial import Partial, merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
+from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import RoundedQuery, deviations, round_query
@@ -121,14 +122,14 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
 
     assert isinstance(query, Window | DIPR | TopK)
     window = query if isinstance(query, Window) else query.window
-    sink_end = jnp.minimum(window.sink, end)
-    recent = jnp.maximum(sink_end, end - window.recent)
+    split = Split.of(window, end)
+    sink_end, recent = split.sink_end, split.recent_start
     inside = (starts < sink_end[:, None]) | (starts + z > recent[:, None])
     inside &= starts < end[:, None]
     near = read(compact(inside[:, None]), gap_low=sink_end, gap_high=recent)
     best = across(lax.pmax, near.best, axis)
     near = _partial(near, axis)
-    in_window = (sink_end + end - recent)[:, None]
+    in_window = split.size[:, None]
     if isinstance(query, Window):
         total = in_window[:, None]
         return near.out[:, None], counts(total, total)
