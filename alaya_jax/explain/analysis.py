@@ -22,6 +22,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.truth import Truth, truth
 from alaya_jax.index import Graphs, Indexed, LayerIndex
+from alaya_jax.index.memory import Memory
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import DIPR, Full, Tiles
@@ -175,20 +176,16 @@ def analyze(
     rows = []
     for layer in range(layers):
         plan, index = of_layer(plans, layer), indexed.layers[layer]
+        memory = Memory(pool.kv, before, indexed).layer(layer)
         attend = functools.partial(
             engine.attend,
             q=q[layer],
-            k_pages=pool.kv.k[layer],
-            v_pages=pool.kv.v[layer],
-            table=before,
             count=jnp.ones(1, jnp.int32),
-            index=index,
-            covered=indexed.covered,
             mesh=model.mesh,
             rules=model.rules,
         )
-        (out, counts), seconds = _timed(lambda plan=plan, attend=attend: attend(plan))
-        full = functools.partial(attend, Plan(Full()), index=None)
+        (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
+        full = functools.partial(attend, Plan(Full()), memory=memory)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
         everywhere = whole(model.mesh)
         pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
@@ -293,12 +290,8 @@ def _queries(
         out, _ = engine.attend(
             of_layer(plans, layer),
             q,
-            kv.k[layer],
-            kv.v[layer],
-            table,
+            Memory(kv, table, indexed).layer(layer),
             jnp.ones_like(table.length),
-            indexed.layers[layer],
-            indexed.covered,
             mesh=mesh,
             rules=rules,
         )

@@ -19,6 +19,7 @@ from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Indexed
+from alaya_jax.index.memory import Memory
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import Full
@@ -90,12 +91,8 @@ def step(
         out, new = engine.attend(
             of_layer(plans, layer),
             q,
-            kv.k[layer],
-            kv.v[layer],
-            table,
+            Memory(kv, table, indexed).layer(layer),
             count,
-            indexed and indexed.layers[layer],
-            indexed and indexed.covered,
             mesh=mesh,
             rules=rules,
         )
@@ -172,7 +169,7 @@ def asked(
     def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         del k, v
         out, _ = engine.attend(
-            Plan(Full()), q, kv.k[layer], kv.v[layer], table, count, mesh=mesh, rules=rules
+            Plan(Full()), q, Memory(kv, table).layer(layer), count, mesh=mesh, rules=rules
         )
         return out, (*state, q[0, take])
 

@@ -19,9 +19,10 @@ here pages are read whole.
 
 from jaxtyping import Array, Float
 
+from alaya_jax.attention.batch import Batch
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels import decode, prefill
-from alaya_jax.attention.kernels.batch import Batch, passed_over
+from alaya_jax.attention.kernels.asking import passed_over
 from alaya_jax.errors import KernelError
 from alaya_jax.index import Graph
 from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target, not_a_hopper
