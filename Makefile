@@ -3,22 +3,32 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Processes that run tests, each with up to 3 GB. PYTEST_WORKERS=0 runs them all in this one, as --pdb needs.
+PYTEST_WORKERS ?= 2
 AOT_ARGS ?=
+pytest = $(BIN)/pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test aot lint format typecheck floors laid-out docs docs-serve bench clean
+.PHONY: help install demo test test-slow test-all aot lint format typecheck floors laid-out docs docs-serve bench clean
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv with alaya_jax (editable) and the tools to work on it
 
 demo: $(VENV)/.installed $(VENV)/.model ## answer questions about a legal text with a small real Llama, on the CPU
 	$(BIN)/alaya demo
 
-test: $(VENV)/.installed $(VENV)/.model ## run the tests (PYTEST_ARGS="-k rope" for a part)
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed $(VENV)/.model ## run the tests, but for those that take long (PYTEST_ARGS="-k rope" for a part)
+	$(pytest) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed $(VENV)/.model ## run those that take long
+	$(pytest) -m slow $(PYTEST_ARGS)
+
+test-all: ## run both, as CI does
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
 
 aot: .venv-aot/.installed ## compile every kernel, and a decode step, for H100s without having one; check the assembler's reports
 	.venv-aot/bin/python -m alaya_jax.pallas_kernels.aot $(AOT_ARGS)
@@ -54,7 +64,7 @@ bench: $(VENV)/.installed $(VENV)/.model ## measure against transformers + torch
 	$(BIN)/python benchmarks/peer.py
 
 clean: ## remove build outputs and caches, but not .venv
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .cache/tests .pytest_cache .ruff_cache .hypothesis
 	find alaya_jax models pallas_kernels configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PYTHON=/path/to/python names an interpreter; otherwise 3.12 is looked for first.

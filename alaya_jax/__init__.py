@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from alaya_jax.budget import Budget as Budget
     from alaya_jax.db import DB as DB
-    from alaya_jax.db import Budget as Budget
     from alaya_jax.errors import AlayaError as AlayaError
     from alaya_jax.generation import generate as generate
     from alaya_jax.index import Block as Block
@@ -49,7 +49,7 @@ _HOME = {
     "AlayaError": "errors",
     "Auto": "query.auto",
     "Block": "index",
-    "Budget": "db",
+    "Budget": "budget",
     "DB": "db",
     "DIPR": "query",
     "Flat": "index",

@@ -6,10 +6,9 @@ messages = [{"role": "user", "content": question}]
 session, rest = db.create_session(messages=messages, document=document)
 """
 
-import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listed
 from datetime import date as Date
 from typing import Any, Literal, overload
@@ -17,47 +16,23 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from alaya_jax import prompts
+from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagePool, Sequence
 from alaya_jax.contexts import graphs
-from alaya_jax.contexts.context import Context, lender, longest_prefix
-from alaya_jax.contexts.residents import Residents
-from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.contexts.catalogue import Catalogue, finite
+from alaya_jax.contexts.context import Context
+from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, Index
-from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.origin import Origin
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
-from alaya_jax.sharding import memory_of
-from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore, sampled
-from alaya_jax.units import bytes_of
+from alaya_jax.storage import DirectoryStore
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """Memory the database may use.
-
-    Attributes:
-      device: for the KV pages of all contexts in use and all sessions, over all devices that the
-        pages are split over; bytes, or a string such as "8GiB". What a mesh holds in copies (one
-        for each step of its `data` axis) is counted once.
-    """
-
-    device: int | str = "2GiB"
-
-    @property
-    def device_bytes(self) -> int:
-        """`device` in bytes.
-
-        Raises:
-          RequestError: not a size.
-        """
-        return bytes_of(self.device, "Budget(device=...)")
 
 
 @methods_under_own_settings
@@ -98,53 +73,36 @@ class DB:
         self.namespace = namespace
         if not isinstance(page_size, int | np.integer) or page_size < 1:
             raise RequestError(f"DB(page_size={page_size}): must be a count of tokens, at least 1")
-        page_bytes = self.token_bytes * page_size
-        num_pages = self.budget.device_bytes // page_bytes
-        shards = model.rules.page_shards(model.mesh)
-        if num_pages < 2 * shards:  # of each part one belongs to nobody
-            parts = "" if shards == 1 else f" for each of {shards} devices"
-            raise RequestError(
-                f"Budget(device={self.budget.device!r}) holds no page{parts}: a page of "
-                f"{page_size} tokens of {model.name} takes {page_bytes:,} bytes, and one{parts} "
-                f"stays empty; raise the budget to at least {2 * shards * page_bytes:,} bytes"
-            )
-        there = memory_of(model.mesh)
-        if there is not None and self.budget.device_bytes > there:  # else it fails when first used
-            raise RequestError(
-                f"Budget(device={self.budget.device!r}) is {self.budget.device_bytes:,} bytes, and "
-                f"there are {there:,} in all, weights included; give less"
-            )
-        self.pool = PagePool(
-            model.config,
-            model.dtype,
-            num_pages,
-            page_size,
-            f"Budget(device={self.budget.device!r})",
-            mesh=model.mesh,
-            rules=model.rules,
+        num_pages = self.budget.pages(model, page_size)
+        store = DirectoryStore(path, read_only=read_only)
+        self._catalogue = Catalogue(
+            store,
+            model,
+            namespace,
+            num_pages=num_pages,
+            page_size=page_size,
+            setting=self.budget.setting,
         )
-        self._indexes = PageIndexes(self.pool)
-        self._store = DirectoryStore(path, read_only=read_only)
-        shown = filter(None, map(self._shown, self._store.list()))
-        self._contexts = {record.id: Context(record, self._store) for record in shown}
-        self._residents = Residents(self._contexts, self.pool, self._store)
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages of all contexts in memory and of all sessions."""
+        return self._catalogue.pool
 
     @property
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token, all layers."""
-        c = self.model.config
-        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        return width * self.model.dtype.itemsize
+        return self.model.token_bytes
 
     @property
     def path(self) -> str:
         """The directory."""
-        return str(self._store.path)
+        return str(self._catalogue.store.path)
 
     @property
     def contexts(self) -> list[Context]:
         """Contexts of this model and namespace, oldest first, damaged ones too."""
-        return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
+        return self._catalogue.contexts
 
     def import_context(
         self,
@@ -183,13 +141,12 @@ class DB:
         """
         tokens, _ = self.prompt(text_or_tokens, messages, document, date, to_store=True)
         self._check_length(tokens)
-        header = self._header(title)
-        known = self._contexts.get(header.context_id(tokens))
+        known = self._catalogue.of_tokens(tokens)
         if known is not None and known.problem is None:
             return known
-        self._store.require_writable()
+        self._catalogue.store.require_writable()
         if kv is not None:
-            return self._write(header, tokens, _finite(kv))
+            return self._catalogue.insert(tokens, finite(kv), title=title)
         session, rest = self.create_session(tokens)
         with session:
             with progress_bar("reading the document", len(rest), show=progress) as advance:
@@ -264,12 +221,10 @@ class DB:
             try:
                 for tokens in rows:
                     self._check_length(tokens)
-                    context, length = longest_prefix(
-                        self._contexts.values(), tokens, exact=reuse == "exact"
-                    )
+                    context, length = self._catalogue.match(tokens, exact=reuse == "exact")
                     found.append(context)
                     origins.append(context.origin.upto(length) if context else Origin())
-                    shared = self._residents.share(context, length) if context else Sequence()
+                    shared = self._catalogue.lock(context, length) if context else Sequence()
                     sequences.append(shared)
             except BaseException:
                 for sequence in sequences:
@@ -279,7 +234,7 @@ class DB:
         session = Session(
             self.model,
             self.pool,
-            self._indexes,
+            self._catalogue.indexes,
             sequences,
             tokens,
             found,
@@ -287,13 +242,9 @@ class DB:
             batched=batched,
         )
         session.dated = asked[0].dated
-        session.lender = self._lend
+        session.lender = self._catalogue.match_graph
         rest = [p[s.length :] for p, s in zip(rows, sequences, strict=True)]
         return session, rest if batched else rest[0]
-
-    def _lend(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
-        with self.pool.lock:
-            return lender(self._contexts.values(), tokens, wanted)
 
     def store(self, session: Session, *, title: str = "", tokens: Any = None) -> Context:
         """Stores what a session holds as a context; the session goes on as before.
@@ -339,10 +290,9 @@ class DB:
         layers = range(self.model.config.num_hidden_layers)
         kv = (session.pool.read(sequence, layer) for layer in layers)
         origin = session.origins[0].upto(len(ids))
-        context = self._write(self._header(title, origin.runs), ids, kv)
+        context = self._catalogue.insert(ids, kv, title=title, origin=origin)
         if session.pool is self.pool:
-            with self.pool.lock:
-                self._residents.keep(context, sequence)
+            self._catalogue.keep(context, sequence)
         return context
 
     def build_index(
@@ -372,25 +322,9 @@ class DB:
                 "are made of pages when a plan first asks them"
             )
         graphs.require_no_context_axis(self.model, "build_index")
-        self._store.require_writable()
-        id = self._id_of(context, "build_index")
-        if id not in self._contexts:
-            raise ContextError(f"build_index: there is no context {id!r} in {self.path}")
-        known = self._contexts[id]
-        if any(index.fits(built) for built in known.indexes) and not self._store.check_index(
-            id, graphs.KIND
-        ):
-            return known
-        with self.pool.lock:
-            sequence = self._residents.share(known, known.num_tokens)
-        try:
-            layers = graphs.build_layers(
-                self.model, self.pool, sequence, known.tokens, index, progress=progress
-            )
-            self._store.write_index(id, graphs.KIND, index.built, layers)
-        finally:
-            self.pool.release(sequence)
-        known._graph = None
+        self._catalogue.store.require_writable()
+        known = self._catalogue.find(context, "build_index")
+        self._catalogue.build_graph(known, index, progress=progress)
         return known
 
     def remove(self, context: Context | str) -> None:
@@ -399,23 +333,15 @@ class DB:
         Raises:
           ContextError: it is not there.
         """
-        id = self._id_of(context, "remove")
-        with self.pool.lock:
-            self._store.remove(id)
-            gone = self._contexts.pop(id, None)
-            if gone is not None:
-                self._residents.drop(gone)
+        self._catalogue.remove(self._catalogue.id_of(context, "remove"))
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
-        return list(self._store.check(self._id_of(context, "check")))
+        return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""
-        with self.pool.lock:
-            for context in self._contexts.values():
-                self._residents.drop(context)
-        self._store.close()
+        self._catalogue.close()
 
     def __reduce__(self) -> Any:
         raise RequestError(
@@ -431,7 +357,7 @@ class DB:
 
     def __repr__(self) -> str:
         return (
-            f"DB({self.path!r}, {self.model.name}, {len(self._contexts)} contexts, "
+            f"DB({self.path!r}, {self.model.name}, {len(self._catalogue)} contexts, "
             f"{self.pool.free_tokens:,} of {self.pool.capacity_tokens:,} tokens "
             "free)"
         )
@@ -451,26 +377,8 @@ class DB:
         Raises:
           RequestError, TokenizerError: as there.
         """
-        if prompt is None and messages is None and document is None:
-            raise RequestError(
-                "there is no prompt; give text, token ids (whole numbers), "
-                "messages=[{'role': 'user', 'content': ...}], or document="
-            )
-        if prompt is None:
-            tokenizer = prompts.tokenizer_of(self.model)
-            found = prompts.prompt(
-                tokenizer, messages, document, date, self.contexts, to_store=to_store
-            )
-            return found._replace(ids=self.model.check_tokens(found.ids))
-        if messages is not None or document is not None or date is not None:
-            raise RequestError("give a prompt, or messages=, document= and date=, not both")
-        if isinstance(prompt, Mapping) or (
-            isinstance(prompt, list | tuple) and any(isinstance(p, Mapping) for p in prompt)
-        ):
-            raise RequestError("these are messages of a chat: pass them as messages=[...]")
-        if isinstance(prompt, str):
-            prompt = prompts.plain_ids(prompts.tokenizer_of(self.model), prompt)
-        return prompts.Prompt(self.model.check_tokens(prompt))
+        given = (prompt, messages, document, date)
+        return prompts.of(self.model, *given, self.contexts, to_store=to_store)
 
     def _check_length(self, tokens: np.ndarray) -> None:
         if not len(tokens):
@@ -489,80 +397,6 @@ class DB:
             needed = pages * self.pool.page_size
             raise CacheFullError(
                 f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "
-                f"Budget(device={self.budget.device!r}) to at least {needed * self.token_bytes:,} "
+                f"{self.budget.setting} to at least {needed * self.token_bytes:,} "
                 "bytes"
             )
-
-    def _id_of(self, context: Context | str, what: str) -> str:
-        """A context's id; that of another database is not meant by a handle of one's own."""
-        if isinstance(context, str):
-            return context
-        if not isinstance(context, Context):
-            raise RequestError(f"{what}({context!r}): takes a context of this database, or its id")
-        if context._store is not self._store:
-            raise ContextError(
-                f"{what}: {context!r} is of the database {str(context._store.path)!r}, opened by "
-                f"another DB, and this one is {self.path!r}; pass its id to mean the one here"
-            )
-        return context.id
-
-    def _header(self, title: str, origin: tuple[tuple[int, str], ...] = ()) -> ContextHeader:
-        c = self.model.config
-        return ContextHeader(
-            fingerprint=self.model.fingerprint,
-            dtype=self.model.dtype.name,
-            num_layers=c.num_hidden_layers,
-            num_kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            page_size=self.pool.page_size,
-            origin=origin,
-            namespace=self.namespace,
-            title=title,
-        )
-
-    def _is_ours(self, header: ContextHeader) -> bool:
-        return header == self._header(header.title, header.origin)
-
-    def _shown(self, record: ContextRecord) -> ContextRecord | None:
-        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
-
-        One of another model, layout or namespace is not ours to show.
-        """
-        header = record.header
-        if header is None or self._is_ours(header):
-            return record
-        record = sampled.named(record)
-        of_any_model = dataclasses.replace(header, fingerprint=self.model.fingerprint)
-        unknown = record.problem == sampled.UNKNOWN_MODEL
-        return record if unknown and self._is_ours(of_any_model) else None
-
-    def _write(self, header: ContextHeader, tokens: np.ndarray, kv: Iterable[Any]) -> Context:
-        def on_host() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for k, v in kv:
-                yield np.asarray(k), np.asarray(v)
-
-        known = self._contexts.get(header.context_id(tokens))
-        if known is not None and known.problem is not None:
-            self.remove(known)  # damage that the store has not seen, it would keep
-        id = self._store.write(header, tokens, on_host())
-        with self.pool.lock:
-            if id not in self._contexts:
-                record = next(r for r in self._store.list() if r.id == id)
-                self._contexts[id] = Context(record, self._store)
-            return self._contexts[id]
-
-
-def _finite(kv: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values, layer by layer: a NaN would reach every later answer, or none, by the plan
-    that is asked.
-    """
-    for layer, (k, v) in enumerate(kv):
-        for name, x in (("keys", k), ("values", v)):
-            bad = ~np.isfinite(np.asarray(x))
-            if bad.any():
-                at = ", ".join(map(str, np.argwhere(bad)[0]))
-                raise RequestError(
-                    f"import_context(kv=...): the {name} of layer {layer} are not finite, first at "
-                    f"[{at}] of [K, n, D]; give finite numbers, or leave kv out"
-                )
-        yield np.asarray(k), np.asarray(v)

@@ -115,6 +115,11 @@ class Model:
         return self.params["embed"]["embedding"].dtype
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, all layers."""
+        return self.config.kv_width * self.dtype.itemsize
+
+    @property
     def target(self) -> Target:
         """What its programs are compiled for."""
         return current_target() if self.mesh is None else target_of(self.mesh.devices.flat[0])

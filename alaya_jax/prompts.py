@@ -159,6 +159,47 @@ def prompt(
     return best
 
 
+def of(
+    model: Model,
+    given: Any,
+    messages: Sequence[Message] | None,
+    document: str | None,
+    date: Date | None,
+    stored: Iterable[Stored] = (),
+    *,
+    to_store: bool = False,
+) -> Prompt:
+    """The token ids of whatever a user gives as a prompt: text, ids, messages or a document.
+
+    Args:
+      model: its vocabulary, tokenizer and chat template.
+      given, messages, document, date: see `DB.create_session`, where `given` is its prompt.
+      stored, to_store: see `prompt`.
+
+    Raises:
+      RequestError: there is no prompt, or two; or it is of another form.
+      TokenizerError: the model has no tokenizer, or no chat template for the messages.
+    """
+    if given is None and messages is None and document is None:
+        raise RequestError(
+            "there is no prompt; give text, token ids (whole numbers), "
+            "messages=[{'role': 'user', 'content': ...}], or document="
+        )
+    if given is None:
+        tokenizer = tokenizer_of(model)
+        found = prompt(tokenizer, messages, document, date, stored, to_store=to_store)
+        return found._replace(ids=model.check_tokens(found.ids))
+    if messages is not None or document is not None or date is not None:
+        raise RequestError("give a prompt, or messages=, document= and date=, not both")
+    if isinstance(given, Mapping) or (
+        isinstance(given, list | tuple) and any(isinstance(p, Mapping) for p in given)
+    ):
+        raise RequestError("these are messages of a chat: pass them as messages=[...]")
+    if isinstance(given, str):
+        given = plain_ids(tokenizer_of(model), given)
+    return Prompt(model.check_tokens(given))
+
+
 def _turns(messages: Any) -> list[dict[str, Any]]:
     if messages is None:
         return []

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -166,30 +166,3 @@ def heat_map(values: np.ndarray, title: str, unit: str) -> "Figure":
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label=unit)
     return figure
-
-
-def count(number: float) -> str:
-    """Keys: 1,234, or one decimal below ten."""
-    return f"{number:,.1f}" if number < 10 and number != int(number) else f"{number:,.0f}"
-
-
-def seconds(number: float) -> str:
-    """Time with a unit that fits."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if number * factor >= 1:
-            return f"{number * factor:.3g} {unit}"
-    return f"{number * 1e6:.0f} us"
-
-
-def nbytes(number: float) -> str:
-    """Bytes with a unit that fits, powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def share(number: Any) -> str:
-    """A share of the mass; "-" where it is not known."""
-    return "-" if number is None else f"{number:.3f}"

@@ -1,8 +1,8 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory as people write them, and numbers as they read them."""
 
+import numbers
 import re
-
-import numpy as np
+from typing import Any
 
 from alaya_jax.errors import RequestError
 
@@ -24,7 +24,7 @@ def bytes_of(size: int | str, setting: str) -> int:
       RequestError: no size, or not above 0.
     """
     setting = setting.replace("...", repr(size))
-    if isinstance(size, int | np.integer) and not isinstance(size, bool):
+    if isinstance(size, numbers.Integral) and not isinstance(size, bool):
         count = int(size)
     else:
         number = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)\s*"
@@ -35,3 +35,30 @@ def bytes_of(size: int | str, setting: str) -> int:
     if count <= 0:
         raise RequestError(f"{setting}: must be positive")
     return count
+
+
+def count(number: float) -> str:
+    """Keys: 1,234, or one decimal below ten."""
+    return f"{number:,.1f}" if number < 10 and number != int(number) else f"{number:,.0f}"
+
+
+def seconds(number: float) -> str:
+    """Time with a unit that fits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if number * factor >= 1:
+            return f"{number * factor:.3g} {unit}"
+    return f"{number * 1e6:.0f} us"
+
+
+def nbytes(number: float) -> str:
+    """Bytes with a unit that fits, powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def share(number: Any) -> str:
+    """A share of the mass; "-" where it is not known."""
+    return "-" if number is None else f"{number:.3f}"

@@ -74,7 +74,7 @@ def main() -> int:
     weights = 4 * sum(x.size for x in jax.tree.leaves(abstract_params(config, jnp.float32)))
     if not config.tie_word_embeddings:  # of the embeddings only one row is read
         weights -= 4 * (config.vocab_size - 1) * config.hidden_size
-    per_token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    per_token = 4 * config.kv_width
     kv = args.context * per_token
     clean = True
     for query in (Full(), Window(), DIPR(50.0)):

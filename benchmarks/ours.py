@@ -23,10 +23,7 @@ class Ours:
         self.model = aj.load(self.gguf, dtype="float32", progress=False)
         # A page of every sequence may be partly used.
         page_size = 16
-        config = self.model.config
-        heads = config.num_hidden_layers * config.num_key_value_heads
-        token_bytes = 2 * heads * config.head_dim * self.model.dtype.itemsize
-        budget = aj.Budget(device=batch * (length + 2 * page_size) * token_bytes)
+        budget = aj.Budget(device=batch * (length + 2 * page_size) * self.model.token_bytes)
         self.db = aj.DB(scratch / "contexts.db", self.model, budget, page_size=page_size)
         self.facts = {
             "load_s": time.perf_counter() - started,

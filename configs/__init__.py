@@ -21,13 +21,13 @@ def load(name: str) -> dict[str, Any]:
     """Returns a known architecture as the dictionary its HF `config.json` holds.
 
     Args:
-        name: one of `names()`, such as `"llama-3.1-8b"`.
+      name: one of `names()`, such as `"llama-3.1-8b"`.
 
     Returns:
-        A fresh dictionary, ready for `alaya_jax.models.config.LlamaConfig.from_hf`.
+      a fresh dictionary, ready for `alaya_jax.models.config.LlamaConfig.from_hf`.
 
     Raises:
-        ConfigError: no architecture has this name.
+      ConfigError: no architecture has this name.
     """
     if name not in names():
         raise ConfigError(

@@ -75,13 +75,13 @@ def byte_level_bpe(
     """A GPT-2 style byte-level BPE (`tokenizer.ggml.model` "gpt2").
 
     Args:
-        tokens: Text of each id, in the byte alphabet.
-        merges: Pairs "left right", most important first.
-        pre: `tokenizer.ggml.pre`: how text is cut before merging.
-        types: `TokenType` of each id; all normal when None.
+      tokens: text of each id, in the byte alphabet.
+      merges: pairs "left right", most important first.
+      pre: `tokenizer.ggml.pre`: how text is cut before merging.
+      types: `TokenType` of each id; all normal when None.
 
     Raises:
-        TokenizerError: `pre` is unknown, or vocabulary and merges do not fit together.
+      TokenizerError: `pre` is unknown, or vocabulary and merges do not fit together.
     """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -122,14 +122,14 @@ def sentencepiece_bpe(
     byte and unused pieces take no part, so no text can merge into a control token.
 
     Args:
-        tokens: Text of each id, spaces written as U+2581.
-        scores: Score of each id; the higher, the earlier it merges.
-        types: `TokenType` of each id.
-        unk: The unknown token, for what has neither piece nor byte.
-        space_prefix: Whether text between control tokens starts with a space.
+      tokens: text of each id, spaces written as U+2581.
+      scores: score of each id; the higher, the earlier it merges.
+      types: `TokenType` of each id.
+      unk: the unknown token, for what has neither piece nor byte.
+      space_prefix: whether text between control tokens starts with a space.
 
     Raises:
-        TokenizerError: Arrays of different lengths, or a vocabulary that does not stand.
+      TokenizerError: arrays of different lengths, or a vocabulary that contradicts itself.
     """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -169,10 +169,10 @@ def sentencepiece_bpe(
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Reads a tiktoken file: a line a token, base64 of its bytes and its rank.
+    """Reads a tiktoken file: one line for each token, base64 of its bytes and its rank.
 
     Raises:
-        TokenizerError: The file is something else, such as a sentencepiece model.
+      TokenizerError: the file is something else, such as a sentencepiece model.
     """
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -194,7 +194,7 @@ def tiktoken_bpe(ranks: Mapping[bytes, int], special_tokens: Sequence[str]) -> B
     """Llama 3's tokenizer from its ranks: ids equal tiktoken's, special tokens follow the ranks.
 
     Raises:
-        TokenizerError: The ranks are not 0, 1, 2, ... or lack a byte.
+      TokenizerError: the ranks are not 0, 1, 2, ... or lack a byte.
     """
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
@@ -313,14 +313,14 @@ def known_pre(
     *,
     ignore_merges: bool,
 ) -> str | None:
-    """llama.cpp's name of the way a tokenizer.json cuts text; the inverse of `byte_level_bpe`.
+    """llama.cpp's name for the way a tokenizer.json cuts text; the inverse of `byte_level_bpe`.
 
     Args:
-        pre_tokenizer, normalizer: Those parts of the file.
-        ignore_merges: Whether a word that is a token is taken whole.
+      pre_tokenizer, normalizer: those parts of the file.
+      ignore_merges: whether a word that is a token is taken whole.
 
     Returns:
-        The first name that means exactly this, None where no known one does.
+      the first name that means exactly this, None where no known one does.
     """
     for name, cut in _PRE_TOKENIZERS.items():
         same = _steps(pre_tokenizer) == _steps(json.loads(cut().__getstate__()))

@@ -25,9 +25,9 @@ class ChatTemplate:
     nothing but plain JSON values.
 
     Args:
-        source: The template, or named templates of which one is called "default". A template named
-            "tool_use" is taken when tools are passed.
-        special_tokens: Texts the template may print by name, such as `{"bos_token": "<s>"}`.
+      source: the template, or named templates of which one is called "default". A template named
+        "tool_use" is taken when tools are passed.
+      special_tokens: texts the template may print by name, such as `{"bos_token": "<s>"}`.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class ChatTemplate:
         nothing is added, and a control token's name inside a message is plain characters.
 
         Args:
-            messages: The turns, oldest first: mappings with a "role", and mostly "content".
-            add_generation_prompt: Whether to end with the header of the assistant's next turn;
-                default True, unless the final message is to be continued.
-            continue_final_message: End inside the last message, for the model to go on with it.
-            tools: JSON schemas of the functions the model may call.
-            documents: Documents for templates that know them, as mappings.
-            date: Of the conversation, for templates that print one; default now.
-            **variables: What else this template reads, such as `enable_thinking`.
+          messages: the turns, oldest first: mappings with a "role", and mostly "content".
+          add_generation_prompt: whether to end with the header of the assistant's next turn;
+            default True, unless the final message is to be continued.
+          continue_final_message: end inside the last message, for the model to go on with it.
+          tools: JSON schemas of the functions the model may call.
+          documents: documents for templates that know them, as mappings.
+          date: of the conversation, for templates that print one; default now.
+          **variables: what else this template reads, such as `enable_thinking`.
 
         Raises:
-            RequestError: A message has no role, an argument is not plain JSON data, or the template
-                reads no such variable, or no date.
-            TokenizerError: The template refuses the conversation, in its own words, or fails, or is
-                not valid Jinja; or there are named templates and none is the default.
+          RequestError: a message has no role, an argument is not plain JSON data, or the template
+            reads no such variable, or no date.
+          TokenizerError: the template refuses the conversation, in its own words, or fails, or is
+            not valid Jinja; or there are named templates and none is the default.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise RequestError(

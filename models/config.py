@@ -1,9 +1,8 @@
 """What a Llama checkpoint is: its architecture, read from and written to HF's `config.json`.
 
 Run choices (mesh, dtype of the run, attention plan, memory) live elsewhere. Every field of an HF
-config
-is either understood, known not to change a logit, or refused by name: a setting that is silently
-lost (RoPE scaling above all) gives a model that looks right and is wrong.
+config is either understood, known not to change a logit, or refused by name: a setting that is
+silently lost (RoPE scaling above all) gives a model that looks right and is wrong.
 """
 
 import dataclasses
@@ -250,6 +249,11 @@ class LlamaConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def kv_width(self) -> int:
+        """Numbers that the keys and values of one token are, all layers: 2 L K D."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @property
     def max_length(self) -> int:
         """Longest sequence this checkpoint declares, tokens: what is served unless asked otherwise.
 
@@ -387,7 +391,7 @@ class LlamaConfig:
         return dataclasses.replace(config, max_position_embeddings=longest, rope=rope)
 
     def in_digest(self) -> dict[str, Any]:
-        """What of `to_hf` a fingerprint is made of: all, but lengths that change no number."""
+        """What a fingerprint is made of: `to_hf`, but for lengths that change no number."""
         hf = self.to_hf()
         hf.pop("max_sequence_length", None)
         if self.rope.rope_type == "linear":

@@ -15,11 +15,13 @@ class Matrix(Protocol):
     """A matrix that is not a plain array; axes as those of the array it stands for."""
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:
-        """The last n axes of x with the first n of the matrix; the type of x, or the one asked."""
+        """Contracts the last n axes of x with the first n of the matrix, in x's type or the one
+        asked for.
+        """
         ...
 
     def contract_last(self, x: Float[Array, "... E"]) -> Float[Array, "... V"]:
-        """The last axis of x with the last of a matrix [V, E], in float32."""
+        """Contracts the last axis of x with the last of a matrix [V, E], in float32."""
         ...
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
@@ -28,12 +30,12 @@ class Matrix(Protocol):
 
 
 def take_rows(table: Shaped[Array, "V ..."], ids: Int[Array, "..."]) -> Array:
-    """Rows of a table by id; where a mesh splits the table along V, it is only rows that travel.
+    """Rows of a table by id; where a mesh splits the table along V, only rows travel.
 
-    Of a split table each device takes the rows it holds, zeros for the others, and the devices sum:
-    so the partitioner answers a gather. But for GPUs a gather of a single row is first rewritten
-    as a slice, and for a slice at a place unknown until run time the whole table is sent around.
-    So a single row is asked for twice.
+    With a split table each device takes the rows that it holds, and zeros for the others, and the
+    devices sum: that is how the partitioner answers a gather. But on GPUs a gather of a single row
+    is first rewritten as a slice, and for a slice whose place is not known before run time the
+    whole table is sent around. So a single row is asked for twice.
     """
     if ids.size != 1:
         return jnp.take(table, ids, axis=0)

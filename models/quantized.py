@@ -41,7 +41,8 @@ class QuantizedMatrix:
     Attributes:
       values: int8, of the shape of the matrix; or uint8, half as long along E: of each GROUP, the
         first half in the low nibbles and the second in the high, both + 8.
-      scale: float32 with 1 for every axis that is no output; or bfloat16, 1/GROUP as long along E.
+      scale: float32, of size 1 along every axis that is not an output; or bfloat16, 1/GROUP as long
+        along E.
       axis: which axis is E: the first, or the last.
       compute: name of the type products are taken in.
     """
@@ -53,7 +54,7 @@ class QuantizedMatrix:
 
     @property
     def scheme(self) -> Scheme:
-        """How it is kept."""
+        """How it is kept, "int8" or "int4"."""
         return "int8" if self.values.dtype == jnp.int8 else "int4"
 
     @property
@@ -83,7 +84,7 @@ class QuantizedMatrix:
         return _dense(values, scale, values.ndim - 1, self.dtype)
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:
-        """The last n axes of x with the first n of the matrix."""
+        """Contracts the last n axes of x with the first n of the matrix."""
         kind = preferred_element_type or x.dtype
         if self.axis == 0:  # E is summed over
             product = functools.partial(jnp.tensordot, axes=1, preferred_element_type=_WIDE)
@@ -92,7 +93,7 @@ class QuantizedMatrix:
         return jnp.moveaxis(parts, 0, -2).reshape(*x.shape[: x.ndim - n], self.shape[-1])
 
     def contract_last(self, x: Float[Array, "... E"]) -> Float[Array, "... V"]:
-        """The last axis of x with the last of an embedding [V, E], in float32."""
+        """Contracts the last axis of x with the last of an embedding [V, E], in float32."""
 
         def product(a: Array, b: Array) -> Array:
             return jnp.einsum("...e,ve->...v", a, b, preferred_element_type=_WIDE)
@@ -100,7 +101,7 @@ class QuantizedMatrix:
         return self._sum(x, product)
 
     def _sum(self, x: Array, product: Callable[[Array, Array], Array]) -> Array:
-        """Products of the parts of x along E with the blocks, summed in float32."""
+        """Sums, in float32, the products of the parts of x along E with the blocks."""
         width = self.block_width
 
         @jax.checkpoint
@@ -168,7 +169,7 @@ def quantize(
       matrix: float32, float16 or bfloat16; any strides.
       scheme: "int8" or "int4".
       axis: which axis is E: the first, or the last.
-      outputs: axes that int8 has a scale for, each.
+      outputs: axes along which int8 has a scale for each position.
 
     Returns:
       what `QuantizedMatrix` takes, as numpy arrays.
@@ -207,7 +208,7 @@ def _wide(part: np.ndarray) -> np.ndarray:
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
-    """1 / scale; 0 where a scale is too small for that."""
+    """1 / scale; 0 where the scale is too small to invert."""
     tiny = np.abs(scale) <= np.finfo(np.float32).tiny
     return np.divide(1, scale, where=~tiny, out=np.zeros_like(scale))
 

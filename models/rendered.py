@@ -14,15 +14,16 @@ Part = tuple[Callable[[Any], str], Any]
 
 
 class Rendered(str):
-    """A prompt as a chat template prints it: control tokens are meant, and a BOS is there already.
+    """A prompt as a chat template prints it: its control tokens are meant as such, and the BOS is
+    there.
 
-    A `str` in all else. `Tokenizer.encode`, `DB.create_session` and `DB.import_context` add nothing
-    around it, and what spells a control token inside a message is plain characters to them.
-    What is added with `+` is plain text too; other string methods return a `str`, which is nothing
-    but plain text.
+    Otherwise a `str`. `Tokenizer.encode`, `DB.create_session` and `DB.import_context` add nothing
+    around it, and take what spells a control token inside a message for plain characters. What is
+    added with `+` is plain text too; other string methods return a `str`, which is plain text
+    throughout.
 
     Args:
-        text: A prompt that another program rendered, in which every control token is meant.
+      text: a prompt that another program rendered, in which every control token is meant.
     """
 
     parts: tuple[Part, ...]
@@ -62,8 +63,8 @@ class Names:
     """Texts that a tokenizer takes for tokens of their own wherever they stand.
 
     Args:
-        names: The texts.
-        control: Those of them that no message may ever write.
+      names: the texts.
+      control: those of them that no message may ever write.
     """
 
     def __init__(self, names: Iterable[str], control: Iterable[str]):
@@ -92,16 +93,17 @@ class Names:
 
 
 def told_apart(prompt: Rendered, names: Names) -> tuple[str, dict[str, str]]:
-    """A rendered prompt in which each name that a message wrote is one character of no meaning.
+    """A rendered prompt in which each name that a message wrote is one meaningless character.
 
     The template is run again on messages with such characters in place of the names. A name that it
     looks for itself (`</think>`, to leave out what an assistant thought) stays where it is.
 
     Returns:
-        The text, and what each such character stands for.
+      the text, and what each such character stands for.
 
     Raises:
-        TokenizerError: A control token that a message wrote cannot be told from the template's.
+      TokenizerError: a control token that a message wrote cannot be told apart from the
+        template's own.
     """
     strings = [text for _, data in prompt.parts for text in _strings(data)]
     marks: dict[str, str] = {}

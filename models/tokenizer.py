@@ -26,12 +26,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _RUN = 4_000_000
-"""White space in one run, characters, that the tokenizers library is given at a time: its search
-panics after ten million steps back.
+"""Most characters of white space in one run that the tokenizers library is given at once: its
+search panics after ten million steps back.
 """
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN},}}")
 _INSIDE = "\ue0a3"
-"""A token of no meaning, before a text that does not begin a prompt."""
+"""A meaningless token, put before a text that does not begin a prompt."""
 
 
 class Tokenizer:
@@ -41,15 +41,15 @@ class Tokenizer:
     U+FFFD. The stream does the same piece by piece, so the two always agree.
 
     Args:
-        backend: The tokenizer of the `tokenizers` library.
-        named_tokens: Texts of the special tokens by role, such as `{"bos_token": "<s>"}`.
-        eos_ids: Ids that end a generation; the eos token's own id is put first.
-        chat: The model's chat template, None where the checkpoint has none.
-        padded_to: The model's own count of ids; those without a token here have no text.
+      backend: the tokenizer of the `tokenizers` library.
+      named_tokens: texts of the special tokens by role, such as `{"bos_token": "<s>"}`.
+      eos_ids: ids that end a generation; the eos token's own id is put first.
+      chat: the model's chat template, None where the checkpoint has none.
+      padded_to: the model's own count of ids; those without a token here have no text.
 
     Raises:
-        TokenizerError: A named token is not in the vocabulary, or the backend's decoder is neither
-            byte-level nor sentencepiece.
+      TokenizerError: a named token is not in the vocabulary, or the backend's decoder is neither
+        byte-level nor sentencepiece.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Tokenizer:
         says nothing, add_bos_token and add_eos_token of tokenizer_config.json decide.
 
         Raises:
-            TokenizerError: No tokenizer there, or a file that is damaged or not understood.
+          TokenizerError: no tokenizer there, or a file that is damaged or not understood.
         """
         return cls(**tokenizer_files.read_directory(Path(path)))
 
@@ -103,10 +103,10 @@ class Tokenizer:
         """Reads the tokenizer in a GGUF file's metadata: "gpt2" (byte-level) or "llama" models.
 
         Args:
-            source: The file, or its metadata as plain values.
+          source: the file, or its metadata as plain values.
 
         Raises:
-            TokenizerError: The file is damaged, has no tokenizer, or one of an unknown kind.
+          TokenizerError: the file is damaged, has no tokenizer, or one of an unknown kind.
         """
         return cls(**tokenizer_files.read_gguf(source))
 
@@ -134,23 +134,23 @@ class Tokenizer:
         left out, as the model was trained: SmolLM2 has none for six control characters.
 
         Args:
-            text: Any length; it is never cut.
-            add_special_tokens: Whether to add what the model expects around a text (for most a BOS
-                before it). Default True, and False for what a chat template rendered, which holds
-                it already.
-            allow_special: Whether the text of a control token in `text` becomes that token.
-                Default True; in what a chat template rendered, the template's own do, and those
-                in its messages do not. Pass False for text from users and documents:
-                `<|im_start|>` in it is then plain characters, so it cannot end a turn, start one
-                or take another role. Added tokens that are not control tokens (`<think>`) are
-                plain characters too, except runs of white space.
+          text: any length; it is never cut.
+          add_special_tokens: whether to add what the model expects around a text (for most a BOS
+            before it). Default True, and False for what a chat template rendered, which holds
+            it already.
+          allow_special: whether the text of a control token in `text` becomes that token.
+            Default True; in what a chat template rendered, the template's own do, and those
+            in its messages do not. Pass False for text from users and documents:
+            `<|im_start|>` in it is then plain characters, so it cannot end a turn, start one
+            or take another role. Added tokens that are not control tokens (`<think>`) are
+            plain characters too, except runs of white space.
 
         Returns:
-            ids: `int32[T]`.
+          ids: `int32[T]`.
 
         Raises:
-            RequestError: `text` is not a string of Unicode characters.
-            TokenizerError: A message's control token cannot be told from the template's.
+          RequestError: `text` is not a string of Unicode characters.
+          TokenizerError: a message's control token cannot be told from the template's.
         """
         if not isinstance(text, str):
             raise RequestError(f"text to encode must be a str, not {type(text).__name__}")
@@ -212,11 +212,11 @@ class Tokenizer:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            ids: `int[T]`, any array or a list.
-            skip_special_tokens: Whether to leave control tokens out.
+          ids: `int[T]`, any array or a list.
+          skip_special_tokens: whether to leave control tokens out.
 
         Raises:
-            RequestError: `ids` is not one sequence of integers, or holds an id without a token.
+          RequestError: `ids` is not one sequence of integers, or holds an id without a token.
         """
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
@@ -232,8 +232,8 @@ class Tokenizer:
         """A decoder for tokens as they come; what it emits concatenates to `decode` of them all.
 
         Args:
-            skip_special_tokens: Whether to leave control tokens out.
-            padded_to: Ids below that are no text where they have no token; default the tokenizer's.
+          skip_special_tokens: whether to leave control tokens out.
+          padded_to: ids below that are no text where they have no token; default the tokenizer's.
         """
         skip = self.special_ids if skip_special_tokens else frozenset()
         return TokenStream(
@@ -340,7 +340,7 @@ class TokenStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def copy(self) -> TokenStream:
-        """A stream that goes on from here by itself."""
+        """An independent stream that goes on from here."""
         other = copy.copy(self)
         other._utf8 = copy.copy(self._utf8)
         return other
@@ -349,7 +349,7 @@ class TokenStream:
         """Takes a token and returns the text that became certain, maybe none.
 
         Raises:
-            RequestError: The tokenizer has no token of this id.
+          RequestError: the tokenizer has no token of this id.
         """
         return self.put_all([int(token_id)])
 

@@ -197,7 +197,7 @@ def require_known(backend: Backend, text: str) -> int:
     """The id of a special token.
 
     Raises:
-        TokenizerError: The vocabulary does not have it.
+      TokenizerError: the vocabulary does not have it.
     """
     index = backend.token_to_id(text)
     if index is None:

@@ -1,11 +1,10 @@
 """Eight virtual CPU devices for every test (before jax starts); a tiny model and its database."""
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-
 import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+
+def kept_programs() -> Path:
+    """Where compiled programs wait for the next run of the tests: not for another CPU or jaxlib."""
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    named = [line for line in first if line.startswith(("model name", "flags", "Features"))]
+    cpu = hashlib.sha256("\n".join([platform.machine(), *named]).encode()).hexdigest()[:12]
+    version = importlib.metadata.version("jaxlib")
+    return Path(__file__).parents[1] / ".cache" / "tests" / f"jaxlib-{version}-{cpu}"
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# In the environment, so that the processes which tests start read and write there too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 
 PAGES = 65
 """Of every database of the tests, so that they share compiled programs; one belongs to nobody."""
@@ -164,9 +182,7 @@ def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def open(model: Any = None, path: str = "db", pages: int = PAGES, **options: Any) -> Any:
         model = model or tiny_model
-        c = model.config
-        width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
-        budget = aj.Budget(device=pages * options.get("page_size", 16) * width)
+        budget = aj.Budget(device=pages * options.get("page_size", 16) * model.token_bytes)
         opened.append(aj.DB(tmp_path / path, model, budget, **options))
         return opened[-1]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax.db import Budget
+from alaya_jax.budget import Budget
 from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
 from alaya_jax.models import llama
 from alaya_jax.runtime import programs
@@ -39,7 +39,7 @@ def answer(db, prompt, n=6):
 def stored(db, context):
     """Keys and values of each layer, from disk, verified."""
     layers = range(db.model.config.num_hidden_layers)
-    return [np.array(db._store.read_kv(context.id, layer)) for layer in layers]
+    return [np.array(db._catalogue.store.read_kv(context.id, layer)) for layer in layers]
 
 
 def flip_a_byte(path, at=-1):
@@ -84,7 +84,7 @@ def test_writing_behind_a_reused_prefix_leaves_the_context_as_it_is(db, greedy, 
     mixed = [[t.id for t in step] for step in zip(*running, strict=True)]
     assert [list(ids) for ids in zip(*mixed, strict=True)] == [greedy(p, 12) for p in prompts]
     for before, layer in zip(on_disk, range(2), strict=True):
-        np.testing.assert_array_equal(before, db.pool.read(context._resident, layer))
+        np.testing.assert_array_equal(before, db.pool.read(context.resident, layer))
     assert answer(db, document)[0] == greedy(document, 6)
 
 
@@ -126,7 +126,7 @@ def test_keys_and_values_survive_in_bfloat16(open_db, tiny_model, document):
     model = dataclasses.replace(tiny_model, params=params, fingerprint="tiny-bf16")
     db = open_db(model)
     context = db.import_context(document)
-    kept = [np.array(db.pool.read(context._resident, layer)) for layer in range(2)]
+    kept = [np.array(db.pool.read(context.resident, layer)) for layer in range(2)]
     assert kept[0].dtype == jnp.bfloat16
     session, rest = db.create_session([*document, 5])
     before = session.prefill(rest)
@@ -248,7 +248,9 @@ def test_keys_and_values_of_your_own(db, open_db, document, rng):
         with pytest.raises(RequestError, match=r"kv|layer 0"):
             db.import_context(document + 1 - (document == 255), kv=bad)
     assert {c.id for c in db.contexts} == {context.id, altered.id}
-    assert len(list((db._store.path / "contexts").iterdir())) == 2, "half a context was left"
+    assert len(list((db._catalogue.store.path / "contexts").iterdir())) == 2, (
+        "half a context was left"
+    )
 
 
 def test_a_session_is_stored_with_what_it_generated(open_db, greedy, document):
@@ -364,10 +366,12 @@ def test_a_budget_beyond_the_machine_is_refused(tmp_path, tiny_model, monkeypatc
             RequestError, match=rf"Budget\(device='{size}'\) is .* there are [\d,]+"
         ):
             aj.DB(tmp_path / "db", tiny_model, Budget(size))
-    monkeypatch.setattr("alaya_jax.db.memory_of", lambda mesh: 99_999)
+    monkeypatch.setattr("alaya_jax.budget.memory_of", lambda mesh: 99_999)
     with pytest.raises(RequestError, match="102,400 bytes, and there are 99,999"):
         aj.DB(tmp_path / "db", tiny_model, Budget("100KiB"))
-    monkeypatch.setattr("alaya_jax.db.memory_of", lambda mesh: None)  # a device that does not say
+    monkeypatch.setattr(
+        "alaya_jax.budget.memory_of", lambda mesh: None
+    )  # a device that does not say
     aj.DB(tmp_path / "db", tiny_model, Budget("100KiB")).close()
 
 
@@ -437,7 +441,7 @@ def test_contexts_are_evicted_and_come_back(db, greedy, rng):
     """Room for two of three: the one used longest ago goes, and is read from disk again."""
     documents = [rng.integers(3, 256, 400) for _ in range(3)]
     contexts = [db.import_context(d) for d in documents]
-    assert [c._resident is None for c in contexts] == [True, False, False]
+    assert [c.resident is None for c in contexts] == [True, False, False]
     for i in (1, 0, 2, 1):
         context = contexts[i]
         session, _ = db.create_session([*documents[i], 8])
@@ -447,7 +451,7 @@ def test_contexts_are_evicted_and_come_back(db, greedy, rng):
             np.testing.assert_array_equal(k, got_k)
             np.testing.assert_array_equal(v, got_v)
         session.close()
-    assert [c._resident is None for c in contexts] == [True, False, False]
+    assert [c.resident is None for c in contexts] == [True, False, False]
 
 
 def test_exhaustion_is_refused_with_number_and_setting_and_nothing_changes(db, greedy, rng):
@@ -482,7 +486,7 @@ def test_a_prompt_larger_than_the_cache_names_a_budget_that_is_enough(open_db, t
     enough = re.search(r"at least ([\d,]+) bytes", str(error.value))
     assert enough
     budget = Budget(device=int(enough[1].replace(",", "")))
-    with aj.DB(small._store.path.parent / "enough", tiny_model, budget) as larger:
+    with aj.DB(small._catalogue.store.path.parent / "enough", tiny_model, budget) as larger:
         session, _ = larger.create_session(prompt)
         session.make_room([200])
         assert larger.pool.free_tokens < 16, "more than was needed"
@@ -531,7 +535,7 @@ def test_a_damaged_context_is_named_and_the_others_work(open_db, greedy, documen
     other = rng.integers(3, 256, 40)
     db = open_db()
     damaged, healthy = db.import_context(document), db.import_context(other)
-    directory = db._store.path / "contexts" / damaged.id
+    directory = db._catalogue.store.path / "contexts" / damaged.id
     db.close()
     flip_a_byte(directory / "layer_001.kv")
     db = open_db()
@@ -558,7 +562,7 @@ def test_a_context_whose_tokens_are_damaged_is_in_nobodys_way(open_db, greedy, d
     other = rng.integers(3, 256, 40)
     db = open_db()
     damaged, _ = db.import_context(document), db.import_context(other)
-    directory = db._store.path / "contexts" / damaged.id
+    directory = db._catalogue.store.path / "contexts" / damaged.id
     db.close()
     flip_a_byte(directory / name, at=-3)
     db = open_db()
@@ -598,7 +602,7 @@ def test_an_interrupted_import_stores_nothing(db, document, monkeypatch):
         db.import_context(document)
     monkeypatch.undo()
     assert db.contexts == []
-    assert list((db._store.path / "contexts").iterdir()) == []
+    assert list((db._catalogue.store.path / "contexts").iterdir()) == []
     assert db.pool.free_tokens == ROOM
 
 

@@ -44,7 +44,7 @@ def answer(db, prompt, attention):
 
 
 def directory(db, context):
-    return db._store.path / "contexts" / context.id / "index_graph"
+    return db._catalogue.store.path / "contexts" / context.id / "index_graph"
 
 
 def flat_with_the_same_window(session, layer, q, covered):
@@ -125,7 +125,7 @@ def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, 
     built = context._graph[1][1]
     assert built.neighbours.shape == (2, 256, 8)
     assert (np.asarray(built.neighbours)[:, 70:] == -1).all()
-    assert again._residents.evict()
+    assert again._catalogue.evict()
     assert context._graph is None
     compare(session, 70, rng)  # as its pages, a session keeps its graph
     with pytest.raises(DatabaseError, match="read_only"):
@@ -230,7 +230,7 @@ def test_an_interrupted_build_leaves_the_context_as_it_was(db, context, document
         db.build_index(context, aj.Graph(degree=4, listed=4))
     assert db.pool.free_tokens == free
     assert context.indexes == (aj.Graph(degree=8, listed=16, sink=0),)
-    assert not list((db._store.path / "contexts").glob(".tmp-*"))
+    assert not list((db._catalogue.store.path / "contexts").glob(".tmp-*"))
 
 
 def test_the_model_is_asked_what_it_asked(db, tiny_model, document, monkeypatch):
@@ -263,7 +263,7 @@ def test_long_documents_are_asked_chunk_by_chunk(open_db, rng, monkeypatch):
     context = db.import_context(document)
     for chunk in (512, 16):
         monkeypatch.setattr(graphs, "CHUNK", chunk)
-        sequence = db.pool.share(context._resident, 70)
+        sequence = db.pool.share(context.resident, 70)
         parts = list(graphs._asked(db.model, db.pool, sequence, document, aj.Graph(queries=0.3)))
         found.append(
             [np.concatenate(x, axis=-3 if x[0].ndim > 1 else 0) for x in zip(*parts, strict=True)]

@@ -73,7 +73,7 @@ def scenario(db, documents):
     # The pool holds no more: the context used longest ago goes, and comes back from disk.
     for document in documents[3:]:
         db.import_context(document, progress=False)
-    assert any(c._resident is None for c in db.contexts)
+    assert any(c.resident is None for c in db.contexts)
     session, rest = db.create_session([*documents[0], 5, 6])
     said.append(generate(session, rest, 9))
     assert said[-1] == said[0]

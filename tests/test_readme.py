@@ -1,4 +1,4 @@
-"""The tour in the README runs as it is printed."""
+"""The code in the README and in docs/ runs as it is printed."""
 
 import json
 import re
@@ -18,10 +18,9 @@ def python_blocks(markdown: str) -> list[str]:
 
 
 def tour() -> list[str]:
+    """The README's blocks, but for the last, which wants eight GPUs."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    return python_blocks(
-        readme[readme.index("## A tour") : readme.index("## A Llama-3 checkpoint")]
-    )
+    return python_blocks(readme[: readme.index("## Several GPUs")])
 
 
 @pytest.fixture
@@ -42,41 +41,44 @@ def run(blocks: list[str], capsys) -> tuple[dict, list[str]]:
     return names, said
 
 
-@pytest.mark.slow
-def test_the_tour_runs_as_printed(elsewhere, capsys):
-    names, said = run(tour(), capsys)
-    load, first, policies, plan, explained, forks = said
-    assert load == ""
+def check(names: dict, said: list[str]) -> None:
+    """What each block of the tour must have said and left."""
+    first, document, policies, forks = said
     assert len(first.split()) > 3
-    assert policies.count("\n") >= 6
-    assert len(plan.split()) > 3
-    assert "Sketch(bits=4)" in explained
-    assert "recovery" in explained
+    assert len(document.split()) > 3
+    assert "Sketch(bits=4)" in policies
+    assert "recovery" in policies
     assert forks.count("\n") >= 2
     # The document was imported, so no prompt about it has more left to prefill than its question.
     assert len(names["rest"]) < 100
+    assert any(context.title == "a complaint" for context in names["db"].contexts)
+
+
+@pytest.mark.slow
+def test_the_tour_runs_as_printed(elsewhere, capsys):
+    check(*run(tour(), capsys))
 
 
 @pytest.mark.slow
 def test_the_tour_runs_on_a_llama_3_whose_tokenizer_adds_a_bos(elsewhere, capsys, llama3):
     llama3(path=elsewhere / "tiny-llama-3")
-    load, *others = tour()
-    load = load.replace('"smollm2-135m"', '"tiny-llama-3"')
-    assert "tiny-llama-3" in load
-    names, said = run([load, *others], capsys)
-    assert said[0] == ""
-    assert all(said[1:])
-    assert "Sketch(bits=4)" in said[4]
+    first, *others = tour()
+    first = first.replace('"smollm2-135m"', '"tiny-llama-3"')
+    assert "tiny-llama-3" in first
+    names, said = run([first, *others], capsys)
+    check(names, said)
     # What transformers would give it: one BOS, that of the template.
-    model, document = names["model"], names["document"]
-    text = model.chat.render([{"role": "user", "content": f"{document}\n\nName one complaint."}])
+    db, document, question = names["db"], names["document"], names["question"]
+    model = db.model
+    text = model.chat.render([{"role": "user", "content": f"{document}\n\n{question}"}])
     backend = model.tokenizer._backend
     right = backend.encode(str(text), add_special_tokens=False).ids
     assert right[0] == model.tokenizer.bos_id
-    session, rest = names["open_session"]("Name one complaint.")
+    session, rest = db.create_session(
+        messages=[{"role": "user", "content": question}], document=document
+    )
     assert [*session.tokens[0], *rest] == right
     assert session.reused[0] > 2000
-    assert len(names["rest"]) < 100
 
 
 @pytest.mark.slow
@@ -97,9 +99,18 @@ def test_the_tour_passes_the_type_checker(tmp_path):
 @pytest.mark.slow
 def test_a_policy_of_ones_own_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks((ROOT / "docs" / "add-a-policy.md").read_text())
+    (block,) = python_blocks((ROOT / "docs" / "add-a-policy.md").read_text("utf-8"))
     exec(compile(block, "add-a-policy.md", "exec"), {})
     assert "Sketch(bits=4)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_pure_core_runs_as_printed(capsys):
+    names, said = run(python_blocks((ROOT / "docs" / "pure-core.md").read_text("utf-8")), capsys)
+    assert "9 pages of 16 tokens" in said[0]
+    assert "1 program" in said[2]
+    assert float(said[-1]) < 1e-5
+    assert names["logits"].shape == (2, 256)
 
 
 def test_every_file_the_documents_link_to_exists():

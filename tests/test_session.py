@@ -145,7 +145,7 @@ def test_update_gives_keys_and_values_back(db, tiny_model, rng):
     context = db.store(session, tokens=np.arange(5, 23))
     assert db.create_session(np.arange(5, 29))[0].reused == [18]
     for layer, kv in enumerate((k, k)):
-        stored = db._store.read_kv(context.id, layer, 10, 14)[0]
+        stored = db._catalogue.store.read_kv(context.id, layer, 10, 14)[0]
         np.testing.assert_array_equal(stored, kv[0].swapaxes(0, 1))
 
 

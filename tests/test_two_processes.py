@@ -81,7 +81,7 @@ with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) a
     # Both store what both hold, each in its own place; read back, it is in the pool once more.
     context = db.store(session)
     session.close()
-    db._residents.drop(context)
+    db._catalogue.drop(context)
     again, _ = db.create_session([*context.tokens, 5], reuse="any")
     assert again.reused == [context.num_tokens]
     said["k"] = db.pool.read(again.sequences[0], 1)[0]

@@ -106,6 +106,7 @@ class PagePool:
         *,
         mesh: Mesh | None = None,
         rules: ShardingRules | None = None,
+        evict: Callable[[], bool] = lambda: False,
     ):
         """Args:
         config: of the model whose keys and values these are.
@@ -114,6 +115,7 @@ class PagePool:
         page_size: Z.
         setting: the one to name when the pool is exhausted.
         mesh, rules: where pages lie.
+        evict: called when pages run out: frees some, and says whether it could.
         """
         self.config, self.dtype = config, dtype
         self.mesh, self.rules = mesh, rules or ShardingRules()
@@ -130,8 +132,7 @@ class PagePool:
         """
         self._kv: PagedKV | None = None
         self._generations = np.ones(self.num_pages, np.int64)
-        self.evict: Callable[[], bool] = lambda: False
-        """Called when pages run out: frees some and says whether it could."""
+        self._evict = evict
 
     @property
     def kv(self) -> PagedKV:
@@ -271,7 +272,7 @@ class PagePool:
             self._generations[sequence.pages[tail:]] += 1
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
-        while self._allocator.num_free < n and self.evict():
+        while self._allocator.num_free < n and self._evict():
             self._take_back()
         if self._allocator.num_free < n:
             gc.collect()  # sessions that nobody can reach any more, in a circle of references
@@ -342,13 +343,23 @@ class PagePool:
         length = jnp.asarray([s.length for s in sequences], jnp.int32)
         return PageTable(put(pages), length, put(start))
 
-    def write(self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Writes all tokens [K, n, D] of one layer into the pages reserved for them."""
+    def write(
+        self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray, start: int = 0
+    ) -> None:
+        """Writes tokens [K, n, D] of one layer into the pages reserved for them.
+
+        Args:
+          sequence: whose pages.
+          layer: which.
+          k, v: of the tokens from `start` on.
+          start: first of a page.
+        """
+        first = start // self.page_size
         heads, n, dim = k.shape
         count = -(-n // self.page_size)
         width = bucket(count, TRANSFER_WIDTH, 2)
         pages = np.full(width, cache.NO_PAGE, np.int32)
-        pages[:count] = sequence.pages[:count]
+        pages[:count] = sequence.pages[first : first + count]
 
         def paged(x: np.ndarray) -> np.ndarray:
             out = np.zeros((heads, width * self.page_size, dim), x.dtype)

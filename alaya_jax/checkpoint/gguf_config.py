@@ -103,7 +103,7 @@ def read_config(
 
 
 def _shortest(value: Any) -> Any:
-    """Undoes what storing 1e-5 in float32 does to it, which is to read 9.99999974e-06."""
+    """Undoes storing a number in float32, after which 1e-5 reads 9.99999974e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -153,7 +153,7 @@ def _read_rope(
 
 
 def yarn_magnitude(factor: float) -> float:
-    """What YaRN itself multiplies cos and sin with; GGUF's attn_factor is multiplied with it."""
+    """YaRN's own factor on cos and sin; GGUF's attn_factor multiplies it."""
     return 0.1 * math.log(factor) + 1.0
 
 

@@ -125,7 +125,7 @@ def _find_pre(state: dict[str, Any]) -> str:
 
 
 def same_ids(a: Tokenizer | None, b: Tokenizer | None, text: str) -> bool:
-    """Whether two tokenizers, or none, make the same of a text."""
+    """Whether two tokenizers give the same ids for a text; also true of none and none."""
     if a is None or b is None:
         return a is b
     return np.array_equal(a.encode(text), b.encode(text))

@@ -171,7 +171,8 @@ def write_weights(
       directory: an existing directory.
       description: all but the weights.
       weights: every parameter of the model, with the type to write.
-      wrote: told of each weight its digest and how many of its values are not finite.
+      wrote: called for each weight with its digest and the number of its values that are not
+        finite.
     """
     divisors = description.divisors
     writer = gguf.GGUFWriter(directory / FILE, "llama")

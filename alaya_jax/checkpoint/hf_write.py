@@ -54,8 +54,9 @@ def write_weights(
       directory: an existing directory.
       weights: every parameter of the model.
       shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
-      wrote: told of each weight its digest and how many of its values are not finite.
-      order: in which they fill the files.
+      wrote: called for each weight with its digest and the number of its values that are not
+        finite.
+      order: the order in which they fill the files.
     """
     shards = plan_shards(weights, shard_size, order)
     for file, shard in shards.items():
@@ -85,7 +86,7 @@ def plan_shards(
     """Which weights each file holds: in this order, each file filled before the next.
 
     A tensor larger than a shard has a file to itself, before the one that is being filled, which
-    goes on behind it: as save_pretrained does it.
+    then goes on: as save_pretrained does it.
     """
     shards: list[list[Weight]] = []
     filling: list[Weight] = []

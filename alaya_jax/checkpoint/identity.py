@@ -46,8 +46,8 @@ def fingerprint(config: LlamaConfig, digests: Iterable[Digest]) -> str:
     """Identity of a model's weights, 64 characters.
 
     Returns:
-      of the sha256 over the config and, by name, each digest, as many digits as have room behind
-      a mark: contexts stored before all bytes were read have fingerprints without it.
+      a mark, and behind it the first digits of the sha256 over the config and each digest in order
+      of name. Contexts stored before all bytes were read have fingerprints without the mark.
     """
     whole = hashlib.sha256(json.dumps(config.in_digest(), sort_keys=True).encode())
     for digest in sorted(digests, key=lambda d: d.name):
@@ -66,8 +66,8 @@ def identify(
 
     Args:
       source: the checkpoint.
-      tensors: those of its parameters.
-      advance: told of the bytes as they are read; of none where the digests are known.
+      tensors: the tensors of its parameters.
+      advance: called with the number of bytes read; not at all where the digests are known.
       stop: ends it early.
 
     Raises:
@@ -96,7 +96,8 @@ def seal_of(digests: Iterable[Digest]) -> str:
 def identified(
     source: Source, tensors: Sequence[StoredTensor], mesh: Mesh | None
 ) -> Iterator[Callable[[], str]]:
-    """Identifies a checkpoint beside what the block does; yields what waits for the fingerprint.
+    """Identifies a checkpoint while the block runs; yields a function that waits for the
+    fingerprint.
 
     Over a mesh of several processes the first one reads, and tells the others.
     """
@@ -179,7 +180,7 @@ def _state(files: Iterable[str]) -> dict[str, list[int]]:
 def identify_arrays(config: LlamaConfig, params: Any) -> str:
     """The fingerprint of parameters in memory: of any tree, quantized and adapted kernels too.
 
-    It is another than that of a file with the same numbers, which lie in another order there.
+    It differs from that of a file with the same numbers, which lie in another order there.
 
     Raises:
       RequestError: they are spread over several processes.

@@ -24,7 +24,6 @@ def inspect_source(source: Source) -> dict[str, Any]:
     for tensor in tensors:
         stored[tensor.stored_dtype] = stored.get(tensor.stored_dtype, 0) + math.prod(tensor.shape)
     tokenizer = source.read_tokenizer()
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {
         "path": str(source.path),
         "format": source.format,
@@ -39,7 +38,7 @@ def inspect_source(source: Source) -> dict[str, Any]:
         "bytes": {
             "stored": total,
             "weights": {dtype: parameters * item for dtype, item in _ITEM_BYTES.items()},
-            "kv_per_token": {dtype: width * item for dtype, item in _ITEM_BYTES.items()},
+            "kv_per_token": {dtype: config.kv_width * item for dtype, item in _ITEM_BYTES.items()},
         },
         "tensors": {
             "/".join(entry.path): {

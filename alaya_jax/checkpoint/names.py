@@ -5,7 +5,7 @@ dimensions are laid out in the file and in memory, by axis letter (E model dim, 
 heads, D head_dim, F ffn dim, V vocab). Letters written together are fused into one dimension of the
 stored tensor: `"HD E" -> "E H D"` is a stored matrix [H*D, E] that becomes a kernel [E, H, D]. Both
 directions are a reshape and a transposition derived from those two strings, so nothing is said
-twice. What they cannot say is that GGUF and Meta order the rows of q and k otherwise than HF; see
+twice. What they cannot say is that GGUF and Meta order the rows of q and k differently from HF; see
 `rope_to_gguf`. Orbax stores the pytree as it is.
 """
 

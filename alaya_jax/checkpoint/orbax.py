@@ -202,7 +202,8 @@ def write_weights(
       weights: every parameter of the model.
       parts: by path, into which parts to cut a parameter; one that is missing is stored as it lies
         in memory, or in one part.
-      wrote: told of each weight its digest in an HF file and how many of its values are not finite.
+      wrote: called for each weight with its digest in an HF file and the number of its values that
+        are not finite.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -298,7 +299,7 @@ def _in_parts(
 def write_manifest(
     directory: Path, config: LlamaConfig, fingerprint: str, order: Order = "names"
 ) -> None:
-    """Writes what makes an Orbax checkpoint a model of ours: above all, which one.
+    """Writes what makes an Orbax checkpoint one of ours: above all, which model it is.
 
     The fingerprint is that of an HF checkpoint of the same values, and holds for these very files.
     """

@@ -25,7 +25,7 @@ _MODULES = (
 
 
 def place(name: str, order: Order) -> tuple[Any, ...]:
-    """Sorts HF names of a Llama's tensors into an order; one of no Llama comes last."""
+    """Sorts HF names of a Llama's tensors into an order; names that no Llama has come last."""
     if order == "names":  # numbers as numbers
         return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("."))
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -37,7 +37,7 @@ def place(name: str, order: Order) -> tuple[Any, ...]:
 
 def order_of(files: Mapping[str, str]) -> Order:
     """The order in which a checkpoint's files were filled: the one that goes back to an earlier
-    file less often; "names" where both do alike.
+    file less often; "names" where both do so equally often.
 
     Args:
       files: the file of each tensor, named in the order of the files.

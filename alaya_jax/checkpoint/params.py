@@ -162,7 +162,7 @@ def placement(
     shape: tuple[int, ...],
     memory: Memory,
 ) -> Sharding | None:
-    """Where an array goes; None: wherever JAX puts what is not told otherwise.
+    """Where an array goes; None: on JAX's default device.
 
     Raises:
       ConfigError: an axis does not divide over the mesh.
@@ -176,7 +176,7 @@ def placement(
 
 
 def default_device() -> Any:
-    """Where JAX puts what is not told otherwise."""
+    """Where JAX puts an array unless it is told otherwise."""
     return jax.config.jax_default_device or jax.local_devices()[0]
 
 

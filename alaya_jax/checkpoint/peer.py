@@ -33,7 +33,7 @@ AGREE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class PeerVerification:
-    """How this library and another program see one checkpoint.
+    """What this library and another program compute from one checkpoint.
 
     Attributes:
       a: the checkpoint.

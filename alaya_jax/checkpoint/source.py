@@ -95,10 +95,12 @@ class Source:
       problems: what is already known to be wrong, one line each.
       unreadable: names of tensors that a line of `problems` accounts for.
       pieces: the stored bytes that make its identity, where they are not those of its tensors.
-      stated: a fingerprint that the checkpoint states, and the seal of the pieces it holds for.
+      stated: a fingerprint that the checkpoint states, and the seal of the pieces for which it
+        holds.
       gguf_tokenizer: the tokenizer as GGUF metadata, where it is kept so.
-      order: in which its tensors fill the files of an HF checkpoint, where that is known.
-      opened: when, seconds since 1970: what is put in a file's place later is not what is read.
+      order: the order in which its tensors fill the files of an HF checkpoint, where that is known.
+      opened: when it was opened, seconds since 1970: a file put in its place later is not what was
+        read.
     """
 
     format: Format
@@ -118,7 +120,9 @@ class Source:
 
 
 def absolute(path: Path) -> Path:
-    """A path that holds wherever one works later, and that Orbax takes: it wants no '..' either."""
+    """The absolute path, which stays right when the working directory changes; without '..', which
+    Orbax refuses.
+    """
     path = path.expanduser().absolute()
     return path.resolve() if ".." in path.parts else path
 

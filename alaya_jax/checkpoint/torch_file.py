@@ -46,7 +46,7 @@ class TorchTensor:
     Attributes:
       data: the bytes of its storage from its first element on, uint8 view of the memory map.
       dtype: None when the type cannot be read.
-      kind: PyTorch's name of the type.
+      kind: PyTorch's name for the type.
       shape: of the tensor.
       strides: in elements.
     """

@@ -85,8 +85,8 @@ class Verification:
 
     Attributes:
       a, b: the checkpoints.
-      config: field -> its values in a and in b, where they differ; `dtype` is not counted against
-        them when the tensors are equal or one the other's rounding.
+      config: field -> its values in a and in b, where they differ; `dtype` does not count when the
+        tensors are equal, or one is the other rounded.
       tokenizer: what differs between the tokenizers, a line each.
       tensors: number of tensors compared.
       equal: how many of them are equal in every value.
@@ -254,7 +254,7 @@ def stream_logits(
       config: architecture.
       weights: every parameter, by its HF name.
       tokens: int32 [T].
-      advance: told of the bytes read.
+      advance: called with the number of bytes read.
       quantize: how to keep the matrices; None: as they are.
     """
     config = dataclasses.replace(config, dtype="float32")  # one program whatever is stored
@@ -308,7 +308,9 @@ def _tree(weights: list[Weight], quantize: Scheme | None) -> dict[str, Any]:
 
 
 def _leaf(weight: Weight, quantize: Scheme | None) -> Any:
-    """A parameter on the device, waited for, so that the host keeps no second copy of the layer."""
+    """A parameter on the device; waits until it is there, so that the host holds no second copy of
+    the layer.
+    """
     view, wide = weight.layout("orbax"), np.dtype(np.float32)
     if quantize is None or not is_quantizable(weight.entry):
         leaf: Any = jnp.asarray(cast(view, wide))

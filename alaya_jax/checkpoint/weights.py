@@ -50,7 +50,7 @@ class Weight:
         return self.entry.to_stored(self.entry.to_params(stored, self.format), fmt)
 
     def digest(self, view: np.ndarray, fmt: Format = "hf") -> Digest:
-        """What the fingerprint of an HF checkpoint, or one of `fmt`, takes of this tensor.
+        """This tensor's part of the fingerprint of an HF checkpoint, or of one in format `fmt`.
 
         Args:
           view: `layout(fmt)`.

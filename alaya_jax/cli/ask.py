@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, note, on_interrupt, report
 from alaya_jax.errors import ContextError, GraphError, RequestError
+from alaya_jax.units import nbytes
 
 
 def ask(
@@ -80,7 +81,7 @@ def ask(
         if imported.new:
             note(
                 f"Read {stored.num_tokens:,} tokens of {context} in {imported.seconds:.1f} s; "
-                f"stored in {database.path} ({size(stored.nbytes)})."
+                f"stored in {database.path} ({nbytes(stored.nbytes)})."
             )
         prompt = database.prompt(messages=asked, document=document, date=date)
         if prompt.dated != now.dated:
@@ -140,8 +141,8 @@ def read_document(path: Path, what: str = "the document's text") -> str:
     """The text of a file, or of stdin for `-`.
 
     Raises:
-        RequestError: It is empty, or not UTF-8.
-        OSError: It cannot be read.
+      RequestError: it is empty, or not UTF-8.
+      OSError: it cannot be read.
     """
     if str(path) == "-":
         if sys.stdin is None:  # closed, as by <&-

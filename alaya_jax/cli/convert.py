@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options, runtime
-from alaya_jax.cli.terminal import note, on_interrupt, report, size
+from alaya_jax.cli.terminal import note, on_interrupt, report
+from alaya_jax.units import nbytes
 
 
 class Format(enum.StrEnum):
@@ -116,8 +117,8 @@ def convert(
         report(data if found is None else data | {"verification": found.to_dict()})
     else:
         typer.echo(
-            f"{path}: {done.tensors} tensors, {size(done.nbytes)} in {done.dtype} as {done.to}, "
-            f"{done.seconds:.1f} s ({size(done.nbytes / done.seconds)}/s)"
+            f"{path}: {done.tensors} tensors, {nbytes(done.nbytes)} in {done.dtype} as {done.to}, "
+            f"{done.seconds:.1f} s ({nbytes(done.nbytes / done.seconds)}/s)"
         )
         if found is not None:
             typer.echo(str(found))

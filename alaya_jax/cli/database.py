@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import help_text, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import help_text, note, on_interrupt, report
 from alaya_jax.errors import ContextError
+from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
     from alaya_jax.storage import ContextRecord, DirectoryStore
@@ -93,7 +94,7 @@ def rm(
             with on_interrupt(f"Removed before that: {', '.join(removed) or 'nothing'}."):
                 store.remove(record.id)
             removed.append(record.id)
-            note(f"Removed {record.id}: {record.num_tokens:,} tokens, {size(record.nbytes)}.")
+            note(f"Removed {record.id}: {record.num_tokens:,} tokens, {nbytes(record.nbytes)}.")
     if json:
         report({"database": str(store.path), "removed": removed})
 
@@ -138,7 +139,7 @@ def index(
             opened.build_index(record.id, Graph())
     with _open(db, read_only=True) as store:
         built = store.indexes(record.id)["graph"]
-    note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {size(built.nbytes)}.")
+    note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {nbytes(built.nbytes)}.")
     if json:
         report({"database": opened.path, "context": record.id, "bytes": built.nbytes})
 
@@ -182,18 +183,18 @@ def table(data: dict[str, Any]) -> str:
     """`describe` for people."""
     rows = data["contexts"]
     count = "1 context" if len(rows) == 1 else f"{len(rows)} contexts"
-    lines = [f"{data['path']}: {count}, {size(data['bytes'])}"]
+    lines = [f"{data['path']}: {count}, {nbytes(data['bytes'])}"]
     for row in rows:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         model = f"model {row['model'][:12]}" if row["model"] else ""
         lines.append(
-            f"  {row['id']}  {row['tokens']:>9,} tokens  {size(row['bytes']):>9}  {when}  {model}"
+            f"  {row['id']}  {row['tokens']:>9,} tokens  {nbytes(row['bytes']):>9}  {when}  {model}"
             f"  {row['title']}".rstrip()
         )
         for run in row["origin"]:
             plan = textwrap.shorten(run["plan"], 50)
             lines.append(f"    not exact: from token {run['from']:,} on by {plan}")
-        lines += [f"    {kind} index, {size(n)}" for kind, n in row["indexes"].items()]
+        lines += [f"    {kind} index, {nbytes(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:
             lines.append(f"    {row['problem']}")
     return "\n".join(lines)

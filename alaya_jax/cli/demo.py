@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report, size
+from alaya_jax.cli.terminal import Interrupted, load_jax, note, on_interrupt, report
 from alaya_jax.errors import AlayaError
+from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from alaya_jax.budget import Budget
     from alaya_jax.cli.runtime import Answer
-    from alaya_jax.db import DB, Budget
+    from alaya_jax.db import DB
     from alaya_jax.model import Model
 
 BETA = 50.0
@@ -34,8 +36,8 @@ class Question:
     """A question about the demo's text.
 
     Attributes:
-        text: As asked.
-        expected: Any of these must be in a right answer.
+      text: as asked.
+      expected: any of these must be in a right answer.
     """
 
     text: str
@@ -135,7 +137,9 @@ def _run(path: Path) -> dict[str, Any]:
         note(f"2. Reading {len(start):,} tokens: {TITLE}")
         imported = runtime.import_document(db, start, TITLE)
         context = imported.context
-        note(f"   {imported.seconds:.1f} s, stored with {size(context.nbytes)} of keys and values")
+        note(
+            f"   {imported.seconds:.1f} s, stored with {nbytes(context.nbytes)} of keys and values"
+        )
         first = _answer(db, asked[0], full, 2)
         clock = time.perf_counter()
         _answer(db, asked[0], dipr, 2)
@@ -210,7 +214,7 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
     """What the new process does: load the model, open the database, answer all questions.
 
     Raises:
-        ContextError: The document's context is damaged.
+      ContextError: the document's context is damaged.
     """
     from alaya_jax import prompts
     from alaya_jax.cli import runtime

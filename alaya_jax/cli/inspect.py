@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from alaya_jax.cli import database, options
-from alaya_jax.cli.terminal import report, size
+from alaya_jax.cli.terminal import report
+from alaya_jax.units import nbytes
 
 
 def inspect(
@@ -56,7 +57,7 @@ def _table(data: dict[str, Any]) -> str:
         "path": f"{data['path']} ({data['format']})",
         "parameters": f"{data['parameters']:,}",
         "stored as": ", ".join(f"{name} {count / data['parameters']:.1%}" for name, count in types)
-        + f"; {size(memory['stored'])}",
+        + f"; {nbytes(memory['stored'])}",
         "layers": f"{c['num_hidden_layers']}, model dimension {c['hidden_size']}, "
         f"ffn {c['intermediate_size']}",
         "heads": f"{heads}, kv heads {kv_heads} (1 for {heads // kv_heads}), of {c['head_dim']}",
@@ -69,12 +70,12 @@ def _table(data: dict[str, Any]) -> str:
         else f"{tokenizer['vocab_size']:,} ids, "
         + ("with" if tokenizer["chat_template"] else "without")
         + " a chat template",
-        "weights": ", ".join(f"{size(n)} in {dtype}" for dtype, n in memory["weights"].items()),
+        "weights": ", ".join(f"{nbytes(n)} in {dtype}" for dtype, n in memory["weights"].items()),
         "KV a token": ", ".join(
-            f"{size(n)} in {dtype}" for dtype, n in memory["kv_per_token"].items()
+            f"{nbytes(n)} in {dtype}" for dtype, n in memory["kv_per_token"].items()
         ),
         "KV in full": ", ".join(
-            f"{size(n * data['max_length'])} in {dtype}"
+            f"{nbytes(n * data['max_length'])} in {dtype}"
             for dtype, n in memory["kv_per_token"].items()
         ),
         "fingerprint": data["fingerprint"],

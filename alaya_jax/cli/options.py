@@ -144,7 +144,7 @@ def rope(text: str | None) -> "Stretched | None":
     """What a --rope option means.
 
     Raises:
-        typer.BadParameter: It is not understood.
+      typer.BadParameter: it is not understood.
     """
     if text is None:
         return None
@@ -165,7 +165,7 @@ def attention(text: str) -> "Asked":
     """What an --attention option means: a query, a plan where an index is named, or `Auto`.
 
     Raises:
-        typer.BadParameter: It is not understood.
+      typer.BadParameter: it is not understood.
     """
     load_jax()
     from alaya_jax import query
@@ -230,7 +230,7 @@ def length(text: str) -> int:
     """Tokens, from "131072", "128k" (of 1,024) or "1M".
 
     Raises:
-        typer.BadParameter: It is no such number.
+      typer.BadParameter: it is no such number.
     """
     digits, unit = text.rstrip("kKM"), text[len(text.rstrip("kKM")) :]
     factor = {"": 1, "k": 1024, "K": 1024, "M": 1024**2}.get(unit)
@@ -253,7 +253,7 @@ def sampling(
     """The sampling that the options mean.
 
     Raises:
-        typer.BadParameter: A value is out of range.
+      typer.BadParameter: a value is out of range.
     """
     from alaya_jax.runtime.sampling.params import Sampling
 

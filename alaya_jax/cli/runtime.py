@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
-    from alaya_jax.db import DB, Budget, Context
+    from alaya_jax.budget import Budget
+    from alaya_jax.contexts.context import Context
+    from alaya_jax.db import DB
     from alaya_jax.model import Model
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention
@@ -58,7 +60,7 @@ def cpu_mesh(text: str) -> "Mesh":
     """A mesh of virtual CPU devices, as many as the text asks for: "tensor=8".
 
     Raises:
-        ConfigError: It is not understood, or this process has fewer CPU devices already.
+      ConfigError: it is not understood, or this process has fewer CPU devices already.
     """
     import contextlib
     import math
@@ -86,14 +88,12 @@ def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budge
 
     A power of two, because programs are compiled anew for another size.
     """
-    from alaya_jax.db import Budget
+    from alaya_jax.budget import Budget
 
     if memory is not None:
         return Budget(device=memory)
-    c = model.config
-    width = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     room = max(_LEAST_ROOM, 1 << (tokens + _SLACK - 1).bit_length())
-    return Budget(device=room * width * model.dtype.itemsize)
+    return Budget(device=room * model.token_bytes)
 
 
 def _open(*arguments: Any, **options: Any) -> "DB":
@@ -120,7 +120,7 @@ def open_for_document(
     """Opens a database; when it has the document already, for reading, so that others can too.
 
     Returns:
-        The database, and the ids that begin every question about the document.
+      the database, and the ids that begin every question about the document.
     """
     db, start = None, None
     if (path / "alaya_db.json").exists():
@@ -146,9 +146,9 @@ class Imported:
     """What `import_document` did.
 
     Attributes:
-        context: The stored document.
-        new: It was computed now, and not found in the database.
-        seconds: How long that took, storing it included.
+      context: the stored document.
+      new: it was computed now, and not found in the database.
+      seconds: how long that took, storing it included.
     """
 
     context: "Context"
@@ -160,7 +160,7 @@ def import_document(db: "DB", tokens: "np.ndarray", title: str) -> Imported:
     """Stores a document if it is not there, with a progress bar.
 
     Raises:
-        CacheFullError: It does not fit; the message names the command line's option.
+      CacheFullError: it does not fit; the message names the command line's option.
     """
     started = time.perf_counter()
     before = {context.id for context in db.contexts if context.problem is None}
@@ -176,16 +176,16 @@ class Answer:
     """A generated text and what it took.
 
     Attributes:
-        text: Without control tokens.
-        ids: Its tokens.
-        finish_reason: "eos", "stop", "length" or "interrupted".
-        prompt_tokens: All tokens before the first new one: reused and prefilled.
-        reused: Of those, taken from a stored context.
-        prefilled: Of those, computed now.
-        first_token_s: From the request to the first new token, reading from disk included; seconds.
-        tokens_per_s: Of the tokens after the first.
-        keys_per_step: Mean over steps, layers and heads, while decoding: keys that were there
-            ("visible"), scored to choose among them ("scanned"), and used ("attended").
+      text: without control tokens.
+      ids: its tokens.
+      finish_reason: "eos", "stop", "length" or "interrupted".
+      prompt_tokens: all tokens before the first new one: reused and prefilled.
+      reused: of those, taken from a stored context.
+      prefilled: of those, computed now.
+      first_token_s: from the request to the first new token, reading from disk included; seconds.
+      tokens_per_s: of the tokens after the first.
+      keys_per_step: mean over steps, layers and heads, while decoding: keys that were there
+        ("visible"), scored to choose among them ("scanned"), and used ("attended").
     """
 
     text: str = ""
@@ -228,16 +228,16 @@ def answer(
     """Continues a prompt, from its longest stored prefix. Ctrl-C ends it and keeps what is there.
 
     Args:
-        db: Where stored contexts are looked for.
-        prompt: Token ids [n].
-        attention: What decoding asks of the keys; prefill is exact.
-        sampling: How tokens are chosen.
-        max_new_tokens: At most so many.
-        on_text: Takes new text as it comes.
+      db: where stored contexts are looked for.
+      prompt: token ids [n].
+      attention: what decoding asks of the keys; prefill is exact.
+      sampling: how tokens are chosen.
+      max_new_tokens: at most so many.
+      on_text: takes new text as it comes.
 
     Raises:
-        RequestError: Prompt and answer are longer than the model allows.
-        CacheFullError: They do not fit; the message names the command line's option.
+      RequestError: prompt and answer are longer than the model allows.
+      CacheFullError: they do not fit; the message names the command line's option.
     """
     from alaya_jax.generation import generate
 

@@ -139,12 +139,3 @@ def on_interrupt(consequence: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(consequence) from error
-
-
-def size(count: float) -> str:
-    """Bytes for people: 264.3 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

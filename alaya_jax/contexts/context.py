@@ -1,6 +1,5 @@
 """A stored context, as the database and its sessions see it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,13 @@ from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
-from alaya_jax.storage import ContextRecord, DirectoryStore
+from alaya_jax.storage import ContextRecord, ContextStore
 
 
 class Context:
     """A prompt whose keys and values are stored. Handles compare by identity.
+
+    `store`, `resident` (its pages, where it is in memory) and `used` are the catalogue's.
 
     Attributes:
       id: name in the database.
@@ -25,8 +26,8 @@ class Context:
       problem: why it cannot be used, and the way out; None when it can.
     """
 
-    def __init__(self, record: ContextRecord, store: DirectoryStore):
-        """Made by the database."""
+    def __init__(self, record: ContextRecord, store: ContextStore):
+        """Made by the catalogue."""
         self.id = record.id
         self.title = record.header.title if record.header else ""
         self.num_tokens = record.num_tokens
@@ -35,10 +36,10 @@ class Context:
         self.problem = record.problem
         self.header = record.header
         self.origin = Origin(record.header.origin if record.header else ())
-        self._store = store
+        self.store = store
         self._tokens: np.ndarray | None = None
-        self._resident: Sequence | None = None
-        self._used = 0
+        self.resident: Sequence | None = None
+        self.used = 0
         self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
 
     @property
@@ -49,13 +50,13 @@ class Context:
           ContextError: the stored context is damaged.
         """
         if self._tokens is None:
-            self._tokens = self._store.tokens(self.id)
+            self._tokens = self.store.tokens(self.id)
         return self._tokens
 
     @property
     def indexes(self) -> tuple[Graph, ...]:
         """The indexes that are stored with it (`DB.build_index`) and look well."""
-        records = self._store.indexes(self.id).values()
+        records = self.store.indexes(self.id).values()
         return tuple(
             Graph(**record.settings)
             for record in records
@@ -65,7 +66,7 @@ class Context:
     @property
     def has_graph(self) -> bool:
         """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
-        return self._graph is not None or graphs.KIND in self._store.indexes(self.id)
+        return self._graph is not None or graphs.KIND in self.store.indexes(self.id)
 
     def graph(self, wanted: Graph, model: Model, layer: int) -> GraphLayer:
         """Its graph of one layer, on the device; read when first asked for.
@@ -78,8 +79,12 @@ class Context:
             self._graph = wanted.built, {}
         layers = self._graph[1]
         if layer not in layers:
-            layers[layer] = graphs.load(self._store, self.id, wanted, model, layer)
+            layers[layer] = graphs.load(self.store, self.id, wanted, model, layer)
         return layers[layer]
+
+    def forget_graph(self) -> None:
+        """Lets go of what is in memory of its graph."""
+        self._graph = None
 
     @property
     def exact_tokens(self) -> int:
@@ -108,43 +113,9 @@ class Context:
         )
 
     def __repr__(self) -> str:
-        place = "in memory" if self._resident else "on disk"
+        place = "in memory" if self.resident else "on disk"
         name = f"{self.title!r}, " if self.title else ""
         exact = f"the first {self.exact_tokens:,} exact, " if self.origin.runs else ""
         return (
             f"Context({name}{self.num_tokens:,} tokens, {exact}{place}, {self.problem or self.id})"
         )
-
-
-def longest_prefix(
-    contexts: Iterable[Context], tokens: np.ndarray, *, exact: bool = True
-) -> tuple[Context | None, int]:
-    """The context that shares most tokens; the last token of a prompt is always left over.
-
-    Args:
-      contexts: where to look.
-      tokens: the prompt.
-      exact: only what has exact keys and values is shared; else, of equally many, the most exact.
-    """
-    best, most = None, (0, 0)
-    for context in contexts:
-        held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
-        if context.problem is not None or (held, context.origin.exact(held)) <= most:
-            continue
-        shared = context.shared(tokens[:-1], exact=exact)
-        if (found := (shared, context.origin.exact(shared))) > most:
-            best, most = context, found
-    return best, most[0]
-
-
-def lender(
-    contexts: Iterable[Context], tokens: np.ndarray, wanted: Graph | None
-) -> tuple[Context | None, int]:
-    """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
-    many.
-    """
-    usable = [c for c in contexts if c.problem is None]
-    having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
-    shared = [context.shared(tokens) for context in having]
-    most = max(shared, default=0)
-    return (having[shared.index(most)], most) if most else (None, 0)

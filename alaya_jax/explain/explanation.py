@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alaya_jax import show
+from alaya_jax import show, units
 from alaya_jax.attention.counts import Counts
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.analysis import Analysis
@@ -365,11 +365,11 @@ def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     rows = [
         (
             _short(row),
-            show.count(np.mean(row["keys_scanned"])),
+            units.count(np.mean(row["keys_scanned"])),
             _spread(row["keys_read_by_group"]),
             _spread(row["keys_attended"]),
-            show.share(row["mass_estimated"] and min(row["mass_estimated"])),
-            show.nbytes(row["bytes"]),
+            units.share(row["mass_estimated"] and min(row["mass_estimated"])),
+            units.nbytes(row["bytes"]),
         )
         for row in d["by_layer"]
     ]
@@ -397,21 +397,21 @@ def _analysis_table(found: Analysis, choice: Choice | None) -> show.Table:
             _short(_plan_fields(of_layer(found.plans, i))),
             _spread(found.attended[i]),
             _spread(found.keys_needed[i]),
-            show.share(found.recovery[i].mean()),
-            show.share(found.recovery[i].min()),
+            units.share(found.recovery[i].mean()),
+            units.share(found.recovery[i].min()),
             f"{found.error[i].mean():.2%}",
             f"{found.error[i].max():.2%}",
             _spread(found.beta_needed[i]),
-            show.seconds(found.seconds[i]),
-            show.seconds(found.seconds_full[i]),
+            units.seconds(found.seconds[i]),
+            units.seconds(found.seconds_full[i]),
         )
         if choice is not None:
-            row = (*row, show.seconds(choice.layers[i].seconds))
+            row = (*row, units.seconds(choice.layers[i].seconds))
         rows.append(row)
     notes = (
         f"needed: keys outside the window, and their range, that hold {found.wanted:g} of the mass",
-        f"attention of all layers: {show.seconds(found.seconds.sum())}, "
-        f"in full {show.seconds(found.seconds_full.sum())} (each layer a call of its own)",
+        f"attention of all layers: {units.seconds(found.seconds.sum())}, "
+        f"in full {units.seconds(found.seconds_full.sum())} (each layer a call of its own)",
     )
     title = f"analysis of the query at position {found.position:,} of sequence {found.sequence}"
     return show.Table(title, tuple(columns), rows, notes)
@@ -419,7 +419,7 @@ def _analysis_table(found: Analysis, choice: Choice | None) -> show.Table:
 
 def _spread(values: Any) -> str:
     low, high = float(np.min(values)), float(np.max(values))
-    return show.count(low) if low == high else f"{show.count(low)} to {show.count(high)}"
+    return units.count(low) if low == high else f"{units.count(low)} to {units.count(high)}"
 
 
 def _brief(query: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax import show
+from alaya_jax import show, units
 from alaya_jax.index import Graph
 from alaya_jax.optimizer.cost import Cost, Kept, Machine, Workload, step_seconds
 from alaya_jax.query import DIPR
@@ -125,10 +125,10 @@ class Choice:
         rows = [
             (
                 describe(layer.plan),
-                show.count(layer.kept.attended) if layer.plan.retrieves else "all",
-                show.nbytes(layer.cost.read),
-                show.nbytes(layer.cost.memory),
-                show.seconds(layer.seconds),
+                units.count(layer.kept.attended) if layer.plan.retrieves else "all",
+                units.nbytes(layer.cost.read),
+                units.nbytes(layer.cost.memory),
+                units.seconds(layer.seconds),
                 layer.reason,
             )
             for layer in self.layers
@@ -141,12 +141,12 @@ class Choice:
             else f"every key is read below {self.full_below:,} tokens"
         )
         notes = (
-            f"predicted for a token: {show.seconds(self.seconds)}, of which attention "
-            f"{show.seconds(self.attention_seconds)}",
+            f"predicted for a token: {units.seconds(self.seconds)}, of which attention "
+            f"{units.seconds(self.attention_seconds)}",
             "device memory: weights "
-            f"{show.nbytes(self.work.weight_bytes + self.work.idle_bytes)}, keys and values "
-            f"{show.nbytes(self.work.kv_bytes)}, indexes "
-            f"{show.nbytes(self.memory - self.work.kv_bytes)}",
+            f"{units.nbytes(self.work.weight_bytes + self.work.idle_bytes)}, keys and values "
+            f"{units.nbytes(self.work.kv_bytes)}, indexes "
+            f"{units.nbytes(self.memory - self.work.kv_bytes)}",
             f"{below}; {self.basis}",
             *([self.graph] if self.graph else []),
             *([was_busy(self.machine)] if was_busy(self.machine) else []),

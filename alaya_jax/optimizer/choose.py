@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alaya_jax import show
+from alaya_jax import units
 from alaya_jax.errors import PlanError
 from alaya_jax.index import Flat, Graph, Sketch
 from alaya_jax.index.recovery import MARGIN
@@ -75,7 +75,7 @@ def choose(
     if limit is not None and work.kv_bytes > limit:
         raise PlanError(
             f"{_asked(auto)}: the keys and values of {work.held:,} tokens alone take "
-            f"{show.nbytes(work.kv_bytes)}, and {show.nbytes(limit)} are allowed; raise "
+            f"{units.nbytes(work.kv_bytes)}, and {units.nbytes(limit)} are allowed; raise "
             "device_memory, or have fewer tokens"
         )
     choice = Choice(
@@ -181,7 +181,7 @@ def _more(of: Options, now: str, then: str) -> int:
 def _layer_choice(name: str, of: Options, squeezed: bool) -> LayerChoice:
     taken = of[name]
     others = {other: x.cost for other, x in of.items() if other != name}
-    beside = ", ".join(f"{other} {show.seconds(c.seconds)}" for other, c in others.items())
+    beside = ", ".join(f"{other} {units.seconds(c.seconds)}" for other, c in others.items())
     reason = f"against {beside}" if others else "all keys are in the window, or asked for"
     if squeezed:
         reason += "; no memory left for a faster index"
@@ -241,8 +241,8 @@ def _of_the_graph(choice: Choice, calibration: Calibration | None, limit: int | 
         return ""
     size = sum(x.cost.memory for x in layers if isinstance(x.plan.index, Graph))
     return (
-        f"a graph of the context ({show.nbytes(size)}; alaya db index ID, db.build_index) would "
-        f"make that {show.seconds(seconds)}, and may miss some of the keys"
+        f"a graph of the context ({units.nbytes(size)}; alaya db index ID, db.build_index) would "
+        f"make that {units.seconds(seconds)}, and may miss some of the keys"
     )
 
 
@@ -255,10 +255,10 @@ def _refusal(choice: Choice, calibration: Calibration | None, limit: int | None)
         layers = _cheapest(asked, work, machine, calibration, limit)
         return sum(x.seconds for x in layers) + step_seconds(work, machine)
 
-    memory = "" if limit is None else f" in {show.nbytes(limit)}"
+    memory = "" if limit is None else f" in {units.nbytes(limit)}"
     lines = [
         f"{_asked(auto)}: at {work.length:,} tokens a token takes at least "
-        f"{show.seconds(choice.seconds)} with recovery {auto.recovery:g}{memory}"
+        f"{units.seconds(choice.seconds)} with recovery {auto.recovery:g}{memory}"
     ]
     lower = [p for p in _RECOVERIES if p < auto.recovery]
     best = next((p for p in lower if fastest(p, limit) <= auto.tpot), None)
@@ -267,10 +267,10 @@ def _refusal(choice: Choice, calibration: Calibration | None, limit: int | None)
         ways.append(f"recovery={best:g}")
     if limit is not None and fastest(auto.recovery, None) <= auto.tpot:
         least = _least_memory(auto, work, machine, calibration)
-        ways.append(f"device_memory={least} ({show.nbytes(least)})")
+        ways.append(f"device_memory={least} ({units.nbytes(least)})")
     base = step_seconds(work, machine)
     if base > auto.tpot:
-        lines.append(f"reading the weights alone takes {show.seconds(base)}")
+        lines.append(f"reading the weights alone takes {units.seconds(base)}")
     return "; ".join(lines) + ". Nearest that can be had: " + ", or ".join(ways)
 
 

@@ -90,7 +90,7 @@ class Workload:
     @property
     def kv_bytes(self) -> int:
         """Of the keys and values of all layers."""
-        return 2 * self.key_bytes * self.config.num_hidden_layers * self.held
+        return self.config.kv_width * np.dtype(self.dtype).itemsize * self.held
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax import show
+from alaya_jax import units
 from alaya_jax.optimizer.calibration import through
 from alaya_jax.query import Full, Tiles
 from alaya_jax.query.auto import Auto
@@ -68,8 +68,8 @@ class PrefillChoice:
     @property
     def reason(self) -> str:
         """In words."""
-        beside = ", ".join(f"{name} {show.seconds(x)}" for name, x in self.others.items())
-        return f"predicted attention {show.seconds(self.seconds)}, against {beside}"
+        beside = ", ".join(f"{name} {units.seconds(x)}" for name, x in self.others.items())
+        return f"predicted attention {units.seconds(self.seconds)}, against {beside}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

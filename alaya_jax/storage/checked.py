@@ -40,7 +40,7 @@ class CheckedDirectory:
         Args:
           version: the format that is understood.
           name: the field that must agree with the directory's name, and what it must say.
-          record: may stumble over what it does not find there.
+          record: makes the record; it may raise whatever a missing or odd field makes it raise.
         """
         text = self._read_bytes(META)
         try:
@@ -56,7 +56,7 @@ class CheckedDirectory:
             raise self._damaged(f"{META} cannot be understood ({error})") from error
 
     def _compare_sizes(self, others: dict[str, int] | None = None) -> None:
-        """Sees that the files are there, and others of known sizes."""
+        """Checks that the files are there, and that those of known size have it."""
         sizes = {name: size for name, (size, _) in self._files.items()} | (others or {})
         for name, size in sizes.items():
             try:

@@ -37,11 +37,11 @@ class DirectoryStore:
     Threads may share it. A process made by fork shares the lock, and must not write.
 
     Args:
-        path: The database directory.
-        read_only: Allow no change; any number of readers may then share it, but not with a writer.
+      path: the database directory.
+      read_only: allow no change; any number of readers may then share it, but not with a writer.
 
     Raises:
-        DatabaseError: The path cannot be used, holds something else, or is in use.
+      DatabaseError: the path cannot be used, holds something else, or is in use.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False):
@@ -75,7 +75,7 @@ class DirectoryStore:
         return f"DirectoryStore({str(self.path)!r}, {state})"
 
     def close(self) -> None:
-        """Let go of the database; closing twice is allowed."""
+        """Lets go of the database; closing twice is allowed."""
         self._closed = True
         self._lock.release()
 
@@ -165,13 +165,13 @@ class DirectoryStore:
         tokens: Any,
         kv: Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
-    ) -> str:
+    ) -> ContextRecord:
         """See `ContextStore.write`."""
         self._usable(writing=True)
         tokens = _token_ids(tokens)
         id = header.context_id(tokens)
         if self._intact(id):
-            return id
+            return self._contexts[id].record
         record = ContextRecord(id=id, header=header, num_tokens=len(tokens), created=time.time())
         free = shutil.disk_usage(self._directory).free
         if record.nbytes > free:
@@ -189,6 +189,7 @@ class DirectoryStore:
                         self._discard(id)
                     new.rename(self._directory / id)
                     self._contexts[id] = StoredContext(self._directory / id)
+                written = self._contexts[id].record
             flush_directory(self._directory)
         except OSError as error:
             raise DatabaseError(
@@ -197,7 +198,7 @@ class DirectoryStore:
             ) from error
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        return id
+        return written
 
     def remove(self, id: str) -> None:
         """See `ContextStore.remove`."""
@@ -212,7 +213,9 @@ class DirectoryStore:
             ) from error
 
     def _prepare(self) -> DatabaseLock:
-        """Make or recognize the directory, and lock it. A directory of others is not touched."""
+        """Makes or recognizes the directory, and locks it. A directory of something else is not
+        touched.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise DatabaseError(f"{self.path} is a file; give the path of a directory")
         marked = (self.path / _MARK).exists()
@@ -260,7 +263,7 @@ class DirectoryStore:
         return {d.name: StoredContext(d) for d in names}
 
     def _discard(self, id: str):
-        """Take a context away by one rename, then free its space."""
+        """Takes a context away by one rename, then frees its space."""
         grave = self._directory / f".tmp-{id}-{secrets.token_hex(4)}"
         (self._directory / id).rename(grave)
         del self._contexts[id]

@@ -146,7 +146,7 @@ def write_context(
     kv: Iterable[tuple[Any, Any]],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all files of a context into an empty directory, and flush them to disk."""
+    """Writes all files of a context into an empty directory, and flushes them to disk."""
     header = record.header
     assert header is not None
     checksums, layers = [], iter(kv)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -22,19 +23,19 @@ class ContextHeader:
     """What a context is, beside its tokens.
 
     Attributes:
-        fingerprint: Of the model that made the keys and values; a caller compares it with its own.
-        dtype: Of the keys and values, "float32", "float16" or "bfloat16".
-        num_layers: L.
-        num_kv_heads: K.
-        head_dim: D.
-        page_size: Z, the tokens of a page in the cache it came from.
-        origin: How the keys and values were computed, (first token, plan) of each stretch from the
-            first that is not exact on; empty: all are exact.
-        namespace: Keeps tenants apart: a context is found only in its own.
-        title: For people; no part of the identity.
+      fingerprint: of the model that made the keys and values; a caller compares it with its own.
+      dtype: of the keys and values, "float32", "float16" or "bfloat16".
+      num_layers: L.
+      num_kv_heads: K.
+      head_dim: D.
+      page_size: Z, the tokens of a page in the cache it came from.
+      origin: how the keys and values were computed, (first token, plan) of each stretch from the
+        first that is not exact on; empty: all are exact.
+      namespace: keeps tenants apart: a context is found only in its own.
+      title: for people; no part of the identity.
 
     Raises:
-        RequestError: A field is of a wrong type or out of range.
+      RequestError: a field is of a wrong type or out of range.
     """
 
     fingerprint: str
@@ -74,12 +75,12 @@ class ContextRecord:
     """One line of a store's list.
 
     Attributes:
-        id: Name of the context in its store.
-        header: None when damage makes it unreadable.
-        num_tokens: n; 0 when unreadable.
-        created: Seconds since 1970, UTC; 0 when unreadable.
-        problem: Why the context cannot be used, and the way out; None when all looks well. Only
-            `ContextStore.check` reads every byte.
+      id: name of the context in its store.
+      header: None when damage makes it unreadable.
+      num_tokens: n; 0 when unreadable.
+      created: seconds since 1970, UTC; 0 when unreadable.
+      problem: why the context cannot be used, and the way out; None when all looks well. Only
+        `ContextStore.check` reads every byte.
     """
 
     id: str
@@ -103,10 +104,10 @@ class IndexRecord:
     """An index that is stored with a context.
 
     Attributes:
-        kind: Its name; a context has one of a kind.
-        settings: How it was built; plain data.
-        nbytes: Its size.
-        problem: Why it cannot be used, and the way out; None when all looks well.
+      kind: its name; a context has one of a kind.
+      settings: how it was built; plain data.
+      nbytes: its size.
+      problem: why it cannot be used, and the way out; None when all looks well.
     """
 
     kind: str
@@ -116,7 +117,16 @@ class IndexRecord:
 
 
 class ContextStore(Protocol):
-    """Where contexts live between processes."""
+    """Where contexts live between processes: all that a database uses of its store."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for errors."""
+        ...
+
+    def require_writable(self) -> None:
+        """Raises DatabaseError when nothing can be written: closed, or open for reading only."""
+        ...
 
     def list(self, namespace: str | None = None) -> Sequence[ContextRecord]:
         """All contexts, oldest first, damaged ones too (see `ContextRecord.problem`).
@@ -135,21 +145,21 @@ class ContextStore(Protocol):
         tokens: Any,
         kv: Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
-    ) -> str:
-        """Store a context, all of it or nothing, and return its id.
+    ) -> ContextRecord:
+        """Stores a context, all of it or nothing, and returns its record.
 
         A context already there is kept as it is, and `kv` is not read.
 
         Args:
-            header: What the context is.
-            tokens: Ids [n], n > 0.
-            kv: Yields (k, v), each [K, n, D] of the header's dtype, layer by layer from 0; only one
-                layer needs to be in memory.
-            progress: Called as progress(layers written, L) after each layer.
+          header: what the context is.
+          tokens: ids [n], n > 0.
+          kv: yields (k, v), each [K, n, D] of the header's dtype, layer by layer from 0; only one
+            layer needs to be in memory.
+          progress: called as progress(layers written, L) after each layer.
 
         Raises:
-            RequestError: Tokens or kv do not have the shape or dtype that the header says.
-            DatabaseError: The store is closed, read-only, full, or fails to write.
+          RequestError: tokens or kv do not have the shape or dtype that the header says.
+          DatabaseError: the store is closed, read-only, full, or fails to write.
         """
         ...
 
@@ -161,8 +171,8 @@ class ContextStore(Protocol):
         The arrays are read-only, and may be views of a mapped file. What is returned was verified.
 
         Raises:
-            ContextError: The context is unknown or damaged.
-            RequestError: No such layer or tokens.
+          ContextError: the context is unknown or damaged.
+          RequestError: no such layer or tokens.
         """
         ...
 
@@ -177,17 +187,17 @@ class ContextStore(Protocol):
         settings: Mapping[str, Any],
         layers: Iterable[Mapping[str, np.ndarray]],
     ) -> None:
-        """Store an index with its context, all of it or nothing, in place of one of its kind.
+        """Stores an index with its context, all of it or nothing, in place of one of the same kind.
 
         Args:
-            id: Of the context.
-            kind: Name of the index, letters.
-            settings: How it was built; plain data.
-            layers: Yields arrays by name, layer by layer from 0; only one needs to be in memory.
+          id: of the context.
+          kind: name of the index, letters.
+          settings: how it was built; plain data.
+          layers: yields arrays by name, layer by layer from 0; only one needs to be in memory.
 
         Raises:
-            ContextError: The context is unknown.
-            DatabaseError: The store is closed, read-only, full, or fails to write.
+          ContextError: the context is unknown.
+          DatabaseError: the store is closed, read-only, full, or fails to write.
         """
         ...
 
@@ -195,22 +205,22 @@ class ContextStore(Protocol):
         """Arrays of one layer of an index, by name; verified.
 
         Raises:
-            ContextError: The context or the index is unknown or damaged.
+          ContextError: the context or the index is unknown or damaged.
         """
         ...
 
     def check_index(self, id: str, kind: str) -> Sequence[str]:
-        """Read all of an index; every problem found, in words."""
+        """Reads all of an index; every problem found, in words."""
         ...
 
     def check(self, id: str) -> Sequence[str]:
-        """Read all of a context and its indexes; every problem found, in words."""
+        """Reads all of a context and its indexes; every problem found, in words."""
         ...
 
     def remove(self, id: str) -> None:
-        """Delete a context, damaged or not, and its indexes. Raises ContextError when unknown."""
+        """Deletes a context, damaged or not, and its indexes. Raises ContextError when unknown."""
         ...
 
     def close(self) -> None:
-        """Let go of the store; closing twice is allowed."""
+        """Lets go of the store; closing twice is allowed."""
         ...

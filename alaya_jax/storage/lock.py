@@ -17,9 +17,9 @@ class DatabaseLock:
     lock goes with `release()`, with the object, or with the process.
 
     Raises:
-        DatabaseInUseError: Another holder is in the way.
-        DatabaseError: The file system has no locks.
-        OSError: The lock file cannot be opened.
+      DatabaseInUseError: another holder is in the way.
+      DatabaseError: the file system has no locks.
+      OSError: the lock file cannot be opened.
     """
 
     def __init__(self, path: Path, *, shared: bool):

@@ -1,6 +1,7 @@
 """Contexts of versions whose fingerprints of models covered samples of the weights.
 
-Weights that differ elsewhere had the same one, so that it says nothing of whose the keys are.
+Weights that differed only elsewhere had the same fingerprint, so it does not say whose the keys
+are.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ def of_samples(fingerprint: str) -> bool:
 
 
 def named(record: ContextRecord) -> ContextRecord:
-    """The record, with that problem where it has it."""
+    """The record, with this problem set where it applies."""
     if record.problem or record.header is None or not of_samples(record.header.fingerprint):
         return record
     return dataclasses.replace(record, problem=UNKNOWN_MODEL)

@@ -221,8 +221,7 @@ def run_session(number: int, quick: bool, say: Callable[..., None]) -> None:
     document = 200 if quick else 16000
     new = 8 if quick else 64
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, document)
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    budget = aj.Budget(device=(document + 4096) * width * model.dtype.itemsize)
+    budget = aj.Budget(device=(document + 4096) * model.token_bytes)
     sampling = aj.Greedy(ignore_eos=True)
     with tempfile.TemporaryDirectory() as scratch:
         db = aj.DB(Path(scratch) / "db", model, budget)

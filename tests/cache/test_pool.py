@@ -181,11 +181,11 @@ def require_true_indexes(db, *sessions):
     pages = np.unique(np.concatenate(full))
 
     def known():
-        layers = db._indexes.cover(indexes, sequences).layers
+        layers = db._catalogue.indexes.cover(indexes, sequences).layers
         return [np.array(leaf)[:, pages] for leaf in jax.tree.leaves(layers)]
 
     before = known()
-    for state in db._indexes._indexes.values():
+    for state in db._catalogue.indexes._indexes.values():
         state.built[pages] = 0
     for was, now in zip(before, known(), strict=True):
         np.testing.assert_array_equal(was, now)
@@ -206,7 +206,7 @@ def test_a_page_written_again_is_indexed_again_when_its_context_has_gone(db, rng
     if leave == "remove":
         db.remove(context)
     else:
-        db._residents.drop(context)
+        db._catalogue.drop(context)
     session.prefill(rest)
     assert session.sequences[0].pages[2] == shared, "written in place"
     require_true_indexes(db, session)
@@ -306,7 +306,7 @@ def test_threads_take_turns(db, rng):
         sys.setswitchinterval(interval)
     assert not wrong
     for context in db.contexts:
-        db._residents.drop(context)
+        db._catalogue.drop(context)
     assert db.pool.free_tokens == 1024 > free
 
 

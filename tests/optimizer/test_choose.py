@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
-from alaya_jax import show
+from alaya_jax import units
 from alaya_jax.errors import PlanError, RequestError
 from alaya_jax.index import Block
 from alaya_jax.models import LlamaConfig
@@ -362,7 +362,7 @@ def test_what_a_graph_would_save_is_said(calibration):
     ).seconds
     assert built < 0.9 * found.seconds
     assert "alaya db index ID" in found.graph
-    assert show.seconds(built) in found.graph
+    assert units.seconds(built) in found.graph
     assert "alaya db index" in str(found.table())
     # Nothing to say: it would not help, or what it would do is not known.
     slow = dataclasses.replace(WALKS, walk=1.0)

@@ -83,7 +83,7 @@ def test_round_trip(tmp_path, dtype, count):
     tokens, kv = make(count, header)
     steps = []
     with DirectoryStore(tmp_path / "db") as store:
-        id = store.write(header, tokens, iter(kv), lambda done, of: steps.append((done, of)))
+        id = store.write(header, tokens, iter(kv), lambda done, of: steps.append((done, of))).id
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
     with DirectoryStore(tmp_path / "db") as store:
@@ -107,7 +107,7 @@ def test_jax_arrays_and_views_are_written(store):
     header = dataclasses.replace(HEADER, dtype="bfloat16")
     tokens, kv = make(300, header)
     strided = [(k.transpose(1, 0, 2).copy().transpose(1, 0, 2), jnp.asarray(v)) for k, v in kv]
-    id = store.write(header, tokens.tolist(), strided)
+    id = store.write(header, tokens.tolist(), strided).id
     for layer, (k, v) in enumerate(kv):
         got_k, got_v = store.read_kv(id, layer)
         np.testing.assert_array_equal(got_k, k)
@@ -136,14 +136,14 @@ def test_layers_are_taken_one_by_one(store):
 
 def test_equal_contexts_are_stored_once(store):
     tokens, kv = make(20)
-    id = store.write(HEADER, tokens, kv)
+    id = store.write(HEADER, tokens, kv).id
 
     def must_not_run():
         raise AssertionError
         yield
 
     again = dataclasses.replace(HEADER, title="another")
-    assert store.write(again, tokens, must_not_run()) == id
+    assert store.write(again, tokens, must_not_run()).id == id
     assert [r.header.title for r in store.list()] == [HEADER.title]
 
 
@@ -161,7 +161,7 @@ def test_equal_contexts_are_stored_once(store):
 def test_what_differs_is_stored_apart(store, change):
     tokens, kv = make(20)
     other = dataclasses.replace(HEADER, **change)
-    ids = [store.write(HEADER, tokens, kv), store.write(other, tokens, make(20, other)[1])]
+    ids = [store.write(HEADER, tokens, kv).id, store.write(other, tokens, make(20, other)[1]).id]
     assert len(set(ids)) == 2
     assert [r.id for r in store.list()] == ids  # oldest first
     assert [r.header for r in store.list()] == [HEADER, other]
@@ -170,7 +170,7 @@ def test_what_differs_is_stored_apart(store, change):
 def test_namespaces(store):
     tokens, kv = make(20)
     ids = {
-        name: store.write(dataclasses.replace(HEADER, namespace=name), tokens, kv)
+        name: store.write(dataclasses.replace(HEADER, namespace=name), tokens, kv).id
         for name in ("", "a", "a/b", "../a")
     }
     for name, id in ids.items():
@@ -182,7 +182,7 @@ def test_namespaces(store):
 
 def test_remove(store):
     tokens, kv = make(20)
-    id, kept = store.write(HEADER, tokens, kv), store.write(HEADER, tokens[:5], make(5)[1])
+    id, kept = store.write(HEADER, tokens, kv).id, store.write(HEADER, tokens[:5], make(5)[1]).id
     k, _ = store.read_kv(id, 0)
     store.remove(id)
     np.testing.assert_array_equal(k, kv[0][0])  # a mapped file lives until it is let go
@@ -195,7 +195,7 @@ def test_remove(store):
 
 @pytest.mark.parametrize(("layer", "start", "stop"), [(3, 0, 1), (-1, 0, 1), (0, 0, 21), (0, 5, 4)])
 def test_reading_outside(store, layer, start, stop):
-    id = store.write(HEADER, *make(20))
+    id = store.write(HEADER, *make(20)).id
     with pytest.raises(RequestError, match="has layers 0 to 2 and 20 tokens"):
         store.read_kv(id, layer, start, stop)
 
@@ -244,7 +244,7 @@ def test_interrupted_import_leaves_nothing(store):
     with pytest.raises(KeyboardInterrupt):
         store.write(HEADER, tokens, layers())
     assert list((store.path / "contexts").iterdir()) == []
-    assert store.tokens(store.write(HEADER, tokens, kv)).size == 20
+    assert store.tokens(store.write(HEADER, tokens, kv).id).size == 20
 
 
 @pytest.mark.smoke
@@ -276,14 +276,14 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
     with DirectoryStore(path) as store:
         assert store.list() == []
         assert list((path / "contexts").iterdir()) == []
-        id = store.write(HEADER, *make(20))
+        id = store.write(HEADER, *make(20)).id
         assert store.check(id) == []
 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_flipped_bit_is_found_where_it_is(store, half):
     tokens, kv = make(1000)
-    id = store.write(HEADER, tokens, kv)
+    id = store.write(HEADER, tokens, kv).id
     token_bytes = 2 * 8 * 4
     flip(layer_file(store, id, 1), (half * 1000 + 600) * token_bytes + 5)
     what = (
@@ -302,7 +302,7 @@ def test_a_flipped_bit_is_found_where_it_is(store, half):
 
 @pytest.mark.parametrize("name", ["tokens.npy", "checksums.npy"])
 def test_a_flipped_bit_in_a_small_file(store, name):
-    id = store.write(HEADER, *make(1000))
+    id = store.write(HEADER, *make(1000)).id
     flip(store.path / "contexts" / id / name, -1)
     use = store.tokens if name == "tokens.npy" else lambda id: store.read_kv(id, 0)
     with pytest.raises(ContextError, match=f"{name} does not match its checksum; remove"):
@@ -311,7 +311,7 @@ def test_a_flipped_bit_in_a_small_file(store, name):
 
 
 def test_truncated_under_an_open_store(store):
-    id = store.write(HEADER, *make(1000))
+    id = store.write(HEADER, *make(1000)).id
     path = layer_file(store, id, 2)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(ContextError, match=r"layer_002.kv cannot be mapped"):
@@ -344,7 +344,10 @@ def test_damage_is_listed_and_the_rest_still_works(tmp_path, damage):
     hurt, message = DAMAGE[damage]
     tokens, kv = make(300)
     with DirectoryStore(tmp_path / "db") as store:
-        bad, good = store.write(HEADER, tokens, kv), store.write(HEADER, tokens[:5], make(5)[1])
+        bad, good = (
+            store.write(HEADER, tokens, kv).id,
+            store.write(HEADER, tokens[:5], make(5)[1]).id,
+        )
     hurt(store.path / "contexts" / bad)
 
     with DirectoryStore(tmp_path / "db") as store:
@@ -362,14 +365,14 @@ def test_damage_is_listed_and_the_rest_still_works(tmp_path, damage):
         # The way out that the message names; importing it again also works without removing it.
         if damage == "no meta":
             store.remove(bad)
-        assert store.write(HEADER, tokens, kv) == bad
+        assert store.write(HEADER, tokens, kv).id == bad
         assert store.check(bad) == []
         assert len(store.list()) == 2
 
 
 def test_a_context_moved_under_another_name(tmp_path):
     with DirectoryStore(tmp_path / "db") as store:
-        id = store.write(HEADER, *make(20))
+        id = store.write(HEADER, *make(20)).id
     (store.path / "contexts" / id).rename(store.path / "contexts" / "renamed")
     with DirectoryStore(tmp_path / "db") as store:
         assert "or its directory" in store.list()[0].problem
@@ -442,7 +445,7 @@ def test_read_only(tmp_path):
         DirectoryStore(path, read_only=True)
     assert not path.exists()
     with DirectoryStore(path) as store:
-        id = store.write(HEADER, *make(20))
+        id = store.write(HEADER, *make(20)).id
     with DirectoryStore(path, read_only=True) as store:
         assert store.check(id) == []
         for change in (lambda: store.remove(id), lambda: store.write(HEADER, *make(5))):
@@ -451,7 +454,7 @@ def test_read_only(tmp_path):
 
 
 def test_closed(store):
-    id = store.write(HEADER, *make(20))
+    id = store.write(HEADER, *make(20)).id
     store.close()
     store.close()
     for use in (store.list, lambda: store.tokens(id), lambda: store.write(HEADER, *make(20))):
@@ -550,7 +553,7 @@ def test_threads_write_at_once(store):
 
     def work(tokens, kv):
         barrier.wait()
-        ids.append(store.write(HEADER, tokens, kv))
+        ids.append(store.write(HEADER, tokens, kv).id)
 
     threads = [threading.Thread(target=work, args=job) for job in jobs]
     for thread in threads:

@@ -1,0 +1,333 @@
+"""The catalogue: which contexts there are, and which of them have their pages in the pool.
+
+match    the context that shares most of a prompt
+lock     a share of its first tokens' pages, which nobody evicts; read from the store if need be
+insert   a new context, stored whole or not at all
+evict    the pages of the one that was used longest ago
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.contexts import graphs
+from alaya_jax.contexts.context import Context
+from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.index import Graph
+from alaya_jax.index.pages import PageIndexes
+from alaya_jax.model import Model
+from alaya_jax.query.origin import Origin
+from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
+
+EXACT = Origin()
+"""Of keys and values that were computed by attention to every key."""
+
+
+class Catalogue:
+    """The contexts of one model and namespace, in a store and in the pages of a pool.
+
+    Threads may share it: they take turns under the pool's lock.
+
+    Attributes:
+      store: where they are at rest.
+      pool: pages of the contexts that are in memory, and of all sessions.
+      indexes: what indexes know of these pages.
+    """
+
+    def __init__(
+        self,
+        store: ContextStore,
+        model: Model,
+        namespace: str,
+        *,
+        num_pages: int,
+        page_size: int,
+        setting: str,
+    ):
+        """Args:
+        store: taken over: `close` closes it.
+        model, namespace: whose contexts these are; others in the store are not shown.
+        num_pages, page_size: of the pool, which evicts contexts when its pages run out.
+        setting: the one to name when that is not enough.
+        """
+        self._model, self._namespace = model, namespace
+        self.store = store
+        self.pool = PagePool(
+            model.config,
+            model.dtype,
+            num_pages,
+            page_size,
+            setting,
+            mesh=model.mesh,
+            rules=model.rules,
+            evict=self.evict,
+        )
+        self.indexes = PageIndexes(self.pool)
+        shown = filter(None, map(self._shown, store.list()))
+        self._contexts = {record.id: Context(record, store) for record in shown}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """All, oldest first, damaged ones too."""
+        return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
+
+    def id_of(self, context: Context | str, what: str) -> str:
+        """A context's id; that of another database is not meant by a handle of one's own.
+
+        Args:
+          context: a handle, or an id, which need not be here.
+          what: was called, for the error.
+
+        Raises:
+          RequestError: it is neither.
+          ContextError: the handle is of another database.
+        """
+        if isinstance(context, str):
+            return context
+        if not isinstance(context, Context):
+            raise RequestError(f"{what}({context!r}): takes a context of this database, or its id")
+        if context.store is not self.store:
+            raise ContextError(
+                f"{what}: {context!r} is of the database {str(context.store.path)!r}, opened by "
+                f"another DB, and this one is {str(self.store.path)!r}; pass its id to mean the "
+                "one here"
+            )
+        return context.id
+
+    def find(self, context: Context | str, what: str) -> Context:
+        """The context of a handle or an id.
+
+        Raises:
+          RequestError, ContextError: see `id_of`; or it is not here.
+        """
+        id = self.id_of(context, what)
+        if id not in self._contexts:
+            raise ContextError(f"{what}: there is no context {id!r} in {self.store.path}")
+        return self._contexts[id]
+
+    def of_tokens(self, tokens: np.ndarray) -> Context | None:
+        """The context of just these tokens, all exact, where there is one."""
+        return self._contexts.get(self._header("", EXACT).context_id(tokens))
+
+    def match(self, tokens: np.ndarray, *, exact: bool = True) -> tuple[Context | None, int]:
+        """The context that shares most tokens, and how many; the last token of a prompt is always
+        left over.
+
+        Args:
+          tokens: the prompt.
+          exact: only what has exact keys and values is shared; else, of equally many, the most
+            exact.
+        """
+        best, most = None, (0, 0)
+        with self.pool.lock:
+            for context in self._contexts.values():
+                held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
+                if context.problem is not None or (held, context.origin.exact(held)) <= most:
+                    continue
+                shared = context.shared(tokens[:-1], exact=exact)
+                if (found := (shared, context.origin.exact(shared))) > most:
+                    best, most = context, found
+        return best, most[0]
+
+    def match_graph(self, tokens: np.ndarray, wanted: Graph | None) -> tuple[Context | None, int]:
+        """Of the contexts that have such a graph, or any, the one that shares most tokens, and how
+        many.
+        """
+        with self.pool.lock:
+            usable = [c for c in self._contexts.values() if c.problem is None]
+            having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
+            shared = [context.shared(tokens) for context in having]
+            most = max(shared, default=0)
+            return (having[shared.index(most)], most) if most else (None, 0)
+
+    def lock(self, context: Context, length: int) -> Sequence:
+        """A share of the pages of a context's first tokens: they stay until it is released.
+
+        Of a context of which less is in memory, the rest is read from the store.
+
+        Raises:
+          ContextError: the stored context is damaged.
+          CacheFullError: there is no room.
+        """
+        with self.pool.lock:
+            self._touch(context)
+            resident = context.resident
+            if resident is None or resident.length < length:
+                resident = self._read_on(context, length)
+            return self.pool.share(resident, length)
+
+    def _read_on(self, context: Context, length: int) -> Sequence:
+        """Has the first tokens of a context in memory, from the last full page that is there on."""
+        held, size = context.resident or Sequence(), self.pool.page_size
+        start = held.length // size * size
+        longer = self.pool.share(held, start)
+        try:
+            self.pool.reserve(longer, length - start)
+            for layer in range(len(self.pool.kv.k)):
+                k, v = self.store.read_kv(context.id, layer, start, length)
+                self.pool.write(longer, layer, k, v, start)
+        except BaseException as error:
+            self.pool.release(longer)
+            if isinstance(error, ContextError):
+                context.problem = str(error)
+            raise
+        longer.length = length
+        self._release_pages(context)
+        context.resident = longer
+        return longer
+
+    def insert(
+        self,
+        tokens: np.ndarray,
+        kv: Iterable[tuple[Any, Any]],
+        *,
+        title: str = "",
+        origin: Origin = EXACT,
+    ) -> Context:
+        """Stores a context; one that is there already is kept, unless it is damaged.
+
+        Args:
+          tokens: ids, int32 [n].
+          kv: keys and values of each layer, each [K, n, D]; not read where it is there.
+          title: for people.
+          origin: how they were computed.
+
+        Raises:
+          RequestError: kv has other shapes.
+          DatabaseError: it cannot be written.
+        """
+        header = self._header(title, origin)
+        known = self._contexts.get(header.context_id(tokens))
+        if known is not None and known.problem is not None:
+            self.remove(known.id)  # damage that the store has not seen, it would keep
+        on_host = ((np.asarray(k), np.asarray(v)) for k, v in kv)
+        record = self.store.write(header, tokens, on_host)
+        with self.pool.lock:
+            if record.id not in self._contexts:
+                self._contexts[record.id] = Context(record, self.store)
+            return self._contexts[record.id]
+
+    def keep(self, context: Context, sequence: Sequence) -> None:
+        """Has a context in memory in the pages of a sequence that holds its tokens."""
+        with self.pool.lock:
+            if context.resident is None:
+                context.resident = self.pool.share(sequence, sequence.length)
+                self._touch(context)
+
+    def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
+        """Builds a graph and stores it with its context, unless such a one is there and well.
+
+        Raises:
+          ContextError, CacheFullError, DatabaseError: the context is damaged, does not fit into
+            memory, or the graph cannot be written.
+        """
+        there = any(index.fits(built) for built in context.indexes)
+        if there and not self.store.check_index(context.id, graphs.KIND):
+            return
+        sequence = self.lock(context, context.num_tokens)
+        try:
+            layers = graphs.build_layers(
+                self._model, self.pool, sequence, context.tokens, index, progress=progress
+            )
+            self.store.write_index(context.id, graphs.KIND, index.built, layers)
+        finally:
+            self.pool.release(sequence)
+        context.forget_graph()
+
+    def evict(self) -> bool:
+        """Drops the context that was used longest ago; False where none is in memory."""
+        resident = [c for c in self._contexts.values() if c.resident is not None]
+        if not resident:
+            return False
+        self.drop(min(resident, key=lambda c: c.used))
+        return True
+
+    def drop(self, context: Context) -> None:
+        """Gives back a context's pages and graph; it stays in the store."""
+        with self.pool.lock:
+            context.forget_graph()
+            self._release_pages(context)
+
+    def remove(self, id: str) -> None:
+        """Deletes a context from the store; sessions that read it go on.
+
+        Raises:
+          ContextError: it is not there.
+        """
+        with self.pool.lock:
+            self.store.remove(id)
+            gone = self._contexts.pop(id, None)
+            if gone is not None:
+                self.drop(gone)
+
+    def close(self) -> None:
+        """Lets go of the pages and the store; closing twice is allowed."""
+        with self.pool.lock:
+            for context in self._contexts.values():
+                self.drop(context)
+        self.store.close()
+
+    def _release_pages(self, context: Context) -> None:
+        if context.resident is not None:
+            self.pool.release(context.resident)
+            context.resident = None
+
+    def _touch(self, context: Context) -> None:
+        self._clock += 1
+        context.used = self._clock
+
+    def _header(self, title: str, origin: Origin) -> ContextHeader:
+        c = self._model.config
+        return ContextHeader(
+            fingerprint=self._model.fingerprint,
+            dtype=self._model.dtype.name,
+            num_layers=c.num_hidden_layers,
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            page_size=self.pool.page_size,
+            origin=origin.runs,
+            namespace=self._namespace,
+            title=title,
+        )
+
+    def _is_ours(self, header: ContextHeader) -> bool:
+        return header == self._header(header.title, Origin(header.origin))
+
+    def _shown(self, record: ContextRecord) -> ContextRecord | None:
+        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
+
+        One of another model, layout or namespace is not ours to show.
+        """
+        header = record.header
+        if header is None or self._is_ours(header):
+            return record
+        record = sampled.named(record)
+        of_any_model = dataclasses.replace(header, fingerprint=self._model.fingerprint)
+        unknown = record.problem == sampled.UNKNOWN_MODEL
+        return record if unknown and self._is_ours(of_any_model) else None
+
+
+def finite(kv: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys and values that a user gives, layer by layer: a NaN would reach every later answer, or
+    none, by the plan that is asked.
+
+    Raises:
+      RequestError: a number is not finite.
+    """
+    for layer, (k, v) in enumerate(kv):
+        for name, x in (("keys", k), ("values", v)):
+            bad = ~np.isfinite(np.asarray(x))
+            if bad.any():
+                at = ", ".join(map(str, np.argwhere(bad)[0]))
+                raise RequestError(
+                    f"import_context(kv=...): the {name} of layer {layer} are not finite, first at "
+                    f"[{at}] of [K, n, D]; give finite numbers, or leave kv out"
+                )
+        yield np.asarray(k), np.asarray(v)
