@@ -72,6 +72,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints/base.txt constraints/old
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		python="$(PYTHON)"; python="$${python:-$$(.ci/find-python 3.12 3.13)}" && \
 		echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV); }
+	@echo "installing packages into $(VENV): a minute or two, once"
 	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints/oldest.txt --no-build-isolation -e '.[dev]'
 	@touch $@

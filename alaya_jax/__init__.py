@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from alaya_jax.budget import Budget as Budget
+    from alaya_jax.compilation import compilations as compilations
     from alaya_jax.db import DB as DB
     from alaya_jax.errors import AlayaError as AlayaError
     from alaya_jax.generation import generate as generate
@@ -68,6 +69,7 @@ _HOME = {
     "TopK": "query",
     "Window": "query",
     "calibrate": "optimizer.calibrate",
+    "compilations": "compilation",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

@@ -8,8 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Listed
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from alaya_jax import prompts
 from alaya_jax.budget import Budget
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.catalogue import Catalogue, finite
 from alaya_jax.contexts.context import Context
@@ -26,7 +25,6 @@ from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
-from alaya_jax.query.origin import Origin
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.storage import DirectoryStore
@@ -109,7 +107,7 @@ class DB:
         text_or_tokens: str | Iterable[int] | np.ndarray | None = None,
         kv: Iterable[tuple[Any, Any]] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         title: str = "",
@@ -158,7 +156,7 @@ class DB:
         self,
         prompt: str | np.ndarray | list[int] | None = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -173,7 +171,7 @@ class DB:
         self,
         prompt: Any = None,
         *,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
@@ -216,34 +214,11 @@ class DB:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
         if reuse not in ("exact", "any"):
             raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
-        sequences, found, origins = [], [], []
-        with self.pool.lock:
-            try:
-                for tokens in rows:
-                    self._check_length(tokens)
-                    context, length = self._catalogue.match(tokens, exact=reuse == "exact")
-                    found.append(context)
-                    origins.append(context.origin.upto(length) if context else Origin())
-                    shared = self._catalogue.lock(context, length) if context else Sequence()
-                    sequences.append(shared)
-            except BaseException:
-                for sequence in sequences:
-                    self.pool.release(sequence)
-                raise
-        tokens = [p[: s.length] for p, s in zip(rows, sequences, strict=True)]
-        session = Session(
-            self.model,
-            self.pool,
-            self._catalogue.indexes,
-            sequences,
-            tokens,
-            found,
-            origins=origins,
-            batched=batched,
-        )
-        session.dated = asked[0].dated
-        session.lender = self._catalogue.match_graph
-        rest = [p[s.length :] for p, s in zip(rows, sequences, strict=True)]
+        for tokens in rows:
+            self._check_length(tokens)
+        batch, found = self._catalogue.open(rows, exact=reuse == "exact")
+        session = Session(batch, found, batched=batched, dated=asked[0].dated)
+        rest = [p[n:] for p, n in zip(rows, batch.reused, strict=True)]
         return session, rest if batched else rest[0]
 
     def store(self, session: Session, *, title: str = "", tokens: Any = None) -> Context:
@@ -365,7 +340,7 @@ class DB:
     def prompt(
         self,
         prompt: Any = None,
-        messages: Listed[Message] | None = None,
+        messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
         *,

@@ -6,26 +6,22 @@ import weakref
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alaya_jax.cache.pool import uninterrupted
+from alaya_jax.compilation import Watch
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.progress import progress_bar
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.decoding import Decoding, read
+from alaya_jax.runtime.programs import Row
 from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
-from alaya_jax.runtime.sampling.sampler import init_sampler, sample
+from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.session import Output, Session
 from alaya_jax.settings import methods_under_own_settings, under_own_settings
-
-BLOCK = 16
-"""Most decode steps of one device call. The next call is under way while one's tokens are read."""
-
-_sample = jax.jit(sample, static_argnums=0, donate_argnums=1)
 
 
 class Token(NamedTuple):
@@ -49,24 +45,32 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass
 class Timing:
-    """Wall times, seconds. The first call of a new shape includes its compilation.
+    """Wall times, seconds.
 
     Attributes:
       prefill_tokens: tokens the model was run over before the first new one, longest sequence.
       first_token_s: from the call to the first token.
       decode_tokens: tokens after the first, over the batch.
       decode_s: from the first token to the last.
+      compile_s: of both, what compiling took: the first call of a new plan or shape compiles its
+        programs, or reads them from disk.
+      decode_compile_s: of `decode_s`.
+      programs: how many programs were compiled, or read.
     """
 
     prefill_tokens: int = 0
     first_token_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    compile_s: float = 0.0
+    decode_compile_s: float = 0.0
+    programs: int = 0
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed, over the batch; 0 when nothing was decoded."""
-        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+        """Decoding speed, over the batch, without compiling; 0 when nothing was decoded."""
+        took = self.decode_s - self.decode_compile_s
+        return self.decode_tokens / took if self.decode_tokens and took > 0 else 0.0
 
 
 @under_own_settings
@@ -214,7 +218,9 @@ class _Request:
         # Tokens that are given, and not only what is pending, begin another output.
         begun = [
             Output() if len(row) > len(pending) else output
-            for row, pending, output in zip(rows, session.pending, session.outputs, strict=True)
+            for row, pending, output in zip(
+                rows, session.batch.pending, session.outputs, strict=True
+            )
         ]
         self._processors, sampler = init_sampler(
             each, prompts, model.config.vocab_size, [output.ids for output in begun]
@@ -227,7 +233,7 @@ class _Request:
             prefill = attention  # which says what it means for a prefill
         plans = session.plans(attention, longest), session.plans(prefill, max(ends), prefill=True)
         # The last token sampled is never fed, so it needs no room.
-        session.make_room([len(row) + max_new_tokens - 1 for row in rows])
+        session.batch.make_room([len(row) + max_new_tokens - 1 for row in rows])
 
         self.session = session
         self._tokenizer = model.tokenizer
@@ -235,7 +241,7 @@ class _Request:
         self.finish_reasons: list[str | None] = [None] * batch
         self.timing = Timing(prefill_tokens=max(len(row) for row in rows))
         self._rows = rows
-        self._turn = session.turn
+        self._turn = session.batch.turn
         self._alternatives = [s.logprobs for s in each]
         self._max = max_new_tokens
         self._attention, self._prefill = plans
@@ -257,7 +263,7 @@ class _Request:
 
     def require_its_turn(self) -> None:
         """Raises RequestError where somebody else has gone on with the session."""
-        if self._turn != self.session.turn and self._running.any():
+        if self._turn != self.session.batch.turn and self._running.any():
             raise RequestError(
                 "the session was closed, or went on by another call, since this generation began; "
                 "start another generate()"
@@ -265,85 +271,68 @@ class _Request:
 
     def give_back(self) -> None:
         """Gives up the room that was not used; what a later call has reserved is not ours."""
-        if self._turn == self.session.turn:
-            self.session.give_room_back()
+        if self._turn == self.session.batch.turn:
+            self.session.batch.give_room_back()
 
     def run(self) -> Generator[Token]:
-        session, started = self.session, time.perf_counter()
-        total = self.timing.prefill_tokens
+        session, started, timing = self.session, time.perf_counter(), self.timing
+        on_read = session.account.on_read("prefill", self._prefill)
+        total, watch = timing.prefill_tokens, Watch()
         try:
             with progress_bar("reading the prompt", total, show=self._progress) as advance:
-                logits = session.feed(self._rows, self._prefill, advance)
-            token, logprob, alternatives, sampler = _sample(self._processors, self._sampler, logits)
-            first = np.asarray(token)
-            self.timing.first_token_s = time.perf_counter() - started
-            yield from self._accept(first, np.asarray(logprob), _rows(alternatives))
+                passed, fed = session.batch.feed(self._rows, self._prefill, on_read, advance)
+            decoding = self._decoding()
+            row = decoding.first(passed, fed, session.pool.table(session.sequences))
+            token, logprob, alternatives, *_ = read(row)
+            timing.first_token_s = time.perf_counter() - started
+            timing.compile_s, timing.programs = watch.read()
+            prefilling = timing.compile_s
+            yield from self._accept(token, logprob, alternatives)
             started = time.perf_counter()
-            for row in self._decode(token, sampler):
+            for row in self._decode(decoding):
+                timing.compile_s, timing.programs = watch.read()
+                timing.decode_compile_s = timing.compile_s - prefilling
                 for new in self._accept(*row):
-                    self.timing.decode_s = time.perf_counter() - started
-                    self.timing.decode_tokens += 1
+                    timing.decode_s = time.perf_counter() - started
+                    timing.decode_tokens += 1
                     yield new
         finally:
             self.give_back()
 
-    def _decode(self, token: jax.Array, sampler: Any) -> Iterator[tuple[Any, Any, Any]]:
-        """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities."""
+    def _decoding(self) -> Decoding:
         session = self.session
         width = max(1, *(len(ids) for ids in self._end_ids))
         end_ids = np.full((session.batch_size, width), -1, np.int32)
         for row, ids in zip(end_ids, self._end_ids, strict=True):
             row[: len(ids)] = ids
-        end_ids = jnp.asarray(end_ids)
-        table = session.pool.table(session.sequences)
-        on_device = jnp.asarray(self._running)
-        under_way: tuple[programs.Decoded, jax.Array, jax.Array] | None = None
-        left, block = self._max - 1, 2
+        return Decoding(
+            session.batch.stack,
+            session.pool,
+            self._attention,
+            lambda: session.batch.cover(self._attention),
+            end_ids,
+            (self._processors, self._sampler),
+        )
+
+    def _decode(self, decoding: Decoding) -> Iterator[tuple[Any, Any, Any]]:
+        """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities.
+
+        While one is read, the next step is under way.
+        """
+        left = self._max - 1
+        under_way: Row | None = None
         while under_way is not None or (left > 0 and self._running.any()):
             finished, under_way = under_way, None
             if left > 0 and self._running.any():
-                steps, before = min(block, left), table.length
-                with session.pool.lock:
-                    decoded, table, token, sampler = session.pool.run(
-                        programs.decode,
-                        session.model.params,
-                        table,
-                        token,
-                        on_device & jnp.asarray(self._running),
-                        end_ids,
-                        sampler,
-                        jnp.int32(steps),
-                        self._attention,
-                        session.cover(self._attention),
-                        kv_result=1,
-                        processors=self._processors,
-                        capacity=BLOCK,
-                        **session.static,
-                    )
-                on_device = decoded.running
-                under_way, left = (decoded, before, table.length), left - steps
-                block = min(2 * block, BLOCK)  # short ones first: the reader waits for them
+                decoding.allow(self._running)
+                under_way, left = decoding.step(), left - 1
             if finished is not None:
-                yield from self._read(*finished)
-
-    def _read(
-        self, decoded: programs.Decoded, before: jax.Array, after: jax.Array
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        """The rows of one device call, and lengths around it; blocks until it has run."""
-        steps = int(decoded.steps)
-        tokens, logprobs = np.asarray(decoded.tokens), np.asarray(decoded.logprobs)
-        alternatives = _rows(decoded.alternatives)
-        if steps:
-            lengths = np.asarray(before)
-            self.session.count_reads(
-                "decode",
-                self._attention,
-                decoded.counts,
-                lengths.tolist(),
-                np.asarray(after) - lengths,
-            )
-        for s in range(steps):
-            yield tokens[s], logprobs[s], alternatives and [a[s] for a in alternatives]
+                token, logprob, alternatives, length, count = read(finished)
+                if count.any():
+                    self.session.account.count(
+                        "decode", self._attention, finished.counts, length.tolist(), count
+                    )
+                    yield token, logprob, alternatives
 
     @property
     def _running(self) -> np.ndarray:
@@ -394,7 +383,3 @@ class _Request:
             output.stream, output.stop = None, StopText(())
         self._texts[b].append(text)
         return text
-
-
-def _rows(alternatives: Any) -> list[np.ndarray] | None:
-    return None if alternatives is None else [np.asarray(a) for a in alternatives]

@@ -1,6 +1,7 @@
 """A loaded model: architecture, weights on their devices, tokenizer."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from alaya_jax.checkpoint import read_checkpoint
 from alaya_jax.checkpoint.identity import identify_arrays
+from alaya_jax.compilation import keep_programs
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.frame import Frame
 from alaya_jax.models.chat import ChatTemplate
@@ -22,6 +24,8 @@ from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
 from alaya_jax.rope import Rope, stretched
 from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, auto_axes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Model:
       mesh, rules: where the parameters lie; no mesh is the default device.
       max_length: longest sequence, tokens; None: what the checkpoint declares.
       directory: of the checkpoint's files; None where it is one file, or was not read from any.
+      layers_per_program: most layers of a compiled program; None: about five. As many as the model
+        has is one program for all: the least work between them, and the longest to compile.
     """
 
     config: LlamaConfig
@@ -62,6 +68,7 @@ class Model:
     rules: ShardingRules
     max_length: int | None
     directory: Path | None
+    layers_per_program: int | None
     _named: _Named | None
 
     def __init__(
@@ -76,6 +83,7 @@ class Model:
         max_length: int | None = None,
         directory: Path | None = None,
         *,
+        layers_per_program: int | None = None,
         _named: _Named | None = None,
     ):
         """A model of parameters in memory; `load` reads one.
@@ -92,7 +100,8 @@ class Model:
             _named = None
         fields = {"config": config, "params": params, "tokenizer": tokenizer, "name": name}
         fields |= {"mesh": mesh, "rules": rules or ShardingRules(), "max_length": max_length}
-        for field, value in (fields | {"directory": directory, "_named": _named}).items():
+        fields |= {"directory": directory, "layers_per_program": layers_per_program}
+        for field, value in (fields | {"_named": _named}).items():
             object.__setattr__(self, field, value)
 
     @property
@@ -225,6 +234,8 @@ def load(
     rules: ShardingRules | None = None,
     max_length: int | None = None,
     rope: Rope | None = None,
+    layers_per_program: int | None = None,
+    compilation_cache: bool | str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Model:
     """Loads a model.
@@ -241,17 +252,29 @@ def load(
         length before stretching). Dynamic RoPE is stretched for it: choose it as short as will do.
       rope: stretches RoPE in place of what the checkpoint says; another model then, with stored
         contexts of its own.
+      layers_per_program: most layers of a compiled program; None: about five, which compiles in a
+        fraction of the time. As many as the model has: one program for all, which is for meshes
+        where calling programs costs more than compiling them once.
+      compilation_cache: where compiled programs are kept for later processes; a directory, False
+        for nowhere, None for the user's cache folder. See `alaya_jax.compilation`.
       progress: shows a bar on stderr when it is a terminal.
 
     Raises:
-      RequestError: `max_length` is not from 1 to what RoPE is stretched for; `rope` lacks a length.
+      RequestError: `layers_per_program` is not at least 1; `max_length` is not from 1 to what RoPE
+        is stretched for; `rope` lacks a length.
       CheckpointError, ConfigError, TokenizerError: the checkpoint is missing, damaged or not
         understood; or the mesh has an axis that no rule uses.
     """
+    if layers_per_program is not None and layers_per_program < 1:
+        raise RequestError(f"load: layers_per_program={layers_per_program}; give at least 1")
     rules = rules or ShardingRules()
     if mesh is not None:
         rules.require_used(mesh.shape)
         mesh = auto_axes(mesh)
+    try:
+        keep_programs(compilation_cache)
+    except OSError as error:
+        _log.warning("compiled programs are not kept: %s", error)
     read = read_checkpoint(
         path_or_name, mesh=mesh, rules=rules, dtype=dtype, quantize=quantize, progress=progress
     )
@@ -274,6 +297,7 @@ def load(
         rules=rules,
         max_length=max_length,
         directory=read.source if read.source.is_dir() else None,
+        layers_per_program=layers_per_program,
     )
 
 

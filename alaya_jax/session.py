@@ -2,47 +2,29 @@
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alaya_jax.attention.counts import Counts
-from alaya_jax.cache.pool import PagePool, Sequence, uninterrupted
-from alaya_jax.contexts import graphs
-from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.explain.explanation import Explanation, Reads
-from alaya_jax.explain.report import report
-from alaya_jax.index import Graph, GraphLayer, Indexed
-from alaya_jax.index.pages import PageIndexes
+from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
+from alaya_jax.contexts.context import Context
+from alaya_jax.errors import RequestError
+from alaya_jax.explain.account import Account
+from alaya_jax.explain.explanation import Explanation
+from alaya_jax.explain.report import last_plans, report
 from alaya_jax.model import Model
 from alaya_jax.models.tokenizer import TokenStream
-from alaya_jax.optimizer.choice import Choice
-from alaya_jax.optimizer.prefill import PrefillChoice
 from alaya_jax.optimizer.situation import choose_for, choose_prefill_for
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Origin, Way
-from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for
-from alaya_jax.runtime import layerwise, programs
+from alaya_jax.query.plan import Attention, Plans, plan_for
+from alaya_jax.runtime import layerwise
+from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.sampling.params import StopText
 from alaya_jax.settings import methods_under_own_settings
-
-if TYPE_CHECKING:
-    from alaya_jax.contexts.context import Context
-
-CHUNKS = (8, 64, 512)
-"""Tokens that one call of `programs.extend` takes; the last chunk of a prefill is padded to the
-next.
-"""
-
-GPU_CHUNK = 4096
-"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than
-an H100 has multiprocessors.
-"""
 
 
 @dataclasses.dataclass
@@ -78,80 +60,73 @@ class Session:
     One thread at a time may use a session; threads may share its database.
 
     Attributes:
-      reused: tokens of each sequence that came from a stored context.
-      contexts: the context of each, or None.
-      origins: how the keys and values of each were computed; see `Origin`.
+      batch: its sequences, their tokens and pages.
+      contexts: the context of each sequence, or None.
+      account: what was read of them.
     """
 
     def __init__(
         self,
-        model: Model,
-        pool: PagePool,
-        indexes: PageIndexes,
-        sequences: list[Sequence],
-        tokens: list[np.ndarray],
-        contexts: "list[Context | None]",
+        batch: Batch,
+        contexts: list[Context | None],
         *,
-        origins: list[Origin],
         batched: bool,
+        dated: str = "",
     ):
-        """Made by the database; takes over the pages of `sequences`."""
-        self.model = model
-        self.pool = pool
-        self.indexes = indexes
-        self._sequences = sequences
-        self.batched = batched
-        self.contexts = contexts
-        self.origins = origins
-        self.reused = [s.length for s in sequences]
-        self.pending: list[list[int]] = [[] for _ in sequences]
-        """Tokens that were generated but are not in the cache yet: the next call feeds them
-        first.
+        """Made by the database.
+
+        Args:
+          batch: taken over: its sequences, which hold what `contexts` share.
+          contexts: of each sequence, or None.
+          batched: whether a list of prompts was given.
+          dated: what the chat template printed for the time, where it does.
         """
-        self.outputs = [Output() for _ in sequences]
+        self.batch = batch
+        self.contexts = contexts
+        self.batched = batched
+        self.dated = dated
+        self.account = Account(batch.model, batch.pool.page_size)
+        self.outputs = [Output() for _ in contexts]
         """What each sequence said since it was last given tokens."""
-        self.reads: dict[str, Reads] = {}
-        self._graphs: dict[tuple[int, Any, int], GraphLayer] = {}
-        """By sequence, building settings and layer; kept as the session's pages are."""
-        self.lender: Callable[[np.ndarray, Graph | None], tuple[Context | None, int]] = lambda *_: (
-            None,
-            0,
-        )
-        """Finds another context's graph where a sequence's own has none, and how far it goes."""
-        self.choice: Choice | None = None
-        """What `Auto` chose last, and why."""
-        self.prefill_choice: PrefillChoice | None = None
-        """The same for a prefill."""
-        self.dated = ""
-        """What the chat template printed for the time, where it does."""
-        self.turn = 0
-        """Calls so far that write here: a generation of an earlier turn must not go on."""
-        self._tokens: list[list[int]] = [t.tolist() for t in tokens]
-        self._release = weakref.finalize(self, _release, pool, sequences)
-        self._release.atexit = False
-        self.ahead = np.zeros(model.config.num_hidden_layers, np.int64)
-        """Tokens that `update` wrote in each layer and not in all yet."""
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def model(self) -> Model:
+        """The model of the database."""
+        return self.batch.model
+
+    @property
+    def pool(self) -> PagePool:
+        """Where its pages are."""
+        return self.batch.pool
+
+    @property
+    def reused(self) -> list[int]:
+        """Tokens of each sequence that came from a stored context."""
+        return self.batch.reused
+
+    @property
+    def origins(self) -> list[Origin]:
+        """How the keys and values of each sequence were computed."""
+        return self.batch.origins
+
+    @property
+    def sequences(self) -> list[PagedSequence]:
         """Where each sequence is in the pool.
 
         Raises:
           RequestError: the session is closed.
         """
-        if not self._release.alive:
-            raise RequestError("the session is closed; open another with DB.create_session")
-        return self._sequences
+        return self.batch.sequences
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return len(self._sequences)
+        return self.batch.size
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in the cache, of each sequence."""
-        return [s.length for s in self.sequences]
+        return self.batch.lengths
 
     @property
     def length(self) -> int:
@@ -161,10 +136,10 @@ class Session:
     @property
     def tokens(self) -> list[np.ndarray]:
         """Ids of the tokens in the cache, of each sequence; shorter where `update` gave none."""
-        return [np.asarray(t, np.int32) for t in self._tokens]
+        return self.batch.tokens
 
     @property
-    def context(self) -> "Context | None":
+    def context(self) -> Context | None:
         """The context that the (first) sequence was opened on."""
         return self.contexts[0]
 
@@ -184,7 +159,7 @@ class Session:
         checked = [self.model.check_tokens(row) for row in rows]
         return [
             np.concatenate([np.asarray(p, np.int32), row])
-            for p, row in zip(self.pending, checked, strict=True)
+            for p, row in zip(self.batch.pending, checked, strict=True)
         ]
 
     def prefill(
@@ -214,8 +189,10 @@ class Session:
             raise RequestError("prefill: there are no tokens to run the model over")
         longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
         plans = self.plans(attention, longest, prefill=True)
-        self.make_room([len(row) for row in rows])
-        return self.feed(rows, plans, on_chunk)
+        self.batch.make_room([len(row) for row in rows])
+        on_read = self.account.on_read("prefill", plans)
+        passed, _ = self.batch.feed(rows, plans, on_read, on_chunk)
+        return self.batch.stack.logits(passed)
 
     def plans(self, attention: Attention | None, length: int, prefill: bool = False) -> Plans:
         """What answers `attention`, default `Full()`, in sequences of up to so many tokens.
@@ -229,201 +206,21 @@ class Session:
 
         def choose(auto: Auto) -> Plans:
             if prefill:
-                self.prefill_choice = choose_prefill_for(auto, self, length)
-                return self.prefill_choice.plan
-            self.choice = choose_for(auto, self, length)
-            return self.choice.plans
+                self.account.prefill = choose_prefill_for(auto, self.batch, length)
+                return self.account.prefill.plan
+            self.account.choice = choose_for(auto, self.batch, length)
+            return self.account.choice.plans
 
         asked = Full() if attention is None else attention
         plans = plan_for(asked, self.model.config, length, choose)
-        for layer, index in enumerate(indexes_of(plans, self.model.config.num_hidden_layers)):
-            if isinstance(index, Graph):  # missing, it is refused before anything runs
-                for b in range(self.batch_size):
-                    self._graph(b, index, layer)
+        self.batch.require_graphs(plans)
         return plans
-
-    def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
-        """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
-
-        Raises:
-          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
-        """
-        rows = list(range(self.batch_size)) if rows is None else rows
-        wanted = indexes_of(plans, self.model.config.num_hidden_layers)
-        indexed = self.indexes.cover(wanted, [self.sequences[b] for b in rows])
-        layers = (
-            tuple(self._graph(b, index, i) for b in rows)
-            if isinstance(index, Graph)
-            else indexed.layers[i]
-            for i, index in enumerate(wanted)
-        )
-        return dataclasses.replace(indexed, layers=tuple(layers))
-
-    def _graph(self, b: int, index: Graph, layer: int) -> GraphLayer:
-        """The graph of a layer of a sequence's context, as far as the sequence has reused it."""
-        key = b, tuple(index.built.items()), layer
-        with self.pool.lock:
-            if key in self._graphs:
-                return self._graphs[key]
-            graphs.require_no_context_axis(self.model, index)
-            context, known = self._graph_owner(b, index)
-            if context is None:
-                raise RequestError(
-                    f"sequence {b} was opened on no stored context, and a graph index belongs to "
-                    "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
-                    "aj.Graph()) before create_session"
-                )
-            self._graphs[key] = graphs.of_prefix(context.graph(index, self.model, layer), known)
-        return self._graphs[key]
-
-    def _graph_owner(self, b: int, wanted: Graph | None) -> "tuple[Context | None, int]":
-        """Whose graph a sequence asks, such a one or any, and how many of its keys it knows."""
-        context, known = self.contexts[b], self.reused[b]
-        if context is None or not context.has_graph:
-            # Exact keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
-            exact = self.origins[b].exact(known)
-            lent, shared = self.lender(self.tokens[b][:exact], wanted)
-            context, known = (lent, shared) if lent is not None else (context, known)
-        return context, known
-
-    def known_graph(self) -> tuple[Graph | None, int]:
-        """The graph that all sequences can ask, and how many keys of each it knows at least; None,
-        and how many it would know, where they have none, or not the same.
-        """
-        least, same = min(self.reused), None
-        for b in range(self.batch_size):
-            context, known = self._graph_owner(b, None)
-            found = context.indexes if context else ()
-            if not found or (same and not same.fits(found[0])):
-                return None, least
-            same, least = found[0], min(least, known)
-        return same, least
-
-    def feed(
-        self,
-        rows: list[np.ndarray],
-        plans: Plans,
-        on_chunk: Callable[[int], None] | None = None,
-    ) -> Float[Array, "B V"]:
-        """`prefill` of what `rows` returned, for which room is made."""
-        logits: Array | None = None
-        done, way = 0, Way.of(plans)
-        while done < max(len(row) for row in rows):
-            left = max(len(row) for row in rows) - done
-            widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
-            width = next((c for c in widths if c >= left), widths[-1])
-            chunk = np.zeros((self.batch_size, width), np.int32)
-            new = np.zeros(self.batch_size, np.int32)
-            for b, row in enumerate(rows):
-                part = row[done : done + width]
-                chunk[b, : len(part)], new[b] = part, len(part)
-            table = self.pool.table(self.sequences)
-            with self.pool.lock:
-                part_logits, counts = self.pool.run(
-                    programs.extend,
-                    self.model.params,
-                    table,
-                    jnp.asarray(chunk),
-                    jnp.asarray(new),
-                    plans,
-                    self.cover(plans),
-                    kv_result=1,
-                    **self.static,
-                )
-            # Only after its last chunk are a sequence's logits those of its last token.
-            fresh = jnp.asarray(new > 0)[:, None]
-            logits = part_logits if logits is None else jnp.where(fresh, part_logits, logits)
-            self.count_reads("prefill", plans, counts, self.lengths, new, width)
-            with uninterrupted():
-                for b, count in enumerate(new):
-                    self._commit(b, rows[b][done : done + count].tolist(), way)
-                self.pending = [[] for _ in rows]  # was in front of the first chunk
-            if on_chunk is not None:
-                on_chunk(int(new.max()))
-            done += width
-        assert logits is not None
-        return logits
-
-    def make_room(self, counts: list[int]) -> None:
-        """Reserves pages for new tokens of each sequence.
-
-        Raises:
-          RequestError: a sequence would be longer than the model allows.
-          CacheFullError: no room; no sequence got any.
-        """
-        if any(self.ahead):
-            raise RequestError(
-                "update() wrote new tokens in some layers only; finish the other layers first"
-            )
-        limit = self.model.length_limit
-        for length, count in zip(self.lengths, counts, strict=True):
-            if length + count > limit:
-                raise RequestError(
-                    f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} "
-                    f"that {self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
-                )
-        before = [len(sequence.pages) for sequence in self.sequences]
-        try:
-            for sequence, count in zip(self.sequences, counts, strict=True):
-                self.pool.reserve(sequence, count)
-        except CacheFullError:
-            for sequence, keep in zip(self.sequences, before, strict=True):
-                self.pool.trim(sequence, keep)
-            raise
-        self.turn += 1
-
-    def give_room_back(self) -> None:
-        """Gives up what was reserved and holds no token; of a closed session there is nothing."""
-        for sequence in self._sequences:
-            self.pool.trim(sequence)
 
     def accept(self, b: int, token: int, way: Way) -> None:
         """Records a generated token of sequence `b`; the one before it is in the cache now."""
         with uninterrupted():
-            self._commit(b, self.pending[b], way)
-            self.pending[b] = [token]
+            self.batch.accept(b, token, way)
             self.outputs[b].ids.append(token)
-
-    def _commit(self, b: int, tokens: list[int], way: Way) -> None:
-        sequence = self.sequences[b]
-        end = sequence.length + len(tokens)
-        self.origins[b] = self.origins[b].then(sequence.length, end, way)
-        self._tokens[b].extend(tokens)
-        sequence.length = end
-
-    @property
-    def static(self) -> dict[str, Any]:
-        """Static arguments of the programs that run the model."""
-        m = self.model
-        return {
-            "config": m.config,
-            "rope_length": m.rope_length,
-            "mesh": m.mesh,
-            "rules": m.rules,
-        }
-
-    def count_reads(
-        self,
-        phase: str,
-        plans: Plans,
-        counts: Counts,
-        lengths: list[int],
-        new: Any,
-        tokens: int = 1,
-    ) -> None:
-        """Adds what a program read, [L, B, H], to the account that `explain` shows; `tokens`: of
-        each sequence that it took at once.
-        """
-        reads = self.reads.get(phase)
-        if reads is None or not reads.is_of(plans):
-            reads = Reads(plans, self.model, self.pool.page_size, tokens)
-            self.reads[phase] = reads
-        # Token i of n new ones sees the `length` before it, the i before it, and itself.
-        visible = sum(
-            int(n) * length + int(n) * (int(n) + 1) // 2
-            for length, n in zip(lengths, new, strict=True)
-        )
-        reads.add(counts, visible, int(np.sum(new)))
 
     def update(
         self,
@@ -454,7 +251,7 @@ class Session:
           CacheFullError: no room.
         """
         del q
-        return layerwise.update(self, k, v, layer, return_kv)
+        return layerwise.update(self.batch, k, v, layer, return_kv)
 
     def attention(
         self, q: Float[Array, "B T H D"], layer: int, query: Attention | None = None
@@ -469,26 +266,15 @@ class Session:
         Raises:
           RequestError: wrong shape or layer, or more tokens than there are.
         """
-        return layerwise.attention(self, q, layer, query)
+        t = layerwise.queries(self.batch, q, layer)
+        plans = self.plans(query, self.length + t, prefill=t > 1)
+        on_read = self.account.on_read("attention", plans)
+        return layerwise.attention(self.batch, q, layer, plans, on_read)
 
     def fork(self) -> "Session":
         """A second session with the same tokens. Pages are shared until one of the two writes."""
-        if any(self.ahead):
-            raise RequestError("fork: update() wrote new tokens in some layers only")
-        sequences = [self.pool.share(s, s.length) for s in self.sequences]
-        other = Session(
-            self.model,
-            self.pool,
-            self.indexes,
-            sequences,
-            self.tokens,
-            list(self.contexts),
-            origins=list(self.origins),
-            batched=self.batched,
-        )
-        other.reused, other.dated = list(self.reused), self.dated
-        other._graphs, other.lender = dict(self._graphs), self.lender
-        other.pending = [list(p) for p in self.pending]
+        batch, contexts = self.batch.fork(), list(self.contexts)
+        other = Session(batch, contexts, batched=self.batched, dated=self.dated)
         other.outputs = [output.copy() for output in self.outputs]
         return other
 
@@ -526,19 +312,27 @@ class Session:
           RequestError: there is nothing to analyze, or the session is closed.
           PlanError: what an `Auto` asks cannot be had.
         """
-        if not self._release.alive:
+        if not self.batch.is_open:
             if analyze or attention is not None:
                 raise RequestError("the session is closed; what it read is explain() without more")
             return self._explanation
         with self.pool.lock if analyze else contextlib.nullcontext():
-            return report(self, analyze, attention, sequence)
+            plans = last_plans(self.account)
+            planned = attention is not None or plans is None
+            return report(
+                self.batch,
+                self.account,
+                [c.id if c else None for c in self.contexts],
+                self.plans(attention, self.length + 1) if planned or plans is None else plans,
+                planned=planned,
+                analyzed=sequence if analyze else None,
+            )
 
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""
-        if self._release.alive:
+        if self.batch.is_open:
             self._explanation = self.explain()
-        self._release()
-        self.turn += 1
+        self.batch.release()
 
     def __enter__(self) -> Self:
         return self
@@ -547,11 +341,6 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        if not self._release.alive:
+        if not self.batch.is_open:
             return "Session(closed)"
         return f"Session({self.model.name}, lengths {self.lengths}, reused {self.reused})"
-
-
-def _release(pool: PagePool, sequences: list[Sequence]) -> None:
-    for sequence in sequences:
-        pool.release(sequence)

@@ -48,6 +48,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import Pages
 from alaya_jax.index import GraphSpec
 from alaya_jax.index.graph.build import link, query_lists
+from alaya_jax.index.graph.layer import Effort
 from alaya_jax.index.memory import Memory
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
@@ -79,9 +80,7 @@ def graph_search(layer, q, pool, ids, limit, low, beta, seed, shared, l0=L0):
         low,
         beta,
         seed,
-        l0=l0,
-        capacity=CAPACITY,
-        shared=shared,
+        Effort(l0, CAPACITY, shared),
     )
 
 

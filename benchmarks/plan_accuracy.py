@@ -46,7 +46,7 @@ from alaya_jax.optimizer import bench, machine
 from alaya_jax.optimizer.calibrate import calibrate
 from alaya_jax.optimizer.choice import describe
 from alaya_jax.optimizer.choose import choose, options
-from alaya_jax.optimizer.cost import Kept, Machine, Workload, cost, step_seconds, visited
+from alaya_jax.optimizer.cost import KeysKept, Machine, Workload, cost, step_seconds, visited
 from alaya_jax.query import DIPR, Full, Window
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan
@@ -106,7 +106,7 @@ class Layer:
         memory = LayerMemory(self.k, self.v, self.table, index, covered)
         return engine.attend(plan, q, memory, one)
 
-    def in_range(self) -> Kept:
+    def in_range(self) -> KeysKept:
         """Keys outside the window within the planted range, as a calibration counts them."""
         alone, together = [], []
         for q in self.q:
@@ -115,7 +115,7 @@ class Layer:
             kept[..., : WINDOW.sink] = kept[..., -WINDOW.recent :] = False
             alone.append(kept.sum(-1).mean())
             together.append(kept.any(1).sum(-1).mean())
-        return Kept(float(np.mean(alone)), float(np.mean(together)))
+        return KeysKept(float(np.mean(alone)), float(np.mean(together)))
 
 
 def measure(layer: Layer, rounds: int) -> dict[str, dict]:
@@ -127,7 +127,7 @@ def measure(layer: Layer, rounds: int) -> dict[str, dict]:
         heads = (layer.k.shape[0], -1)
         read = np.mean([c.read.reshape(heads)[:, 0] for c in counts], axis=0)
         outside = np.mean([c.attended for c in counts]) - WINDOW.sink - WINDOW.recent
-        found[name] = {"kept": Kept(max(float(outside), 0.0), float(read.max())), "read": read}
+        found[name] = {"kept": KeysKept(max(float(outside), 0.0), float(read.max())), "read": read}
     times = {name: np.full(turns, np.inf) for name in names}
     for _, name, turn in itertools.product(range(rounds), names, range(turns)):
         started = time.perf_counter()

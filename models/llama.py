@@ -113,7 +113,7 @@ def run_layers(
     """
     for i, block in enumerate(blocks):
         run = functools.partial(attend, i)
-        layer = Block(config, jnp.float32)
+        layer = DecoderLayer(config, jnp.float32)
         result: Any = layer.apply({"params": block}, x, rotary, run, state)
         x, state = result
     return x, state
@@ -180,7 +180,7 @@ class Llama(nn.Module):
     def setup(self):
         cfg, dtype = self.config, self.param_dtype
         self.embed = _Embed(cfg.vocab_size, cfg.hidden_size, dtype)
-        self.layers = [Block(cfg, dtype) for _ in range(cfg.num_hidden_layers)]
+        self.layers = [DecoderLayer(cfg, dtype) for _ in range(cfg.num_hidden_layers)]
         self.norm = RMSNorm(cfg.rms_norm_eps, dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = _Linear((cfg.vocab_size,), ("embed", "vocab"), dtype)
@@ -202,7 +202,7 @@ class Llama(nn.Module):
             return self.lm_head(x, preferred_element_type=jnp.float32)
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One decoder layer: attention and a gated MLP, each behind a norm and a residual."""
 
     config: LlamaConfig

@@ -18,7 +18,7 @@ import alaya_jax as aj
 from alaya_jax.budget import Budget
 from alaya_jax.errors import CacheFullError, ContextError, DatabaseError, RequestError
 from alaya_jax.models import llama
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.stack import Stack
 
 ROOM = 1024  # tokens, 64 pages
 
@@ -191,27 +191,25 @@ def test_dynamic_rope_is_stretched_for_the_length_that_is_served(open_db, rng):
 
 def test_importing_twice_stores_once(db, document, monkeypatch):
     context = db.import_context(document)
-    monkeypatch.setattr(db.pool, "run", None)  # nothing may be computed
+    monkeypatch.setattr(db.pool, "lend", None)  # nothing may be computed
     assert db.import_context(document.tolist()) is context
     assert len(db.contexts) == 1
 
 
-def test_importing_more_computes_only_the_rest(db, greedy, document, rng):
+def test_importing_more_computes_only_the_rest(db, greedy, document, rng, monkeypatch):
     db.import_context(document)
     longer = np.concatenate([document, rng.integers(3, 256, 30)])
     computed = []
-    extend = db.pool.run
+    layers = Stack.layers
 
-    def run(program, params, table, *args, **options):
-        if program is programs.extend:
-            computed.append(int(args[1][0]))
-        return extend(program, params, table, *args, **options)
+    def run(stack, lent, chain, x, passed, fed):
+        computed.append(int(fed.count[0]))
+        return layers(stack, lent, chain, x, passed, fed)
 
-    db.pool.run = run
+    monkeypatch.setattr(Stack, "layers", run)
     context = db.import_context(longer)
     assert sum(computed) == 30
     assert (context.num_tokens, len(db.contexts)) == (100, 2)
-    del db.pool.run
     assert answer(db, [*longer, 9]) == (greedy([*longer, 9], 6), 100)
 
 
@@ -459,7 +457,7 @@ def test_exhaustion_is_refused_with_number_and_setting_and_nothing_changes(db, g
     open_sessions = []
     for prompt in prompts[:2]:
         session, rest = db.create_session(prompt)
-        session.make_room([len(rest)])
+        session.batch.make_room([len(rest)])
         open_sessions.append(session)
     free = db.pool.free_tokens
     assert free == ROOM - 960
@@ -488,7 +486,7 @@ def test_a_prompt_larger_than_the_cache_names_a_budget_that_is_enough(open_db, t
     budget = Budget(device=int(enough[1].replace(",", "")))
     with aj.DB(small._catalogue.store.path.parent / "enough", tiny_model, budget) as larger:
         session, _ = larger.create_session(prompt)
-        session.make_room([200])
+        session.batch.make_room([200])
         assert larger.pool.free_tokens < 16, "more than was needed"
 
 
@@ -609,7 +607,7 @@ def test_an_interrupted_import_stores_nothing(db, document, monkeypatch):
 def test_a_read_only_database(open_db, document, monkeypatch):
     open_db().close()
     reader = open_db(read_only=True)
-    monkeypatch.setattr(reader.pool, "run", None)  # refused before it is computed
+    monkeypatch.setattr(reader.pool, "lend", None)  # refused before it is computed
     with pytest.raises(DatabaseError, match="read_only"):
         reader.import_context(document)
 

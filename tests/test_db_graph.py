@@ -73,7 +73,7 @@ def test_a_long_list_gives_the_flat_answer(db, context, document, rng):
         assert session.reused == [shared]
         session.prefill(rest)
         compare(session, shared, rng)
-        assert [int(g.length) for g in session.cover(THROUGH).layers[1]] == [shared]
+        assert [int(g.length) for g in session.batch.cover(THROUGH).layers[1]] == [shared]
         # A fork that has gone further, and its account.
         fork = session.fork()
         fork.prefill([5, 6, 7])
@@ -264,7 +264,11 @@ def test_long_documents_are_asked_chunk_by_chunk(open_db, rng, monkeypatch):
     for chunk in (512, 16):
         monkeypatch.setattr(graphs, "CHUNK", chunk)
         sequence = db.pool.share(context.resident, 70)
-        parts = list(graphs._asked(db.model, db.pool, sequence, document, aj.Graph(queries=0.3)))
+        parts = list(
+            graphs._asked(
+                db.model, db._catalogue.stack, db.pool, sequence, document, aj.Graph(queries=0.3)
+            )
+        )
         found.append(
             [np.concatenate(x, axis=-3 if x[0].ndim > 1 else 0) for x in zip(*parts, strict=True)]
         )

@@ -1,6 +1,7 @@
 """The documentation's pages say what is there: names, links, and code that runs."""
 
 import importlib
+import itertools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import alaya_jax as aj
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / "docs" / "api"
+FOLDERS = ("alaya_jax", "models", "pallas_kernels", "configs", "tests", "benchmarks", "examples")
 
 
 def documented() -> set[str]:
@@ -43,3 +45,29 @@ def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", navigation))
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert pages <= listed
+
+
+def test_the_files_and_names_that_pages_mention_are_there():
+    """But for those of decisions, which are of their day."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        if page.name == "decisions.md":
+            continue
+        text = page.read_text("utf-8")
+        for path in re.findall(r"`([a-z_]+/[\w/.-]*\w/?)`", text):
+            if path.split("/")[0] not in FOLDERS or "NAME" in path:
+                continue
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"`(alaya_jax(?:\.\w+)+)`", text):
+            assert find(name) is not None, f"{page.name}: {name}"
+
+
+def test_the_walk_from_generate_to_a_kernel_passes_at_most_eight_modules():
+    """As docs/architecture.md lists it: each is there, and each but the model imports the next."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    walk = [ROOT / path for path in re.findall(r"^\d\. `([\w/.]+)`", text, flags=re.MULTILINE)]
+    assert 4 < len(walk) <= 8
+    for module, following in itertools.pairwise(walk):
+        name = following.parent.name if following.stem == "__init__" else following.stem
+        calls_back = module.name == "llama.py"  # what it calls is handed to it
+        assert calls_back or re.search(rf"import .*\b{name}\b|\b{name} import", module.read_text())

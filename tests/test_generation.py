@@ -12,6 +12,7 @@ import pytest
 import alaya_jax as aj
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.generation import Generation
+from alaya_jax.runtime import programs
 
 NEW = 22  # tokens: more than two device calls
 WINDOW = aj.Window(sink=2, recent=3)
@@ -192,7 +193,7 @@ def test_break_then_continue_equals_an_unbroken_run(db, greedy, prompt, after):
         if i == after:
             break
     assert session.length == len(prompt) + after - 1
-    assert session.pending == [[expected[after - 1]]]
+    assert session.batch.pending == [[expected[after - 1]]]
     again = aj.generate(session, max_new_tokens=NEW - after)
     assert [t.id for t in again] == expected[after:]
     assert session.tokens[0].tolist() == [*prompt, *expected[:-1]]
@@ -361,7 +362,7 @@ def test_not_finite_logits_are_an_error_and_the_database_goes_on(open_db, tiny_m
         list(generation)
     got = generation.ids[0]
     assert got[-1] == poison
-    assert session.pending == [[poison]]
+    assert session.batch.pending == [[poison]]
     assert session.length == len(prompt) + len(got) - 1
     assert db.pool.free_tokens == 1024 - 16 * -(-session.length // 16)
     healthy, rest = db.create_session(prompt)
@@ -379,18 +380,15 @@ def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c, monkeypatch
     """While a program runs it is put off; then the loop is left as by break."""
     expected = greedy(prompt, NEW)
     session, rest = db.create_session(prompt)
-    real, calls = db.pool.run, []
+    real, calls = programs.layers, []
 
-    def run(program, *args, **options):
-        def interrupted(*args, **static):
-            calls.append(program)
-            if len(calls) == 3:
-                ctrl_c()
-            return program(*args, **static)
+    def interrupted(*args, **static):
+        calls.append(args)
+        if len(calls) == 3:
+            ctrl_c()
+        return real(*args, **static)
 
-        return real(interrupted, *args, **options)
-
-    monkeypatch.setattr(db.pool, "run", run)
+    monkeypatch.setattr(programs, "layers", interrupted)
     generation = aj.generate(session, rest, max_new_tokens=NEW)
     with pytest.raises(KeyboardInterrupt):
         list(generation)
@@ -406,7 +404,7 @@ def test_ctrl_c_between_chunks_feeds_no_token_twice(db, greedy, rng):
     prompt, more = rng.integers(3, 256, 20), rng.integers(3, 256, 540)
     session, rest = db.create_session(prompt)
     first = next(aj.generate(session, rest, max_new_tokens=1)).id
-    assert session.pending == [[first]]
+    assert session.batch.pending == [[first]]
     assert session.model.config.max_length == 512
 
     def interrupt(done):

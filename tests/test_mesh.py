@@ -8,10 +8,10 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax import DIPR, Sketch, TopK, Window
+from alaya_jax.compilation import by_name
 from alaya_jax.errors import CacheFullError, ConfigError, RequestError
 from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
-from alaya_jax.runtime import programs
 from alaya_jax.sharding import tree_shardings
 
 WINDOW = Window(2, 6)
@@ -90,12 +90,13 @@ def documents(rng):
 def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
     """Pages of every sequence on eight devices; stored there, read on one device and on 2x2x2."""
     want, tokens = scenario(open_db(path="one", **OPTIONS), documents)
-    compiled = programs.decode._cache_size(), programs.extend._cache_size()
+    compiled = by_name.copy()
     db = open_db(laid_on(context=8), path="mesh", **OPTIONS)
     got, there = scenario(db, documents)
     # As many programs as on one device: nothing is laid one way in this call, another in the next.
-    assert programs.decode._cache_size() - compiled[0] == 1
-    assert programs.extend._cache_size() - compiled[1] == 2
+    # Two layers of unlike plans: two programs of a step, one of each of a prefill's two widths.
+    assert by_name["end"] - compiled["end"] == 1
+    assert by_name["layers"] - compiled["layers"] == 4
     assert db.pool.kv.k[0].sharding.shard_shape((2, 64, 4, 16)) == (2, 8, 4, 16)
     assert got == want
     np.testing.assert_array_equal(there, tokens)
@@ -128,9 +129,9 @@ def test_budgets_of_a_split_pool(open_db, laid_on):
         db.create_session(range(3, 36))
     assert open_db(model, path="c", pages=24, page_size=4).pool.capacity_tokens >= 33
     session, rest = db.create_session(range(3, 30))
-    session.make_room([len(rest)])
+    session.batch.make_room([len(rest)])
     with pytest.raises(CacheFullError, match="1 of 8 are free"):
-        db.create_session([5])[0].make_room([8])
+        db.create_session([5])[0].batch.make_room([8])
 
 
 def test_a_pool_whose_heads_do_not_divide_is_refused(open_db, tiny_model):

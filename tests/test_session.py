@@ -57,7 +57,7 @@ def test_a_fork_of_a_running_generation(db, greedy, prompt):
     got = [next(running).id for _ in range(6)]
     fork = session.fork()
     assert fork.lengths == [37 + 5]
-    assert fork.pending == [[expected[5]]]
+    assert fork.batch.pending == [[expected[5]]]
     other = continued(fork, [3, 4], n=6)
     assert got + [t.id for t in running] == expected
     assert other == greedy([*prompt, *expected[:6], 3, 4], 6)
@@ -69,7 +69,7 @@ def test_copied_pages_stay_in_one_run(db, rng):
     db.import_context(document)
     session, _ = db.create_session([*document, 1])
     shared = session.sequences[0].pages.copy()
-    session.make_room([60])
+    session.batch.make_room([60])
     pages = session.sequences[0].pages
     assert len(pages) == 9
     np.testing.assert_array_equal(pages[:4], shared[:4])
@@ -189,9 +189,9 @@ def test_update_and_attention_refuse_what_does_not_fit(db, rng):
 def test_what_is_pending_is_fed_first(db, all_logits, greedy, prompt):
     session, rest = db.create_session(prompt)
     (first,) = continued(session, rest, n=1)
-    assert (session.pending, session.length) == ([[first]], 37)
+    assert (session.batch.pending, session.length) == ([[first]], 37)
     logits = session.prefill(())
-    assert (session.pending, session.length) == ([[]], 38)
+    assert (session.batch.pending, session.length) == ([[]], 38)
     np.testing.assert_allclose(logits[0], all_logits([*prompt, first])[-1], rtol=0, atol=TOLERANCE)
     with pytest.raises(RequestError, match="no tokens"):
         session.prefill(())
@@ -219,7 +219,7 @@ def test_a_batch_with_an_empty_row(db, all_logits, rng):
 
 def test_each_sequence_of_a_batch_gets_the_logits_of_its_own_end(db, all_logits, rng, monkeypatch):
     """Two chunks, and a sequence that ends in the first."""
-    monkeypatch.setattr("alaya_jax.session.CHUNKS", (8, 64))
+    monkeypatch.setattr("alaya_jax.runtime.batch.CHUNKS", (8, 64))
     prompts = [rng.integers(3, 256, n) for n in (20, 75)]
     session, rest = db.create_session(prompts)
     logits = session.prefill(rest)
@@ -230,7 +230,7 @@ def test_each_sequence_of_a_batch_gets_the_logits_of_its_own_end(db, all_logits,
 def test_chunks_of_unequal_size(db, all_logits, rng, monkeypatch):
     """However a prompt is cut, the logits are those of one forward."""
     tokens = rng.integers(3, 256, 75)
-    monkeypatch.setattr("alaya_jax.session.CHUNKS", (8, 64))
+    monkeypatch.setattr("alaya_jax.runtime.batch.CHUNKS", (8, 64))
     session, rest = db.create_session(tokens)
     seen = []
     logits = session.prefill(rest, on_chunk=seen.append)
@@ -240,7 +240,7 @@ def test_chunks_of_unequal_size(db, all_logits, rng, monkeypatch):
 
 def test_room_for_a_batch_is_for_all_or_none(db, rng):
     blocker, _ = db.create_session(rng.integers(3, 256, 500))
-    blocker.make_room([500])
+    blocker.batch.make_room([500])
     batch, rest = db.create_session([rng.integers(3, 256, 300) for _ in range(2)])
     free = db.pool.free_tokens
     with pytest.raises(CacheFullError):

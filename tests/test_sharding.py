@@ -13,6 +13,8 @@ import alaya_jax as aj
 from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import ConfigError
+from alaya_jax.frame import Frame
+from alaya_jax.index.memory import Memory
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.matrices import take_rows
 from alaya_jax.models.quantized import QuantizedMatrix, quantize
@@ -223,7 +225,8 @@ def test_a_step_on_a_mesh_whose_axes_are_explicit():
     tokens, five, full = jnp.arange(5)[None], jnp.full(1, 5, jnp.int32), aj.Plan(aj.Full())
 
     def logits(params, kv, mesh):
-        return programs.step(params, config, kv, table, tokens, five, full, mesh=mesh)[0]
+        frame = Frame(config, mesh=mesh)
+        return programs.step(params, Memory(kv, table), tokens, five, full, frame)[0]
 
     want = logits(params, PagedKV.create(config, 9, 4, jnp.float32), None)
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))

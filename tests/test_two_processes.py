@@ -23,13 +23,15 @@ jax.distributed.initialize(address, 2, int(rank))
 import jax.numpy as jnp
 import numpy as np
 import alaya_jax as aj
-from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs, sharding
+from alaya_jax import DIPR, Full, Sketch, TopK, Window, configs
 from alaya_jax.cache import tables
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagePool, PagedSequence
+from alaya_jax.compilation import by_name
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.query.plan import Plan, indexes_of
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.programs import Fed
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.sharding import tree_shardings
 
 mesh, rules = aj.make_mesh(context=4, tensor=2), aj.ShardingRules()
@@ -51,15 +53,16 @@ said = {}
 tokens = np.load(folder + "/tokens.npy")
 pool = PagePool(config, model.dtype, 64, 4, "", mesh=mesh, rules=rules)
 indexes = PageIndexes(pool)
-sequence = Sequence()
+sequence = PagedSequence()
 pool.reserve(sequence, len(tokens))
-chunk = jnp.asarray(np.pad(tokens, (0, 64 - len(tokens)))[None]), jnp.asarray([len(tokens)])
-plan = Plan(Full())
-args = pool.table([sequence]), *chunk, plan, indexes.cover(indexes_of(plan, 2), [sequence])
-logits, kv, counts = programs.extend(
-    params, pool.kv, *sharding.spread(args, mesh),
-    config=config, rope_length=None, mesh=mesh, rules=rules,
-)
+chunk = np.pad(tokens, (0, 64 - len(tokens)))[None].astype(np.int32)
+stack, plan = Stack(params, model.frame), Plan(Full())
+fed = stack.put(Fed(chunk, np.asarray([len(tokens)], np.int32), pool.table([sequence])))
+chain = stack.chain(plan, stack.put(indexes.cover(indexes_of(plan, 2), [sequence])))
+with pool.lend() as lent:
+    _, passed = stack.layers(lent, chain, stack.between(1, 64), stack.start(1), fed)
+    kv = lent.kv
+logits, counts = stack.logits(passed), stack.counts(passed)
 assert len(kv.k[0].addressable_shards) == 4 and not kv.k[0].is_fully_addressable
 said["logits"] = np.asarray(logits)[0]
 said["attended"] = np.asarray(counts.attended)
@@ -85,8 +88,9 @@ with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) a
     again, _ = db.create_session([*context.tokens, 5], reuse="any")
     assert again.reused == [context.num_tokens]
     said["k"] = db.pool.read(again.sequences[0], 1)[0]
-compiled = programs.extend._cache_size(), programs.decode._cache_size()
-assert compiled == (1, 1), compiled
+# Of a prefill, and of a step with two plans; and one end of a step.
+compiled = by_name["layers"], by_name["end"]
+assert compiled == (3, 1), compiled
 np.savez(folder + f"/said{rank}.npz", **said)
 """
 

@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
 from alaya_jax.attention import kernels
-from alaya_jax.attention.batch import Batch
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Axes, Held, Rows
@@ -76,7 +76,7 @@ def attend(
     Returns:
       the attention output, in q's dtype, and what was read.
     """
-    batch = Batch(q, memory, count)
+    batch = LayerQueries(q, memory, count)
     if mesh is None:
         return _attend(plan, batch)
     return _on_mesh(plan, batch, mesh, rules or ShardingRules())
@@ -128,7 +128,7 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
     return PageTable(entries, length, None if table.start is None else entries)
 
 
-def _on_mesh(plan: Plan, batch: Batch, mesh: Mesh, rules: ShardingRules) -> Any:
+def _on_mesh(plan: Plan, batch: LayerQueries, mesh: Mesh, rules: ShardingRules) -> Any:
     memory = batch.memory
     # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
     numbers, structure = jax.tree.flatten(plan)
@@ -138,7 +138,7 @@ def _on_mesh(plan: Plan, batch: Batch, mesh: Mesh, rules: ShardingRules) -> Any:
     if data is not None and (len(batch.q) % mesh.shape[data] or isinstance(memory.index, tuple)):
         data = None  # each device of that axis does the same
     by_head, pool = spec(data, None, heads), spec(heads, pages)
-    places = Batch(
+    places = LayerQueries(
         by_head,
         LayerMemory(
             pool,
@@ -151,7 +151,7 @@ def _on_mesh(plan: Plan, batch: Batch, mesh: Mesh, rules: ShardingRules) -> Any:
     )
     axes = Axes(pages if pages is not None and mesh.shape[pages] > 1 else None, heads)
 
-    def attend(numbers: list[Any], batch: Batch) -> tuple[Array, Counts]:
+    def attend(numbers: list[Any], batch: LayerQueries) -> tuple[Array, Counts]:
         return _attend(
             jax.tree.unflatten(structure, numbers), dataclasses.replace(batch, axes=axes)
         )
@@ -173,7 +173,7 @@ def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str
     return jax.tree.map(lambda x: spec(heads, pages), index)
 
 
-def _attend(plan: Plan, asked: Batch) -> tuple[Float[Array, "B T H D"], Counts]:
+def _attend(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
     q, memory, axes = asked.q, asked.memory, asked.axes
     table, index = memory.table, memory.index
     if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):

@@ -16,6 +16,7 @@ from alaya_jax.attention.rows import Held, Rows
 from alaya_jax.attention.softmax import Partial, Running, finish, fold, start
 from alaya_jax.cache.views import Pages
 from alaya_jax.index import Found, Graph, GraphLayer
+from alaya_jax.index.graph.layer import Effort
 from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
 
@@ -94,9 +95,8 @@ def find(plan: Plan, rows: Rows) -> Found:
         ef = max(2 * query.k, index.l0)
         return graph.search_top(q, pages, limit, low, query.k, ef)
     assert query.beta is not None
-    return graph.search_range(
-        q, pages, limit, low, query.beta, rows.best, l0=index.l0, capacity=index.capacity
-    )
+    effort = Effort(index.l0, index.capacity)
+    return graph.search_range(q, pages, limit, low, query.beta, rows.best, effort)
 
 
 def attend_found(

@@ -69,6 +69,17 @@ class PagedKV:
         """The same cache with other pages in one layer."""
         return PagedKV(_replaced(self.k, layer, k), _replaced(self.v, layer, v))
 
+    def part(self, first: int, count: int) -> "PagedKV":
+        """Of some consecutive layers."""
+        return PagedKV(self.k[first : first + count], self.v[first : first + count])
+
+    def replace_part(self, first: int, part: "PagedKV") -> "PagedKV":
+        """The same cache with another in place of some consecutive layers."""
+        end = first + len(part.k)
+        return PagedKV(
+            (*self.k[:first], *part.k, *self.k[end:]), (*self.v[:first], *part.v, *self.v[end:])
+        )
+
     def __repr__(self) -> str:
         if not isinstance(self.k[0], jax.Array | jax.ShapeDtypeStruct):
             return "PagedKV(...)"  # a tree of something else, while jax transforms it

@@ -64,7 +64,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @dataclasses.dataclass
-class Sequence:
+class PagedSequence:
     """One sequence's place in the pool. Owned by a session or a context.
 
     Attributes:
@@ -242,7 +242,7 @@ class PagePool:
         if lent.result is not None:
             _under_way.append(lent.result)
 
-    def reserve(self, sequence: Sequence, count: int) -> None:
+    def reserve(self, sequence: PagedSequence, count: int) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
 
         Only what is reserved is written to. So these pages' generations end here, also that of the
@@ -280,7 +280,7 @@ class PagePool:
         return self._allocator.allocate(n, after)
 
     @uninterrupted()
-    def trim(self, sequence: Sequence, keep: int = 0) -> None:
+    def trim(self, sequence: PagedSequence, keep: int = 0) -> None:
         """Gives back pages past the sequence's length, but for the first `keep`; waits for
         nobody.
         """
@@ -288,20 +288,20 @@ class PagePool:
         pages, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
         self._returned.append(pages)
 
-    def share(self, sequence: Sequence, length: int) -> Sequence:
+    def share(self, sequence: PagedSequence, length: int) -> PagedSequence:
         """A second holder of the first `length` tokens."""
         pages = sequence.pages[: -(-length // self.page_size)]
         with self.lock:
             self._allocator.share(pages)
-        return Sequence(pages.copy(), length)
+        return PagedSequence(pages.copy(), length)
 
     @uninterrupted()
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: PagedSequence) -> None:
         """Gives back all pages of a sequence, which is empty then; waits for nobody."""
         pages, sequence.pages, sequence.length = sequence.pages, sequence.pages[:0], 0
         self._returned.append(pages)
 
-    def table(self, sequences: list[Sequence]) -> PageTable:
+    def table(self, sequences: list[PagedSequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
         if self.shards > 1:
             return self._spread_table(sequences)
@@ -316,7 +316,7 @@ class PagePool:
             row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
         return PageTable(jnp.asarray(pages), jnp.asarray([s.length for s in sequences], jnp.int32))
 
-    def _spread_table(self, sequences: list[Sequence]) -> PageTable:
+    def _spread_table(self, sequences: list[PagedSequence]) -> PageTable:
         """The table of pages that are spread over devices: for each, a list of its own."""
         per_shard = self.num_pages // self.shards
         placed = [np.divmod(s.pages, per_shard) for s in sequences]
@@ -344,7 +344,7 @@ class PagePool:
         return PageTable(put(pages), length, put(start))
 
     def write(
-        self, sequence: Sequence, layer: int, k: np.ndarray, v: np.ndarray, start: int = 0
+        self, sequence: PagedSequence, layer: int, k: np.ndarray, v: np.ndarray, start: int = 0
     ) -> None:
         """Writes tokens [K, n, D] of one layer into the pages reserved for them.
 
@@ -373,12 +373,14 @@ class PagePool:
             )
             self._kv = old.replace_layer(layer, new_k, new_v)
 
-    def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, sequence: PagedSequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of one layer, each [K, n, D], on the host."""
         k, v = (np.asarray(x) for x in self.gather(sequence, layer, sequence.length))
         return k[:, : sequence.length], v[:, : sequence.length]
 
-    def gather(self, sequence: Sequence, layer: int, count: int) -> tuple[jax.Array, jax.Array]:
+    def gather(
+        self, sequence: PagedSequence, layer: int, count: int
+    ) -> tuple[jax.Array, jax.Array]:
         """The first `count` tokens of one layer and some more, each [K, n, D], on every device."""
         count = -(-count // self.page_size)
         pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)

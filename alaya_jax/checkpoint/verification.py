@@ -23,7 +23,7 @@ from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.checkpoint.weights import Weight, blocks, cast
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.llama import Block, RMSNorm, causal_attend
+from alaya_jax.models.llama import DecoderLayer, RMSNorm, causal_attend
 from alaya_jax.models.quantized import Scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.progress import progress_bar
@@ -293,7 +293,9 @@ def stream_logits(
 def _layer(params: dict[str, Any], config: LlamaConfig, x: Any, rotary: Any) -> Any:
     attend = functools.partial(causal_attend, 0)
     with jax.default_matmul_precision("highest"):
-        return Block(config, jnp.float32).apply({"params": params}, x, rotary, attend, None)[0]
+        return DecoderLayer(config, jnp.float32).apply({"params": params}, x, rotary, attend, None)[
+            0
+        ]
 
 
 def _tree(weights: list[Weight], quantize: Scheme | None) -> dict[str, Any]:

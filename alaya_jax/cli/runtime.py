@@ -40,20 +40,12 @@ def start_jax() -> None:
     What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone.
     """
     load_jax()
-    import jax
+    from alaya_jax.compilation import keep_programs
 
-    from alaya_jax.checkpoint import bundled
-
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    place = bundled.cache_directory() / "xla"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        keep_programs()
     except OSError as error:
-        note(f"Compiled programs are not kept: {place} cannot be written ({error.strerror}).")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(place))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        note(f"Compiled programs are not kept: {error}.")
 
 
 def cpu_mesh(text: str) -> "Mesh":
@@ -196,6 +188,7 @@ class Answer:
     prefilled: int = 0
     first_token_s: float = 0.0
     tokens_per_s: float = 0.0
+    compile_s: float = 0.0
     keys_per_step: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +202,8 @@ class Answer:
         )
         if self.tokens_per_s:
             line += f", then {self.tokens_per_s:.1f} tokens/s"
+        if self.compile_s >= 0.1:
+            line += f"; {self.compile_s:.1f} s of it all compiling, once"
         if keys := self.keys_per_step:
             line += f"; keys read per step: {keys['attended']:,.0f} of {keys['visible']:,.0f}"
             if keys["scanned"] > keys["attended"]:
@@ -266,6 +261,7 @@ def answer(
             result.finish_reason = "interrupted" if interrupted else run.finish_reason
             result.first_token_s = opened + run.timing.first_token_s
             result.tokens_per_s = run.timing.tokens_per_s
+            result.compile_s = run.timing.compile_s
             decode = session.explain().to_dict()["phases"].get("decode")
     except CacheFullError as error:
         raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
+from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.batch import Batch
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
 
 EXACT = Origin()
@@ -35,6 +38,7 @@ class Catalogue:
       store: where they are at rest.
       pool: pages of the contexts that are in memory, and of all sessions.
       indexes: what indexes know of these pages.
+      stack: the model's layers, as compiled programs.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Catalogue:
             evict=self.evict,
         )
         self.indexes = PageIndexes(self.pool)
+        self.stack = Stack(model.params, model.frame, model.layers_per_program)
         shown = filter(None, map(self._shown, store.list()))
         self._contexts = {record.id: Context(record, store) for record in shown}
         self._clock = 0
@@ -147,7 +152,7 @@ class Catalogue:
             most = max(shared, default=0)
             return (having[shared.index(most)], most) if most else (None, 0)
 
-    def lock(self, context: Context, length: int) -> Sequence:
+    def lock(self, context: Context, length: int) -> PagedSequence:
         """A share of the pages of a context's first tokens: they stay until it is released.
 
         Of a context of which less is in memory, the rest is read from the store.
@@ -163,9 +168,36 @@ class Catalogue:
                 resident = self._read_on(context, length)
             return self.pool.share(resident, length)
 
-    def _read_on(self, context: Context, length: int) -> Sequence:
+    def open(self, rows: list[np.ndarray], *, exact: bool) -> tuple[Batch, list[Context | None]]:
+        """A batch of the longest stored prefixes of some prompts, and the contexts they are from.
+
+        Args:
+          rows: token ids of each prompt.
+          exact: see `match`.
+
+        Raises:
+          ContextError, CacheFullError: see `lock`.
+        """
+        sequences, found, origins = [], [], []
+        with self.pool.lock:
+            try:
+                for tokens in rows:
+                    context, length = self.match(tokens, exact=exact)
+                    found.append(context)
+                    origins.append(context.origin.upto(length) if context else EXACT)
+                    sequences.append(self.lock(context, length) if context else PagedSequence())
+            except BaseException:
+                for sequence in sequences:
+                    self.pool.release(sequence)
+                raise
+        tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
+        lent = Lending(self._model, self.pool.lock, found, tokens, self.match_graph)
+        batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
+        return batch, found
+
+    def _read_on(self, context: Context, length: int) -> PagedSequence:
         """Has the first tokens of a context in memory, from the last full page that is there on."""
-        held, size = context.resident or Sequence(), self.pool.page_size
+        held, size = context.resident or PagedSequence(), self.pool.page_size
         start = held.length // size * size
         longer = self.pool.share(held, start)
         try:
@@ -214,7 +246,7 @@ class Catalogue:
                 self._contexts[record.id] = Context(record, self.store)
             return self._contexts[record.id]
 
-    def keep(self, context: Context, sequence: Sequence) -> None:
+    def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Has a context in memory in the pages of a sequence that holds its tokens."""
         with self.pool.lock:
             if context.resident is None:
@@ -234,7 +266,13 @@ class Catalogue:
         sequence = self.lock(context, context.num_tokens)
         try:
             layers = graphs.build_layers(
-                self._model, self.pool, sequence, context.tokens, index, progress=progress
+                self._model,
+                self.stack,
+                self.pool,
+                sequence,
+                context.tokens,
+                index,
+                progress=progress,
             )
             self.store.write_index(context.id, graphs.KIND, index.built, layers)
         finally:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.cache.pool import Sequence
+from alaya_jax.cache.pool import PagedSequence
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
@@ -38,7 +38,7 @@ class Context:
         self.origin = Origin(record.header.origin if record.header else ())
         self.store = store
         self._tokens: np.ndarray | None = None
-        self.resident: Sequence | None = None
+        self.resident: PagedSequence | None = None
         self.used = 0
         self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
 

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.errors import ContextError, GraphError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.index.graph import build as graph_build
 from alaya_jax.model import Model
 from alaya_jax.progress import progress_bar
-from alaya_jax.runtime import programs
+from alaya_jax.query import Full
+from alaya_jax.query.plan import Plan
+from alaya_jax.runtime.programs import Fed
+from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextStore
 
 KIND = "graph"
@@ -28,8 +31,9 @@ CHUNK = 512
 
 def build_layers(
     model: Model,
+    stack: Stack,
     pool: PagePool,
-    sequence: Sequence,
+    sequence: PagedSequence,
     tokens: np.ndarray,
     index: Graph,
     *,
@@ -42,7 +46,7 @@ def build_layers(
     queries, at most `index.queries * n` for each layer and kv head.
 
     Args:
-      model, pool: where the context is.
+      model, stack, pool: where the context is, and the model's layers.
       sequence: its pages, in all layers.
       tokens: its ids, int32 [n].
       index: how to build.
@@ -52,7 +56,7 @@ def build_layers(
     kv_heads, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     with progress_bar("asking what the document asks", n, show=progress) as advance:
         asked, at = [], []
-        for queries, positions in _asked(model, pool, sequence, tokens, index):
+        for queries, positions in _asked(model, stack, pool, sequence, tokens, index):
             asked.append(queries)
             at.append(positions)
             advance(min(CHUNK, n))
@@ -86,12 +90,18 @@ def build_layers(
 
 
 def _asked(
-    model: Model, pool: PagePool, sequence: Sequence, tokens: np.ndarray, index: Graph
+    model: Model,
+    stack: Stack,
+    pool: PagePool,
+    sequence: PagedSequence,
+    tokens: np.ndarray,
+    index: Graph,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunk by chunk, queries of evenly chosen tokens [L, m, H, D], and the tokens' positions."""
     c = model.config
     group = c.num_attention_heads // c.num_key_value_heads
     step = max(1, math.ceil(group / index.queries))  # every head of a group asks
+    chain = stack.chain(Plan(Full()), None)
     for first in range(0, len(tokens), CHUNK):
         part = tokens[first : first + CHUNK]
         chunk = np.zeros((1, CHUNK), np.int32)
@@ -103,19 +113,10 @@ def _asked(
         take = np.zeros(-(-CHUNK // step), np.int32)
         take[: len(chosen)] = chosen
         so_far = dataclasses.replace(pool.table([sequence]), length=jnp.asarray([first], jnp.int32))
+        fed = Fed(chunk, np.asarray([len(part)], np.int32), so_far)  # type: ignore[arg-type]
         with pool.lock:
-            queries = programs.asked(
-                model.params,
-                pool.kv,
-                so_far,
-                jnp.asarray(chunk),
-                jnp.asarray([len(part)], jnp.int32),
-                jnp.asarray(take),
-                config=c,
-                rope_length=model.rope_length,
-                mesh=model.mesh,
-                rules=model.rules,
-            )
+            asked = list(stack.queries(pool.kv, chain, stack.put(fed), take))
+        queries = np.stack([np.asarray(q)[0] for q in asked])
         yield np.asarray(queries)[:, : len(chosen)], first + chosen
 
 

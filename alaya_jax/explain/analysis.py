@@ -8,29 +8,26 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.truth import Truth, truth
-from alaya_jax.index import Graphs, Indexed, LayerIndex
+from alaya_jax.index import Graphs, LayerIndex
 from alaya_jax.index.memory import Memory
-from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.llama import Params, forward
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
-from alaya_jax.sharding import ShardingRules, laid, whole
-
-if TYPE_CHECKING:
-    from alaya_jax.session import Session
+from alaya_jax.runtime.batch import Batch
+from alaya_jax.runtime.programs import Fed
+from alaya_jax.sharding import laid, whole
 
 REPEATS = 5
 """Timed calls of a layer's attention; the median is reported."""
@@ -128,13 +125,11 @@ class Analysis:
         return [(int(at), self.decode([int(self.tokens[at])])) for at in positions]
 
 
-def analyze(
-    session: "Session", plans: Plans, sequence: int = 0, wanted: float = WANTED
-) -> Analysis:
+def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTED) -> Analysis:
     """Runs the last cached token of one sequence again by these plans.
 
     Args:
-      session: where the token is.
+      batch: where the token is.
       plans: how its attention is answered.
       sequence: of a batch, which.
       wanted: share of the mass that "needed" figures are for, where a plan asks for none.
@@ -143,18 +138,17 @@ def analyze(
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
         sequence; or the plan is for a prefill.
     """
-    if not 0 <= sequence < session.batch_size:
+    if not 0 <= sequence < batch.size:
         raise RequestError(
-            f"explain(sequence={sequence}): the session has {session.batch_size} sequences, "
-            "counted from 0"
+            f"explain(sequence={sequence}): the session has {batch.size} sequences, counted from 0"
         )
-    layers = session.model.config.num_hidden_layers
+    layers = batch.model.config.num_hidden_layers
     if any(isinstance(of_layer(plans, i).query, Tiles) for i in range(layers)):
         raise RequestError(
             "explain(analyze=True) runs one token, and Tiles answers for blocks of them; name "
             "another with attention=..."
         )
-    held, tokens = session.sequences[sequence], session.tokens[sequence]
+    held, tokens = batch.sequences[sequence], batch.tokens[sequence]
     if held.length == 0:
         raise RequestError(
             "explain(analyze=True) runs the last token in the cache again, and there is none; "
@@ -165,13 +159,15 @@ def analyze(
             f"explain(analyze=True): the sequence holds {held.length} tokens and the ids of "
             f"{len(tokens)} are known; update() is not told them"
         )
-    pool, model = session.pool, session.model
-    indexed = session.cover(plans, [sequence])
+    pool, model = batch.pool, batch.model
+    indexed = batch.cover(plans, [sequence])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)
-    q = _queries(
-        model.params, pool.kv, before, jnp.asarray(tokens[-1:]), plans, indexed, **session.static
-    )
+    stack = batch.stack
+    one = Fed(tokens[None, -1:], np.ones(1, np.int32), before)  # type: ignore[arg-type]
+    chain = stack.chain(plans, stack.put(indexed))
+    asked = stack.queries(pool.kv, chain, stack.put(one), np.zeros(1, np.int32))
+    q = list(asked)  # of each layer [1, 1, H, D]
     shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
     for layer in range(layers):
@@ -185,13 +181,14 @@ def analyze(
             rules=model.rules,
         )
         (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
-        full = functools.partial(attend, Plan(Full()), memory=memory)
+        plain = dataclasses.replace(memory, index=None)
+        full = functools.partial(attend, Plan(Full()), memory=plain)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
         everywhere = whole(model.mesh)
         pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
-            q[layer, 0, 0],
+            q[layer][0, 0],
             pages,
             table.length[0],
             local,
@@ -260,55 +257,6 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)
     return result, float(np.median(times))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rope_length", "mesh", "rules"))
-def _queries(
-    params: Params,
-    kv: PagedKV,
-    table: PageTable,
-    token: Int[Array, " B"],
-    plans: Plans,
-    indexed: Indexed,
-    *,
-    config: LlamaConfig,
-    rope_length: int | None,
-    mesh: Mesh | None,
-    rules: ShardingRules,
-) -> Float[Array, "L B 1 H D"]:
-    """Queries of each layer at a token that is in the cache already, which is only read.
-
-    Args:
-      params, config, plans, indexed, rope_length, mesh, rules: as in `programs.step`.
-      kv: cache, not donated.
-      table: lengths without that token.
-      token: its id.
-    """
-
-    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        del k, v
-        out, _ = engine.attend(
-            of_layer(plans, layer),
-            q,
-            Memory(kv, table, indexed).layer(layer),
-            jnp.ones_like(table.length),
-            mesh=mesh,
-            rules=rules,
-        )
-        return out, (*state, q)
-
-    positions = table.length[:, None]
-    _, queries = forward(
-        params,
-        config,
-        token[:, None],
-        positions,
-        attend,
-        (),
-        logits_at=jnp.zeros_like(table.length),
-        rope_length=rope_length,
-    )
-    return jnp.stack(queries)
 
 
 def _on_one(

@@ -40,7 +40,7 @@ def implementation_of(plan: Plan, model: Model, page_size: int, tokens: int = 1)
     pool = array(*shape, dtype=model.dtype)
     listed = array(1, _PAGES)
     table = PageTable(listed, array(1), listed if spread else None)
-    batch = kernels.Batch(
+    batch = kernels.LayerQueries(
         array(1, tokens, c.num_attention_heads // split, c.head_dim, dtype=model.dtype),
         LayerMemory(pool, pool, table, covered=array(1)),
         array(1),

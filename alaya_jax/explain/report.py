@@ -1,50 +1,61 @@
 """What `Session.explain` puts together."""
 
-from typing import TYPE_CHECKING
-
-from alaya_jax.explain.analysis import WANTED
-from alaya_jax.explain.analysis import analyze as analyze_last
-from alaya_jax.explain.explanation import Explanation, planned_rows
+from alaya_jax.explain.account import Account
+from alaya_jax.explain.analysis import WANTED, analyze
+from alaya_jax.explain.explanation import Explanation
+from alaya_jax.explain.reads import planned_rows
 from alaya_jax.optimizer.prefill import PrefillChoice
-from alaya_jax.query.plan import Attention, same_plans
+from alaya_jax.query.plan import Plans, same_plans
+from alaya_jax.runtime.batch import Batch
 
-if TYPE_CHECKING:
-    from alaya_jax.session import Session
+
+def last_plans(account: Account) -> Plans | None:
+    """What decoding did last, or `attention`, or the prefill; None where nothing has run."""
+    reads = account.reads
+    ran = next((reads[p] for p in ("decode", "attention", "prefill") if p in reads), None)
+    return ran.plans if ran else None
 
 
 def report(
-    session: "Session", analyze: bool, attention: Attention | None, sequence: int
+    batch: Batch,
+    account: Account,
+    contexts: list[str | None],
+    plans: Plans,
+    *,
+    planned: bool,
+    analyzed: int | None,
 ) -> Explanation:
-    """The account of an open session; see `Session.explain`."""
-    reads = session.reads
-    ran = next((reads[p] for p in ("decode", "attention", "prefill") if p in reads), None)
-    plans = ran.plans if ran else None
-    if attention is not None or plans is None:
-        plans = session.plans(attention, session.length + 1)
+    """The account of an open session; see `Session.explain`.
+
+    Args:
+      batch, account: what it holds, and what was read of it.
+      contexts: ids of those that its sequences were opened on.
+      plans: that ran, or would.
+      planned: shows what would run.
+      analyzed: the sequence whose last token is run again; None: none.
+    """
     # What `Auto` chose belongs to the plans that it made, and to no others.
-    choice = session.choice
+    choice = account.choice
     if choice is not None and not same_plans(choice.plans, plans):
         choice = None
     wanted = choice.auto.recovery if choice else WANTED
-    would_run = attention is not None or ran is None
+    rows = planned_rows(plans, batch.model, batch.pool.page_size, choice) if planned else None
     return Explanation(
-        tokens=session.lengths,
-        reused=session.reused,
-        contexts=[c.id if c else None for c in session.contexts],
-        origins=list(session.origins),
-        phases=dict(reads),
-        planned=planned_rows(plans, session.model, session.pool.page_size, choice)
-        if would_run
-        else None,
+        tokens=batch.lengths,
+        reused=batch.reused,
+        contexts=contexts,
+        origins=list(batch.origins),
+        phases=dict(account.reads),
+        planned=rows,
         choice=choice,
-        prefill=_prefill_choice(session),
-        analysis=analyze_last(session, plans, sequence, wanted) if analyze else None,
+        prefill=_prefill_choice(account),
+        analysis=None if analyzed is None else analyze(batch, plans, analyzed, wanted),
     )
 
 
-def _prefill_choice(session: "Session") -> PrefillChoice | None:
+def _prefill_choice(account: Account) -> PrefillChoice | None:
     """What `Auto` chose for the prefill that ran, where it had a choice."""
-    choice, ran = session.prefill_choice, session.reads.get("prefill")
+    choice, ran = account.prefill, account.reads.get("prefill")
     if choice is None or ran is None or not choice.others:
         return None
     return choice if same_plans(choice.plan, ran.plans) else None

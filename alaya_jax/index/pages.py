@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from alaya_jax import cache
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
 from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
 from alaya_jax.sharding import ShardingRules
@@ -23,14 +23,17 @@ class PageIndexes:
     """What indexes know of the pages of a pool, for all sequences that share a page.
 
     Threads may share it: they take turns under the pool's lock.
+
+    Attributes:
+      pool: whose pages.
     """
 
     def __init__(self, pool: PagePool):
         """Of this pool's pages; what was learnt of a page holds for its generation."""
-        self._pool = pool
+        self.pool = pool
         self._indexes: dict[tuple[Index, int], _LayerState] = {}
 
-    def cover(self, indexes: Listed[Index], sequences: list[Sequence]) -> Indexed:
+    def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
         """Has the indexes know the full pages of these sequences.
 
         What was built once stays, for every sequence that shares the page.
@@ -39,7 +42,7 @@ class PageIndexes:
           indexes: of each layer. `Flat` holds nothing, and a graph is of a context, not of pages.
           sequences: in the pool.
         """
-        pool, size = self._pool, self._pool.page_size
+        pool, size = self.pool, self.pool.page_size
         full = [s.pages[: s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
         with pool.lock:
@@ -59,7 +62,7 @@ class PageIndexes:
             )
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":
-        p = self._pool
+        p = self.pool
         with p.within_memory(f"{index!r} beside the KV cache"):
             made = index.create(p.config, p.num_pages, p.page_size, p.dtype, p.mesh, p.rules)
         return _LayerState(made, np.zeros(p.num_pages, np.int64))
@@ -73,7 +76,7 @@ class PageIndexes:
         return sizes
 
     def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
-        pool, kv = self._pool, self._pool.kv
+        pool, kv = self.pool, self.pool.kv
         shard, local = np.divmod(missing, pool.num_pages // pool.shards)
         by_shard = [local[shard == s] for s in range(pool.shards)]
         width = bucket(max(map(len, by_shard)), INDEX_WIDTH, 4)

@@ -16,6 +16,7 @@ from alaya_jax.cache import PageTable
 from alaya_jax.cache.tables import table_width
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import Flat, Graph, GraphLayer, Sketch
+from alaya_jax.index.graph.build import STARTS
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import DIPR, Full, Window
@@ -28,7 +29,6 @@ CALLS = 4
 WIDTHS = 4
 """Times the narrowest table: keys that caches do not hold."""
 
-_STARTS = 64  # of walks
 _COPIES = 8  # of random keys, which are slow to draw
 
 
@@ -139,7 +139,7 @@ class LayerBench:
         rng = np.random.default_rng(1)
         heads, degree = self.config.num_key_value_heads, Graph().degree
         near = rng.integers(0, self.length, (heads, self.length, degree), np.int32)
-        starts = near[:, :_STARTS, 0]
+        starts = near[:, :STARTS, 0]
         return GraphLayer(*jax.device_put((near, starts, np.int32(self.length))))
 
 

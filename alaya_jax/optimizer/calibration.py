@@ -20,7 +20,7 @@ import numpy as np
 from alaya_jax import show
 from alaya_jax.checkpoint.bundled import cache_directory
 from alaya_jax.errors import RequestError
-from alaya_jax.optimizer.cost import Kept
+from alaya_jax.optimizer.cost import KeysKept
 from alaya_jax.query import Window
 
 _ARRAYS = ("keys", "read", "pages", "beta", "in_range", "read_in_range")
@@ -70,7 +70,7 @@ class Calibration:
 
     def kept(
         self, layer: int, recovery: float, length: int, by: Literal["key", "page"] = "key"
-    ) -> Kept:
+    ) -> KeysKept:
         """Keys outside the window at this recovery and length; by page, those of the pages that
         any head of a group needs.
 
@@ -80,19 +80,19 @@ class Calibration:
         if by == "page":
             pages = self.pages[:, :, layer]
             mean, most = (self._at(x, recovery, length) for x in (pages.mean(-1), pages.max(-1)))
-            return Kept(mean, most)
-        return Kept(
+            return KeysKept(mean, most)
+        return KeysKept(
             self._at(self.keys[:, :, layer].mean(-1), recovery, length),
             self._at(self.read[:, :, layer].max(-1), recovery, length),
         )
 
-    def within(self, layer: int, recovery: float, length: int) -> Kept:
+    def within(self, layer: int, recovery: float, length: int) -> KeysKept:
         """Keys outside the window within the range `beta_near` of the best score, at this length.
 
         `read` is of a kv head in the mean, unlike that of `kept`: for a search that serves the
         query heads of each together.
         """
-        return Kept(*(self._grown(x, length) for x in _in_range(self, layer, recovery)))
+        return KeysKept(*(self._grown(x, length) for x in _in_range(self, layer, recovery)))
 
     def _at(self, counts: np.ndarray, recovery: float, length: int) -> float:
         """Of counts [R, N]."""
@@ -212,19 +212,21 @@ class Calibration:
             ) from error
 
 
-def assumed(recovery: float, length: int, group: int, by: Literal["key", "page"] = "key") -> Kept:
+def assumed(
+    recovery: float, length: int, group: int, by: Literal["key", "page"] = "key"
+) -> KeysKept:
     """Keys that a model nobody has calibrated needs: as SmolLM2-135M at 4,096 tokens, which keeps
     0.90, 0.95 and 0.98 of the mass with 4.1, 7.4 and 13% of the keys; the heads of a group are
     taken to need different ones, the worst case. Pages hold twice as many.
     """
     if recovery >= 1:
-        return Kept(length, length)
+        return KeysKept(length, length)
     at_4096 = 4096 * 0.0073 * (1 - recovery) ** -0.75
     keys = at_4096 * (length / 4096) ** _GROWTH
     if by == "page":
         read = min(_PAGES * group * keys, length)
-        return Kept(read, read)
-    return Kept(min(keys, length), min(group * keys, length))
+        return KeysKept(read, read)
+    return KeysKept(min(keys, length), min(group * keys, length))
 
 
 def places(fingerprint: str, directory: Path | None) -> list[Path]:

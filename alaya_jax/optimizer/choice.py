@@ -7,7 +7,7 @@ import numpy as np
 
 from alaya_jax import show, units
 from alaya_jax.index import Graph
-from alaya_jax.optimizer.cost import Cost, Kept, Machine, Workload, step_seconds
+from alaya_jax.optimizer.cost import Cost, KeysKept, Machine, Workload, step_seconds
 from alaya_jax.query import DIPR
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan, Plans, same_plans
@@ -29,7 +29,7 @@ class LayerChoice:
 
     plan: Plan
     cost: Cost
-    kept: Kept
+    kept: KeysKept
     others: dict[str, float]
     reason: str
 
@@ -51,7 +51,7 @@ class LayerChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """What `Auto` chose, for one workload.
 
     Attributes:

@@ -18,8 +18,8 @@ from alaya_jax.errors import PlanError
 from alaya_jax.index import Flat, Graph, Sketch
 from alaya_jax.index.recovery import MARGIN
 from alaya_jax.optimizer.calibration import SURE, Calibration, assumed
-from alaya_jax.optimizer.choice import Choice, LayerChoice
-from alaya_jax.optimizer.cost import Cost, Kept, Machine, Workload, cost, step_seconds
+from alaya_jax.optimizer.choice import LayerChoice, PlanChoice
+from alaya_jax.optimizer.cost import Cost, KeysKept, Machine, Workload, cost, step_seconds
 from alaya_jax.query import DIPR, Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan
@@ -40,7 +40,7 @@ class Option:
 
     plan: Plan
     cost: Cost
-    kept: Kept
+    kept: KeysKept
 
     @property
     def seconds(self) -> float:
@@ -58,7 +58,7 @@ def choose(
     machine: Machine,
     calibration: Calibration | None = None,
     memory: int | None = None,
-) -> Choice:
+) -> PlanChoice:
     """The fastest plans that keep `auto.recovery`, within its memory and time.
 
     Args:
@@ -78,7 +78,7 @@ def choose(
             f"{units.nbytes(work.kv_bytes)}, and {units.nbytes(limit)} are allowed; raise "
             "device_memory, or have fewer tokens"
         )
-    choice = Choice(
+    choice = PlanChoice(
         auto,
         work,
         machine,
@@ -98,7 +98,7 @@ def options(
     # A scan aims higher by this much, for the errors of its estimates.
     aim = auto.recovery + MARGIN * (1 - auto.recovery)
 
-    def needed(by: Literal["key", "page"]) -> Kept:
+    def needed(by: Literal["key", "page"]) -> KeysKept:
         if calibration is None:
             return assumed(aim, work.length, work.config.group_size, by)
         return calibration.kept(layer, aim, work.length, by)
@@ -208,7 +208,7 @@ def _full_below(
     return shortest
 
 
-def _of_the_graph(choice: Choice, calibration: Calibration | None, limit: int | None) -> str:
+def _of_the_graph(choice: PlanChoice, calibration: Calibration | None, limit: int | None) -> str:
     """What there is to say of the context's graph, or of one that might be built."""
     auto, work, machine = choice.auto, choice.work, choice.machine
     if auto.recovery >= 1 or not auto.graph:
@@ -246,7 +246,7 @@ def _of_the_graph(choice: Choice, calibration: Calibration | None, limit: int | 
     )
 
 
-def _refusal(choice: Choice, calibration: Calibration | None, limit: int | None) -> str:
+def _refusal(choice: PlanChoice, calibration: Calibration | None, limit: int | None) -> str:
     auto, work, machine = choice.auto, choice.work, choice.machine
     assert auto.tpot is not None
 

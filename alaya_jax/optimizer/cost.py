@@ -24,6 +24,8 @@ import numpy as np
 from alaya_jax.cache.tables import table_width
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Flat, Graph, Sketch
+from alaya_jax.index.graph.build import START_EVERY, STARTS
+from alaya_jax.index.graph.search import MARK
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import Full, TopK, Window
 from alaya_jax.query.plan import Plan
@@ -32,10 +34,9 @@ _MET = (92.0, 0.65)
 """A walk that lists m keys scores about `92 * m ** 0.65` in a graph of `_DEGREE`: the neighbours of
 listed keys are more and more often met before (benchmarks/plan_accuracy.py, part graph)."""
 
-_DEGREE = 32
-_STARTS = 64  # scored by each walk, and among those of the curve
-_START_EVERY = 256  # keys; a longer graph has more starts
-_MARK = 2  # bytes: index/graph_search.py
+_DEGREE = 32  # of the graphs of that curve; their starts, as many as there are at least, are in it
+
+_MARK_BYTES = np.dtype(MARK).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,8 @@ class Workload:
         of the batch.
       weight_bytes: of the model, that a token reads.
       idle_bytes: of the rest of the model: an embedding of its own, of which a token reads a row.
-      reused: tokens of each sequence that come from a stored context.
-      stored: tokens of that context; more than `reused` where it is reused in part.
       tensor, context: devices that heads and keys are split over.
-      graph: how the graph of that context is built; None: it has none.
+      graph: how the graph of the sequences' stored contexts is built; None: they have none.
       graph_length: keys that it covers, from the first on.
     """
 
@@ -67,8 +66,6 @@ class Workload:
     pool_tokens: int | None = None
     weight_bytes: int = 0
     idle_bytes: int = 0
-    reused: int = 0
-    stored: int = 0
     tensor: int = 1
     context: int = 1
     graph: Graph | None = None
@@ -140,7 +137,7 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class KeysKept:
     """Keys outside the window that a query keeps, mean over query tokens.
 
     Attributes:
@@ -171,11 +168,11 @@ def visited(graph: Graph, length: int, listed: float) -> float:
     """Keys that a walk scores, of a kv head, to list so many; see `_MET`."""
     scale, power = _MET
     met = scale * graph.degree / _DEGREE * max(listed + graph.l0, 1.0) ** power
-    starts = max(length / _START_EVERY - _STARTS, 0.0)
+    starts = max(length / START_EVERY - STARTS, 0.0)
     return float(starts + max(length, 1) * -np.expm1(-met / max(length, 1)))
 
 
-def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None) -> Cost:
+def cost(plan: Plan, work: Workload, machine: Machine, kept: KeysKept | None = None) -> Cost:
     """Predicts one layer.
 
     Args:
@@ -207,8 +204,8 @@ def cost(plan: Plan, work: Workload, machine: Machine, kept: Kept | None = None)
         )
     if kept is None:
         if not isinstance(plan.query, TopK):
-            raise RequestError(f"cost({plan}): say how many keys it keeps, with kept=Kept(...)")
-        kept = Kept(plan.query.k, plan.query.k * work.config.group_size)
+            raise RequestError(f"cost({plan}): say how many keys it keeps, with kept=KeysKept(...)")
+        kept = KeysKept(plan.query.k, plan.query.k * work.config.group_size)
     if isinstance(index, Graph):
         return _walk(index, window, work, machine, kept)
     outside = max(work.length - size, 0)
@@ -243,7 +240,7 @@ def _constants(
     return scan * bits, select, gather, find
 
 
-def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: Kept) -> Cost:
+def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: KeysKept) -> Cost:
     """Of a search through a graph; keys that it does not know are in the window."""
     if machine.walk is None or machine.visit is None:
         raise RequestError("a search of a graph was not measured on this machine: machine.graph()")
@@ -252,7 +249,7 @@ def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: 
     outside = max(n - inside, 0)
     met = visited(index, outside, min(kept.read, outside))
     heads = work.config.num_key_value_heads
-    marks = _MARK * heads / work.tensor * known / machine.copy
+    marks = _MARK_BYTES * heads / work.tensor * known / machine.copy
     seconds = machine.call + machine.full * inside + machine.walk + machine.visit * met + marks
     if kept.read > index.capacity:  # such searches are answered by the scan of all keys
         seconds += machine.find + machine.flat * outside

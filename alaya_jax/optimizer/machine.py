@@ -72,9 +72,10 @@ def machine_for(
       dtype: of keys and values.
       page_size: Z.
       tensor: devices that the heads are split over.
-      pages: with those of a retrieval by page. Default: but on a CPU, where it has been slower than
-        one by key wherever it was measured, and costs two more programs to compile.
-      graph: with those of a graph's search.
+      pages: whether to measure retrieval by page too. Default: yes, except on a CPU, where it has
+        been slower than retrieval by key at every length measured, and costs two more programs to
+        compile.
+      graph: whether to measure a graph's search too.
       again: measures what is kept, those of a prefill too when they are asked for next.
       progress: shows a bar on stderr when it is a terminal and something is measured.
     """

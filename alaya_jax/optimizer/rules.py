@@ -2,13 +2,19 @@
 
 import dataclasses
 
-from alaya_jax import index
-from alaya_jax.index import Block, Flat, Index, Sketch
-from alaya_jax.query import DIPR, Full, TopK, Window
+from alaya_jax.index import Block, Flat, Graph, Index
+from alaya_jax.query import DIPR, Full, TopK
 from alaya_jax.query.plan import Plan, Plans
 
 SHORT = 4096
 """Tokens below which AlayaDB's rules read every key; the paper gives no number (Figure 8)."""
+
+
+AS_PUBLISHED = DIPR(beta=50.0)
+"""The paper's range."""
+
+GRAPH = Graph()
+"""The paper's index by key, with this library's settings."""
 
 
 def alayadb_rules(
@@ -18,10 +24,9 @@ def alayadb_rules(
     reused: int = 0,
     stored: int = 0,
     memory_high: bool = False,
-    beta: float = 50.0,
+    query: DIPR = AS_PUBLISHED,
     k: int = 2048,
-    window: Window | None = None,
-    fine: Index | None = None,
+    fine: Index = GRAPH,
 ) -> Plans:
     """The rules of AlayaDB's optimizer (arXiv 2504.10326, section 6.2, Figure 8).
 
@@ -40,18 +45,18 @@ def alayadb_rules(
       reused: of those, from a stored context.
       stored: tokens of that context.
       memory_high: whether the device's memory has room for a coarse index's blocks.
-      beta, k: of the queries; the paper's.
-      window: default `Window()`.
-      fine: index by key; default `Graph()`, or `Sketch()` where the library has no graph.
+      query: range and window.
+      k: of the top-k query; the paper's.
+      fine: index by key.
     """
     if length < SHORT:
         return Plan(Full())
-    window, before = window or Window(), None
+    window, before = query.window, None
     if reused < stored:
         before = reused
         window = dataclasses.replace(window, recent=max(window.recent, length - reused))
     if memory_high:
         return Plan(TopK(k, window, before), Block("leaders"), by="page", share="layer")
-    query = DIPR(beta=beta, window=window, before=before)
-    first, rest = Plan(query, Flat()), Plan(query, fine or getattr(index, "Graph", Sketch)())
+    query = dataclasses.replace(query, window=window, before=before)
+    first, rest = Plan(query, Flat()), Plan(query, fine)
     return (first, *(rest,) * (layers - 1))

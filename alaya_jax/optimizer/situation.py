@@ -1,15 +1,16 @@
-"""What the optimizer is told of a session, or of a model that is not loaded yet."""
+"""What the optimizer is told of a batch, or of a model that is not loaded yet."""
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from alaya_jax.model import Model
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.optimizer import calibration
-from alaya_jax.optimizer.choice import Choice
+from alaya_jax.optimizer.choice import PlanChoice
 from alaya_jax.optimizer.choose import GRAPH_FROM, choose
 from alaya_jax.optimizer.cost import Machine, Workload
 from alaya_jax.optimizer.machine import machine_for, prefill_for
@@ -18,32 +19,29 @@ from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan
+from alaya_jax.runtime.batch import Batch
 from alaya_jax.settings import under_own_settings
 
-if TYPE_CHECKING:
-    from alaya_jax.model import Model
-    from alaya_jax.session import Session
 
-
-def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
-    """What `auto` means in a session whose sequences grow to so many tokens.
+def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
+    """What `auto` means in a batch whose sequences grow to so many tokens.
 
     The first call on a machine measures it, some seconds; see `machine.py`.
 
     Raises:
       PlanError: it cannot be had.
     """
-    model, pool = session.model, session.pool
+    model, pool = batch.model, batch.pool
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     tied = model.config.tie_word_embeddings
     idle = 0 if tied else model.params["embed"]["embedding"].nbytes  # a token reads one row of it
     tensor, context = _split(model)
-    graph, known = session.known_graph() if context == 1 else (None, 0)
+    graph, known = batch.graphs.known() if context == 1 else (None, 0)
     work = Workload(
         config=model.config,
         dtype=model.dtype,
         length=length,
-        batch=session.batch_size,
+        batch=batch.size,
         page_size=pool.page_size,
         pool_tokens=pool.num_pages * pool.page_size,
         weight_bytes=weights - idle,
@@ -58,14 +56,14 @@ def choose_for(auto: Auto, session: "Session", length: int) -> Choice:
     return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
 
 
-def choose_prefill_for(auto: Auto, session: "Session", length: int) -> PrefillChoice:
-    """What `auto` means for the tokens that a session's sequences lack of such a length."""
-    model = session.model
+def choose_prefill_for(auto: Auto, batch: Batch, length: int) -> PrefillChoice:
+    """What `auto` means for the tokens that a batch's sequences lack of such a length."""
+    model = batch.model
     if auto.prefill == "dense":
         return PrefillChoice(Plan(Full()), 0.0, {})
     tensor, context = _split(model)
-    machine = prefill_for(model.config, model.dtype, session.pool.page_size, tensor, progress=True)
-    layers, known = model.config.num_hidden_layers, min(session.lengths)
+    machine = prefill_for(model.config, model.dtype, batch.pool.page_size, tensor, progress=True)
+    layers, known = model.config.num_hidden_layers, min(batch.lengths)
     # Each device scores its share of the keys.
     of_all = dataclasses.replace(
         machine, **{f: getattr(machine, f) / context for f in ("full", "tile", "select")}
@@ -73,7 +71,7 @@ def choose_prefill_for(auto: Auto, session: "Session", length: int) -> PrefillCh
     return choose_prefill(auto, layers, of_all, known, length)
 
 
-def _split(model: "Model") -> tuple[int, int]:
+def _split(model: Model) -> tuple[int, int]:
     """Devices that heads and keys are split over."""
     axes = (model.rules.axis(name, model.mesh) for name in ("kv_heads", "pages"))
     heads, pages = (model.mesh.shape[axis] if model.mesh and axis else 1 for axis in axes)
@@ -91,7 +89,7 @@ def choose_before(
     parameters: int,
     fingerprint: str,
     directory: Path | None,
-) -> Choice:
+) -> PlanChoice:
     """What `auto` would mean for a model that is not loaded.
 
     Args:

@@ -20,7 +20,7 @@ NAMES = ("streaming_llm", "infllm", "quest", "retrieval_attention", "alayadb", "
 
 
 def get(name: str) -> Callable[..., Any]:
-    """`attention(config, keys=..., **options)` of a policy.
+    """The function `attention(config, keys=..., **options)` of a policy.
 
     Raises:
       RequestError: there is none of that name.

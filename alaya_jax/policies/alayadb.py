@@ -1,7 +1,7 @@
-"""AlayaDB (arXiv 2504.10326, section 6.2): DIPR in a graph, in the first layer over all keys.
+"""AlayaDB (arXiv 2504.10326, section 6.2): DIPR through a graph, in the first layer over all keys.
 
-`beta` is the paper's 50, for heads of 128 channels (Table 5); it says nothing of how many keys that
-is, so `keys` is not an argument. Other models want another: see `aj.calibrate`.
+`beta` is the paper's 50, for heads of 128 channels (Table 5). It does not say how many keys that
+is, so there is no argument `keys`. Other models need another beta: see `aj.calibrate`.
 """
 
 from alaya_jax.index import Flat, Graph, Index
@@ -13,8 +13,12 @@ from alaya_jax.query.plan import Plan
 def attention(
     config: LlamaConfig, *, beta: float = 50.0, index: Index | None = None
 ) -> tuple[Plan, ...]:
-    """Args: the architecture; the range; the index of all layers but the first, by default
-    `Graph()`.
+    """A plan for each layer.
+
+    Args:
+      config: architecture.
+      beta: range below the best score.
+      index: of all layers but the first; default `Graph()`.
     """
     query = DIPR(beta)
     rest = Plan(query, index=index or Graph())

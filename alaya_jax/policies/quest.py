@@ -13,8 +13,12 @@ DENSE_LAYERS = 2
 def attention(
     config: LlamaConfig, keys: int = 1024, *, window: Window | None = None
 ) -> tuple[Plan, ...]:
-    """`keys` is the token budget. The window is this library's: the original has none of its own,
-    and loses by that.
+    """A plan for each layer.
+
+    Args:
+      config: architecture.
+      keys: token budget of a head.
+      window: always attended; default `Window()`. The original has none, and loses by that.
     """
     query = TopK(keys, window or Window())
     sparse = Plan(query, index=Block("bounds"), by="page")

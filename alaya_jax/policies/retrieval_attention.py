@@ -14,7 +14,7 @@ def attention(config: LlamaConfig, keys: int = 100, *, index: Index | None = Non
     """The best `keys` (the paper's 100, or 2000), with the window [128 + 512].
 
     Args:
-      config: not looked at.
+      config: not used.
       keys: k.
       index: default `Graph()`; `Flat()` finds the same keys exactly.
     """

@@ -9,6 +9,12 @@ from alaya_jax.query import Window
 
 
 def attention(config: LlamaConfig, keys: int = 8192, *, sink: int = 128) -> Window:
-    """A window that is `keys` longer than that of the methods which retrieve."""
+    """One window for all layers, `keys` longer than that of the methods that retrieve.
+
+    Args:
+      config: not used.
+      keys: how much longer.
+      sink: first tokens, always attended.
+    """
     del config
     return Window(sink=sink, recent=Window().recent + keys)

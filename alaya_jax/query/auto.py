@@ -21,7 +21,7 @@ class Auto:
     and why. A goal that no plan reaches is refused, with the nearest that can be reached.
 
     Attributes:
-      tpot: time for a token of each sequence, seconds, at most; None: as fast as can be.
+      tpot: most seconds for a token of each sequence; None: as fast as possible.
       recovery: share of the attention mass to keep, above 0 and at most 1; at 1 all keys are read.
       device_memory: for keys, values and indexes, over all devices, bytes or "8GiB"; None: what
         the device says it has beside the weights, or no limit where it does not say.
@@ -29,7 +29,7 @@ class Auto:
       graph: whether a layer may ask the context's graph, where it has one. A walk estimates no
         mass, so it is asked for the range of scores that held the share in the calibration; what
         it misses of that is not known.
-      prefill: what it means for a prefill: "dense" reads every key; "sparse" may leave blocks of
+      prefill: how a prefill reads keys: "dense" reads every key; "sparse" may leave blocks of
         keys out (`Tiles`), where that is predicted to be faster. Their share of the mass is an
         estimate from a few queries, and what is lost goes into the keys and values that are kept.
     """

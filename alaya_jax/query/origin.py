@@ -55,11 +55,11 @@ class Origin:
         return min(length, self.runs[0][0]) if self.runs else length
 
     def upto(self, length: int) -> "Origin":
-        """That of the first `length` tokens."""
+        """The origin of the first `length` tokens."""
         return Origin(tuple(run for run in self.runs if run[0] < length))
 
     def then(self, start: int, end: int, way: Way) -> "Origin":
-        """With the tokens from `start` to `end` behind it."""
+        """The same, with the tokens from `start` to `end` added behind it."""
         if not self.runs:
             if end <= way.exact_until:
                 return self

@@ -81,7 +81,8 @@ class Full:
 @dataclasses.dataclass(frozen=True)
 class Window:
     """The first `sink` and the last `recent` tokens, the query's own among them (StreamingLLM,
-    arXiv 2309.17453; the sizes are AlayaDB's, Table 5). Data, not structure.
+    arXiv 2309.17453; the sizes are AlayaDB's, Table 5). Both are data: changing them compiles
+    nothing.
     """
 
     sink: int = 128
@@ -96,8 +97,8 @@ class Window:
 @dataclasses.dataclass(frozen=True)
 class DIPR:
     """Dynamic inner-product range query (AlayaDB, arXiv 2504.10326, Definition 3): of the keys
-    outside the window, those with `q.k >= max_s q.k_s - beta`, the maximum over these and the
-    window's: over all keys that q may see, but for those that `before` rules out.
+    outside the window, those with `q.k >= max_s q.k_s - beta`. The maximum is over all keys that q
+    may see, the window's among them, except those that `before` rules out.
 
     The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
     whose attention weight is at least alpha times the largest.
@@ -169,16 +170,16 @@ class Tiles:
 
     `beta` skips what is not worth its softmax. Keys are scored tile by tile; a tile in which every
     query's best score is below that query's best so far minus beta is left there: no softmax, no V
-    (BSFA, arXiv 2512.07011, with DIPR's range in place of a calibrated threshold). Exact: of the
-    keys that are scored, none within beta of its query's best is ever lost. Infinite: none is
-    skipped.
+    (BSFA, arXiv 2512.07011, with DIPR's range in place of a calibrated threshold). This is exact:
+    of the keys that are scored, none within beta of its query's best is ever lost. With an infinite
+    beta no tile is skipped.
 
     `recovery` chooses the blocks that are scored at all, from the attention of a few queries of the
     block (`samples`, spread evenly): in order of the share of mass that these give them, as many as
-    it takes for each of these to hold `recovery` of its mass. An estimate: on keys of
-    SmolLM2-135M 93% to 97% of all queries hold it then (benchmarks/sparse_prefill.py). 1 leaves
-    nothing out, and only sets the order; with None there is no estimate, and keys come in order of
-    position.
+    it takes for each of these to hold `recovery` of its mass. That is an estimate for the others:
+    on keys of SmolLM2-135M 93% to 97% of all queries hold it (benchmarks/sparse_prefill.py). 1
+    leaves nothing out, and only sets the order; with None there is no estimate, and keys come in
+    order of position.
 
     The window's keys are always attended, but by blocks: those of the sink and those within
     `recent` of a query of the block.

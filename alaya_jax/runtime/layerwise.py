@@ -1,12 +1,12 @@
 """A session run by a model of one's own, which calls `update` and `attention` in each layer.
 
-The cache holds new tokens layer by layer then: `Session.ahead` counts those that some layers have
+The cache holds new tokens layer by layer then: `Batch.ahead` counts those that some layers have
 and others do not, and lengths grow when all have them.
 """
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,106 +20,110 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.index.memory import Memory
 from alaya_jax.query.origin import Way
-from alaya_jax.query.plan import Attention, of_layer
+from alaya_jax.query.plan import Plans, of_layer
+from alaya_jax.runtime.batch import Batch, OnRead
 from alaya_jax.sharding import ShardingRules, laid, whole
-
-if TYPE_CHECKING:
-    from alaya_jax.session import Session
 
 
 def update(
-    session: "Session",
+    batch: Batch,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     layer: int,
     return_kv: bool,
 ) -> tuple[Array | None, Array | None]:
     """See `Session.update`."""
-    if any(session.pending):
+    if any(batch.pending):
         raise RequestError(
             "update: the last generated token is not in the cache yet; call prefill(()) first"
         )
-    if return_kv and session.batch_size != 1:
+    if return_kv and batch.size != 1:
         raise RequestError("update: return_kv is for a session of one sequence")
-    c = session.model.config
-    batch, t = session.batch_size, _tokens_of(k)
-    shape = (batch, t, c.num_key_value_heads, c.head_dim)
+    c = batch.model.config
+    t = _tokens_of(k)
+    shape = (batch.size, t, c.num_key_value_heads, c.head_dim)
     if np.shape(k) != shape or np.shape(v) != shape or not 0 <= layer < c.num_hidden_layers:
         raise RequestError(
             f"update: k {np.shape(k)}, v {np.shape(v)}, layer {layer}; this session takes {shape} "
             f"and layers 0 to {c.num_hidden_layers - 1}"
         )
-    session.turn += 1
-    start = session.ahead[layer]
-    for sequence in session.sequences:
-        session.pool.reserve(sequence, int(start) + t)
-    table = _table(session, layer)
-    session.pool.run(
+    batch.turn += 1
+    start = batch.ahead[layer]
+    for sequence in batch.sequences:
+        batch.pool.reserve(sequence, int(start) + t)
+    table = _table(batch, layer)
+    batch.pool.run(
         _append,
         None,
         table,
-        jnp.full(batch, t, jnp.int32),
+        jnp.full(batch.size, t, jnp.int32),
         k,
         v,
         kv_result=None,
         layer=layer,
-        mesh=session.model.mesh,
-        rules=session.model.rules,
+        mesh=batch.model.mesh,
+        rules=batch.model.rules,
     )
-    session.ahead[layer] += t
-    done = int(session.ahead.min())
+    batch.ahead[layer] += t
+    done = int(batch.ahead.min())
     if done:
-        session.ahead -= done
-        for sequence in session.sequences:
+        batch.ahead -= done
+        for sequence in batch.sequences:
             sequence.length += done
     if not return_kv:
         return None, None
-    n = session.lengths[0] + int(session.ahead[layer])
-    full_k, full_v = session.pool.gather(session.sequences[0], layer, n)
+    n = batch.lengths[0] + int(batch.ahead[layer])
+    full_k, full_v = batch.pool.gather(batch.sequences[0], layer, n)
     return full_k[:, :n], full_v[:, :n]
 
 
-def attention(
-    session: "Session", q: Float[Array, "B T H D"], layer: int, query: Attention | None
-) -> Float[Array, "B T H D"]:
-    """See `Session.attention`."""
-    c = session.model.config
-    batch, t = session.batch_size, _tokens_of(q)
-    shape = (batch, t, c.num_attention_heads, c.head_dim)
-    held = (
-        min(session.lengths) + int(session.ahead[layer]) if 0 <= layer < len(session.ahead) else -1
-    )
+def queries(batch: Batch, q: Float[Array, "B T H D"], layer: int) -> int:
+    """T, of queries that `attention` can answer.
+
+    Raises:
+      RequestError: of another shape or layer, or more tokens than there are.
+    """
+    c = batch.model.config
+    t = _tokens_of(q)
+    shape = (batch.size, t, c.num_attention_heads, c.head_dim)
+    held = min(batch.lengths) + int(batch.ahead[layer]) if 0 <= layer < len(batch.ahead) else -1
     if np.shape(q) != shape or t > held:
         raise RequestError(
             f"attention: q {np.shape(q)}, layer {layer}; this session takes {shape} of the last "
             f"tokens and layers 0 to {c.num_hidden_layers - 1}; call update() first"
         )
-    table = _table(session, layer)
+    return t
+
+
+def attention(
+    batch: Batch, q: Float[Array, "B T H D"], layer: int, plans: Plans, on_read: OnRead
+) -> Float[Array, "B T H D"]:
+    """See `Session.attention`; `queries` has looked at q."""
+    c, t = batch.model.config, _tokens_of(q)
+    table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)
-    count = jnp.full(batch, t, jnp.int32)
-    plans = session.plans(query, max(session.lengths) + t, prefill=t > 1)
-    with session.pool.lock:
-        kv = session.pool.kv
+    count = jnp.full(batch.size, t, jnp.int32)
+    with batch.pool.lock:
+        kv = batch.pool.kv
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-        indexed = session.cover(plans)
+        indexed = batch.cover(plans)
         out, counts = engine.attend(
             of_layer(plans, layer),
             q,
             Memory(kv, table, indexed).layer(layer),
             count,
-            mesh=session.model.mesh,
-            rules=session.model.rules,
+            mesh=batch.model.mesh,
+            rules=batch.model.rules,
         )
     way = Way.of(of_layer(plans, layer))
-    for b, length in enumerate(session.lengths):
-        end, origin = length + int(session.ahead[layer]), session.origins[b]
+    for b, length in enumerate(batch.lengths):
+        end, origin = length + int(batch.ahead[layer]), batch.origins[b]
         if way.name not in [name for _, name in origin.runs]:  # once, not by turns with a layer's
-            session.origins[b] = origin.then(end - t, end, way)
-    by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(session.model.mesh))
+            batch.origins[b] = origin.then(end - t, end, way)
+    by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(batch.model.mesh))
     # The account is kept by token: the last layer closes it.
-    counted = [t] * batch if layer == c.num_hidden_layers - 1 else [0] * batch
-    lengths = np.asarray(table.length).tolist()
-    session.count_reads("attention", plans, by_layer, lengths, counted, t)
+    counted = [t if layer == c.num_hidden_layers - 1 else 0] * batch.size
+    on_read(by_layer, np.asarray(table.length).tolist(), counted, t)
     return out
 
 
@@ -128,10 +132,10 @@ def _tokens_of(array: Any) -> int:
     return np.shape(array)[1] if np.ndim(array) == 4 else 0
 
 
-def _table(session: "Session", layer: int) -> PageTable:
+def _table(batch: Batch, layer: int) -> PageTable:
     """Pages, and lengths with what the layer has ahead of others."""
-    table = session.pool.table(session.sequences)
-    return dataclasses.replace(table, length=table.length + int(session.ahead[layer]))
+    table = batch.pool.table(batch.sequences)
+    return dataclasses.replace(table, length=table.length + int(batch.ahead[layer]))
 
 
 def _append_layer(

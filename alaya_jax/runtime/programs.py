@@ -1,307 +1,437 @@
-"""The two compiled programs of a running model: `extend` a sequence, `decode` many tokens.
+"""The compiled programs of a running model: some layers of a step, its end, and what layers ask.
 
-Both take the cache, give it back, and donate it: it is updated in place, never copied. Sizes that
-vary while a program runs (lengths, number of steps, thresholds) are data; what would compile anew
-is a new batch size, chunk size or page-table width, and those come in buckets.
+A step is `layers` as often as it takes (see `stack.Stack`) and, where a token is chosen, `end`. A
+program holds a few layers, not all: what compiles does not grow with the number of layers, and one
+compiled program serves every group of layers that are alike. Each takes the cache of its layers,
+gives it back, and donates it: it is updated in place, never copied. Numbers that vary while a model
+runs (lengths, thresholds, which layer comes first) are data; what would compile anew is a new batch
+size, chunk size or page-table width, and those come in buckets.
+
+`step` is the same as one pure function, for programs of one's own.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
-from alaya_jax.index import Indexed
-from alaya_jax.index.memory import Memory
-from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.llama import Params, forward
-from alaya_jax.query import Full
-from alaya_jax.query.plan import Attention, Plan, Plans, of_layer, plan_for
+from alaya_jax.frame import Frame
+from alaya_jax.index.memory import LayerMemory, Memory
+from alaya_jax.models import llama
+from alaya_jax.models.llama import Params
+from alaya_jax.query.plan import Attention, Plan, of_layer, plan_for
 from alaya_jax.runtime.sampling.sampler import Alternatives, Processors, SamplerState, sample
 from alaya_jax.settings import under_own_settings
-from alaya_jax.sharding import ShardingRules, auto_axes, laid, whole
+from alaya_jax.sharding import auto_axes, laid, whole
 
 
 @under_own_settings
 def step(
     params: Params,
-    config: LlamaConfig,
-    kv: PagedKV,
-    table: PageTable,
+    memory: Memory,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     plans: Attention,
-    indexed: Indexed | None = None,
-    rope_length: int | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules | None = None,
-) -> tuple[Float[Array, "B V"], PagedKV, Counts]:
+    frame: Frame,
+) -> tuple[Float[Array, "B V"], Memory, Counts]:
     """The model over `count[b]` new tokens of each sequence; pure, not compiled.
 
     Args:
-      params, config: the model.
-      kv: cache; the pages of the new tokens are allocated and in `table`.
-      table: pages, and lengths before the new tokens.
+      params: of the model.
+      memory: the pages of the new tokens are allocated and in its table.
       tokens: padded to T.
       count: how many of the T are real.
       plans: how attention is answered; a query or a plan, or one a layer.
-      indexed: what the plans' indexes hold; None: nothing, and every key is scored.
-      rope_length: see `models.rope.inverse_frequencies`.
-      mesh, rules: where the model and the cache lie.
+      frame: what is static.
 
     Returns:
-      logits of each sequence's last new token, float32; the cache with the new tokens; what was
+      logits of each sequence's last new token, float32; the memory with the new tokens; what was
       read, [L, B, H], summed over the new tokens.
 
     Raises:
       RequestError: plans that are none, or not of this model's layers or heads.
     """
-    if mesh is not None and (auto := auto_axes(mesh)) is not mesh:
-        # With explicit axes every array says where it lies; here the compiler places them.
-        pool = (rules or ShardingRules()).pool(auto)
-        assert pool is not None
-        of_kv = jax.tree.map(lambda _: pool.spec, kv)
 
-        def placed(params: Params, kv: PagedKV, *rest: Any) -> Any:
-            static: Any = {"rope_length": rope_length, "mesh": auto, "rules": rules}
-            return step(params, config, kv, *rest, **static)
+    def run(frame: Frame, params: Params, memory: Memory, *rest: Any) -> Any:
+        tokens, count, plans = rest
+        config, layers = frame.config, range(frame.config.num_hidden_layers)
+        blocks = [llama.layer_params(params, i) for i in layers]
+        each = [of_layer(plans, i) for i in layers]
+        x = llama.embed(params, config, tokens)
+        reading = _Reading(frame, each, [memory.layer(i) for i in layers], count)
+        x, kv, counts = reading.run(blocks, x)
+        return llama.head(params, config, _last(x, count)), kv, counts
 
-        run: Any = jax.sharding.auto_axes(
-            placed,
-            axes=mesh.axis_names,
-            out_sharding=(PartitionSpec(), of_kv, PartitionSpec()),
-        )
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return run(params, kv, table, tokens, count, plans, indexed)
-    plans = plan_for(plans, config, 0)
-    offset = jnp.arange(tokens.shape[1])
-    positions = table.length[:, None] + offset
-    real = (offset < count[:, None])[..., None]
-
-    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        kv, counts = state
-        kv = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
-        out, new = engine.attend(
-            of_layer(plans, layer),
-            q,
-            Memory(kv, table, indexed).layer(layer),
-            count,
-            mesh=mesh,
-            rules=rules,
-        )
-        new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
-        return out, (kv, (*counts, new))
-
-    logits, (kv, counts) = forward(
-        params,
-        config,
-        tokens,
-        positions,
-        attend,
-        (kv, ()),
-        logits_at=jnp.maximum(count - 1, 0),
-        rope_length=rope_length,
+    plans = plan_for(plans, frame.config, 0)
+    everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
+    of_kv = jax.tree.map(lambda _: pool and pool.spec, memory.kv)
+    logits, kv, counts = _by_the_compiler(
+        run, frame, (everywhere, of_kv, everywhere), params, memory, tokens, count, plans
     )
-    return logits, kv, jax.tree.map(lambda *x: jnp.stack(x), *counts)
+    table = dataclasses.replace(memory.table, length=memory.table.length + count)
+    return logits, dataclasses.replace(memory, kv=kv, table=table), counts
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "rope_length", "mesh", "rules"),
-    donate_argnames=("kv",),
-)
-def extend(
-    params: Params,
-    kv: PagedKV,
-    table: PageTable,
-    tokens: Int[Array, "B T"],
-    count: Int[Array, " B"],
-    plans: Plans,
-    indexed: Indexed | None = None,
-    *,
-    config: LlamaConfig,
-    rope_length: int | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules | None = None,
-) -> tuple[Float[Array, "B V"], PagedKV, Counts]:
-    """`step`, compiled: one chunk of a prefill."""
-    logits, kv, counts = step(
-        params, config, kv, table, tokens, count, plans, indexed, rope_length, mesh, rules
-    )
-    logits, counts = laid((logits, counts), whole(mesh))
-    return logits, laid(kv, (rules or ShardingRules()).pool(mesh)), counts
+def _by_the_compiler(function: Callable[..., Any], frame: Frame, places: Any, *args: Any) -> Any:
+    """`function(frame, *args)`, whose values the compiler places.
 
-
-@functools.partial(jax.jit, static_argnames=("config", "rope_length", "mesh", "rules"))
-def asked(
-    params: Params,
-    kv: PagedKV,
-    table: PageTable,
-    tokens: Int[Array, "B T"],
-    count: Int[Array, " B"],
-    take: Int[Array, " n"],
-    *,
-    config: LlamaConfig,
-    rope_length: int | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules | None = None,
-) -> Float[Array, "L n H D"]:
-    """Queries that tokens ask whose keys and values are in the cache already, which stays as it is.
-
-    Args:
-      params, config, rope_length, mesh, rules: as in `step`.
-      kv, table: cache, and the length before these tokens of the (single) sequence.
-      tokens, count: as in `step`.
-      take: which of the T tokens' queries are wanted.
-
-    Returns:
-      those queries, rotated, unscaled, of each layer.
+    With explicit axes every array says where it lies; so does the result then, by `places`.
     """
-    positions = table.length[:, None] + jnp.arange(tokens.shape[1])
-
-    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        del k, v
-        out, _ = engine.attend(
-            Plan(Full()), q, Memory(kv, table).layer(layer), count, mesh=mesh, rules=rules
-        )
-        return out, (*state, q[0, take])
-
-    _, queries = forward(
-        params,
-        config,
-        tokens,
-        positions,
-        attend,
-        (),
-        logits_at=count - 1,
-        rope_length=rope_length,
+    mesh = frame.mesh
+    if mesh is None or (auto := auto_axes(mesh)) is mesh:
+        return function(frame, *args)
+    run: Any = jax.sharding.auto_axes(
+        functools.partial(function, dataclasses.replace(frame, mesh=auto)),
+        axes=mesh.axis_names,
+        out_sharding=places,
     )
-    return jnp.stack(queries)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return run(*args)
+
+
+def _last(x: Float[Array, "B T E"], count: Int[Array, " B"]) -> Float[Array, "B E"]:
+    """Of each sequence's last new token."""
+    return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+@dataclasses.dataclass
+class _Reading:
+    """Consecutive layers that attend by plans to what the cache holds, new tokens included.
+
+    Attributes:
+      frame: what is static.
+      plans, memory: of each of these layers; tables have lengths before the new tokens.
+      count: new tokens of each sequence.
+      write: whether the new tokens' keys and values are to be written; else they are there.
+    """
+
+    frame: Frame
+    plans: list[Plan]
+    memory: list[LayerMemory]
+    count: Int[Array, " B"]
+    write: bool = True
+
+    def run(
+        self, blocks: list[Params], x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T E"], PagedKV, Counts]:
+        """What the layers make of x; their cache; what was read, [g, B, H], summed over T."""
+        x, (k, v, counts, _) = self._run(blocks, x)
+        return x, PagedKV(k, v), jax.tree.map(lambda *x: jnp.stack(x), *counts)
+
+    def queries(
+        self, blocks: list[Params], x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T E"], tuple[Float[Array, "B T H D"], ...]]:
+        """What the layers make of x, and what each of them asks."""
+        x, (_, _, _, queries) = self._run(blocks, x)
+        return x, queries
+
+    def _run(self, blocks: list[Params], x: Float[Array, "B T E"]) -> tuple[Array, Any]:
+        table = self.memory[0].table
+        offset = jnp.arange(x.shape[1])
+        rotary = llama.rotation(
+            self.frame.config, table.length[:, None] + offset, self.frame.rope_length
+        )
+        real = (offset < self.count[:, None])[..., None]
+        where: Any = {"mesh": self.frame.mesh, "rules": self.frame.rules}
+
+        def attend(i: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+            ks, vs, counts, queries = state
+            memory = self.memory[i]
+            held = PagedKV((memory.k,), (memory.v,))
+            if self.write:
+                held = engine.append(held, 0, k, v, table, self.count, **where)
+            read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
+            out, new = engine.attend(self.plans[i], q, read, self.count, **where)
+            new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
+            return out, ((*ks, *held.k), (*vs, *held.v), (*counts, new), (*queries, q))
+
+        return llama.run_layers(blocks, self.frame.config, x, rotary, attend, ((), (), (), ()))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """What one call of `decode` produced; the first `steps` rows are real.
+class Passed:
+    """What the programs of a step pass on beside the layers' input; donated.
 
     Attributes:
-      tokens: int32 [N, B]; -1 for a sequence that had ended, or whose logits were not finite.
-      logprobs: float32 [N, B], of the model's own distribution.
-      alternatives: the likeliest tokens of each step, [N, B, n], or None.
-      steps: how many steps ran: fewer than asked for when every sequence ended.
-      running: bool [B], sequences that may go on.
-      counts: what was read, [L, B, H], summed over steps.
+      last: what the newest layer made of each sequence's last new token, [B, E].
+      layer: int32, the layer that comes next.
+      counts: what the layers before it read, [L, B, H].
     """
 
-    tokens: Int[Array, "N B"]
-    logprobs: Float[Array, "N B"]
-    alternatives: Alternatives | None
-    steps: Int[Array, ""]
+    last: Float[Array, "B E"]
+    layer: Int[Array, ""]
+    counts: Counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """The new tokens of a step.
+
+    Attributes:
+      tokens: padded to T.
+      count: how many of the T are real.
+      table: pages of the new tokens included, lengths before them.
+    """
+
+    tokens: Int[Array, "B T"]
+    count: Int[Array, " B"]
+    table: PageTable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How some consecutive layers attend: of each its plan, and what the plan's index holds.
+
+    Attributes:
+      plans: of each layer.
+      indexes: of each layer; None: all keys are scored.
+      covered: keys of each sequence that the indexes know; None: none.
+    """
+
+    plans: tuple[Plan, ...]
+    indexes: tuple[Any, ...]
+    covered: Int[Array, " B"] | None
+
+    def memory(self, kv: PagedKV, table: PageTable) -> list[LayerMemory]:
+        """What each of the layers reads."""
+        return [
+            LayerMemory(k, v, table, index, self.covered)
+            for k, v, index in zip(kv.k, kv.v, self.indexes, strict=True)
+        ]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("frame",), donate_argnames=("kv", "x", "passed"), inline=False
+)
+@under_own_settings
+def layers(
+    outer: Params,
+    blocks: tuple[Params, ...],
+    kv: PagedKV,
+    x: Float[Array, "B T E"],
+    passed: Passed,
+    fed: Fed,
+    asked: Asked,
+    *,
+    frame: Frame,
+) -> tuple[Array, PagedKV, Passed]:
+    """Consecutive layers of a step over new tokens, from `passed.layer` on.
+
+    Args:
+      outer: see `llama.outer_params`; layer 0 begins with the embedding of the tokens.
+      blocks: parameters of each of the layers.
+      kv: of these layers only.
+      x: what the layer before them made.
+      passed: see `Passed`.
+      fed: the new tokens.
+      asked: how these layers attend.
+      frame: what is static.
+
+    Returns:
+      what the last of them made, and the rest with these layers' part.
+    """
+
+    def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
+        x, passed, fed, asked = rest
+        x = _embedded(frame, outer, x, passed.layer, fed.tokens)
+        reading = _Reading(frame, asked.plans, asked.memory(kv, fed.table), fed.count)
+        new, kv, counts = reading.run(blocks, x)
+        x = new.astype(x.dtype)
+        counts = jax.tree.map(
+            lambda all, some: lax.dynamic_update_slice(all, some, (passed.layer, 0, 0)),
+            passed.counts,
+            counts,
+        )
+        last = jnp.where((fed.count > 0)[:, None], _last(x, fed.count), passed.last)
+        x, last, layer = laid((x, last, passed.layer + len(blocks)), whole(frame.mesh))
+        passed = Passed(last, layer, laid(counts, by_heads(frame)))
+        return x, laid(kv, frame.rules.pool(frame.mesh)), passed
+
+    everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
+    of_kv = jax.tree.map(lambda _: pool and pool.spec, kv)
+    heads = by_heads(frame)
+    of_passed: Any = Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
+    places = (everywhere, of_kv, of_passed)
+    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, passed, fed, asked)
+
+
+def by_heads(frame: Frame) -> NamedSharding | None:
+    """Where counts [L, B, H] lie between programs; None without a mesh."""
+    if frame.mesh is None:
+        return None
+    heads = frame.rules.axis("kv_heads", frame.mesh)
+    spec = PartitionSpec() if heads is None else PartitionSpec(None, None, heads)
+    return NamedSharding(frame.mesh, spec)
+
+
+def _embedded(frame: Frame, outer: Params, x: Array, layer: Array, tokens: Array) -> Array:
+    """What comes into these layers: before the first, the tokens' embedding."""
+    return lax.cond(
+        layer == 0,
+        lambda: llama.embed(outer, frame.config, tokens).astype(x.dtype),
+        lambda: x,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("frame",), donate_argnames=("x",))
+@under_own_settings
+def queries(
+    outer: Params,
+    blocks: tuple[Params, ...],
+    kv: PagedKV,
+    x: Float[Array, "B T E"],
+    layer: Int[Array, ""],
+    fed: Fed,
+    asked: Asked,
+    take: Int[Array, " n"],
+    *,
+    frame: Frame,
+) -> tuple[Array, Array, tuple[Float[Array, "B n H D"], ...]]:
+    """What consecutive layers ask at tokens whose keys and values are in the cache already.
+
+    Args:
+      outer, blocks, x, fed, asked, frame: as in `layers`.
+      kv: of these layers; it stays as it is.
+      layer: the first of them.
+      take: which of the T tokens' queries are wanted.
+
+    Returns:
+      what the last of them made, the layer that comes next, and each layer's queries, rotated,
+      unscaled.
+    """
+
+    def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
+        x, layer, fed, asked, take = rest
+        x = _embedded(frame, outer, x, layer, fed.tokens)
+        memory = asked.memory(kv, fed.table)
+        new, q = _Reading(frame, asked.plans, memory, fed.count, write=False).queries(blocks, x)
+        x, layer = laid((new.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
+        return x, layer, tuple(each[:, take] for each in q)
+
+    everywhere = PartitionSpec()
+    places = (everywhere, everywhere, everywhere)
+    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked, take)
+
+
+@functools.partial(jax.jit, static_argnames=("frame",))
+@under_own_settings
+def logits(outer: Params, last: Float[Array, "B E"], *, frame: Frame) -> Float[Array, "B V"]:
+    """Logits, float32, of what the last layer made of a token of each sequence."""
+
+    def run(frame: Frame, outer: Params, last: Array) -> Array:
+        return laid(llama.head(outer, frame.config, last), whole(frame.mesh))
+
+    return _by_the_compiler(run, frame, PartitionSpec(), outer, last)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Going:
+    """How far each sequence of a decoding batch is; donated.
+
+    Attributes:
+      token: its last token, sampled or given.
+      running: whether it is to go on.
+      length: tokens that its cache holds before those that the step feeds.
+      count: tokens that the step feeds; in a step of decoding, 1 where the sequence goes on.
+      sampler: see `sampler.init_sampler`.
+    """
+
+    token: Int[Array, "B 1"]
     running: Bool[Array, " B"]
+    length: Int[Array, " B"]
+    count: Int[Array, " B"]
+    sampler: SamplerState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one step chose.
+
+    Attributes:
+      token: int32 [B]; -1 for a sequence that had ended, or whose logits were not finite.
+      logprob: float32 [B], of the model's own distribution.
+      alternatives: the likeliest tokens, [B, n], or None.
+      length, count: int32 [B], tokens in the cache before the step, and those that it fed.
+      counts: what the step read, [L, B, H].
+    """
+
+    token: Int[Array, " B"]
+    logprob: Float[Array, " B"]
+    alternatives: Alternatives | None
+    length: Int[Array, " B"]
+    count: Int[Array, " B"]
     counts: Counts
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "processors", "capacity", "rope_length", "mesh", "rules"),
-    donate_argnames=("kv", "sampler"),
+    jax.jit, static_argnames=("processors", "frame"), donate_argnames=("passed", "going")
 )
-def decode(
-    params: Params,
-    kv: PagedKV,
-    table: PageTable,
-    token: Int[Array, " B"],
-    running: Bool[Array, " B"],
+@under_own_settings
+def end(
+    outer: Params,
+    passed: Passed,
+    going: Going,
     end_ids: Int[Array, "B M"],
-    sampler: SamplerState,
-    steps: Int[Array, ""],
-    plans: Plans,
-    indexed: Indexed | None = None,
+    allowed: Bool[Array, " B"],
     *,
-    config: LlamaConfig,
     processors: Processors,
-    capacity: int,
-    rope_length: int | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules | None = None,
-) -> tuple[Decoded, PagedKV, PageTable, Int[Array, " B"], SamplerState]:
-    """Up to `steps` tokens of every running sequence, without a host round trip.
+    frame: Frame,
+) -> tuple[Row, Passed, Going]:
+    """The end of a step behind all layers: the next token of every running sequence.
 
-    Each step feeds the last token, whose key and value join the cache, and samples the next. A
-    sequence ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
+    A sequence ends with an id of its `end_ids` (padded with -1), or when its logits are not finite.
+    A sequence that has ended is fed nothing, and writes nothing.
 
     Args:
-      params, config, plans, indexed, rope_length, mesh, rules: as in `step`.
-      kv, table: cache with pages allocated for `steps` more tokens of each sequence.
-      token: last token of each sequence, sampled or given, not in the cache yet.
-      running: sequences that are to go on.
+      outer: see `llama.outer_params`.
+      passed: behind the last layer.
+      going: before the step.
       end_ids: ids that end each sequence.
-      sampler, processors: see `sampler.init_sampler`.
-      steps: at most `capacity`.
-      capacity: N, rows of the result; static.
+      allowed: sequences that may go on behind this step.
+      processors: see `sampler.init_sampler`.
+      frame: what is static.
 
     Returns:
-      the tokens; cache, table, last tokens and sampler for the next call.
+      what was chosen, and the rest for the next step.
     """
-    batch = token.shape[0]
-    wanted = processors.logprobs
-    by_head = (config.num_hidden_layers, batch, config.num_attention_heads)
-    nothing = jnp.zeros(by_head, jnp.int32)
-    out = Decoded(
-        tokens=jnp.full((capacity, batch), -1, jnp.int32),
-        logprobs=jnp.zeros((capacity, batch)),
-        alternatives=Alternatives(
-            jnp.zeros((capacity, batch, wanted), jnp.int32), jnp.zeros((capacity, batch, wanted))
-        )
-        if wanted
-        else None,
-        steps=jnp.int32(0),
-        running=running,
-        counts=Counts(nothing, nothing, nothing, jnp.zeros(by_head), nothing),
-    )
 
-    def body(carry: Any) -> Any:
-        out, kv, table, token, sampler = carry
-        count = out.running.astype(jnp.int32)
-        logits, kv, counts = step(
-            params,
-            config,
-            kv,
-            table,
-            token[:, None],
-            count,
-            plans,
-            indexed,
-            rope_length,
-            mesh,
-            rules,
-        )
-        table = dataclasses.replace(table, length=table.length + count)
-        new, logprob, alternatives, sampler = sample(processors, sampler, logits)
-        new = jnp.where(out.running, new, -1)
+    def run(frame: Frame, outer: Params, passed: Passed, *rest: Any) -> Any:
+        going, end_ids, allowed = rest
+        scores = llama.head(outer, frame.config, passed.last)
+        new, logprob, alternatives, sampler = sample(processors, going.sampler, scores)
+        new = jnp.where(going.running, new, -1)
         ended = (new < 0) | jnp.any(new[:, None] == end_ids, axis=1)
-        put = functools.partial(jax.tree.map, lambda rows, row: rows.at[out.steps].set(row))
-        out = Decoded(
-            tokens=put(out.tokens, new),
-            logprobs=put(out.logprobs, logprob),
-            alternatives=put(out.alternatives, alternatives),
-            steps=out.steps + 1,
-            running=out.running & ~ended,
-            counts=jax.tree.map(jnp.add, out.counts, counts),
+        running = going.running & ~ended & allowed
+        row = Row(new, logprob, alternatives, going.length, going.count, passed.counts)
+        nothing = jax.tree.map(jnp.zeros_like, passed.counts)
+        going = Going(
+            jnp.where(new >= 0, new, going.token[:, 0])[:, None],
+            running,
+            going.length + going.count,
+            running.astype(jnp.int32),
+            sampler,
         )
-        return out, kv, table, jnp.where(new >= 0, new, token), sampler
+        row, going, last, layer = laid(
+            (row, going, passed.last, jnp.zeros_like(passed.layer)), whole(frame.mesh)
+        )
+        return row, Passed(last, layer, laid(nothing, by_heads(frame))), going
 
-    def more(carry: Any) -> Array:
-        return (carry[0].steps < jnp.minimum(steps, capacity)) & carry[0].running.any()
-
-    out, kv, new, token, sampler = lax.while_loop(more, body, (out, kv, table, token, sampler))
-    out, length, token, sampler = laid((out, new.length, token, sampler), whole(mesh))
-    kv = laid(kv, (rules or ShardingRules()).pool(mesh))
-    return out, kv, dataclasses.replace(table, length=length), token, sampler
+    everywhere = PartitionSpec()
+    heads = by_heads(frame)
+    of_passed: Any = Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
+    places = (everywhere, of_passed, everywhere)
+    return _by_the_compiler(run, frame, places, outer, passed, going, end_ids, allowed)

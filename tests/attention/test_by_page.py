@@ -115,7 +115,7 @@ def by_kernels(plan, batch, implementation: str, target: Target):
 
 def test_the_kernels_keep_the_same_pages(layer):
     asked = plan(Sketch(), share="group")
-    out, counts = by_kernels(asked, kernels.Batch(*layer.asked(asked)), "xla", CPU)
+    out, counts = by_kernels(asked, kernels.LayerQueries(*layer.asked(asked)), "xla", CPU)
     want, seen = attend(asked, *layer.asked(asked))
     np.testing.assert_array_equal(counts.attended, seen.attended)
     np.testing.assert_allclose(out, want, atol=1e-5)
@@ -125,7 +125,7 @@ def test_the_kernels_keep_the_same_pages(layer):
 def test_the_simulated_kernels_keep_the_same_pages():
     layer = Layer(0, jnp.bfloat16)
     asked = plan(Sketch(), share="group")
-    batch = kernels.Batch(*layer.asked(asked))
+    batch = kernels.LayerQueries(*layer.asked(asked))
     out, counts = by_kernels(asked, batch, "mosaic_gpu", INTERPRET)
     want, seen = by_kernels(asked, batch, "xla", CPU)
     np.testing.assert_array_equal(counts.attended, seen.attended)

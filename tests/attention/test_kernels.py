@@ -118,7 +118,7 @@ def by_kernels(plan, batch, implementation, target=CPU):
 
 def both(plan, case, implementation, target=CPU):
     memory = case.memory(case.indexes.get(plan.index))
-    got = by_kernels(plan, kernels.Batch(case.q, memory, case.count), implementation, target)
+    got = by_kernels(plan, kernels.LayerQueries(case.q, memory, case.count), implementation, target)
     return got, by_engine(plan, case.q, memory, case.count)
 
 
@@ -235,7 +235,7 @@ def test_what_is_chosen_and_why(simulated):
 
     def batch(**changes):
         changed = dataclasses.replace(case, **changes)
-        return kernels.Batch(changed.q, changed.memory(), changed.count)
+        return kernels.LayerQueries(changed.q, changed.memory(), changed.count)
 
     plan = DECODE["recovery"]
     assert kernels.choose(plan, batch(), H100).implementation == "mosaic_gpu"

@@ -126,7 +126,7 @@ def by_kernels(plan, batch, target=CPU):
 def test_a_recovery_holds_by_kernels(name, outliers):
     layer, weights = outliers
     plan = PLANS[name]
-    batch = kernels.Batch(*layer.asked(plan))
+    batch = kernels.LayerQueries(*layer.asked(plan))
     out, counts = jax.tree.map(lambda x: np.asarray(x)[0, 0], by_kernels(plan, batch))
     mass = counts.attended / np.diag(out[:, :G]) / weights.sum(-1)
     assert mass.min() >= P - 1e-4

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 import alaya_jax as aj
 from alaya_jax.cache import UNUSED
-from alaya_jax.cache.pool import PagePool, Sequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.query.plan import indexes_of, plan_for
 
@@ -35,7 +35,7 @@ def test_a_table_is_as_wide_as_its_longest_sequence_needs(narrow, pages, width):
     """In few widths, since each is compiled, none wider than the pool; padding names no page out
     of range.
     """
-    sequences = [Sequence(), Sequence()]
+    sequences = [PagedSequence(), PagedSequence()]
     narrow.reserve(sequences[0], 16 * pages)
     sequences[0].length = max(16 * pages - 3, 0)
     table = narrow.table(sequences)
@@ -57,7 +57,7 @@ def test_the_table_of_a_spread_pool_says_where_each_page_is(steps):
     pool = PagePool(config, "float32", 67, 16, "Budget()", mesh=mesh)
     assert pool.num_pages == 64
     assert pool.capacity_tokens == 60 * 16
-    sequences = [Sequence() for _ in range(3)]
+    sequences = [PagedSequence() for _ in range(3)]
     for which, tokens, release in steps:
         sequence = sequences[which]
         if release:
@@ -89,7 +89,7 @@ def test_the_table_of_a_spread_pool_says_where_each_page_is(steps):
 @pytest.mark.parametrize("tokens", [1, 16, 37, 90])
 def test_what_is_written_is_read(narrow, rng, tokens):
     """Between a hole and a neighbour, whose pages stay as they are."""
-    hole, neighbour, sequence = Sequence(), Sequence(), Sequence()
+    hole, neighbour, sequence = PagedSequence(), PagedSequence(), PagedSequence()
     for one in (hole, neighbour):
         narrow.reserve(one, 20)
         one.length = 20
@@ -107,7 +107,7 @@ def test_what_is_written_is_read(narrow, rng, tokens):
 
 
 def test_ctrl_c_waits_until_the_cache_is_back(narrow, ctrl_c):
-    sequence = Sequence()
+    sequence = PagedSequence()
     narrow.reserve(sequence, 5)
     before = narrow.kv
 
@@ -163,7 +163,7 @@ def test_ctrl_c_while_a_shared_page_is_copied_loses_no_page(db, rng, monkeypatch
 
     monkeypatch.setattr(db.pool, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        session.make_room([2])
+        session.batch.make_room([2])
     monkeypatch.undo()
     assert session.prefill(rest).shape == (1, 256)
     session.close()
@@ -261,7 +261,7 @@ def test_pages_of_sessions_that_nobody_can_reach_are_found(db, rng):
     try:
         for _ in range(3):
             session, rest = db.create_session(rng.integers(3, 256, 480))
-            session.make_room([len(rest)])
+            session.batch.make_room([len(rest)])
             circle = [session]
             circle.append(circle)
             del session, circle
@@ -315,7 +315,7 @@ def test_a_session_may_be_collected_while_another_thread_is_at_work(db, rng):
     ever.
     """
     session, rest = db.create_session(rng.integers(3, 256, 37))
-    session.make_room([len(rest)])
+    session.batch.make_room([len(rest)])
     with db.pool.lock:
         thread = threading.Thread(target=session.close)
         thread.start()

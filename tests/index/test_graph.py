@@ -15,15 +15,14 @@ from alaya_jax.cache.views import Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index import GraphLayer, GraphSpec
 from alaya_jax.index.graph import build as graph_build
+from alaya_jax.index.graph.layer import Effort
 from alaya_jax.index.graph.search import SECOND_HOP
 
 
 @functools.partial(jax.jit, static_argnames=("l0", "capacity", "shared"))
 def compiled_range(layer, q, k_pages, ids, limit, low, beta, seed, l0, capacity, shared):
     pages = Pages(k_pages, k_pages, ids)
-    return layer.search_range(
-        q, pages, limit, low, beta, seed, l0=l0, capacity=capacity, shared=shared
-    )
+    return layer.search_range(q, pages, limit, low, beta, seed, Effort(l0, capacity, shared))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "ef", "shared"))

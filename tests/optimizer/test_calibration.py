@@ -229,17 +229,17 @@ def test_auto_asks_the_graph_of_a_context(db, walks, calibrated, rng):
     session.close()
     again, _ = db.create_session([*stored.tokens, 5])
     assert again.context is stored
-    assert again.known_graph() == (GRAPH, 90)
+    assert again.batch.graphs.known() == (GRAPH, 90)
     assert {x.index for x in again.explain(attention=auto).choice.plans} == {GRAPH}
     assert again.explain(
         attention=aj.Auto(recovery=0.9, window=WINDOW, graph=False)
     ).choice.plans == aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Flat())
-    assert db.create_session([7, 8, 9])[0].known_graph() == (None, 0)
+    assert db.create_session([7, 8, 9])[0].batch.graphs.known() == (None, 0)
     # Of a batch all must have one; it knows as much as it knows of each.
     both, _ = db.create_session([[*document, 5], [*document[:60], 5]])
-    assert both.known_graph() == (GRAPH, 60)
+    assert both.batch.graphs.known() == (GRAPH, 60)
     one, _ = db.create_session([[*document, 5], [7, 8, 9]])
-    assert one.known_graph() == (None, 0)
+    assert one.batch.graphs.known() == (None, 0)
     assert context.indexes == (GRAPH,)
 
 
@@ -287,7 +287,7 @@ def test_auto_in_a_model_of_your_own_and_refused(db, machine, rng):
     session.update(None, k, k, 0)
     out = session.attention(q, 0, aj.Auto(window=WINDOW))
     assert out.shape == q.shape
-    assert isinstance(session.choice.plans.query, aj.DIPR)
+    assert isinstance(session.account.choice.plans.query, aj.DIPR)
     free = db.pool.free_tokens
     session.update(None, k, k, 1)
     with pytest.raises(PlanError, match=r"Auto\(tpot=1e-06.*Nearest"):

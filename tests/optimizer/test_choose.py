@@ -15,7 +15,7 @@ from alaya_jax.index import Block
 from alaya_jax.models import LlamaConfig
 from alaya_jax.optimizer.calibration import Calibration, assumed
 from alaya_jax.optimizer.choose import choose
-from alaya_jax.optimizer.cost import Kept, Machine, Workload, cost, step_seconds, visited
+from alaya_jax.optimizer.cost import KeysKept, Machine, Workload, cost, step_seconds, visited
 from alaya_jax.optimizer.prefill import PrefillMachine, choose_prefill, density
 from alaya_jax.optimizer.rules import alayadb_rules
 from alaya_jax.query.auto import Auto
@@ -86,16 +86,18 @@ def calibration():
 def test_longer_contexts_and_more_keys_cost_more(plan, index):
     plan = aj.Plan(plan, index) if isinstance(plan, aj.TopK | aj.DIPR) else aj.Plan(plan)
     room = {"pool_tokens": 2**18}
-    costs = [cost(plan, work(n, **room), MACHINE, Kept(50, 100)) for n in (700, 5000, 9000, 131072)]
+    costs = [
+        cost(plan, work(n, **room), MACHINE, KeysKept(50, 100)) for n in (700, 5000, 9000, 131072)
+    ]
     for less, more in itertools.pairwise(costs):
         if isinstance(plan.query, aj.Window):
             assert less == more
         else:
             assert less.seconds < more.seconds
             assert less.read < more.read
-    twice = cost(plan, work(9000, batch=2, **room), MACHINE, Kept(50, 100))
+    twice = cost(plan, work(9000, batch=2, **room), MACHINE, KeysKept(50, 100))
     assert twice.seconds == pytest.approx(2 * costs[2].seconds)
-    many = cost(plan, work(9000, **room), MACHINE, Kept(500, 1000))
+    many = cost(plan, work(9000, **room), MACHINE, KeysKept(500, 1000))
     assert (many.seconds > costs[2].seconds) == plan.retrieves
 
 
@@ -104,7 +106,7 @@ def test_the_terms_of_a_cost():
     assert full.seconds == pytest.approx(1e-4 + 1e-6 * 10_000)
     assert (full.read, full.memory) == (2 * KEY * 10_000, 0)
     plan = aj.Plan(KEEPS, aj.Sketch())
-    found = cost(plan, work(10_000, pool_tokens=100_000), MACHINE, Kept(100, 300))
+    found = cost(plan, work(10_000, pool_tokens=100_000), MACHINE, KeysKept(100, 300))
     # 640 keys in the window; a table of 2,048 pages; a page of codes, scales, centre and value.
     want = 1e-4 + 1e-6 * 640 + 1e-7 * 9360 + 5e-8 * 32768 + 2e-6 * 300
     assert found.seconds == pytest.approx(want)
@@ -112,24 +114,26 @@ def test_the_terms_of_a_cost():
     assert found.memory == 6250 * page
     assert found.read == pytest.approx(page / 16 * 9360 + 2 * KEY * (300 + 640))
     # A table is no wider than the pool.
-    small = cost(plan, work(10_000), MACHINE, Kept(100, 300))
+    small = cost(plan, work(10_000), MACHINE, KeysKept(100, 300))
     assert small.memory == 625 * page
     assert small.seconds == pytest.approx(want - 5e-8 * (32768 - 10_000))
-    split = cost(plan, work(10_000, context=2), MACHINE, Kept(100, 300)).seconds
+    split = cost(plan, work(10_000, context=2), MACHINE, KeysKept(100, 300)).seconds
     assert split == pytest.approx(1e-4 + 1e-6 * 640 + 1e-7 * 4360 + 5e-8 * 5008 + 2e-6 * 150)
     assert step_seconds(work(1, weight_bytes=4 * 10**9, tensor=2), MACHINE) == pytest.approx(0.2)
 
 
 def test_the_terms_of_pages():
     plan = aj.Plan(KEEPS, aj.Sketch(), by="page", share="group")
-    found = cost(plan, work(10_000, pool_tokens=100_000), PAGED, Kept(800, 900))
+    found = cost(plan, work(10_000, pool_tokens=100_000), PAGED, KeysKept(800, 900))
     want = 1e-4 + 1e-6 * 640 + 2e-8 * 9360 + 1e-9 * 32768 + 1e-6 * 900 + 1e-5
     assert found.seconds == pytest.approx(want)
-    by_key = cost(aj.Plan(KEEPS, aj.Sketch()), work(10_000, pool_tokens=100_000), PAGED, Kept(9, 9))
+    by_key = cost(
+        aj.Plan(KEEPS, aj.Sketch()), work(10_000, pool_tokens=100_000), PAGED, KeysKept(9, 9)
+    )
     assert found.memory == by_key.memory
     assert found.read - by_key.read == 2 * KEY * (900 - 9)
     with pytest.raises(RequestError, match="not measured"):
-        cost(plan, work(10_000), MACHINE, Kept(800, 900))
+        cost(plan, work(10_000), MACHINE, KeysKept(800, 900))
 
 
 def test_auto_takes_pages_where_they_are_faster(calibration):
@@ -152,7 +156,7 @@ def test_auto_takes_pages_where_they_are_faster(calibration):
 
 def test_costs_that_are_not_known():
     with pytest.raises(RequestError, match="no cost model"):
-        cost(aj.Plan(aj.TopK(5), Block("mean"), by="page"), work(9000), MACHINE, Kept(1, 1))
+        cost(aj.Plan(aj.TopK(5), Block("mean"), by="page"), work(9000), MACHINE, KeysKept(1, 1))
     with pytest.raises(RequestError, match="how many keys"):
         cost(aj.Plan(KEEPS, aj.Flat()), work(9000), MACHINE)
 
@@ -267,7 +271,7 @@ def test_the_terms_of_a_walk():
     """What the graph does not know is in the window; keys scored follow those listed."""
     plan = aj.Plan(aj.DIPR(beta=5.0), GRAPH)
     at = with_graph(100_000, tail=2000)
-    found = cost(plan, at, WALKS, Kept(100, 300))
+    found = cost(plan, at, WALKS, KeysKept(100, 300))
     inside = 128 + 2000
     met = visited(GRAPH, 100_000 - inside, 300)
     assert 300 < met < 16 * 300
@@ -279,12 +283,12 @@ def test_the_terms_of_a_walk():
     assert visited(GRAPH, 10**6, 600) > visited(GRAPH, 10**6, 300)
     assert visited(aj.Graph(degree=32), 10**6, 300) > visited(GRAPH, 10**6, 300)
     # More than a list can hold: the flat scan answers, which reads all keys.
-    over = cost(plan, at, WALKS, Kept(2000, GRAPH.capacity + 1)).seconds
-    assert over > cost(plan, at, WALKS, Kept(2000, GRAPH.capacity)).seconds + 5e-7 * 90_000
-    two = cost(plan, with_graph(100_000, tail=2000, batch=2), WALKS, Kept(100, 300))
+    over = cost(plan, at, WALKS, KeysKept(2000, GRAPH.capacity + 1)).seconds
+    assert over > cost(plan, at, WALKS, KeysKept(2000, GRAPH.capacity)).seconds + 5e-7 * 90_000
+    two = cost(plan, with_graph(100_000, tail=2000, batch=2), WALKS, KeysKept(100, 300))
     assert (two.seconds, two.memory) == pytest.approx((2 * found.seconds, 2 * found.memory))
     with pytest.raises(RequestError, match="not measured"):
-        cost(plan, at, MACHINE, Kept(100, 300))
+        cost(plan, at, MACHINE, KeysKept(100, 300))
 
 
 def test_a_graph_wins_where_it_is_faster(calibration):
@@ -335,7 +339,7 @@ def test_a_graph_is_refused_for_memory(calibration):
     machine = dataclasses.replace(WALKS, flat=1e-6)
     free = choose(Auto(), at, machine, calibration)
     graph, base = free.layers[1].cost.memory, at.kv_bytes
-    sketch = cost(aj.Plan(KEEPS, aj.Sketch()), at, machine, Kept(10, 30)).memory
+    sketch = cost(aj.Plan(KEEPS, aj.Sketch()), at, machine, KeysKept(10, 30)).memory
     assert free.memory == base + 4 * graph
     assert sketch != graph
     two = choose(Auto(device_memory=base + 2 * graph), at, machine, calibration)
@@ -444,7 +448,7 @@ def test_calibrations_are_interpolated(calibration):
     # Counts in proportion to the length go on so.
     assert calibration.kept(1, 0.95, 65536).read == pytest.approx(0.01 * 65536, rel=0.05)
     assert calibration.kept(0, 0.99, 8192).read <= 8192
-    assert calibration.kept(0, 1.0, 8192) == Kept(8192, 8192)
+    assert calibration.kept(0, 1.0, 8192) == KeysKept(8192, 8192)
     again = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
     assert again.to_dict() == calibration.to_dict()
     with pytest.raises(RequestError, match="recoveries="):
@@ -456,7 +460,7 @@ def test_what_is_assumed_grows_with_recovery_and_length():
     np.testing.assert_allclose(keys, [0.041, 0.074, 0.13], rtol=0.08)  # DESIGN, section 3
     assert assumed(0.9, 4096, 1).attended < assumed(0.9, 65536, 1).attended < 0.041 * 65536
     assert assumed(0.95, 4096, 3).read == pytest.approx(3 * assumed(0.95, 4096, 1).attended)
-    assert assumed(0.999999, 1000, 4) == Kept(1000, 1000) == assumed(1.0, 1000, 4)
+    assert assumed(0.999999, 1000, 4) == KeysKept(1000, 1000) == assumed(1.0, 1000, 4)
 
 
 def test_the_rules_of_alayadb():

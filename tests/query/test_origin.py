@@ -202,4 +202,4 @@ def test_graphs_are_lent_to_exact_keys_only(db, document):
     db.build_index(lender, aj.Graph())
     db.import_context(document)
     session, _ = db.create_session([*document, 9])
-    assert session.known_graph()[1] == UNTIL, "further on its keys are others"
+    assert session.batch.graphs.known()[1] == UNTIL, "further on its keys are others"

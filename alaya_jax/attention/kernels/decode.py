@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.batch import Batch
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels.asking import abstract, passed_over
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Held, Rows
 from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
@@ -30,7 +30,7 @@ from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
 
-def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
     """What `paged_decode` would run."""
     del plan
     (b, _, h, d), n = batch.q.shape, batch.memory.table.pages.shape[1]
@@ -39,7 +39,7 @@ def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
     return choose_decode(q, batch.memory.k, batch.memory.v, *listed, target=target)
 
 
-def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) -> bool:
+def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Target) -> bool:
     """Whether `sketch_select` finds the pages."""
     if not (
         isinstance(plan.query, DIPR)
@@ -64,7 +64,7 @@ def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) ->
 class _Reader:
     """`paged_decode` of a batch's queries, over some of the pages."""
 
-    def __init__(self, batch: Batch, end: Int[Array, " B"], options: dict[str, Any]):
+    def __init__(self, batch: LayerQueries, end: Int[Array, " B"], options: dict[str, Any]):
         self.batch, self.end, self.options = batch, end, options
 
     def __call__(
@@ -94,7 +94,7 @@ def _partial(part: PagedDecode, axis: str | None) -> Partial:
     return merge_across(Partial(part.out, part.lse), axis)
 
 
-def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
     """See `kernels.attend`; `options`: implementation and target of the operations."""
     query, axis = plan.query, batch.axes.pages
     b, _, heads, _ = batch.q.shape
@@ -197,7 +197,7 @@ def _scan(
     return found, known, uncovered[:, None]
 
 
-def _asked(batch: Batch) -> RoundedQuery:
+def _asked(batch: LayerQueries) -> RoundedQuery:
     """The queries as a scan takes them, [K, B * G]."""
     assert isinstance(batch.memory.index, SketchLayer)
     b, _, _, dim = batch.q.shape
@@ -208,7 +208,7 @@ def _asked(batch: Batch) -> RoundedQuery:
 
 
 def _errors(
-    batch: Batch, low: Int[Array, " B"], high: Int[Array, " B"]
+    batch: LayerQueries, low: Int[Array, " B"], high: Int[Array, " B"]
 ) -> tuple[tuple[Float[Array, "BK G 1"], ...], tuple[Float[Array, "BK N"], ...]]:
     """How far the worst key in range of each page errs, as `Scan` has it."""
     assert isinstance(batch.memory.index, SketchLayer)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from alaya_jax.attention.batch import Batch
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.cache.views import Pages
 from alaya_jax.pallas_kernels.block_sparse_prefill import QUERY_BLOCK, ROWS, block_sparse_prefill
@@ -20,7 +20,7 @@ BLOCK = 128
 """Keys of a tile of a dense prefill."""
 
 
-def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
     """What `block_sparse_prefill` would run, or why there is nothing to ask it."""
     block = BLOCK
     if isinstance(plan.query, Tiles):
@@ -41,7 +41,7 @@ def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
     return choose_prefill(*args, block_kv=block, target=target)
 
 
-def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
     """See `kernels.attend`; `options`: implementation and target of the operation."""
     b, t, heads, _ = batch.q.shape
     table, count = batch.memory.table, batch.count

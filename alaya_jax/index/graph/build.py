@@ -26,8 +26,12 @@ from alaya_jax.errors import ConfigError
 from alaya_jax.index.graph.layer import GraphLayer
 from alaya_jax.index.select import largest
 
-_START_EVERY = 256  # keys
-_STARTS = 64  # in steps of: a program is compiled for their number
+START_EVERY = 256
+"""Keys of a context for each key where searches may start."""
+
+STARTS = 64
+"""Of which there are at least so many, and a multiple: a program is compiled for their number."""
+
 _SCORES = 2**26  # float32 held at once
 
 
@@ -173,7 +177,7 @@ def link(lists: np.ndarray, length: int, n: int, spec: GraphSpec) -> GraphLayer:
 
 def default_starts(length: int) -> int:
     """One start for each 256 keys of a context, and at least 64."""
-    return _STARTS * max(1, -(-length // (_START_EVERY * _STARTS)))
+    return STARTS * max(1, -(-length // (START_EVERY * STARTS)))
 
 
 def most_asked(source: np.ndarray, target: np.ndarray, n: int, width: int) -> np.ndarray:

@@ -29,6 +29,28 @@ _TOP_LISTED = 32
 """Keys that such a search may list, over those that it keeps in view."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How far a search goes. Static.
+
+    Attributes:
+      l0: the list's length up to which everything met is expanded.
+      capacity: the most keys that a walk may list, C.
+      shared: one walk for the G heads of a group, which reads a key once for all of them and goes
+        on where any of them would; else each head walks alone, as in the paper.
+      keep: how many of the best stay in view, of a search for those; None: all that are listed.
+    """
+
+    l0: int = 32
+    capacity: int = 4096
+    shared: bool = True
+    keep: int | None = None
+
+
+SHARED = Effort()
+"""As plans ask by default."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GraphLayer:
@@ -53,10 +75,7 @@ class GraphLayer:
         low: Int[Array, ""],
         beta: float | jax.Array,
         seed: Float[Array, "K G T"],
-        *,
-        l0: int = 32,
-        capacity: int = 4096,
-        shared: bool = True,
+        effort: Effort = SHARED,
     ) -> Found:
         """DIPRS: keys that score at least `max(best found, seed) - beta`.
 
@@ -67,16 +86,12 @@ class GraphLayer:
           low: only positions from here on are (what is before is attended anyway).
           beta: the range, a number, [H] or [K, G, T].
           seed: best raw score of the window, or -inf.
-          l0: the list's length up to which everything met is expanded. Static.
-          capacity: the most keys that a walk may list, C. Static.
-          shared: one walk for the G heads of a group, which reads a key once for all of them and
-            goes on where any of them would; else each head walks alone, as in the paper. Static.
+          effort: how far a walk goes, and how many walks there are. Static.
 
         Raises:
           ConfigError: K * N does not fit 32 bits, or a setting is not positive.
         """
-        beta = per_row(beta, q)
-        return self._each(q, pages, limit, low, beta, seed, l0, None, capacity, shared)
+        return self._each(q, pages, limit, low, per_row(beta, q), seed, effort)
 
     def search_top(
         self,
@@ -92,9 +107,10 @@ class GraphLayer:
         """The best `k` keys of each query row, as far as the walk finds them, best first.
 
         Args:
-          q, pages, limit, low, shared: as in `search_range`.
+          q, pages, limit, low: as in `search_range`.
           k: how many, the width of the answer. Static.
           ef: how many the walk keeps in view, at least `k`; more finds more. Default 2 k. Static.
+          shared: see `Effort`.
         """
         ef = 2 * k if ef is None else ef
         if not 0 < k <= ef:
@@ -103,7 +119,8 @@ class GraphLayer:
             )
         beta = jnp.full(q.shape[:3], jnp.inf)
         seed = jnp.full(q.shape[:3], -jnp.inf)
-        found = self._each(q, pages, limit, low, beta, seed, ef, ef, _TOP_LISTED * ef, shared)
+        effort = Effort(ef, _TOP_LISTED * ef, shared, keep=ef)
+        found = self._each(q, pages, limit, low, beta, seed, effort)
         scores, order = lax.top_k(found.scores, k)
         positions = jnp.take_along_axis(found.positions, order, axis=-1)
         return dataclasses.replace(found, positions=positions, scores=scores)
@@ -116,24 +133,22 @@ class GraphLayer:
         low: Int[Array, ""],
         beta: Float[Array, "K G T"],
         seed: Float[Array, "K G T"],
-        l0: int,
-        keep: int | None,
-        capacity: int,
-        shared: bool,
+        effort: Effort,
     ) -> Found:
         """One query token after another: what a walk remembers is as large as the context."""
         heads, n, _ = self.neighbours.shape
-        walks = heads if shared else heads * q.shape[1]
-        if walks * n >= 2**31 or min(l0, capacity) < 1:
+        walks = heads if effort.shared else heads * q.shape[1]
+        if walks * n >= 2**31 or min(effort.l0, effort.capacity) < 1:
             raise ConfigError(
-                f"Graph(l0={l0}, capacity={capacity}) over {walks} walks and {n} keys: settings "
-                "must be positive, and walks times keys below 2**31; split the context or the heads"
+                f"Graph(l0={effort.l0}, capacity={effort.capacity}) over {walks} walks and {n} "
+                "keys: settings must be positive, and walks times keys below 2**31; split the "
+                "context or the heads"
             )
         limit = jnp.minimum(jnp.broadcast_to(limit, q.shape[2:3]), self.length)
 
         def one(args: tuple[Array, Array, Array, Array]) -> Found:
             q, limit, beta, seed = args
-            return self._walk(q, pages, limit, low, beta, seed, l0, keep, capacity, walks)
+            return self._walk(q, pages, limit, low, beta, seed, effort)
 
         if q.shape[2] == 1:
             found = one((q[:, :, 0], limit[0], beta[:, :, 0], seed[:, :, 0]))
@@ -149,13 +164,12 @@ class GraphLayer:
         low: Int[Array, ""],
         beta: Float[Array, "K G"],
         seed: Float[Array, "K G"],
-        l0: int,
-        keep: int | None,
-        capacity: int,
-        walks: int,
+        effort: Effort,
     ) -> Found:
         """One query token: fields without the axis T."""
         heads, group, dim = q.shape
+        keep, capacity = effort.keep, effort.capacity
+        walks = heads if effort.shared else heads * group
         rows = heads * group // walks  # of a walk
         dtype = pages.operand_dtype
         q = q.astype(dtype).reshape(walks, rows, dim)
@@ -171,7 +185,7 @@ class GraphLayer:
             starts = starts[:, :_TOP_STARTS]
         terrain = Terrain(self.neighbours, starts, read, low, limit)
         beta, seed = beta.reshape(walks, rows), seed.reshape(walks, rows)
-        walked = search(q, seed, terrain, Goal(beta, l0, keep, capacity))
+        walked = search(q, seed, terrain, Goal(beta, effort.l0, keep, capacity))
         scores = jnp.moveaxis(walked.scores, 1, 2).reshape(heads * group, capacity)
         positions = jnp.repeat(walked.positions, rows, axis=0)
         bar = (walked.best - beta).reshape(-1, 1)

@@ -31,6 +31,10 @@ PASSED = 4
 RANKED = 8
 """The best `keep` are ranked anew whenever the lists have grown by this part of their lengths."""
 
+MARK = jnp.int16
+"""What a walk remembers of each key: when it was met, within the last block (larger ones than are
+used here take int32)."""
+
 Read = Callable[[Array, Array], Array]
 """(kv head [N], position [N]) -> keys [N, D]."""
 
@@ -191,7 +195,7 @@ def search(
     starts = jnp.pad(starts, (0, -starts.shape[0] % width), constant_values=-1)
     start_turns = starts.shape[0] // width
     # What was met is marked; marks are small numbers where they may be, since the marks are many.
-    mark_dtype = jnp.int16 if width < jnp.iinfo(jnp.int16).max else jnp.int32
+    mark_dtype = MARK if width < jnp.iinfo(MARK).max else jnp.int32
     unseen = jnp.iinfo(mark_dtype).max
     blocks = BLOCK, width // min(SECOND_HOP, degree)  # listed, passed
     room = walks * min(n, PASSED * capacity)

@@ -47,7 +47,7 @@ def _wrong(tests: Any, plan: Plan, tokens: int, target: Target | None) -> str | 
         case = dataclasses.replace(case, covered=case.table.length // tests.Z * tests.Z)
     index = case.indexes.get(plan.index)
     memory = LayerMemory(case.k, case.v, case.table, index, case.covered)
-    batch = kernels.Batch(case.q, memory, case.count)
+    batch = kernels.LayerQueries(case.q, memory, case.count)
     target = target or current_target()
     if (why := kernels.unfit(plan, batch, "mosaic_gpu", target)) is not None:
         return f"no kernel answers it: {why}"

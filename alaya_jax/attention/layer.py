@@ -12,7 +12,7 @@ from alaya_jax.index.memory import LayerMemory
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class LayerQueries:
     """One layer's queries, and what they may read.
 
     Attributes:

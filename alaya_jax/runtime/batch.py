@@ -1,0 +1,279 @@
+"""Sequences that run together: their tokens, their pages, and what is known of their keys.
+
+What a session holds below the words that a user knows: a model feeds it (`Batch.feed`, or layer by
+layer, `layerwise`), and attention, analysis and planning look at it.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
+from alaya_jax.errors import CacheFullError, RequestError
+from alaya_jax.index import Graph, GraphLayer, Indexed
+from alaya_jax.index.pages import PageIndexes
+from alaya_jax.model import Model
+from alaya_jax.query.origin import Origin, Way
+from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.runtime.programs import Fed, Passed
+from alaya_jax.runtime.stack import Stack
+
+CHUNKS = (8, 64, 512)
+"""Tokens that one step of a prefill takes; the last chunk of a prefill is padded to the
+next.
+"""
+
+GPU_CHUNK = 4096
+"""On a GPU a chunk may have so many: 512 queries of 32 heads are 128 blocks of a kernel, fewer than
+an H100 has multiprocessors.
+"""
+
+OnRead = Callable[[Counts, list[int], Any, int], None]
+"""Told what a program read, [L, B, H]; lengths before it; new tokens of each sequence; how many it
+took at once."""
+
+
+class GraphSource(Protocol):
+    """The graphs that a batch's sequences may ask."""
+
+    def layer(self, b: int, index: Graph, layer: int) -> GraphLayer:
+        """Of one layer and sequence, as far as the sequence's keys are the graph's.
+
+        Raises:
+          RequestError, ContextError: there is none.
+        """
+        ...
+
+    def known(self) -> tuple[Graph | None, int]:
+        """The graph that all sequences can ask, and how many keys of each it knows at least; None,
+        and how many it would know, where they have none, or not the same.
+        """
+        ...
+
+    def fork(self) -> "GraphSource":
+        """Another of the same, for a fork of the batch."""
+        ...
+
+
+class Batch:
+    """Sequences in a pool, their tokens, and the indexes and graphs of their keys.
+
+    Pages are given back by `release`, or when the batch is collected. One thread at a time.
+
+    Attributes:
+      model, stack: that it runs, and its layers as programs.
+      pool, indexes: where its pages are, and what indexes know of pages.
+      graphs: what its sequences may ask.
+      origins: how the keys and values of each sequence were computed.
+      reused: tokens of each that were there when it was made.
+      pending: tokens of each that were generated but are not in the cache yet: the next call feeds
+        them first.
+      ahead: int64 [L], tokens that `layerwise.update` wrote in each layer and not in all yet.
+      turn: calls so far that write here: a generation of an earlier turn must not go on.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stack: Stack,
+        indexes: PageIndexes,
+        graphs: GraphSource,
+        sequences: list[PagedSequence],
+        tokens: list[np.ndarray],
+        origins: list[Origin],
+    ):
+        """Takes over the pages of `sequences`, which hold `tokens`."""
+        self.model, self.stack = model, stack
+        self.pool: PagePool = indexes.pool
+        self.indexes, self.graphs = indexes, graphs
+        self.origins = origins
+        self.reused = [s.length for s in sequences]
+        self.pending: list[list[int]] = [[] for _ in sequences]
+        self.ahead = np.zeros(model.config.num_hidden_layers, np.int64)
+        self.turn = 0
+        self._sequences = sequences
+        self._tokens: list[list[int]] = [t.tolist() for t in tokens]
+        self._release = weakref.finalize(self, _release, self.pool, sequences)
+        self._release.atexit = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds its pages."""
+        return self._release.alive
+
+    @property
+    def sequences(self) -> list[PagedSequence]:
+        """Where each sequence is in the pool.
+
+        Raises:
+          RequestError: they were given back.
+        """
+        if not self.is_open:
+            raise RequestError("the session is closed; open another with DB.create_session")
+        return self._sequences
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self._sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, of each sequence."""
+        return [s.length for s in self.sequences]
+
+    @property
+    def tokens(self) -> list[np.ndarray]:
+        """Ids of the tokens in the cache, of each sequence; shorter where `update` gave none."""
+        return [np.asarray(t, np.int32) for t in self._tokens]
+
+    def require_graphs(self, plans: Plans) -> None:
+        """Raises RequestError or ContextError where a plan asks for a graph that a sequence lacks:
+        before anything runs.
+        """
+        for layer, index in enumerate(indexes_of(plans, self.model.config.num_hidden_layers)):
+            if isinstance(index, Graph):
+                for b in range(self.size):
+                    self.graphs.layer(b, index, layer)
+
+    def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
+        """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+        """
+        rows = list(range(self.size)) if rows is None else rows
+        wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        indexed = self.indexes.cover(wanted, [self.sequences[b] for b in rows])
+        layers = (
+            tuple(self.graphs.layer(b, index, i) for b in rows)
+            if isinstance(index, Graph)
+            else indexed.layers[i]
+            for i, index in enumerate(wanted)
+        )
+        return dataclasses.replace(indexed, layers=tuple(layers))
+
+    def feed(
+        self,
+        rows: list[np.ndarray],
+        plans: Plans,
+        on_read: OnRead,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> tuple[Passed, Fed]:
+        """Runs the model over new tokens, what is pending in front, for which room is made.
+
+        Args:
+          rows: ids of each sequence.
+          plans: how attention is answered.
+          on_read: called after each chunk, as is `on_chunk`, with the number of its tokens.
+
+        Returns:
+          what the layers made of each sequence's last token, and the last chunk.
+        """
+        stack = self.stack
+        passed: Passed | None = None
+        x, fed, done, way = None, None, 0, Way.of(plans)
+        while done < max(len(row) for row in rows):
+            left = max(len(row) for row in rows) - done
+            widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
+            width = next((c for c in widths if c >= left), widths[-1])
+            chunk = np.zeros((self.size, width), np.int32)
+            new = np.zeros(self.size, np.int32)
+            for b, row in enumerate(rows):
+                part = row[done : done + width]
+                chunk[b, : len(part)], new[b] = part, len(part)
+            if x is None or x.shape[1] != width:
+                x = stack.between(self.size, width)
+            passed = stack.start(self.size, passed)
+            fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
+            with self.pool.lock:
+                chain = stack.chain(plans, stack.put(self.cover(plans)))
+                with self.pool.lend() as lent:
+                    x, passed = stack.layers(lent, chain, x, passed, fed)
+            on_read(stack.counts(passed), self.lengths, new, width)
+            with uninterrupted():
+                for b, count in enumerate(new):
+                    self._commit(b, rows[b][done : done + count].tolist(), way)
+                self.pending = [[] for _ in rows]  # was in front of the first chunk
+            if on_chunk is not None:
+                on_chunk(int(new.max()))
+            done += width
+        assert passed is not None
+        assert fed is not None
+        return passed, fed
+
+    def make_room(self, counts: list[int]) -> None:
+        """Reserves pages for new tokens of each sequence.
+
+        Raises:
+          RequestError: a sequence would be longer than the model allows.
+          CacheFullError: no room; no sequence got any.
+        """
+        if any(self.ahead):
+            raise RequestError(
+                "update() wrote new tokens in some layers only; finish the other layers first"
+            )
+        limit = self.model.length_limit
+        for length, count in zip(self.lengths, counts, strict=True):
+            if length + count > limit:
+                raise RequestError(
+                    f"{length:,} tokens in the cache and {count:,} to come exceed the {limit:,} "
+                    f"that {self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
+                )
+        before = [len(sequence.pages) for sequence in self.sequences]
+        try:
+            for sequence, count in zip(self.sequences, counts, strict=True):
+                self.pool.reserve(sequence, count)
+        except CacheFullError:
+            for sequence, keep in zip(self.sequences, before, strict=True):
+                self.pool.trim(sequence, keep)
+            raise
+        self.turn += 1
+
+    def give_room_back(self) -> None:
+        """Gives up what was reserved and holds no token; when released there is nothing."""
+        for sequence in self._sequences:
+            self.pool.trim(sequence)
+
+    def accept(self, b: int, token: int, way: Way) -> None:
+        """Records a generated token of sequence `b`; the one before it is in the cache now."""
+        self._commit(b, self.pending[b], way)
+        self.pending[b] = [token]
+
+    def _commit(self, b: int, tokens: list[int], way: Way) -> None:
+        sequence = self.sequences[b]
+        end = sequence.length + len(tokens)
+        self.origins[b] = self.origins[b].then(sequence.length, end, way)
+        self._tokens[b].extend(tokens)
+        sequence.length = end
+
+    def fork(self) -> "Batch":
+        """A second one with the same tokens. Pages are shared until one of the two writes."""
+        if any(self.ahead):
+            raise RequestError("fork: update() wrote new tokens in some layers only")
+        other = Batch(
+            self.model,
+            self.stack,
+            self.indexes,
+            self.graphs.fork(),
+            [self.pool.share(s, s.length) for s in self.sequences],
+            self.tokens,
+            list(self.origins),
+        )
+        other.reused = list(self.reused)
+        other.pending = [list(p) for p in self.pending]
+        return other
+
+    def release(self) -> None:
+        """Gives the pages back; a second time nothing happens."""
+        self._release()
+        self.turn += 1
+
+
+def _release(pool: PagePool, sequences: list[PagedSequence]) -> None:
+    for sequence in sequences:
+        pool.release(sequence)

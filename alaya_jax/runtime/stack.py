@@ -1,0 +1,285 @@
+"""A model's layers as a chain of compiled programs, called one after another from the host."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.api_util import shaped_abstractify
+from jaxtyping import Array, Bool, Float, Int
+
+from alaya_jax.attention.counts import Counts
+from alaya_jax.cache import PagedKV
+from alaya_jax.cache.pool import Lent
+from alaya_jax.compilation import compiling
+from alaya_jax.frame import Frame
+from alaya_jax.index import Indexed
+from alaya_jax.models import llama
+from alaya_jax.models.llama import Params
+from alaya_jax.models.matrices import Matrix
+from alaya_jax.query.plan import Plans, of_layer
+from alaya_jax.runtime import programs
+from alaya_jax.runtime.groups import Group, groups
+from alaya_jax.runtime.programs import Asked, Fed, Going, Passed, Row
+from alaya_jax.runtime.sampling.sampler import Processors
+from alaya_jax.sharding import laid, spread, whole
+
+
+class Stack:
+    """The layers of one model, in programs of a few layers each.
+
+    Layers that are alike (shapes of parameters, plan, index) share a compiled program.
+    """
+
+    def __init__(self, params: Params, frame: Frame, layers_per_program: int | None = None):
+        """Args: parameters; what is static; most layers of a program, None: about five."""
+        self.frame = frame
+        self.outer = llama.outer_params(params)
+        layers = range(frame.config.num_hidden_layers)
+        self._blocks = [llama.layer_params(params, i) for i in layers]
+        self._kinds = [_kind(block) for block in self._blocks]
+        self._per_program = layers_per_program
+        self._known: set[Any] = set()
+        """What programs were called for so far: for another, one is compiled."""
+        self._device = _device_of(params)
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        """Of what passes from layer to layer: the widest that any parameter leads to."""
+        leaves = jax.tree.leaves(self._blocks, is_leaf=_is_matrix)
+        arrays = [x.dtype for x in leaves if not _is_matrix(x)]
+        return jnp.result_type(self.outer["embed"]["embedding"].dtype, *arrays)
+
+    def put(self, tree: Any) -> Any:
+        """A tree with arrays of the host where programs expect them: on every device of a mesh.
+
+        Nothing is compiled for it; and what comes from the host lies as what a program returns.
+        """
+        place = whole(self.frame.mesh) or self._device
+
+        def put(x: Any) -> Any:
+            if not isinstance(x, np.ndarray | np.generic):
+                return x
+            if place is None:
+                return jnp.asarray(x)
+            if isinstance(place, jax.sharding.NamedSharding):
+                return jax.make_array_from_callback(np.shape(x), place, np.asarray(x).__getitem__)
+            return jax.device_put(x, place)
+
+        return spread(jax.tree.map(put, tree), self.frame.mesh)
+
+    def start(self, batch: int, passed: Passed | None = None) -> Passed:
+        """What layer 0 is passed; of an earlier step, what it made of sequences that are not fed
+        now.
+        """
+        c = self.frame.config
+        shape = c.num_hidden_layers, batch, c.num_attention_heads
+        zero = np.zeros(shape, np.int32)
+        counts = Counts(zero, zero, zero, np.zeros(shape, np.float32), zero)
+        place = programs.by_heads(self.frame)
+        if place is None:
+            counts = self.put(counts)
+        else:
+            counts = jax.tree.map(
+                lambda x: jax.make_array_from_callback(shape, place, x.__getitem__), counts
+            )
+        if passed is not None:
+            last = passed.last
+        else:
+            last = self.put(np.zeros((batch, c.hidden_size), self.dtype))
+        return Passed(last, self.put(np.int32(0)), counts)
+
+    def counts(self, passed: Passed) -> Counts:
+        """What the layers read, where every process can read it."""
+        place = whole(self.frame.mesh)
+        return passed.counts if place is None else _copied(passed.counts, place)
+
+    def between(self, batch: int, tokens: int) -> Array:
+        """Room for what passes from layer to layer, [B, T, E]."""
+        shape = batch, tokens, self.frame.config.hidden_size
+        return self.put(np.zeros(shape, self.dtype))
+
+    def chain(self, plans: Plans, indexed: Indexed | None) -> "Chain":
+        """The groups of layers that share a program each, and how their layers attend."""
+        layers = range(len(self._blocks))
+        each = [of_layer(plans, i) for i in layers]
+        indexes = [None] * len(each) if indexed is None else indexed.layers
+        of = _Kinds()
+        kinds = list(zip(self._kinds, map(of, each), map(of, indexes), strict=True))
+        links = []
+        for group in groups(kinds, self._per_program):
+            part = slice(group.first, group.first + group.count)
+            covered = None if indexed is None else indexed.covered
+            asked = Asked(tuple(each[part]), tuple(indexes[part]), covered)
+            key = group.count, kinds[group.first]
+            links.append(_Link(group, tuple(self._blocks[part]), asked, key))
+        return Chain(links)
+
+    def layers(
+        self, lent: Lent, chain: "Chain", x: Array, passed: Passed, fed: Fed
+    ) -> tuple[Array, Passed]:
+        """All layers of a step over new tokens, which join the cache.
+
+        Args:
+          lent: the cache; it has what each program gave back as soon as that was called.
+          chain: how attention is answered.
+          x: what the call before returned, or `between`; donated.
+          passed: see `start`; donated.
+          fed: the new tokens.
+
+        Returns:
+          x for the next call; what the layers passed on, all counts included.
+        """
+        shapes = x.shape, fed.table.pages.shape
+        for link in chain.links:
+            with self._first("layers", chain, link, shapes):
+                x, kv, passed = programs.layers(
+                    self.outer,
+                    link.blocks,
+                    lent.kv.part(*link.group),
+                    x,
+                    passed,
+                    fed,
+                    link.asked,
+                    frame=self.frame,
+                )
+            lent.kv = lent.kv.replace_part(link.group.first, kv)
+            lent.result = passed.layer
+        chain.called.add(("layers", shapes))
+        return x, passed
+
+    def logits(self, passed: Passed) -> Float[Array, "B V"]:
+        """Logits of each sequence's last token."""
+        with self._once(("logits", passed.last.shape), lambda: "the logits"):
+            return programs.logits(self.outer, passed.last, frame=self.frame)
+
+    def end(
+        self,
+        passed: Passed,
+        going: Going,
+        end_ids: Int[Array, "B M"],
+        allowed: Bool[Array, " B"],
+        processors: Processors,
+    ) -> tuple[Row, Passed, Going]:
+        """The end of a step: the next token of each sequence; see `programs.end`."""
+        key = "end", end_ids.shape, processors, jax.tree.structure(going)
+        with self._once(key, lambda: "the choice of a token"):
+            return programs.end(
+                self.outer,
+                passed,
+                going,
+                end_ids,
+                allowed,
+                processors=processors,
+                frame=self.frame,
+            )
+
+    def queries(
+        self, kv: PagedKV, chain: "Chain", fed: Fed, take: np.ndarray
+    ) -> Iterator[Float[Array, "B n H D"]]:
+        """What the layers ask at tokens whose keys and values are in the cache already.
+
+        Args:
+          kv: the cache, which stays as it is.
+          chain: how attention is answered.
+          fed: these tokens; the table has the lengths before them.
+          take: which of the T tokens' queries are wanted.
+
+        Yields:
+          of each layer, rotated, unscaled queries.
+        """
+        x, layer = self.between(*fed.tokens.shape), self.put(np.int32(0))
+        take = self.put(np.asarray(take, np.int32))
+        shapes = x.shape, fed.table.pages.shape, take.shape
+        for link in chain.links:
+            with self._first("queries", chain, link, shapes):
+                x, layer, q = programs.queries(
+                    self.outer,
+                    link.blocks,
+                    kv.part(*link.group),
+                    x,
+                    layer,
+                    fed,
+                    link.asked,
+                    take,
+                    frame=self.frame,
+                )
+            yield from q
+
+    def _first(self, what: str, chain: "Chain", link: "_Link", shapes: Any) -> Any:
+        """Around a call of a group's program; the first compiles it."""
+        if (what, shapes) in chain.called:
+            return _NOTHING
+        count = link.group.count
+        plan = link.asked.plans[0]
+        name = f"{count} layer{'s' if count > 1 else ''} for {plan}"
+        tokens = shapes[0][1]
+        text = name if tokens == 1 else f"{name}, {tokens} tokens at a time"
+        return self._once((what, link.key, shapes), lambda: text)
+
+    def _once(self, key: Any, what: Callable[[], str]) -> Any:
+        if key in self._known:
+            return _NOTHING
+        self._known.add(key)
+        return compiling(what)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+class _Link(NamedTuple):
+    """A group of layers, their parameters, how they attend, and what makes their program."""
+
+    group: Group
+    blocks: tuple[Params, ...]
+    asked: Asked
+    key: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A stack's groups of layers, for some plans.
+
+    Attributes:
+      links: the groups in order.
+      called: programs that were called, with which shapes.
+    """
+
+    links: list[_Link]
+    called: set[Any] = dataclasses.field(default_factory=set)
+
+
+class _Kinds:
+    """What programs see of a tree beside its numbers; looked at once where it is the same tree."""
+
+    def __init__(self):
+        self._of: dict[int, Any] = {}
+
+    def __call__(self, tree: Any) -> Any:
+        if id(tree) not in self._of:
+            self._of[id(tree)] = _kind(tree)
+        return self._of[id(tree)]
+
+
+def _kind(tree: Any) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(map(shaped_abstractify, leaves))
+
+
+@functools.partial(jax.jit, static_argnames="place")
+def _copied(tree: Any, place: jax.sharding.NamedSharding) -> Any:
+    return laid(tree, place)
+
+
+def _is_matrix(x: Any) -> bool:
+    return isinstance(x, Matrix)
+
+
+def _device_of(params: Params) -> jax.Device | None:
+    """The device that the parameters are committed to, if it is one."""
+    leaf = jax.tree.leaves(params)[0]
+    return next(iter(leaf.devices())) if getattr(leaf, "committed", False) else None
