@@ -2,8 +2,9 @@
 
     python benchmarks/decode_bytes.py [--model smollm2-135m] [--context 4096]
 
-Nothing runs and no weights are needed: the step of a known architecture is compiled from shapes,
-for two sizes of the pool; `compile_s` is how long tracing and compiling each took.
+Nothing runs and no weights are needed: the programs of a step of a known architecture are compiled
+from shapes, for two sizes of the pool, and each counts as often as a step calls it; `compile_s` is
+how long tracing and compiling took.
 The compiler counts the body of a loop once, so the attention's tile is set to the whole context
 here; and it counts the tile three times (read from the pool, written, read), though in practice a
 tile stays in a core's cache. The cache is donated: a copy of it, or a read of more of it than the
@@ -22,44 +23,29 @@ import time
 
 import jax
 import jax.numpy as jnp
+import step_programs
 
 from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable, views
+from alaya_jax.frame import Frame
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params
 from alaya_jax.query import DIPR, Full, Query, Window
 from alaya_jax.query.plan import Plan
-from alaya_jax.runtime import programs
-from alaya_jax.runtime.sampling.params import Greedy
-from alaya_jax.runtime.sampling.sampler import init_sampler
 
 PAGE = 16
 
 
 def compiled_step(config: LlamaConfig, query: Query, pages: int, context: int):
-    """The decode program for a pool of this many pages."""
+    """The programs of a step for a pool of this many pages, each with its calls a step."""
     pool = (config.num_key_value_heads, pages, PAGE, config.head_dim)
     layers = (jax.ShapeDtypeStruct(pool, jnp.float32),) * config.num_hidden_layers
-    processors, sampler = init_sampler(Greedy(), [[0]], config.vocab_size)
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    lowered = programs.decode.lower(
-        abstract_params(config, jnp.float32),
-        PagedKV(layers, layers),
-        PageTable(ints(1, context // PAGE), ints(1)),
-        ints(1),
-        jax.ShapeDtypeStruct((1,), bool),
-        ints(1, 1),
-        sampler,
-        ints(),
-        Plan(query),
-        config=config,
-        processors=processors,
-        capacity=16,
-    )
-    return lowered.compile(), pool
+    entries = jax.ShapeDtypeStruct((1, context // PAGE), jnp.int32)
+    table = PageTable(entries, jax.ShapeDtypeStruct((1,), jnp.int32))  # type: ignore[arg-type]
+    kv = PagedKV(layers, layers)  # type: ignore[arg-type]
+    params = abstract_params(config, jnp.float32)
+    found = step_programs.of_a_step(params, Frame(config), kv, table, Plan(query))
+    return [(program.calls, program.lowered.compile()) for program in found], pool
 
 
 def main() -> int:
@@ -82,12 +68,13 @@ def main() -> int:
         for factor in (2, 16):
             pages = factor * args.context // PAGE
             started = time.perf_counter()
-            program, pool = compiled_step(config, query, pages, args.context)
+            found, pool = compiled_step(config, query, pages, args.context)
             compile_s.append(round(time.perf_counter() - started, 1))
-            counted.append(program.cost_analysis()["bytes accessed"])
-            scratch.append(program.memory_analysis().temp_size_in_bytes)
+            counted.append(sum(n * p.cost_analysis()["bytes accessed"] for n, p in found))
+            scratch.append(max(p.memory_analysis().temp_size_in_bytes for _, p in found))
             shape = ",".join(map(str, pool))
-            copies += len(re.findall(rf"= f32\[{shape}\]\S* copy\(", program.as_text()))
+            pattern = rf"= f32\[{shape}\]\S* copy\("
+            copies += sum(len(re.findall(pattern, p.as_text())) for _, p in found)
         clean &= counted[0] == counted[1] and scratch[0] == scratch[1] and copies == 0
         row = {
             "benchmark": "decode_bytes",

@@ -30,7 +30,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.frame import Frame
 from alaya_jax.index import Indexed, Sketch
+from alaya_jax.index.memory import Memory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.models.llama import abstract_params, logical_axes
 from alaya_jax.query import DIPR, Full, TopK
@@ -136,9 +138,11 @@ def _group(line: str) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "rules"))
 def _step(params, kv, table, tokens, count, plan, indexed, *, config, mesh, rules):
-    return programs.step(
-        params, config, kv, table, tokens, count, plan, indexed, mesh=mesh, rules=rules
+    frame = Frame(config, mesh=mesh, rules=rules)
+    logits, memory, counts = programs.step(
+        params, Memory(kv, table, indexed), tokens, count, plan, frame
     )
+    return logits, memory.kv, counts
 
 
 def compiled_step(config: LlamaConfig, plan: Plan, mesh: Mesh, context: int, batch: int = 2) -> str:

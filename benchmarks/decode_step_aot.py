@@ -4,8 +4,9 @@
         [--context 131072] [--batch 1] [--tokens 1] [--attention full dipr recovery pages tiles]
         [--target h100] [--json]
 
-Nothing runs: the program is compiled from shapes (see `make aot` for what that needs), sharded as
-`aj.ShardingRules` says, with the attention asked for: "full", "dipr" (beta 50 through the sketch),
+Nothing runs: the programs of a step are compiled from shapes (see `make aot` for what that needs),
+each counted as often as the step calls it, sharded as `aj.ShardingRules` says, with the attention
+asked for: "full", "dipr" (beta 50 through the sketch),
 "recovery" (0.95 through the sketch, by key: the scan is XLA's) or "pages" (the same by page: the
 scan is a kernel's); with `--tokens 512`, a chunk of a prefill, "full" or "tiles". Exits with 1 if
 the engine does not take the kernels there, if a program does not fit the device, or if it gathers
@@ -15,6 +16,7 @@ anything along the vocabulary (the embedding, the logits): of those only rows an
 import argparse
 import collections
 import json
+import math
 import re
 import sys
 import time
@@ -26,18 +28,18 @@ targets.prepare()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import step_programs  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from step_programs import Program  # noqa: E402
 
 from alaya_jax import configs  # noqa: E402
 from alaya_jax.cache import PagedKV, PageTable  # noqa: E402
+from alaya_jax.frame import Frame  # noqa: E402
 from alaya_jax.index import Indexed, Sketch  # noqa: E402
 from alaya_jax.models import LlamaConfig  # noqa: E402
 from alaya_jax.models.llama import abstract_params, logical_axes  # noqa: E402
 from alaya_jax.query import DIPR, Full, Tiles  # noqa: E402
 from alaya_jax.query.plan import Plan  # noqa: E402
-from alaya_jax.runtime import programs  # noqa: E402
-from alaya_jax.runtime.sampling.params import Greedy  # noqa: E402
-from alaya_jax.runtime.sampling.sampler import init_sampler  # noqa: E402
 from alaya_jax.sharding import ShardingRules, tree_shardings  # noqa: E402
 
 PAGE = 16
@@ -67,20 +69,7 @@ def abstract_inputs(
         jax.ShapeDtypeStruct((batch, context // PAGE), jnp.int32, sharding=here),
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
     )
-    processors, sampler = init_sampler(Greedy(), [[0]] * batch, config.vocab_size)
-    return {
-        "params": params,
-        "kv": PagedKV(layers, layers),
-        "table": table,
-        "tokens": jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=here),
-        "count": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
-        "token": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=here),
-        "running": jax.ShapeDtypeStruct((batch,), bool, sharding=here),
-        "sampler": jax.tree.map(laid, sampler),
-        "processors": processors,
-        "number": jax.ShapeDtypeStruct((), jnp.int32, sharding=here),
-        "end_ids": jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=here),
-    }
+    return {"params": params, "kv": PagedKV(layers, layers), "table": table, "tokens": tokens}
 
 
 def plan_of(name: str) -> Plan:
@@ -95,18 +84,23 @@ def plan_of(name: str) -> Plan:
     return plans[name]
 
 
-def lower(config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan) -> Any:
-    """`programs.decode` or `programs.extend`, as a session calls it."""
-    if x["tokens"].shape[1] > 1:
-        return programs.extend.lower(
-            x["params"], x["kv"], x["table"], x["tokens"], x["count"], plan,
-            config=config, mesh=mesh, rules=ShardingRules(),
-        )  # fmt: skip
-    return programs.decode.lower(
-        x["params"], x["kv"], x["table"], x["token"], x["running"], x["end_ids"], x["sampler"],
-        x["number"], plan, indexed_inputs(config, mesh, x, plan), config=config,
-        processors=x["processors"], capacity=16, mesh=mesh, rules=ShardingRules(),
+def lower(
+    config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan, layers_per_program: int | None
+) -> list[Program]:
+    """The programs of a step, as a session calls them."""
+    indexed = indexed_inputs(config, mesh, x, plan)
+    return step_programs.of_a_step(
+        x["params"], Frame(config, mesh=mesh), x["kv"], x["table"], plan, indexed,
+        tokens=x["tokens"], layers_per_program=layers_per_program,
     )  # fmt: skip
+
+
+def bytes_of_a_device(tree: Any) -> int:
+    """What a tree of shapes takes on each device of its mesh."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def indexed_inputs(config: LlamaConfig, mesh: Any, x: dict[str, Any], plan: Plan) -> Indexed | None:
@@ -151,6 +145,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, default=131072)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers-per-program", type=int, help="see `aj.load`")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try it out")
     parser.add_argument("--target", default="h100", choices=targets.NAMES)
     parser.add_argument("--tokens", type=int, default=1, help="new tokens of each sequence")
@@ -167,17 +162,30 @@ def main() -> int:
         inputs = abstract_inputs(config, mesh, args.batch, args.context, args.tokens)
         for name in args.attention or (ATTENTION if args.tokens == 1 else CHUNK_ATTENTION):
             started = time.perf_counter()
+            plan = plan_of(name)
             with jax.set_mesh(mesh):
-                compiled = lower(config, mesh, inputs, plan_of(name)).compile()
-            memory = compiled.memory_analysis()
+                found = lower(config, mesh, inputs, plan, args.layers_per_program)
+                compiled = [(p.calls, p.lowered.compile()) for p in found]
+            held = bytes_of_a_device([inputs["params"], inputs["kv"]])
+            held += bytes_of_a_device(indexed_inputs(config, mesh, inputs, plan))
+            memory = [(calls, program.memory_analysis()) for calls, program in compiled]
+            scratch = max(m.temp_size_in_bytes for _, m in memory)
+            in_place = sum(calls * m.alias_size_in_bytes for calls, m in memory)
             peak = (
-                memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes
+                held
+                + scratch
+                + max(m.output_size_in_bytes - m.alias_size_in_bytes for _, m in memory)
             )
-            text = compiled.as_text()
-            sent = collectives(text)
+            sent: dict[str, dict[str, int]] = {}
+            for calls, program in compiled:
+                for kind, found_here in collectives(program.as_text()).items():
+                    total = sent.setdefault(kind, {"count": 0, "bytes": 0})
+                    for key, value in found_here.items():
+                        total[key] += calls * value
+            kernels = sum(
+                calls * program.as_text().count('custom_call_target="mosaic_gpu')
+                for calls, program in compiled
+            )
             row = {
                 "benchmark": "decode_step_aot",
                 "target": args.target,
@@ -188,12 +196,13 @@ def main() -> int:
                 "layers": config.num_hidden_layers,
                 "batch": args.batch,
                 "context": args.context,
-                "arguments_gb": memory.argument_size_in_bytes / 1e9,
-                "temporary_gb": memory.temp_size_in_bytes / 1e9,
-                "updated_in_place_gb": memory.alias_size_in_bytes / 1e9,
+                "arguments_gb": held / 1e9,
+                "temporary_gb": scratch / 1e9,
+                "updated_in_place_gb": in_place / 1e9,
                 "peak_gb": peak / 1e9,
                 "fits": peak < MEMORY[args.target],
-                "kernels": text.count('custom_call_target="mosaic_gpu'),
+                "programs": len(compiled),
+                "kernels": kernels,
                 "collectives": sent,
                 "gathers_vocabulary": sent.get("all-gather", {}).get("bytes", 0)
                 >= config.vocab_size,

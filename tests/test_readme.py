@@ -111,6 +111,7 @@ def test_the_pure_core_runs_as_printed(capsys):
     assert "1 program" in said[2]
     assert float(said[-1]) < 1e-5
     assert names["logits"].shape == (2, 256)
+    assert names["memory"].table.length.tolist() == [8, 5]
 
 
 def test_every_file_the_documents_link_to_exists():

@@ -17,12 +17,15 @@ import numpy as np
 import alaya_jax as aj
 from alaya_jax import configs
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.pool import Lent
+from alaya_jax.frame import Frame
 from alaya_jax.index import Indexed, Sketch
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan
-from alaya_jax.runtime import programs
+from alaya_jax.runtime.programs import Fed, Going
 from alaya_jax.runtime.sampling.sampler import init_sampler
+from alaya_jax.runtime.stack import Stack
 
 PAGE = 16
 STEPS = 16
@@ -121,50 +124,59 @@ def _decode(
     config: LlamaConfig, params: Any, kv: Any, table: PageTable, plan: Plan, indexed: Any
 ) -> tuple[Any, dict]:
     processors, sampler = init_sampler(aj.Greedy(), [[0]], config.vocab_size)
-    token, running = jnp.ones(1, jnp.int32), jnp.ones(1, bool)
-    nothing = jnp.full((1, 1), -1, jnp.int32)
-    times, compiled = [], 0.0
-    out = None
-    for turn in range(3):
-        # A fresh copy of the small donated state, since the first call takes it.
-        mine = jax.tree.map(jnp.copy, sampler)
-        started = time.perf_counter()
-        out, kv, *_ = programs.decode(
-            params, kv, table, token, running, nothing, mine, jnp.int32(STEPS), plan, indexed,
-            config=config, processors=processors, capacity=STEPS,
-        )  # fmt: skip
-        jax.block_until_ready(out)
-        took = time.perf_counter() - started
-        if turn:
-            times.append(took / STEPS)
-        else:
-            compiled = took
-    assert out is not None
-    counts = out.counts
-    scored = np.asarray(counts.scored, np.float64).sum()
-    return kv, {
-        "step_ms": round(min(times) * 1e3, 3),
-        "tokens_per_s": round(1 / min(times), 2),
-        "attended_share": round(float(np.asarray(counts.attended, np.float64).sum() / scored), 5),
-        "read_share": round(float(np.asarray(counts.read, np.float64).sum() / scored), 5),
-        "first_call_s": round(compiled, 1),
-        "steps": int(out.steps),
-    }
+    one, lent = jnp.ones(1, jnp.int32), Lent(kv)
+    nothing, allowed = jnp.full((1, 1), -1, jnp.int32), jnp.ones(1, bool)
+    row: dict[str, Any] = {}
+    for name, per_program in (("", None), ("one_program_", config.num_hidden_layers)):
+        stack = Stack(params, Frame(config), per_program)
+        chain = stack.chain(plan, indexed)
+        times, compiled, rows = [], 0.0, []
+        for turn in range(3):
+            # A fresh copy of the small donated state, since the first call takes it.
+            mine = jax.tree.map(jnp.copy, (one[:, None], allowed, table.length, one, sampler))
+            going, x, passed, rows = Going(*mine), stack.between(1, 1), stack.start(1), []
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                fed = Fed(going.token, going.count, dataclasses.replace(table, length=going.length))
+                x, passed = stack.layers(lent, chain, x, passed, fed)
+                new, passed, going = stack.end(passed, going, nothing, allowed, processors)
+                rows.append(new)
+            jax.block_until_ready(rows)
+            took = time.perf_counter() - started
+            if turn:
+                times.append(took / STEPS)
+            else:
+                compiled = took
+        scored, attended, read = (
+            sum(np.asarray(getattr(r.counts, what), np.float64).sum() for r in rows)
+            for what in ("scored", "attended", "read")
+        )
+        row |= {
+            f"{name}step_ms": round(min(times) * 1e3, 3),
+            f"{name}tokens_per_s": round(1 / min(times), 2),
+            f"{name}first_call_s": round(compiled, 1),
+        }
+        row |= {
+            "attended_share": round(float(attended / scored), 5),
+            "read_share": round(float(read / scored), 5),
+            "steps": len(rows),
+        }
+    return lent.kv, row
 
 
 def _extend(
     config: LlamaConfig, params: Any, kv: Any, table: PageTable, plan: Plan, chunk: int
 ) -> tuple[Any, float]:
-    tokens = jnp.ones((1, chunk), jnp.int32)
-    best = float("inf")
+    stack, lent = Stack(params, Frame(config)), Lent(kv)
+    fed = Fed(jnp.ones((1, chunk), jnp.int32), jnp.full(1, chunk, jnp.int32), table)
+    chain, best = stack.chain(plan, None), float("inf")
     for _ in range(3):
+        x, passed = stack.between(1, chunk), stack.start(1)
         started = time.perf_counter()
-        out, kv, _ = programs.extend(
-            params, kv, table, tokens, jnp.full(1, chunk, jnp.int32), plan, config=config
-        )
-        jax.block_until_ready(out)
+        _, passed = stack.layers(lent, chain, x, passed, fed)
+        jax.block_until_ready(stack.logits(passed))
         best = min(best, time.perf_counter() - started)
-    return kv, round(best * 1e3, 2)
+    return lent.kv, round(best * 1e3, 2)
 
 
 def _contiguous(kv: Any, context: int) -> Any:
