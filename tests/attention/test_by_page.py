@@ -104,7 +104,7 @@ def test_few_pages_are_kept_beside_those_of_critical_keys(layer, share):
     kept = layer.attended(plan(Sketch(), share=share)) - WINDOW.sink - WINDOW.recent
     exact = layer.attended(plan(Flat(), share=share)) - WINDOW.sink - WINDOW.recent
     assert np.all(kept >= exact)
-    assert kept.mean() < 0.75 * outside
+    assert kept.mean() < 0.8 * outside
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "target"), compiler_options=QUICK)
