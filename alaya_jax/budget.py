@@ -31,7 +31,7 @@ class Budget:
 
     @property
     def setting(self) -> str:
-        """What errors say is to be changed."""
+        """How errors name this setting."""
         return f"Budget(device={self.device!r})"
 
     def pages(self, model: Model, page_size: int) -> int:

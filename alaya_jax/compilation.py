@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from alaya_jax.checkpoint.bundled import cache_directory
 
@@ -72,7 +72,7 @@ def keep_programs(where: bool | str | os.PathLike[str] | None = None) -> Path | 
 def default_directory() -> Path:
     """Of this version of JAX and this kind of CPU: machine code of another CPU may not run here."""
     cpu = hashlib.sha256(_cpu().encode()).hexdigest()[:12]
-    return cache_directory() / "xla" / f"jax-{jax.__version__}-{jaxlib.__version__}-{cpu}"
+    return cache_directory() / "xla" / f"jax-{jax.__version__}-{jaxlib.version.__version__}-{cpu}"
 
 
 def _cpu() -> str:
@@ -124,18 +124,19 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _on_duration(name: str, seconds: float, fun_name: str = "", **_: object) -> None:
-    if name == "/jax/core/compile/backend_compile_duration":
+def _on_duration(event: str, duration_secs: float, **of: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
         with _lock:
-            by_name[fun_name.removeprefix("jit(").removesuffix(")")] += 1
+            name = str(of.get("fun_name", ""))
+            by_name[name.removeprefix("jit(").removesuffix(")")] += 1
         _thread.programs += 1
         if not _thread.timed:
-            _thread.seconds += seconds
+            _thread.seconds += duration_secs
 
 
-def _on_event(name: str, **_: object) -> None:
+def _on_event(event: str, **_: str | int) -> None:
     global _read
-    if name == "/jax/compilation_cache/cache_hits":
+    if event == "/jax/compilation_cache/cache_hits":
         with _lock:
             _read += 1
 

@@ -116,16 +116,17 @@ class DB:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
         What is stored already is not computed again: the longest stored prefix is reused, and a
-        context that is there is returned as it is. Interrupted, nothing is stored.
+        context that is there is returned as it is. If it is interrupted, nothing is stored.
 
         Args:
           text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
             template rendered (`model.chat.render`); or token ids.
           kv: per layer keys (after RoPE) and values, each [K, n, D], taken to be exact; None: they
             are computed.
-          messages: in place of a text, a conversation that others go on from.
-          document: in place of a text, a document to be asked about in the model's chat template,
-            behind `messages` such as a system's; `create_session` takes it with the question.
+          messages: in place of a text, a conversation for later sessions to continue.
+          document: in place of a text, a document to ask about in the model's chat template; it
+            comes after `messages`, such as a system message. `create_session` takes it with the
+            question.
           date: see `create_session`.
           title: for people.
           progress: shows a bar on stderr when it is a terminal.
@@ -189,7 +190,7 @@ class DB:
             anew each day. `Session.dated` says what was printed.
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
-            there; "any": all of it, as the session that stored it would have gone on.
+            there; "any": all of it is reused, as if the session that stored it went on.
 
         Returns:
           the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
@@ -275,10 +276,10 @@ class DB:
     ) -> Context:
         """Builds an index that a context keeps, on disk beside its keys and values.
 
-        Only `Graph` is such an index: the others are of pages, and grow with them. The model runs
-        over the context once more; then each layer's graph is built. An index that is there with
-        the same settings is kept; one with others, or a damaged one, is replaced. Interrupted, the
-        context is as it was.
+        Only `Graph` is such an index: the others belong to pages, and grow with them. The model
+        runs over the context once more; then each layer's graph is built. An index that is there
+        with the same settings is kept; one with others, or a damaged one, is replaced. If it is
+        interrupted, the context stays as it was.
 
         Args:
           context: or its id.

@@ -42,8 +42,10 @@ class DatabaseInUseError(DatabaseError):
 
 
 class PlanError(RequestError):
-    """A goal for attention that no plan reaches on this machine; says which ones are reached."""
+    """A goal for attention that no plan reaches on this machine; it says which goals can be
+    reached.
+    """
 
 
 class KernelError(AlayaError):
-    """An operation that no implementation can run as asked: says why for each."""
+    """An operation that no implementation can run as asked; it says why for each."""

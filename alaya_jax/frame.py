@@ -1,4 +1,4 @@
-"""What of a running model is fixed while its programs run: `Frame`."""
+"""What stays fixed while a model's programs run: `Frame`."""
 
 import dataclasses
 

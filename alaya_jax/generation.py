@@ -93,8 +93,8 @@ def generate(
     Stopping early (`break`, Ctrl-C) leaves the session at the tokens yielded so far. A later call
     without new tokens goes on as one call would: penalties count what was said before, half a
     character waits for its other half, and a stop string may begin in one call and end in the next
-    (where `max_new_tokens` ended a call, its beginning was said). A request that cannot fit is
-    refused here, before anything runs.
+    (if `max_new_tokens` ended a call, its beginning was emitted already). A request that cannot fit
+    is refused here, before anything runs.
 
     Args:
       session: where to continue.
@@ -129,7 +129,8 @@ def generate(
 class Generation(Iterator[Token]):
     """A running generation: an iterator of tokens, and what is known so far.
 
-    Dropped, it gives its room back at once: the iterator refers to the request, never to this.
+    When it is dropped, its room is given back at once: the iterator refers to the request, never to
+    this object.
 
     Attributes:
       session: where it runs.

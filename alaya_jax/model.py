@@ -244,14 +244,14 @@ def load(
       path_or_name: an HF directory, a GGUF file, or a bundled name such as "smollm2-135m".
       mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
       dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
-      quantize: "int8" or "int4" keeps the weights so; another model than the dense one, with stored
-        contexts of its own.
+      quantize: "int8" or "int4" keeps the weights in that form: a different model from the dense
+        one, with stored contexts of its own.
       rules: which axis goes where; default `ShardingRules()`.
       max_length: longest sequence to serve, tokens; default what the checkpoint declares, at most
         what its RoPE is stretched for (`LlamaConfig.longest`: more where the config keeps the
         length before stretching). Dynamic RoPE is stretched for it: choose it as short as will do.
-      rope: stretches RoPE in place of what the checkpoint says; another model then, with stored
-        contexts of its own.
+      rope: stretches RoPE in place of what the checkpoint says: a different model again, with
+        stored contexts of its own.
       layers_per_program: most layers of a compiled program; None: about five, which compiles in a
         fraction of the time. As many as the model has: one program for all, which is for meshes
         where calling programs costs more than compiling them once.

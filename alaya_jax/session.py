@@ -42,7 +42,7 @@ class Output:
     stop: StopText = dataclasses.field(default_factory=lambda: StopText(()))
 
     def copy(self) -> "Output":
-        """One that goes on by itself."""
+        """An independent copy."""
         stream = self.stream and self.stream.copy()
         return Output(list(self.ids), stream, self.stop.going_on(self.stop.stop))
 

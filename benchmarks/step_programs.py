@@ -67,7 +67,7 @@ def of_a_step(
         lowered = programs.layers.lower(
             stack.outer, link.blocks, kv.part(*link.group), x, passed, fed, link.asked, frame=frame
         )
-        found[link.key] = Program(f"{link.group.count} layers", 1, lowered)
+        found[link.key] = Program(f"{link.group.layers} layers", 1, lowered)
     if tokens > 1:
         last = programs.logits.lower(stack.outer, passed.last, frame=frame)
         return [*found.values(), Program("logits", 1, last)]

@@ -39,6 +39,6 @@ class Counts:
         mass: Array | float = jnp.nan,
         widened: Array | int = 0,
     ) -> "Counts":
-        """Each broadcast to the shape of the rows."""
+        """The counts, each broadcast to the shape of the rows."""
         each = (attended, scored, read, mass, widened)
         return cls(*(jnp.broadcast_to(x, shape) for x in each))

@@ -34,7 +34,7 @@ TRANSFER_WIDTH = 64
 
 
 _under_way: collections.deque[jax.Array] = collections.deque(maxlen=4)
-"""Something small of the newest programs' results."""
+"""A small array from the result of each of the newest programs."""
 
 
 @atexit.register

@@ -84,11 +84,11 @@ class Catalogue:
         return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
 
     def id_of(self, context: Context | str, what: str) -> str:
-        """A context's id; that of another database is not meant by a handle of one's own.
+        """A context's id; a handle of another database is refused.
 
         Args:
           context: a handle, or an id, which need not be here.
-          what: was called, for the error.
+          what: the method that was called, for the error.
 
         Raises:
           RequestError: it is neither.
@@ -196,7 +196,9 @@ class Catalogue:
         return batch, found
 
     def _read_on(self, context: Context, length: int) -> PagedSequence:
-        """Has the first tokens of a context in memory, from the last full page that is there on."""
+        """Brings the first tokens of a context into memory, going on from the last full page that
+        is there.
+        """
         held, size = context.resident or PagedSequence(), self.pool.page_size
         start = held.length // size * size
         longer = self.pool.share(held, start)
@@ -247,14 +249,14 @@ class Catalogue:
             return self._contexts[record.id]
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
-        """Has a context in memory in the pages of a sequence that holds its tokens."""
+        """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
         with self.pool.lock:
             if context.resident is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
 
     def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
-        """Builds a graph and stores it with its context, unless such a one is there and well.
+        """Builds a graph and stores it with its context, unless an equal one is there, undamaged.
 
         Raises:
           ContextError, CacheFullError, DatabaseError: the context is damaged, does not fit into
@@ -339,7 +341,7 @@ class Catalogue:
         return header == self._header(header.title, Origin(header.origin))
 
     def _shown(self, record: ContextRecord) -> ContextRecord | None:
-        """The record if it is ours, or may be: it is damaged, or whose it is, is not known.
+        """The record if it is ours, or may be: because it is damaged, or its model is not known.
 
         One of another model, layout or namespace is not ours to show.
         """

@@ -55,7 +55,7 @@ class Context:
 
     @property
     def indexes(self) -> tuple[Graph, ...]:
-        """The indexes that are stored with it (`DB.build_index`) and look well."""
+        """The indexes that are stored with it (`DB.build_index`) and look undamaged."""
         records = self.store.indexes(self.id).values()
         return tuple(
             Graph(**record.settings)

@@ -1,6 +1,6 @@
 """What a plan attends to, held against full attention: one query token, one layer, every key seen.
 
-It costs more than the attention that it judges, and is run when asked for only.
+It costs more than the attention that it judges, and runs only when asked for.
 """
 
 import dataclasses

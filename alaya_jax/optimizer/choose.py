@@ -2,7 +2,7 @@
 
 `choose` is pure: the same workload, machine and calibration give the same plans. Of the plans that
 keep the recovery asked for, each layer takes the fastest; where the indexes do not fit into memory,
-those go first whose bytes gain least time.
+those that gain least time for their bytes go first.
 
 A graph keeps no share of the mass by itself: it is asked for the range of scores that kept it in
 the calibration, and without a calibration it is no choice.

@@ -13,7 +13,7 @@ class Group(NamedTuple):
     """Consecutive layers of one program: the first of them, and how many."""
 
     first: int
-    count: int
+    layers: int
 
 
 def groups(kinds: Sequence[Hashable], layers_per_program: int | None = None) -> list[Group]:
@@ -27,13 +27,13 @@ def groups(kinds: Sequence[Hashable], layers_per_program: int | None = None) -> 
     runs = list(_runs(kinds))
     sizes: dict[Hashable, int] = {}
     for kind in dict.fromkeys(kinds):
-        lengths = [run.count for run in runs if kinds[run.first] == kind]
+        lengths = [run.layers for run in runs if kinds[run.first] == kind]
         sizes[kind] = layers_per_program or _size(lengths)
     return [
-        Group(first, min(size, run.first + run.count - first))
+        Group(first, min(size, run.first + run.layers - first))
         for run in runs
         for size in [sizes[kinds[run.first]]]
-        for first in range(run.first, run.first + run.count, size)
+        for first in range(run.first, run.first + run.layers, size)
     ]
 
 

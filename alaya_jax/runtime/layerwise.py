@@ -1,4 +1,4 @@
-"""A session run by a model of one's own, which calls `update` and `attention` in each layer.
+"""A session run by a model of the user's own, which calls `update` and `attention` in each layer.
 
 The cache holds new tokens layer by layer then: `Batch.ahead` counts those that some layers have
 and others do not, and lengths grow when all have them.
@@ -11,18 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
+from alaya_jax.frame import Frame
 from alaya_jax.index.memory import Memory
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
-from alaya_jax.sharding import ShardingRules, laid, whole
+from alaya_jax.sharding import laid, whole
 
 
 def update(
@@ -61,8 +62,7 @@ def update(
         v,
         kv_result=None,
         layer=layer,
-        mesh=batch.model.mesh,
-        rules=batch.model.rules,
+        frame=batch.model.frame,
     )
     batch.ahead[layer] += t
     done = int(batch.ahead.min())
@@ -147,12 +147,12 @@ def _append_layer(
     v: Array,
     *,
     layer: int,
-    mesh: Mesh | None,
-    rules: ShardingRules,
+    frame: Frame,
 ) -> PagedKV:
     del params
-    new = engine.append(kv, layer, k, v, table, count, mesh=mesh, rules=rules)
-    return laid(new, rules.pool(mesh))
+    where: Any = {"mesh": frame.mesh, "rules": frame.rules}
+    new = engine.append(kv, layer, k, v, table, count, **where)
+    return laid(new, frame.rules.pool(frame.mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "place"))
@@ -162,6 +162,4 @@ def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding |
     return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
 
 
-_append = jax.jit(
-    _append_layer, static_argnames=("layer", "mesh", "rules"), donate_argnames=("kv",)
-)
+_append = jax.jit(_append_layer, static_argnames=("layer", "frame"), donate_argnames=("kv",))

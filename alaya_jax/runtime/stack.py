@@ -78,8 +78,9 @@ class Stack:
         """
         c = self.frame.config
         shape = c.num_hidden_layers, batch, c.num_attention_heads
-        zero = np.zeros(shape, np.int32)
-        counts = Counts(zero, zero, zero, np.zeros(shape, np.float32), zero)
+        zero: Any = np.zeros(shape, np.int32)
+        mass: Any = np.zeros(shape, np.float32)
+        counts = Counts(zero, zero, zero, mass, zero)
         place = programs.by_heads(self.frame)
         if place is None:
             counts = self.put(counts)
@@ -112,10 +113,10 @@ class Stack:
         kinds = list(zip(self._kinds, map(of, each), map(of, indexes), strict=True))
         links = []
         for group in groups(kinds, self._per_program):
-            part = slice(group.first, group.first + group.count)
+            part = slice(group.first, group.first + group.layers)
             covered = None if indexed is None else indexed.covered
             asked = Asked(tuple(each[part]), tuple(indexes[part]), covered)
-            key = group.count, kinds[group.first]
+            key = group.layers, kinds[group.first]
             links.append(_Link(group, tuple(self._blocks[part]), asked, key))
         return Chain(links)
 
@@ -214,7 +215,7 @@ class Stack:
         """Around a call of a group's program; the first compiles it."""
         if (what, shapes) in chain.called:
             return _NOTHING
-        count = link.group.count
+        count = link.group.layers
         plan = link.asked.plans[0]
         name = f"{count} layer{'s' if count > 1 else ''} for {plan}"
         tokens = shapes[0][1]
@@ -279,7 +280,7 @@ def _is_matrix(x: Any) -> bool:
     return isinstance(x, Matrix)
 
 
-def _device_of(params: Params) -> jax.Device | None:
-    """The device that the parameters are committed to, if it is one."""
+def _device_of(params: Params) -> Any:
+    """The device that the parameters are committed to, if it is one; else None."""
     leaf = jax.tree.leaves(params)[0]
     return next(iter(leaf.devices())) if getattr(leaf, "committed", False) else None

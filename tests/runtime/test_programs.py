@@ -126,7 +126,7 @@ def decode(cache, token, steps, query=None, sampling=None, running=None, end_ids
     lent, x, passed = Lent(cache.kv), stack.between(batch, 1), stack.start(batch)
     rows = []
     for _ in range(steps):
-        fed = Fed(going.token, going.count, PageTable(cache.pages, going.length))
+        fed = Fed(going.token, going.layers, PageTable(cache.pages, going.length))
         x, passed = stack.layers(lent, chain, x, passed, fed)
         row, passed, going = stack.end(passed, going, ends, all_of_them, processors)
         rows.append(row)
@@ -323,10 +323,10 @@ def test_equal_layers_are_compiled_once(tiny_model, rng):
 def test_groups():
     for layers, size in {1: 1, 2: 2, 16: 4, 28: 4, 30: 5, 32: 4, 40: 5, 48: 6, 80: 5}.items():
         found = groups(["layer"] * layers)
-        assert {group.count for group in found} == {size}
+        assert {group.layers for group in found} == {size}
         assert [group.first for group in found] == list(range(0, layers, size))
-    assert [g.count for g in groups("a" * 31)] == [5] * 6 + [1]
-    assert [g.count for g in groups("aabbbbb")] == [2, 5]
-    assert [g.count for g in groups("abababa")] == [1] * 7
+    assert [g.layers for g in groups("a" * 31)] == [5] * 6 + [1]
+    assert [g.layers for g in groups("aabbbbb")] == [2, 5]
+    assert [g.layers for g in groups("abababa")] == [1] * 7
     assert [tuple(g) for g in groups("aaaaaaa", 3)] == [(0, 3), (3, 3), (6, 1)]
     assert groups("aaaaaaa", 7) == groups("aaaaaaa", 100) == [(0, 7)]

@@ -1,4 +1,4 @@
-"""What one sequence may ask of the choice of its tokens; `sampler` is what does it."""
+"""What one sequence may ask about the choice of its tokens; `sampler` does it."""
 
 import dataclasses
 import math
@@ -29,25 +29,25 @@ class Sampling:
     """How the tokens of one sequence are chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy decoding.
-        top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the smallest set of most likely tokens whose probability reaches p, after top-k
-            (Holtzman et al., 2020, section 3.1).
-        min_p: Keep tokens at least min_p times as likely as the most likely (Nguyen et al., 2024).
-        repetition_penalty: Positive logits of tokens in the prompt or the output are divided by it,
-            negative ones multiplied (Keskar et al., 2019, section 4.1).
-        presence_penalty: Subtracted once from the logit of every token already in the output.
-        frequency_penalty: Subtracted once per occurrence in the output.
-        logit_bias: Added to the logits of these ids; `-inf` forbids a token. A mapping is stored as
-            a sorted tuple of pairs, so that a `Sampling` stays hashable.
-        seed: Seed of the sequence. Equal seeds and logits give equal tokens.
-        logprobs: How many of the most likely alternatives to report with each token.
-        stop: Strings that end the output; the string itself is not part of it.
-        stop_ids: Token ids that end the output.
-        ignore_eos: Do not stop at the model's end-of-sequence tokens.
+      temperature: divides the logits; 0 is greedy decoding.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of most likely tokens whose probability reaches p, after top-k
+        (Holtzman et al., 2020, section 3.1).
+      min_p: keep tokens at least min_p times as likely as the most likely (Nguyen et al., 2024).
+      repetition_penalty: positive logits of tokens in the prompt or the output are divided by it,
+        negative ones multiplied (Keskar et al., 2019, section 4.1).
+      presence_penalty: subtracted once from the logit of every token already in the output.
+      frequency_penalty: subtracted once per occurrence in the output.
+      logit_bias: added to the logits of these ids; `-inf` forbids a token. A mapping is stored as
+        a sorted tuple of pairs, so that a `Sampling` stays hashable.
+      seed: seed of the sequence. Equal seeds and logits give equal tokens.
+      logprobs: how many of the most likely alternatives to report with each token.
+      stop: strings that end the output; the string itself is not part of it.
+      stop_ids: token ids that end the output.
+      ignore_eos: do not stop at the model's end-of-sequence tokens.
 
     Raises:
-        RequestError: A value is of a wrong type or out of its range.
+      RequestError: a value is of a wrong type or out of its range.
     """
 
     temperature: float = 1.0
@@ -148,9 +148,9 @@ class StopText:
     The string that is complete first wins, and of two complete at once the longer.
 
     Args:
-        stop: the strings.
-        given: the end of the text so far, which is with the reader already.
-        held: text behind it that is not.
+      stop: the strings.
+      given: the end of the text so far, which the reader has already.
+      held: text behind it that the reader has not.
     """
 
     def __init__(self, stop: Sequence[str], given: str = "", held: str = ""):
@@ -165,7 +165,7 @@ class StopText:
         return StopText(stop, self._given, self._held)
 
     def put(self, text: str) -> str:
-        """Take the next piece; return what is now known to be part of the output."""
+        """Takes the next piece; returns what is now known to be part of the output."""
         if self.stopped:
             return ""
         # A string that is complete in what was given was none of its call's.

@@ -87,13 +87,13 @@ def init_sampler(
     """The static and the dynamic half of a batch's sampling, before its first token.
 
     Args:
-        sampling: One for the whole batch, or one per sequence.
-        prompts: Token ids of each sequence [n], everything that precedes the first sampled token.
-        vocab_size: V, the last axis of the logits.
-        outputs: Token ids of each sequence [n] that were sampled before and count as its output.
+      sampling: one for the whole batch, or one per sequence.
+      prompts: token ids of each sequence [n], everything that precedes the first sampled token.
+      vocab_size: V, the last axis of the logits.
+      outputs: token ids of each sequence [n] that were sampled before and count as its output.
 
     Raises:
-        RequestError: Number of samplings and prompts differ, or an id or a count exceeds V.
+      RequestError: number of samplings and prompts differ, or an id or a count exceeds V.
     """
     batch = len(prompts)
     each = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
@@ -178,13 +178,13 @@ def sample(
     must stop it. The others are not affected.
 
     Args:
-        processors: From `init_sampler`.
-        state: From `init_sampler` or the step before.
-        logits: [B, V], any float type; all arithmetic is float32.
+      processors: from `init_sampler`.
+      state: from `init_sampler` or the step before.
+      logits: [B, V], any float type; all arithmetic is float32.
 
     Returns:
-        token i32 [B]; its log-probability under the model f32 [B]; the `processors.logprobs` most
-        likely tokens under the model, or None when that is 0; the state for the next step.
+      token i32 [B]; its log-probability under the model f32 [B]; the `processors.logprobs` most
+      likely tokens under the model, or None when that is 0; the state for the next step.
     """
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1)
@@ -251,16 +251,16 @@ def _at(rows: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _keep_best(scores: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Keep each row's best scores until their weight reaches `wanted`; the rest become -inf.
+    """Keeps each row's best scores until their weight reaches `wanted`; the rest become -inf.
 
     Ties at the edge are kept from the lowest id on. Instead of sorting V scores, bisect the edge
     over the 32 bits of a float: 32 masked sums of a row, about 15 times faster than a sort on a CPU
     at V = 49,152, and on a mesh a sum over shards instead of a gather of the vocabulary.
 
     Args:
-        scores: f32 [B, V], no NaN.
-        weight: f32 [B, V], not negative.
-        wanted: f32 [B], positive; inf keeps the row as it is.
+      scores: f32 [B, V], no NaN.
+      weight: f32 [B, V], not negative.
+      wanted: f32 [B], positive; inf keeps the row as it is.
     """
     bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal to 0.0
     rank = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # ordered as the scores are
