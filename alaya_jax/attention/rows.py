@@ -70,7 +70,7 @@ class Rows:
         return self.held.axes.pages
 
     def before(self, position: int | jax.Array | None) -> "Rows":
-        """Of keys before a position only; None: of all."""
+        """The same rows, looking only at keys before a position; None: at all."""
         if position is None:
             return self
         high = jnp.minimum(self.keys.high, position)

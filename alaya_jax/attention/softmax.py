@@ -29,7 +29,7 @@ class Running(NamedTuple):
     Attributes:
       top: float32 [...], the best raw score.
       total: float32 [...], sum of `exp(scale * (score - top))`.
-      acc: float32 [..., D], the same sum with the values; None where no value is asked for.
+      acc: float32 [..., D], the same sum with the values; None if no values are summed.
     """
 
     top: Float[Array, "..."]
@@ -38,7 +38,7 @@ class Running(NamedTuple):
 
 
 def start(rows: tuple[int, ...], dim: int | None = None) -> Running:
-    """Of no key yet; `dim` is that of the values, None where only scores will come."""
+    """Before the first key. `dim` is the values' width; None if only scores will come."""
     acc = None if dim is None else jnp.zeros((*rows, dim))
     return Running(jnp.full(rows, _LOW), jnp.zeros(rows), acc)
 
@@ -50,10 +50,10 @@ def fold(
     weigh: Callable[[Array], Float[Array, "... D"]] | None = None,
     best: Float[Array, "..."] | None = None,
 ) -> Running:
-    """Some more keys.
+    """Adds some keys.
 
     Args:
-      running: what was met before.
+      running: of the keys before them.
       scores: raw; -inf for keys that do not count.
       scale: of a score.
       weigh: from the weights of these keys to the sum of their values so weighted.

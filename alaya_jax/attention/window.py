@@ -11,7 +11,7 @@ from alaya_jax.query import Window
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The keys `0 <= j < end` of some queries, split in a window and what is outside it.
+    """The keys `0 <= j < end` that a query sees, split into its window and the others.
 
     Attributes:
       end: int32 [...], keys that each query sees.
@@ -27,7 +27,7 @@ class Split:
     def of(
         cls, window: Window, end: Int[Array, "..."], known: Int[Array, ""] | None = None
     ) -> "Split":
-        """By a window's sizes; keys from `known` on, which an index does not know, are in it."""
+        """Splits by a window's sizes. Keys from `known` on, which an index does not know, stay in it."""
         sink_end = jnp.minimum(window.sink, end)
         recent_start = jnp.maximum(sink_end, end - window.recent)
         if known is not None:
