@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from alaya_jax.budget import Budget as Budget
     from alaya_jax.compilation import compilations as compilations
+    from alaya_jax.conversation import chat as chat
     from alaya_jax.db import DB as DB
     from alaya_jax.errors import AlayaError as AlayaError
     from alaya_jax.generation import generate as generate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from alaya_jax.models.rendered import Rendered as Rendered
     from alaya_jax.optimizer.calibrate import calibrate as calibrate
     from alaya_jax.query import DIPR as DIPR
+    from alaya_jax.query import Custom as Custom
     from alaya_jax.query import Full as Full
     from alaya_jax.query import Tiles as Tiles
     from alaya_jax.query import TopK as TopK
@@ -52,6 +54,7 @@ _HOME = {
     "Block": "index",
     "Budget": "budget",
     "DB": "db",
+    "Custom": "query",
     "DIPR": "query",
     "Flat": "index",
     "Full": "query",
@@ -70,6 +73,7 @@ _HOME = {
     "Window": "query",
     "calibrate": "optimizer.calibrate",
     "compilations": "compilation",
+    "chat": "conversation",
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from alaya_jax.runtime.decoding import Decoding, read
 from alaya_jax.runtime.programs import Row
 from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
 from alaya_jax.runtime.sampling.sampler import init_sampler
+from alaya_jax.runtime.streams import Streamer, check_listeners, told
 from alaya_jax.session import Output, Session
 from alaya_jax.settings import methods_under_own_settings, under_own_settings
 
@@ -83,6 +84,8 @@ def generate(
     prefill: Attention | None = None,
     sampling: Sampling | list[Sampling] | None = None,
     progress: bool = False,
+    streamer: Streamer | None = None,
+    on_token: Callable[["Token"], Any] | None = None,
 ) -> "Generation":
     """Continues a session, yielding tokens as they come.
 
@@ -106,12 +109,17 @@ def generate(
       prefill: what prefill asks of the keys; default `Full()`, or what `attention=Auto(...)` says.
       sampling: default `Greedy()`; one for all sequences or one for each.
       progress: shows a bar for the prefill on stderr when it is a terminal.
+      streamer: an object of `put(ids)` and `end()`, such as `transformers.TextStreamer`: it gets
+        the prompt's ids [1, n], then each token's [1] as it is yielded.
+      on_token: called with each token before it is yielded; what is true ends the generation
+        behind that token ("callback").
 
     Raises:
       RequestError: too long for the model, nothing to feed, or sampling out of range.
       CacheFullError: no room in the cache.
       TokenizerError: stop strings are asked for and the model has no tokenizer.
     """
+    check_listeners(streamer, on_token, getattr(session, "batch_size", 1) > 1)
     return Generation(
         _Request(
             session,
@@ -121,7 +129,9 @@ def generate(
             prefill,
             Greedy() if sampling is None else sampling,
             progress,
-        )
+        ),
+        streamer,
+        on_token,
     )
 
 
@@ -136,14 +146,21 @@ class Generation(Iterator[Token]):
       session: where it runs.
       ids: token ids so far, without those that end a sequence; a list for each sequence.
       finish_reasons: "eos" (or another of the ids that end it), "stop" (a stop string), "length",
-        or None while it runs; for each sequence.
+        "callback" (`on_token`), or None while it runs; for each sequence.
       timing: see `Timing`.
     """
 
-    def __init__(self, request: "_Request"):
+    def __init__(
+        self,
+        request: "_Request",
+        streamer: Streamer | None = None,
+        on_token: Callable[[Token], Any] | None = None,
+    ):
         """See `generate`."""
         self._request = request
         self._tokens = request.run()
+        if streamer is not None or on_token is not None:
+            self._tokens = told(self._tokens, request.prompt, streamer, on_token, request.stop)
         self.session = request.session
         self.ids, self.finish_reasons = request.ids, request.finish_reasons
         self.timing = request.timing
@@ -269,6 +286,15 @@ class _Request:
                 "the session was closed, or went on by another call, since this generation began; "
                 "start another generate()"
             )
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """Ids in front of the first new token, of the first sequence."""
+        return np.concatenate([self.session.tokens[0], self._rows[0]])
+
+    def stop(self) -> None:
+        """Ends what still runs, as a callback asks."""
+        self.finish_reasons[:] = [reason or "callback" for reason in self.finish_reasons]
 
     def give_back(self) -> None:
         """Gives up the room that was not used; what a later call has reserved is not ours."""

@@ -328,6 +328,27 @@ class Session:
                 analyzed=sequence if analyze else None,
             )
 
+    def kv(self, layer: int) -> Any:
+        """Keys and values of a layer, as they are in the cache: numpy (k, v), each [K, n, D].
+
+        Keys are those after RoPE; n counts the tokens in the cache: the last one that was generated
+        is not among them yet. They are copies, for reading only.
+
+        Args:
+          layer: from 0.
+
+        Returns:
+          (k, v) in the model's dtype; a list of such for a batch.
+
+        Raises:
+          RequestError: there is no such layer, or the session is closed.
+        """
+        layers = self.model.config.num_hidden_layers
+        if not isinstance(layer, int | np.integer) or not 0 <= layer < layers:
+            raise RequestError(f"kv({layer!r}): the model has layers 0 to {layers - 1}")
+        pairs = [self.pool.read(sequence, int(layer)) for sequence in self.sequences]
+        return pairs if self.batched else pairs[0]
+
     def close(self) -> None:
         """Gives the pages back; closing twice is allowed."""
         if self.batch.is_open:

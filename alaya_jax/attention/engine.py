@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from alaya_jax import cache
 from alaya_jax.attention import kernels
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.gradient import computed_by, not_reversed
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.layer import LayerQueries
@@ -174,13 +175,25 @@ def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str
 
 
 def _attend(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
-    q, memory, axes = asked.q, asked.memory, asked.axes
-    table, index = memory.table, memory.index
-    if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
+    of_graph = isinstance(plan.index, Graph) and plan.retrieves
+    if of_graph and not isinstance(asked.memory.index, tuple):
         raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
     choice = kernels.choose(plan, asked)
-    if choice.implementation != "xla":
+    by_xla = choice.implementation == "xla"
+
+    def by_kernels(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
         return kernels.attend(plan, asked, choice.implementation, choice.target)
+
+    if not isinstance(plan.query, Full | Window):
+        out, counts = _by_xla(plan, asked) if by_xla else by_kernels(plan, asked)
+        return not_reversed(out, type(plan.query).__name__), counts
+    asked = dataclasses.replace(asked, memory=dataclasses.replace(asked.memory, index=None))
+    return _by_xla(plan, asked) if by_xla else computed_by(by_kernels, _by_xla, plan, asked)
+
+
+def _by_xla(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
+    q, memory, axes = asked.q, asked.memory, asked.axes
+    table, index = memory.table, memory.index
     batch, t, heads, dim = q.shape
     kv_heads, _, page, _ = memory.k.shape
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))

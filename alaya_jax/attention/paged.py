@@ -6,6 +6,7 @@ For one sequence, with query rows `[K, G, T]`; how pages are read is in `cache.v
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alaya_jax.attention.gradient import differentiable
 from alaya_jax.attention.softmax import Partial, Running, best_of, finish, fold, start
 from alaya_jax.cache.views import KeyRange, Pages, Read, products, reader
 
@@ -14,10 +15,11 @@ def _weigh(p: Array, v: Array) -> Float[Array, "K G T D"]:
     return jnp.einsum("kgts,ksd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
+@differentiable
 def attend_range(
     q: Float[Array, "K G T D"], pages: Pages, keys: KeyRange
 ) -> tuple[Partial, Float[Array, "K G T"]]:
-    """Softmax attention over the keys in range.
+    """Softmax attention over the keys in range; differentiable, see `gradient`.
 
     Returns:
       the partial attention [K, G, T], and the best raw (unscaled) score, -inf where no key is in

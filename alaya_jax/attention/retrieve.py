@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from alaya_jax.attention.custom import select_custom
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
 from alaya_jax.attention.rows import Rows
 from alaya_jax.attention.softmax import Partial, merge_across, share_read
@@ -17,7 +18,7 @@ from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import BlockLayer, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.select import as_mask, by_row, in_range, largest, largest_of_all
-from alaya_jax.query import DIPR, TopK
+from alaya_jax.query import DIPR, Custom, TopK
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
@@ -58,9 +59,9 @@ class Retrieved:
 
 
 def retrieve(plan: Plan, rows: Rows) -> Retrieved:
-    """Keys in range that the plan's query, a DIPR or TopK, keeps."""
+    """Keys in range that the plan's query, a DIPR, TopK or Custom, keeps."""
     query = plan.query
-    assert isinstance(query, DIPR | TopK)
+    assert isinstance(query, DIPR | TopK | Custom)
     rows = rows.before(query.before)
     if plan.by == "page":
         return _by_page(plan, rows)
@@ -69,7 +70,9 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
     q, best = rows.q, rows.best
     scan = _scan(rows)
     floor, unread, weights = None, None, None
-    if isinstance(query, TopK):
+    if isinstance(query, Custom):
+        mask = select_custom(query, rows, scan.estimate)
+    elif isinstance(query, TopK):
         if scan.exact:
             scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
         else:

@@ -113,7 +113,7 @@ def merge_across(part: Partial, axis: str | None) -> Partial:
     """Attention over the keys of all devices along a mesh axis, each of which holds a part."""
     if axis is None:
         return part
-    top = lax.pmax(part.lse, axis)
+    top = lax.pmax(lax.stop_gradient(part.lse), axis)  # cancels; a pmax has no derivative
     weight = _weight(part.lse, top)
     total = lax.psum(weight, axis)
     out = lax.psum(weight[..., None] * part.out, axis)

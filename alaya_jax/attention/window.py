@@ -27,7 +27,7 @@ class Split:
     def of(
         cls, window: Window, end: Int[Array, "..."], known: Int[Array, ""] | None = None
     ) -> "Split":
-        """Splits by a window's sizes. Keys from `known` on, which an index does not know, stay in it."""
+        """Splits by a window's sizes; keys from `known` on, which no index knows, are in it."""
         sink_end = jnp.minimum(window.sink, end)
         recent_start = jnp.maximum(sink_end, end - window.recent)
         if known is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from alaya_jax import show, units
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.analysis import Analysis
+from alaya_jax.explain.dataframe import dataframe
 from alaya_jax.explain.reads import Reads, plan_fields
 from alaya_jax.optimizer.choice import PlanChoice
 from alaya_jax.optimizer.prefill import PrefillChoice
@@ -18,6 +19,7 @@ from alaya_jax.query.plan import of_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 HEAT_MAPS = {
@@ -72,6 +74,16 @@ class Explanation:
             "prefill_choice": self.prefill and self.prefill.to_dict(),
             "analysis": self.analysis and self.analysis.to_dict(),
         }
+
+    def to_dataframe(self) -> "DataFrame":
+        """A row for each phase and layer, of pandas; the columns are `dataframe.COLUMNS`.
+
+        Figures are means over query tokens and heads; of what a phase does not know, NaN.
+
+        Raises:
+          RequestError: pandas is not installed.
+        """
+        return dataframe(self.phases, self.planned, self.analysis)
 
     def selected(self, layer: int, head: int, *, window: bool = False) -> np.ndarray:
         """Positions that a head of the analyzed token attended to, ascending int.

@@ -3,6 +3,7 @@
 from alaya_jax.query.queries import (
     DIPR,
     NEAR,
+    Custom,
     Full,
     Query,
     Tiles,
@@ -10,4 +11,4 @@ from alaya_jax.query.queries import (
     Window,
 )
 
-__all__ = ["DIPR", "NEAR", "Full", "Query", "Tiles", "TopK", "Window"]
+__all__ = ["DIPR", "NEAR", "Custom", "Full", "Query", "Tiles", "TopK", "Window"]

@@ -15,10 +15,12 @@ import numpy as np
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Graph, Index, Sketch
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.query import DIPR, Query, Tiles, TopK
+from alaya_jax.query import DIPR, Custom, Query, Tiles, TopK
 from alaya_jax.query.auto import Auto
 
-_QUERIES = "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), TopK(k), Tiles(...)"
+_QUERIES = (
+    "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), TopK(k), Tiles(...), Custom(select)"
+)
 
 SKETCH_FROM = 4096
 """Tokens from which a plan without an index asks the sketch; below, scoring all keys is as fast
@@ -84,6 +86,13 @@ class Plan:
                 "Plan(DIPR(recovery=...), Block(...)): page summaries do not estimate the mass of "
                 "a page; use Sketch() or Flat()"
             )
+        if isinstance(self.query, Custom) and (
+            not isinstance(self.index, Flat | None) or self.by != "key" or self.tail
+        ):
+            raise RequestError(
+                f"Plan(Custom(...), index={self.index!r}, by={self.by!r}, tail={self.tail}): the "
+                "function chooses keys by exact scores; use Flat(), by='key', and no tail"
+            )
         if isinstance(self.index, Graph):
             self._check_graph()
         if (self.tail and not (self.index is None or isinstance(self.index, Sketch))) or (
@@ -108,7 +117,7 @@ class Plan:
     @property
     def retrieves(self) -> bool:
         """Whether keys outside the window are looked for."""
-        return isinstance(self.query, DIPR | TopK)
+        return isinstance(self.query, DIPR | TopK | Custom)
 
     def __str__(self) -> str:
         if not self.retrieves:
@@ -173,6 +182,7 @@ def plan_for(
             return Plan(query, implementation=asked.implementation)
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
+            wants_sketch = wants_sketch and not isinstance(query, Custom)
             asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
         return asked
 

@@ -6,6 +6,7 @@ answered is a plan (`plan.py`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from alaya_jax.errors import RequestError
+from alaya_jax.query.functions import function_name, optional_arguments
 
 
 def _is_number(value: Any) -> bool:
@@ -157,6 +159,63 @@ class TopK:
         _check_window(self)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Custom:
+    """Of the keys outside the window, those that a function of yours keeps.
+
+        def near_the_best(scores, positions):
+            return scores >= jnp.max(scores, axis=-1, keepdims=True) - 20.0
+
+        aj.generate(session, rest, attention=aj.Custom(near_the_best))
+
+    The function is traced, so it is written in `jax.numpy`. It is called with
+
+    - scores: float32 [K, G, T, S], raw products q.k with every key outside the window, exact; -inf
+      for keys that the query token does not see, or sees in the window;
+    - positions: int32 [S], where these keys stand in the sequence, ascending;
+
+    and gives a bool mask of the shape of `scores`. Keys of score -inf are never kept, whatever it
+    says. T is one token or a part of a chunk, as it comes: a token's mask must not depend on the
+    others'. Where it has parameters of these names, it gets, too,
+
+    - window_best: float32 [K, G, T], the best raw score in the window, -inf if that is empty;
+    - window_lse: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) there.
+
+    Every key is scored, so it costs what `Plan(TopK(k), Flat())` does. On a mesh each device calls
+    it with the scores of all heads; a context axis is refused. The function is structure: another
+    one, also an equal lambda written anew, compiles another program.
+
+    Attributes:
+      select: the function.
+      window: tokens that are always attended.
+      before: only keys at positions below this are offered; None: all.
+      name: says which function it is, in reports and beside stored contexts; None: its name and a
+        digest of its code and of what that refers to.
+    """
+
+    select: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    window: Window = Window()
+    before: int | jax.Array | None = None
+    name: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        if not callable(self.select):
+            raise RequestError(
+                f"Custom({self.select!r}): give a function of scores and positions that returns a "
+                "mask"
+            )
+        optional_arguments(self.select)
+        if not isinstance(self.name, str | None):
+            raise RequestError(f"Custom(name={self.name!r}): must be text")
+        _check(self, "before", 0, whole=True)
+        _check_window(self)
+
+    def __repr__(self) -> str:
+        name = self.name or function_name(self.select)
+        return f"Custom({name}, window={self.window!r}, before={_words(self.before)})"
+
+
 NEAR = Window(sink=16, recent=256)
 """The window of a block of queries. On real keys, that much of the recent ones improves the worst
 queries more than as many blocks chosen elsewhere would; a longer sink does not
@@ -209,4 +268,4 @@ class Tiles:
                 _check_static(self, name, 1)
 
 
-Query = Full | Window | DIPR | TopK | Tiles
+Query = Full | Window | DIPR | TopK | Tiles | Custom

@@ -25,7 +25,7 @@ from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
 from alaya_jax.pallas_kernels.sketch_select import Bounds, Codes, bounds, in_range, wanted
 from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
 from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
-from alaya_jax.query import DIPR, Full, TopK, Window
+from alaya_jax.query import DIPR, Custom, Full, TopK, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
@@ -122,7 +122,7 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
         total = end[:, None, None]
         return _partial(part, axis).out[:, None], counts(total, total, mass=1.0)
 
-    assert isinstance(query, Window | DIPR | TopK)
+    assert isinstance(query, Window | DIPR | TopK | Custom)
     window = query if isinstance(query, Window) else query.window
     split = Split.of(window, end)
     sink_end, recent = split.sink_end, split.recent_start
