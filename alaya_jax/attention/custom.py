@@ -27,8 +27,8 @@ def select_custom(
     name, axes = query.name or function_name(query.select), rows.held.axes
     if axes.pages is not None:
         raise RequestError(
-            f"Custom({name}): pages are spread over mesh axis {axes.pages!r}, and the function would "
-            "see one device's part of the keys; use ShardingRules(pages=None), or TopK or DIPR"
+            f"Custom({name}): pages are spread over mesh axis {axes.pages!r}, and the function "
+            "would see one device's part of the keys; use ShardingRules(pages=None), or TopK or DIPR"
         )
     visible = scores > -jnp.inf
     given = {"window_best": rows.best, "window_lse": rows.window.lse}

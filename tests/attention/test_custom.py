@@ -65,11 +65,9 @@ def test_says_what_a_query_says(pair, share, batch):
     if share == "group" and isinstance(pair[0], aj.TopK):
         pytest.skip("TopK's group shares its best keys, not the union of each head's")
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 2], jnp.int32)
-    theirs, ours = (
-        attend(Plan(query, aj.Flat(), share=share), q, LayerMemory(k, v, table), count)
-        for query in pair
-    )
+    theirs, ours = (attend(Plan(query, aj.Flat(), share=share), q, memory, count) for query in pair)
     np.testing.assert_array_equal(ours[0], theirs[0])
     for one, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -82,10 +80,9 @@ def test_definition_in_float64(batch):
         return (positions < 12) | (scores > 4.0)
 
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 3], jnp.int32)
-    out, counts = attend(
-        Plan(aj.Custom(early_or_large, WINDOW)), q, LayerMemory(k, v, table), count
-    )
+    out, counts = attend(Plan(aj.Custom(early_or_large, WINDOW)), q, memory, count)
     for b in range(2):
         keys, values = (
             np.asarray(x, np.float64)[:, table.pages[b]].reshape(2, -1, 8) for x in (k, v)
@@ -104,11 +101,12 @@ def test_definition_in_float64(batch):
 
 def test_by_the_kernels_reference_too(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.ones(2, jnp.int32)
     for query in (pair[1] for pair in PAIRS.values()):
-        one = attend(Plan(query, aj.Flat()), q[:, :1], LayerMemory(k, v, table), count)
+        one = attend(Plan(query, aj.Flat()), q[:, :1], memory, count)
         kernels = Plan(query, aj.Flat(), implementation="reference")
-        other = attend(kernels, q[:, :1], LayerMemory(k, v, table), count)
+        other = attend(kernels, q[:, :1], memory, count)
         np.testing.assert_allclose(one[0], other[0], rtol=2e-5, atol=2e-6)
         np.testing.assert_array_equal(one[1].attended, other[1].attended)
 
@@ -122,10 +120,9 @@ def mixing(scores, positions):
 
 def test_on_a_mesh_the_function_sees_all_heads(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 3], jnp.int32)
-    run = functools.partial(
-        attend, Plan(aj.Custom(mixing, WINDOW)), q, LayerMemory(k, v, table), count
-    )
+    run = functools.partial(attend, Plan(aj.Custom(mixing, WINDOW)), q, memory, count)
     mesh = aj.make_mesh(tensor=2, data=2)
     (out, counts), (sharded, others) = run(), run(mesh=mesh, rules=aj.ShardingRules())
     np.testing.assert_allclose(sharded, out, rtol=1e-5, atol=1e-6)
@@ -134,6 +131,7 @@ def test_on_a_mesh_the_function_sees_all_heads(batch):
 
 def test_pages_on_several_devices_are_refused(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     spread = PageTable(
         jnp.pad(table.pages, ((0, 0), (0, 2))), table.length, jnp.zeros((2, 16), jnp.int32)
     )
@@ -154,8 +152,9 @@ def test_pages_on_several_devices_are_refused(batch):
 )
 def test_what_is_no_mask_is_refused(words, select, batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     with pytest.raises(RequestError, match=words):
-        attend(Plan(aj.Custom(select, WINDOW)), q, LayerMemory(k, v, table), jnp.ones(2, jnp.int32))
+        attend(Plan(aj.Custom(select, WINDOW)), q, memory, jnp.ones(2, jnp.int32))
 
 
 def test_refused_when_it_is_made():
@@ -177,12 +176,11 @@ def test_every_key_is_scored_however_long_the_context(tiny_model):
 
 def test_a_function_compiles_once(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.ones(2, jnp.int32)
     before = attend._cache_size()
     for recent in (5, 6, 7):
-        attend(
-            Plan(aj.Custom(mixing, aj.Window(2, recent))), q[:, :1], LayerMemory(k, v, table), count
-        )
+        attend(Plan(aj.Custom(mixing, aj.Window(2, recent))), q[:, :1], memory, count)
     assert attend._cache_size() == before + 1
 
 
