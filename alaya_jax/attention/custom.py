@@ -28,7 +28,8 @@ def select_custom(
     if axes.pages is not None:
         raise RequestError(
             f"Custom({name}): pages are spread over mesh axis {axes.pages!r}, and the function "
-            "would see one device's part of the keys; use ShardingRules(pages=None), or TopK or DIPR"
+            "would see one device's part of the keys; "
+            "use ShardingRules(pages=None), or TopK or DIPR"
         )
     visible = scores > -jnp.inf
     given = {"window_best": rows.best, "window_lse": rows.window.lse}

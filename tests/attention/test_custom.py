@@ -131,7 +131,6 @@ def test_on_a_mesh_the_function_sees_all_heads(batch):
 
 def test_pages_on_several_devices_are_refused(batch):
     q, k, v, table = batch
-    memory = LayerMemory(k, v, table)
     spread = PageTable(
         jnp.pad(table.pages, ((0, 0), (0, 2))), table.length, jnp.zeros((2, 16), jnp.int32)
     )
