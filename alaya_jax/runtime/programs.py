@@ -182,11 +182,13 @@ class Fed:
       tokens: padded to T.
       count: how many of the T are real.
       table: pages of the new tokens included, lengths before them.
+      take: which of the T tokens' queries are wanted, where queries are.
     """
 
     tokens: Int[Array, "B T"]
     count: Int[Array, " B"]
     table: PageTable
+    take: Int[Array, " n"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -295,7 +297,6 @@ def queries(
     layer: Int[Array, ""],
     fed: Fed,
     asked: Asked,
-    take: Int[Array, " n"],
     *,
     frame: Frame,
 ) -> tuple[Array, Array, tuple[Float[Array, "B n H D"], ...]]:
@@ -305,7 +306,6 @@ def queries(
       outer, blocks, x, fed, asked, frame: as in `layers`.
       kv: of these layers; it stays as it is.
       layer: the first of them.
-      take: which of the T tokens' queries are wanted.
 
     Returns:
       what the last of them made, the layer that comes next, and each layer's queries, rotated,
@@ -313,16 +313,16 @@ def queries(
     """
 
     def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
-        x, layer, fed, asked, take = rest
+        x, layer, fed, asked = rest
         x = _embedded(frame, outer, x, layer, fed.tokens)
         memory = asked.memory(kv, fed.table)
         new, q = _Reading(frame, asked.plans, memory, fed.count, write=False).queries(blocks, x)
         x, layer = laid((new.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
-        return x, layer, tuple(each[:, take] for each in q)
+        return x, layer, tuple(each[:, fed.take] for each in q)
 
     everywhere = PartitionSpec()
     places = (everywhere, everywhere, everywhere)
-    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked, take)
+    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked)
 
 
 @functools.partial(jax.jit, static_argnames=("frame",))
