@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from alaya_jax.cache.pool import uninterrupted
@@ -245,7 +245,9 @@ class _Request:
         )
         # Randomness goes by position: a session that was left goes on as if it had not been.
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
-        self._sampler = dataclasses.replace(sampler, step=jnp.asarray(ends, jnp.int32))
+        self._sampler = dataclasses.replace(
+            sampler, step=jax.device_put(np.asarray(ends, np.int32))
+        )
         longest = max(ends) + max_new_tokens
         if prefill is None and isinstance(attention, Auto):
             prefill = attention  # which says what it means for a prefill

@@ -5,6 +5,7 @@ pages; whoever writes must own the page alone (see `allocator.py` for copy on wr
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,14 @@ def page_zeros(
 ) -> Array:
     """An array [K, P, *shape] of zeros, where the cache of this mesh lies."""
     rules, shape = rules or ShardingRules(), (config.num_key_value_heads, num_pages, *shape)
-    place = rules.sharding(mesh, ("kv_heads", "pages"), shape) if mesh is not None else None
-    return jnp.zeros(shape, dtype, device=place)
+    if mesh is None:
+        return _zeros(shape, jnp.dtype(dtype))
+    return jnp.zeros(shape, dtype, device=rules.sharding(mesh, ("kv_heads", "pages"), shape))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one program; jnp.zeros alone is two
+def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+    return jnp.zeros(shape, dtype)
 
 
 def _replaced(arrays: tuple[Array, ...], i: int, new: Array) -> tuple[Array, ...]:

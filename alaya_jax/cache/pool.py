@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -314,7 +313,9 @@ class PagePool:
             # The rest of the last tile is never seen; as a run it keeps that tile one slice.
             last = sequence.pages[-1] if n else -1
             row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
-        return PageTable(jnp.asarray(pages), jnp.asarray([s.length for s in sequences], jnp.int32))
+        # Not `jnp.asarray`, which compiles a copy for each shape.
+        length = np.asarray([s.length for s in sequences], np.int32)
+        return PageTable(jax.device_put(pages), jax.device_put(length))
 
     def _spread_table(self, sequences: list[PagedSequence]) -> PageTable:
         """The table of pages that are spread over devices: for each, a list of its own."""
@@ -340,7 +341,7 @@ class PagePool:
             x = x.reshape(flat)
             return jax.make_array_from_callback(flat, place, x.__getitem__)
 
-        length = jnp.asarray([s.length for s in sequences], jnp.int32)
+        length = jax.device_put(np.asarray([s.length for s in sequences], np.int32))
         return PageTable(put(pages), length, put(start))
 
     def write(

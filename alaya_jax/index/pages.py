@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -58,7 +57,7 @@ class PageIndexes:
             states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
             return Indexed(
                 tuple(state.index if state else None for state in states),
-                jnp.asarray([len(p) * size for p in full], jnp.int32),
+                jax.device_put(np.asarray([len(p) * size for p in full], np.int32)),
             )
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":

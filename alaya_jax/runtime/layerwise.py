@@ -23,7 +23,7 @@ from alaya_jax.index.memory import Memory
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
-from alaya_jax.sharding import laid, whole
+from alaya_jax.sharding import laid, spread, whole
 
 
 def update(
@@ -53,17 +53,11 @@ def update(
     for sequence in batch.sequences:
         batch.pool.reserve(sequence, int(start) + t)
     table = _table(batch, layer)
-    batch.pool.run(
-        _append,
-        None,
-        table,
-        jnp.full(batch.size, t, jnp.int32),
-        k,
-        v,
-        kv_result=None,
-        layer=layer,
-        frame=batch.model.frame,
-    )
+    count = jax.device_put(np.full(batch.size, t, np.int32))
+    args = spread((table, count, k, v), batch.model.mesh)
+    with batch.pool.lend() as lent:
+        new = _append(lent.kv.part(layer, 1), *args, frame=batch.model.frame)
+        lent.kv = lent.kv.replace_part(layer, new)
     batch.ahead[layer] += t
     done = int(batch.ahead.min())
     if done:
@@ -138,21 +132,19 @@ def _table(batch: Batch, layer: int) -> PageTable:
     return dataclasses.replace(table, length=table.length + int(batch.ahead[layer]))
 
 
-def _append_layer(
-    params: Any,
+@functools.partial(jax.jit, static_argnames=("frame",), donate_argnames=("kv",))
+def _append(
     kv: PagedKV,
     table: PageTable,
     count: Array,
     k: Array,
     v: Array,
     *,
-    layer: int,
     frame: Frame,
 ) -> PagedKV:
-    del params
+    """`engine.append` to a cache of one layer: one program for all layers."""
     where: Any = {"mesh": frame.mesh, "rules": frame.rules}
-    new = engine.append(kv, layer, k, v, table, count, **where)
-    return laid(new, frame.rules.pool(frame.mesh))
+    return laid(engine.append(kv, 0, k, v, table, count, **where), frame.rules.pool(frame.mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "place"))
@@ -160,6 +152,3 @@ def _of_layer(counts: Counts, layer: int, *, layers: int, place: NamedSharding |
     """What was read in one layer, [B, T, H], as sums [L, B, H] of all layers."""
     here = (jnp.arange(layers) == layer)[:, None, None]
     return laid(jax.tree.map(lambda x: jnp.where(here, x.sum(1), 0), counts), place)
-
-
-_append = jax.jit(_append_layer, static_argnames=("layer", "frame"), donate_argnames=("kv",))

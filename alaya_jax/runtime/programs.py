@@ -12,8 +12,8 @@ size, chunk size or page-table width, and those come in buckets.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +67,9 @@ def step(
         blocks = [llama.layer_params(params, i) for i in layers]
         each = [of_layer(plans, i) for i in layers]
         x = llama.embed(params, config, tokens)
-        reading = _Reading(frame, each, [memory.layer(i) for i in layers], count)
-        x, kv, counts = reading.run(blocks, x)
-        return llama.head(params, config, _last(x, count)), kv, counts
+        made = _run(frame, blocks, x, each, [memory.layer(i) for i in layers], count)
+        counts = jax.tree.map(lambda *x: jnp.stack(x), *made.counts)
+        return llama.head(params, config, _last(made.x, count)), made.kv, counts
 
     plans = plan_for(plans, frame.config, 0)
     everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
@@ -103,58 +103,71 @@ def _last(x: Float[Array, "B T E"], count: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-@dataclasses.dataclass
-class _Reading:
+class _Made(NamedTuple):
+    """What consecutive layers make: x, and of each layer what it writes, reads and asks."""
+
+    x: Float[Array, "B T E"]
+    kv: PagedKV
+    counts: list[Counts]  # each [B, H]
+    queries: list[Float[Array, "B T H D"]]
+
+
+def _run(
+    frame: Frame,
+    blocks: Sequence[Params],
+    x: Float[Array, "B T E"],
+    plans: Sequence[Plan],
+    memory: Sequence[LayerMemory],
+    count: Int[Array, " B"],
+    write: bool = True,
+) -> _Made:
     """Consecutive layers that attend by plans to what the cache holds, new tokens included.
 
-    Attributes:
+    Args:
       frame: what is static.
-      plans, memory: of each of these layers; tables have lengths before the new tokens.
+      blocks, plans, memory: of each layer; tables have lengths before the new tokens.
+      x: what comes in.
       count: new tokens of each sequence.
       write: whether the new tokens' keys and values are to be written; else they are there.
     """
+    positions = memory[0].table.length[:, None] + jnp.arange(x.shape[1])
+    rotary = llama.rotation(frame.config, positions, frame.rope_length)
+    ks, vs, counts, queries = [], [], [], []
+    for block, plan, one in zip(blocks, plans, memory, strict=True):
+        x, k, v, new, q = _layer(block, x, rotary, plan, one, count, frame=frame, write=write)
+        ks, vs, counts, queries = [*ks, k], [*vs, v], [*counts, new], [*queries, q]
+    return _Made(x, PagedKV(tuple(ks), tuple(vs)), counts, queries)
 
-    frame: Frame
-    plans: list[Plan]
-    memory: list[LayerMemory]
-    count: Int[Array, " B"]
-    write: bool = True
 
-    def run(
-        self, blocks: list[Params], x: Float[Array, "B T E"]
-    ) -> tuple[Float[Array, "B T E"], PagedKV, Counts]:
-        """What the layers make of x; their cache; what was read, [g, B, H], summed over T."""
-        x, (k, v, counts, _) = self._run(blocks, x)
-        return x, PagedKV(k, v), jax.tree.map(lambda *x: jnp.stack(x), *counts)
+@functools.partial(jax.jit, static_argnames=("frame", "write"))  # traced once, not once a layer
+def _layer(
+    block: Params,
+    x: Float[Array, "B T E"],
+    rotary: tuple[Array, Array],
+    plan: Plan,
+    memory: LayerMemory,
+    count: Int[Array, " B"],
+    *,
+    frame: Frame,
+    write: bool,
+) -> tuple[Array, Array, Array, Counts, Array]:
+    """One of them: x, the pools of keys and values, what was read [B, H], and the queries."""
+    table = memory.table
+    real = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
+    where: Any = {"mesh": frame.mesh, "rules": frame.rules}
 
-    def queries(
-        self, blocks: list[Params], x: Float[Array, "B T E"]
-    ) -> tuple[Float[Array, "B T E"], tuple[Float[Array, "B T H D"], ...]]:
-        """What the layers make of x, and what each of them asks."""
-        x, (_, _, _, queries) = self._run(blocks, x)
-        return x, queries
+    def attend(_: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        del state
+        held = PagedKV((memory.k,), (memory.v,))
+        if write:
+            held = engine.append(held, 0, k, v, table, count, **where)
+        read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
+        out, new = engine.attend(plan, q, read, count, **where)
+        new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
+        return out, (held.k[0], held.v[0], new, q)
 
-    def _run(self, blocks: list[Params], x: Float[Array, "B T E"]) -> tuple[Array, Any]:
-        table = self.memory[0].table
-        offset = jnp.arange(x.shape[1])
-        rotary = llama.rotation(
-            self.frame.config, table.length[:, None] + offset, self.frame.rope_length
-        )
-        real = (offset < self.count[:, None])[..., None]
-        where: Any = {"mesh": self.frame.mesh, "rules": self.frame.rules}
-
-        def attend(i: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-            ks, vs, counts, queries = state
-            memory = self.memory[i]
-            held = PagedKV((memory.k,), (memory.v,))
-            if self.write:
-                held = engine.append(held, 0, k, v, table, self.count, **where)
-            read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
-            out, new = engine.attend(self.plans[i], q, read, self.count, **where)
-            new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
-            return out, ((*ks, *held.k), (*vs, *held.v), (*counts, new), (*queries, q))
-
-        return llama.run_layers(blocks, self.frame.config, x, rotary, attend, ((), (), (), ()))
+    x, made = llama.run_layers([block], frame.config, x, rotary, attend)
+    return x, *made
 
 
 @jax.tree_util.register_dataclass
@@ -248,13 +261,13 @@ def layers(
     def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
         x, passed, fed, asked = rest
         x = _embedded(frame, outer, x, passed.layer, fed.tokens)
-        reading = _Reading(frame, asked.plans, asked.memory(kv, fed.table), fed.count)
-        new, kv, counts = reading.run(blocks, x)
-        x = new.astype(x.dtype)
+        memory = asked.memory(kv, fed.table)
+        made = _run(frame, blocks, x, asked.plans, memory, fed.count)
+        x, kv = made.x.astype(x.dtype), made.kv
         counts = jax.tree.map(
-            lambda all, some: lax.dynamic_update_slice(all, some, (passed.layer, 0, 0)),
+            lambda all, *some: lax.dynamic_update_slice(all, jnp.stack(some), (passed.layer, 0, 0)),
             passed.counts,
-            counts,
+            *made.counts,
         )
         last = jnp.where((fed.count > 0)[:, None], _last(x, fed.count), passed.last)
         x, last, layer = laid((x, last, passed.layer + len(blocks)), whole(frame.mesh))
@@ -316,9 +329,9 @@ def queries(
         x, layer, fed, asked = rest
         x = _embedded(frame, outer, x, layer, fed.tokens)
         memory = asked.memory(kv, fed.table)
-        new, q = _Reading(frame, asked.plans, memory, fed.count, write=False).queries(blocks, x)
-        x, layer = laid((new.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
-        return x, layer, tuple(each[:, fed.take] for each in q)
+        made = _run(frame, blocks, x, asked.plans, memory, fed.count, write=False)
+        x, layer = laid((made.x.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
+        return x, layer, tuple(q[:, fed.take] for q in made.queries)
 
     everywhere = PartitionSpec()
     places = (everywhere, everywhere, everywhere)

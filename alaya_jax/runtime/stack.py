@@ -57,15 +57,14 @@ class Stack:
     def put(self, tree: Any) -> Any:
         """A tree with arrays of the host where programs expect them: on every device of a mesh.
 
-        Nothing is compiled for it; and what comes from the host lies as what a program returns.
+        Nothing is compiled for it (`jnp.asarray` compiles a copy for each shape); and what comes
+        from the host lies as what a program returns. Nobody may write to the arrays any more.
         """
         place = whole(self.frame.mesh) or self._device
 
         def put(x: Any) -> Any:
             if not isinstance(x, np.ndarray | np.generic):
                 return x
-            if place is None:
-                return jnp.asarray(x)
             if isinstance(place, jax.sharding.NamedSharding):
                 return jax.make_array_from_callback(np.shape(x), place, np.asarray(x).__getitem__)
             return jax.device_put(x, place)

@@ -12,7 +12,8 @@ from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.paged import append
 from alaya_jax.errors import RequestError
-from alaya_jax.index.memory import LayerMemory
+from alaya_jax.frame import Frame
+from alaya_jax.index.memory import LayerMemory, Memory
 from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
 from alaya_jax.runtime import programs
@@ -220,13 +221,16 @@ def test_through_a_step_with_a_cached_prefix(tiny_model, rng):
     count = jnp.asarray([t], jnp.int32)
     table = PageTable(jnp.arange(1, 5, dtype=jnp.int32)[None], jnp.asarray([0], jnp.int32))
     kv = PagedKV.create(config, 6, 16, jnp.float32)
-    _, kv, _ = programs.step(
-        params, config, kv, table, tokens[:, :n], jnp.asarray([n], jnp.int32), aj.Full()
+    step, frame = jax.jit(programs.step, static_argnames="frame"), Frame(config)
+    before = Memory(kv, table)
+    _, memory, _ = step(
+        params, before, tokens[:, :n], jnp.asarray([n], jnp.int32), aj.Full(), frame=frame
     )
-    behind = PageTable(table.pages, jnp.asarray([n], jnp.int32))
+    kv, behind = memory.kv, PageTable(table.pages, jnp.asarray([n], jnp.int32))
 
     def by_pages(params, kv):
-        logits, _, _ = programs.step(params, config, kv, behind, tokens[:, n:], count, aj.Full())
+        memory = Memory(kv, behind)
+        logits, _, _ = programs.step(params, memory, tokens[:, n:], count, aj.Full(), frame)
         return -jax.nn.log_softmax(logits)[0, 65]
 
     def alone(params, kv):

@@ -126,7 +126,7 @@ def decode(cache, token, steps, query=None, sampling=None, running=None, end_ids
     lent, x, passed = Lent(cache.kv), stack.between(batch, 1), stack.start(batch)
     rows = []
     for _ in range(steps):
-        fed = Fed(going.token, going.layers, PageTable(cache.pages, going.length))
+        fed = Fed(going.token, going.count, PageTable(cache.pages, going.length))
         x, passed = stack.layers(lent, chain, x, passed, fed)
         row, passed, going = stack.end(passed, going, ends, all_of_them, processors)
         rows.append(row)

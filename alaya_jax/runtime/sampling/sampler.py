@@ -138,21 +138,23 @@ def init_sampler(
         counts = np.zeros((batch, vocab_size), np.int32)
         for row, ids in zip(counts, outputs or (), strict=False):
             np.add.at(row, np.asarray(ids, np.int64), 1)
-    # The generator is named, so that jax's global default does not change a stored result.
-    keys = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))
+    # The generator is named, so that jax's global default does not change a stored result. The data
+    # of its keys is what `jax.random.key(seed)` makes of 32 bits, without a program for it.
+    seeds = column("seed", np.uint32)
+    keys = np.stack([np.zeros_like(seeds), seeds], axis=-1)
     state = SamplerState(
-        temperature=jnp.asarray(temperature),
-        top_k=jnp.asarray(top_k),
-        top_p=jnp.asarray(top_p),
-        min_p=jnp.asarray(min_p),
-        repetition=jnp.asarray(repetition),
-        presence=jnp.asarray(presence),
-        frequency=jnp.asarray(frequency),
-        key=keys(jnp.asarray(column("seed", np.uint32))),
-        step=jnp.zeros(batch, jnp.int32),
-        bias=None if bias is None else jnp.asarray(bias),
-        prompt=None if prompt is None else jnp.asarray(prompt),
-        counts=None if counts is None else jnp.asarray(counts),
+        temperature=jax.device_put(temperature),
+        top_k=jax.device_put(top_k),
+        top_p=jax.device_put(top_p),
+        min_p=jax.device_put(min_p),
+        repetition=jax.device_put(repetition),
+        presence=jax.device_put(presence),
+        frequency=jax.device_put(frequency),
+        key=jax.random.wrap_key_data(jax.device_put(keys), impl="threefry2x32"),
+        step=jax.device_put(np.zeros(batch, np.int32)),
+        bias=None if bias is None else jax.device_put(bias),
+        prompt=None if prompt is None else jax.device_put(prompt),
+        counts=None if counts is None else jax.device_put(counts),
     )
     return processors, state
 
