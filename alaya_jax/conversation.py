@@ -148,7 +148,7 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """The conversation so far, with what there is of an answer under way."""
-        turns = [dict(turn) for turn in self._turns]
+        turns: list[Message] = [dict(turn) for turn in self._turns]
         if self._said is not None:
             turns.append({"role": "assistant", "content": self._said.text})
         return turns

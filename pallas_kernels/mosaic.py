@@ -37,12 +37,12 @@ def interpret(target: Target) -> Any:
 def bring(source: Any, target: Any, arrived: Any) -> None:
     """Starts a TMA copy from global to shared memory; `arrived` is told when it is there.
 
-    The device stops at a copy that begins off `ALIGNMENT`, and neither the simulator nor the
-    compiler says a word. Copies that share a buffer lie one behind another, so each must fill whole
-    units.
+    The device stops at a copy that begins off a multiple of `ALIGNMENT`; neither the simulator nor
+    the compiler reports it. Copies that share a buffer lie one behind another, so each must fill
+    whole units.
 
     Raises:
-      KernelError: the copy does not.
+      KernelError: the copy does not fill whole units.
     """
     size = math.prod(target.shape) * jnp.dtype(target.dtype).itemsize
     if size % ALIGNMENT:

@@ -1,4 +1,4 @@
-"""From which pages are wanted to lists of them."""
+"""Turns a mask of wanted pages into lists of them."""
 
 import dataclasses
 

@@ -18,7 +18,7 @@ def python_blocks(markdown: str) -> list[str]:
 
 
 def tour() -> list[str]:
-    """The README's blocks, but for the last, which wants eight GPUs."""
+    """The blocks of the README."""
     readme = (ROOT / "README.md").read_text("utf-8")
     return python_blocks(readme[: readme.index("## Several GPUs")])
 
@@ -50,8 +50,12 @@ def check(names: dict, said: list[str]) -> None:
     assert "recovery" in policies
     assert forks.count("\n") >= 2
     # The document was imported, so no prompt about it has more left to prefill than its question.
-    assert len(names["rest"]) < 100
-    assert any(context.title == "a complaint" for context in names["db"].contexts)
+    asked = [{"role": "user", "content": "Who?"}]
+    session, rest = names["db"].create_session(messages=asked, document=names["document"])
+    assert session.reused[0] > 1000
+    assert len(rest) < 100
+    assert len(names["chat"].messages) == 4
+    assert any(context.title == "a beginning" for context in names["db"].contexts)
 
 
 @pytest.mark.slow
