@@ -28,7 +28,7 @@ _SAID = "\ue0a1said\ue0a2"
 """In place of what the assistant said last: private-use characters, which no template has."""
 
 
-def chat(
+def chat(  # noqa: PLR0913 - its keywords are its settings
     model_or_db: Model | DB,
     *,
     system: str | None = None,

@@ -75,7 +75,7 @@ class Timing:
 
 
 @under_own_settings
-def generate(
+def generate(  # noqa: PLR0913 - its keywords are its settings
     session: Session,
     tokens: Any = (),
     *,

@@ -71,7 +71,7 @@ class Model:
     layers_per_program: int | None
     _named: _Named | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its keywords are its settings
         self,
         config: LlamaConfig,
         params: Params,
@@ -225,7 +225,7 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 @under_own_settings
-def load(
+def load(  # noqa: PLR0913 - its keywords are its settings
     path_or_name: str | os.PathLike[str],
     mesh: Mesh | None = None,
     dtype: Any = None,

@@ -41,6 +41,7 @@ from alaya_jax.cache import PageTable
 from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat, Graph, Graphs, LayerIndex, Sketch
 from alaya_jax.index.graph.build import build as build_graph
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
@@ -129,7 +130,8 @@ class Layer:
     def attend(self, plan: Plan, turn: int):
         """Output and counts of one step."""
         index, q = self.index(plan), self.queries[turn]
-        return engine.attend(plan, q, self.k, self.v, self.table, self.one, index, self.covered)
+        memory = LayerMemory(self.k, self.v, self.table, index, self.covered)
+        return engine.attend(plan, q, memory, self.one)
 
     def mass(self, plan: Plan, turn: int) -> np.ndarray:
         """The true share of the attention mass that the plan attends to, of each head."""

@@ -49,6 +49,7 @@ from alaya_jax.cache.views import Pages
 from alaya_jax.index import GraphSpec
 from alaya_jax.index.graph.build import link, query_lists
 from alaya_jax.index.graph.layer import Effort
+from alaya_jax.index.memory import Memory
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan
@@ -343,7 +344,7 @@ def chunk(params, kv, table, tokens, config):
     def attend(layer, q, k, v, state):
         kv, queries = state
         kv = cache.append(kv, layer, k, v, table, count)
-        out, _ = attend_pages(Plan(Full()), q, kv.k[layer], kv.v[layer], table, count)
+        out, _ = attend_pages(Plan(Full()), q, Memory(kv, table).layer(layer), count)
         rows = q[0].reshape(q.shape[1], k.shape[2], -1, k.shape[3])
         kept = (*queries, jnp.transpose(rows, (1, 2, 0, 3))) if layer in LAYERS else queries
         return out, (kv, kept)

@@ -40,6 +40,7 @@ from alaya_jax.cache import PageTable
 from alaya_jax.cache.tables import table_width
 from alaya_jax.index import Flat, Graph, GraphSpec, Sketch
 from alaya_jax.index.graph.build import link, query_lists
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.optimizer import bench, machine
 from alaya_jax.optimizer.calibrate import calibrate
@@ -102,7 +103,8 @@ class Layer:
         one, covered = jnp.ones(1, jnp.int32), jnp.full(1, self.n, jnp.int32)
         index = self.index.get("Sketch" if name == "Pages" else name)
         plan = self.plans()[name]
-        return engine.attend(plan, q, self.k, self.v, self.table, one, index, covered)
+        memory = LayerMemory(self.k, self.v, self.table, index, covered)
+        return engine.attend(plan, q, memory, one)
 
     def in_range(self) -> KeysKept:
         """Keys outside the window within the planted range, as a calibration counts them."""

@@ -36,6 +36,7 @@ from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import Full, Window
 from alaya_jax.query.plan import Plan, of_layer, plan_for
 
@@ -69,16 +70,9 @@ class Layers:
         """Output [T, H, D], keys attended to [T, H]."""
         q = self.queries[layer]  # [K, G, T, D]
         q = jnp.moveaxis(q, 2, 0).reshape(1, QUERIES, -1, q.shape[-1])
-        out, counts = engine.attend(
-            plan,
-            q,
-            self.kv.k[layer],
-            self.kv.v[layer],
-            self.table,
-            jnp.full(1, QUERIES, jnp.int32),
-            self.index(plan, layer),
-            jnp.full(1, self.covered, jnp.int32),
-        )
+        index, covered = self.index(plan, layer), jnp.full(1, self.covered, jnp.int32)
+        memory = LayerMemory(self.kv.k[layer], self.kv.v[layer], self.table, index, covered)
+        out, counts = engine.attend(plan, q, memory, jnp.full(1, QUERIES, jnp.int32))
         return np.asarray(out[0]), np.asarray(counts.attended[0])
 
     def mass(self, plan, layer):

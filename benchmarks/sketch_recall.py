@@ -36,12 +36,13 @@ import alaya_jax as aj
 from alaya_jax import cache, configs
 from alaya_jax.attention import engine
 from alaya_jax.attention.kept import Kept, lse_kept
-from alaya_jax.attention.partial import share_read
 from alaya_jax.attention.retrieve import pivot
+from alaya_jax.attention.softmax import share_read
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import MISS, Flat, Sketch, recover
 from alaya_jax.index.codes import quantize
+from alaya_jax.index.memory import Memory
 from alaya_jax.index.recovery import MARGIN
 from alaya_jax.index.select import in_range
 from alaya_jax.models import LlamaConfig
@@ -78,7 +79,7 @@ def chunk(params, kv, table, tokens, config):
     def attend(layer, q, k, v, state):
         kv, queries = state
         kv = cache.append(kv, layer, k, v, table, count)
-        out, _ = engine.attend(Plan(Full()), q, kv.k[layer], kv.v[layer], table, count)
+        out, _ = engine.attend(Plan(Full()), q, Memory(kv, table).layer(layer), count)
         last = q[0, -QUERIES:].reshape(QUERIES, k.shape[2], -1, k.shape[3])
         return out, (kv, (*queries, jnp.transpose(last, (1, 2, 0, 3))))
 

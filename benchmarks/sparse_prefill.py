@@ -37,6 +37,7 @@ from alaya_jax.attention import engine, tiles
 from alaya_jax.attention.paged import attend_range
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
+from alaya_jax.index.memory import Memory
 from alaya_jax.models.llama import forward
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
@@ -58,7 +59,7 @@ def chunk(params, kv, table, tokens, rule, config, keep):
         rows = jnp.transpose(q[0].reshape(len(tokens), k.shape[2], -1, k.shape[3]), (1, 2, 0, 3))
         if isinstance(rule, Full):
             plan = Plan(rule)
-            out, read = engine.attend(plan, q, kv.k[layer], kv.v[layer], table, count)
+            out, read = engine.attend(plan, q, Memory(kv, table).layer(layer), count)
             attended = read.attended
         else:
             pages = Pages(kv.k[layer], kv.v[layer], table.pages[0])

@@ -12,6 +12,7 @@ from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, Flat, Sketch
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import of_layer, plan_for
 
@@ -57,7 +58,8 @@ def test_policy_runs_on_every_layer(name, layer, tiny_model):
             empty = plan.index.create(config, len(ids) + 1, PAGE, jnp.float32)
             index = empty.build(k, v, ids, jnp.full(len(ids), PAGE))
         one = jnp.ones(1, jnp.int32)
-        out, counts = attend(plan, q, k, v, table, one, index, jnp.full(1, LENGTH - PAGE))
+        memory = LayerMemory(k, v, table, index, jnp.full(1, LENGTH - PAGE))
+        out, counts = attend(plan, q, memory, one)
         assert np.isfinite(out).all()
         attended = np.asarray(counts.attended)
         if isinstance(plan.query, TopK):
@@ -92,8 +94,9 @@ def test_numbers_of_a_policy_do_not_compile_anew(layer, tiny_model):
         plan_for(policies.get("alayadb")(config, beta=beta, index=Flat()), config, LENGTH)[0]
         for beta in (1.0, 2.0)
     ]
-    attend(plans[0], q, k, v, table, one)
+    memory = LayerMemory(k, v, table)
+    attend(plans[0], q, memory, one)
     before = attend._cache_size()
-    attend(plans[1], q, k, v, table, one)
+    attend(plans[1], q, memory, one)
     assert attend._cache_size() == before
     assert jax.tree.structure(plans[0]) == jax.tree.structure(plans[1])

@@ -10,6 +10,7 @@ import pytest
 import alaya_jax as aj
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.settings import own_settings
 
 SETTINGS = {
@@ -60,7 +61,7 @@ def test_the_core_in_a_program_of_the_users(name):
     plan = aj.Plan(aj.DIPR(recovery=0.8, window=aj.Window(2, 4)))
 
     def program(q):
-        return engine.attend(plan, q, pool[0], pool[1], table, one)[0]
+        return engine.attend(plan, q, LayerMemory(pool[0], pool[1], table), one)[0]
 
     want = jax.jit(program)(q)
     with SETTINGS[name]():

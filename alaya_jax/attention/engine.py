@@ -12,6 +12,7 @@ attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DI
 mass above some thresholds.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,15 +28,19 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.gradient import computed_by, not_reversed
 from alaya_jax.attention.graph import attend_graph
 from alaya_jax.attention.kept import attend_kept
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.paged import attend_range
-from alaya_jax.attention.partial import merge, merge_across, share_read
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.rows import Axes, Held, Rows
 from alaya_jax.attention.selection import select_tiles
+from alaya_jax.attention.softmax import merge, merge_across, share_read
 from alaya_jax.attention.tiles import attend_list
+from alaya_jax.attention.window import Split
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
 from alaya_jax.errors import RequestError
 from alaya_jax.index import BOUND, Graph, GraphLayer, Graphs, LayerIndex
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
 from alaya_jax.settings import under_own_settings
@@ -53,12 +58,8 @@ SCORES = 2**26
 def attend(
     plan: Plan,
     q: Float[Array, "B T H D"],
-    k_pages: Float[Array, "K P Z D"],
-    v_pages: Float[Array, "K P Z D"],
-    table: PageTable,
+    memory: LayerMemory,
     count: Int[Array, " B"],
-    index: LayerIndex | Graphs | None = None,
-    covered: Int[Array, " B"] | None = None,
     *,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
@@ -68,23 +69,18 @@ def attend(
     Args:
       plan: which keys to attend to, and how they are found.
       q: rotated, unscaled queries of T tokens; those past `count` give zeros.
-      k_pages, v_pages: pool of one layer, the new tokens already written.
-      table: pages, and the lengths *before* the new tokens.
+      memory: the layer's pages, the new tokens already written; its table has the lengths *before*
+        the new tokens. A graph says itself which keys it covers.
       count: new tokens of each sequence, at most T.
-      index: what the plan's index holds of this layer; None: it scores all keys.
-      covered: keys of each sequence that the index knows, from the first on; default none. A
-        graph says that itself.
       mesh, rules: where all that lies.
 
     Returns:
       the attention output, in q's dtype, and what was read.
     """
-    if covered is None:
-        covered = jnp.zeros_like(table.length)
-    args = (plan, q, k_pages, v_pages, table, count, index, covered)
+    batch = LayerQueries(q, memory, count)
     if mesh is None:
-        return _attend(*args, axis=None, head_axis=None)
-    return _on_mesh(_attend, mesh, rules or ShardingRules(), q.shape[0], args)
+        return _attend(plan, batch)
+    return _on_mesh(plan, batch, mesh, rules or ShardingRules())
 
 
 @under_own_settings
@@ -133,37 +129,42 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
     return PageTable(entries, length, None if table.start is None else entries)
 
 
-def _on_mesh(attend: Any, mesh: Mesh, rules: ShardingRules, batch: int, args: tuple) -> Any:
-    plan, _, _, _, table, _, index, _ = args
+def _on_mesh(plan: Plan, batch: LayerQueries, mesh: Mesh, rules: ShardingRules) -> Any:
+    memory = batch.memory
     # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
     numbers, structure = jax.tree.flatten(plan)
-    spec = PartitionSpec
-    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, table)
+    spec: Any = PartitionSpec
+    heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, memory.table)
     data = rules.axis("batch", mesh)
-    if data is not None and (batch % mesh.shape[data] or isinstance(index, tuple)):
+    if data is not None and (len(batch.q) % mesh.shape[data] or isinstance(memory.index, tuple)):
         data = None  # each device of that axis does the same
-    in_specs = (
-        [spec(heads) if jnp.ndim(x) else spec() for x in numbers],
-        spec(data, None, heads),
-        spec(heads, pages),
-        spec(heads, pages),
-        _table_spec(table, data, pages),
-        spec(data),
-        _index_spec(index, heads, pages),
+    by_head, pool = spec(data, None, heads), spec(heads, pages)
+    places = LayerQueries(
+        by_head,
+        LayerMemory(
+            pool,
+            pool,
+            _table_spec(memory.table, data, pages),
+            _index_spec(memory.index, heads, pages),
+            None if memory.covered is None else spec(data),
+        ),
         spec(data),
     )
-    by_head: Any = spec(data, None, heads)
-    axis = pages if pages is not None and mesh.shape[pages] > 1 else None
+    axes = Axes(pages if pages is not None and mesh.shape[pages] > 1 else None, heads)
+
+    def attend(numbers: list[Any], batch: LayerQueries) -> tuple[Array, Counts]:
+        return _attend(
+            jax.tree.unflatten(structure, numbers), dataclasses.replace(batch, axes=axes)
+        )
+
     run = jax.shard_map(
-        lambda numbers, *rest: attend(
-            jax.tree.unflatten(structure, numbers), *rest, axis=axis, head_axis=heads
-        ),
+        attend,
         mesh=mesh,
-        in_specs=in_specs,
+        in_specs=([spec(heads) if jnp.ndim(x) else spec() for x in numbers], places),
         out_specs=(by_head, Counts(*(by_head,) * 5)),
         check_vma=False,
     )
-    return run(numbers, *args[1:])
+    return run(numbers, batch)
 
 
 def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str | None) -> Any:
@@ -173,74 +174,45 @@ def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str
     return jax.tree.map(lambda x: spec(heads, pages), index)
 
 
-def _attend(
-    plan: Plan,
-    q: Float[Array, "B T H D"],
-    k_pages: Float[Array, "K P Z D"],
-    v_pages: Float[Array, "K P Z D"],
-    table: PageTable,
-    count: Int[Array, " B"],
-    index: LayerIndex | Graphs | None,
-    covered: Int[Array, " B"],
-    axis: str | None,
-    head_axis: str | None,
-) -> tuple[Float[Array, "B T H D"], Counts]:
-    if isinstance(plan.index, Graph) and plan.retrieves and not isinstance(index, tuple):
+def _attend(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
+    of_graph = isinstance(plan.index, Graph) and plan.retrieves
+    if of_graph and not isinstance(asked.memory.index, tuple):
         raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
-    asked = kernels.Batch(
-        q,
-        k_pages,
-        v_pages,
-        table,
-        count,
-        None if isinstance(index, tuple) else index,
-        covered,
-        axis,
-        head_axis,
-    )
     choice = kernels.choose(plan, asked)
+    by_xla = choice.implementation == "xla"
 
-    def by_kernels(plan: Plan, asked: kernels.Batch) -> tuple[Float[Array, "B T H D"], Counts]:
+    def by_kernels(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
         return kernels.attend(plan, asked, choice.implementation, choice.target)
 
-    by_xla = choice.implementation == "xla"
     if not isinstance(plan.query, Full | Window):
-        out, counts = _by_xla(plan, asked, index) if by_xla else by_kernels(plan, asked)
+        out, counts = _by_xla(plan, asked) if by_xla else by_kernels(plan, asked)
         return not_reversed(out, type(plan.query).__name__), counts
-    if by_xla:
-        return _by_xla(plan, asked)
-    return computed_by(by_kernels, _by_xla, plan, asked)
+    asked = dataclasses.replace(asked, memory=dataclasses.replace(asked.memory, index=None))
+    return _by_xla(plan, asked) if by_xla else computed_by(by_kernels, _by_xla, plan, asked)
 
 
-def _by_xla(
-    plan: Plan, asked: kernels.Batch, index: LayerIndex | Graphs | None = None
-) -> tuple[Float[Array, "B T H D"], Counts]:
-    q, k_pages, v_pages, table = asked.q, asked.k, asked.v, asked.table
-    count, covered, axis, head_axis = asked.count, asked.covered, asked.axis, asked.head_axis
+def _by_xla(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
+    q, memory, axes = asked.q, asked.memory, asked.axes
+    table, index = memory.table, memory.index
     batch, t, heads, dim = q.shape
-    kv_heads = k_pages.shape[0]
+    kv_heads, _, page, _ = memory.k.shape
     rows = jnp.transpose(q.reshape(batch, t, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4))
     offset = jnp.arange(t)
-    positions = jnp.where(offset < count[:, None], table.length[:, None] + offset, -1)
+    positions = jnp.where(offset < asked.count[:, None], table.length[:, None] + offset, -1)
     block = QUERY_BLOCK
     if plan.retrieves:
-        columns = table.pages.shape[1] * k_pages.shape[2]
+        columns = table.pages.shape[1] * page
         listed = plan.index.capacity if isinstance(plan.index, Graph) else 0
         block = max(1, min(block, SCORES // (heads * max(columns, listed))))
 
     def one(args: Any, index: Any = index) -> tuple[Array, Counts]:
         row, position, ids, start, covered = args
-        pages = Pages(k_pages, v_pages, ids, start)
+        held = Held(Pages(memory.k, memory.v, ids, start), index, covered, axes)
         if isinstance(plan.query, Tiles):
-            return _attend_tiles(plan.query, row, position, pages, axis)
-        return over_query_blocks(
-            lambda q, p: _attend_rows(plan, q, p, pages, index, covered, axis, head_axis),
-            row,
-            position,
-            block,
-        )
+            return _attend_tiles(plan.query, row, position, held)
+        return over_query_blocks(lambda q, p: _attend_rows(plan, q, p, held), row, position, block)
 
-    each = (rows, positions, table.pages, table.start, covered)
+    each = (rows, positions, table.pages, table.start, asked.covered)
     if isinstance(index, tuple):  # graphs, each of its own size
         done = [one(_sequence(each, b), graph) for b, graph in enumerate(index)]
         out, counts = jax.tree.map(lambda *x: jnp.stack(x), *done)
@@ -259,14 +231,10 @@ def _sequence(arrays: Any, b: int) -> Any:
 
 
 def _attend_tiles(
-    rule: Tiles,
-    q: Float[Array, "K G T D"],
-    positions: Int[Array, " T"],
-    pages: Pages,
-    axis: str | None,
+    rule: Tiles, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence, by blocks of queries and of keys."""
-    t = q.shape[2]
+    t, pages, axis = q.shape[2], held.pages, held.axes.pages
     tiles = select_tiles(q, pages, positions, rule)
     partial, attended, _ = attend_list(q, pages, positions, tiles, rule.beta)
     block = jnp.arange(t) // tiles.q_block
@@ -282,52 +250,41 @@ def _attend_tiles(
 
 
 def _attend_rows(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    positions: Int[Array, " T"],
-    pages: Pages,
-    index: LayerIndex | GraphLayer | None,
-    covered: Int[Array, ""],
-    axis: str | None,
-    head_axis: str | None,
+    plan: Plan, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
-    rows, query = q.shape[:-1], plan.query
-    counts = functools.partial(Counts.of, rows)
+    query, pages, index, axis = plan.query, held.pages, held.index, held.axes.pages
+    counts = functools.partial(Counts.of, q.shape[:-1])
 
     if isinstance(query, Full):
         partial, _ = attend_range(q, pages, KeyRange(zero, end))
         return merge_across(partial, axis).out, counts(end, end, mass=1.0)
 
     window = query if isinstance(query, Window) else query.window
-    sink_end = jnp.minimum(window.sink, end)
-    recent_start = jnp.maximum(sink_end, end - window.recent)
-    if isinstance(index, GraphLayer):  # what it does not know stays in the window
-        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, index.length))
-    inside, best = attend_range(q, pages, KeyRange(zero, end, sink_end, recent_start))
+    split = Split.of(window, end, index.length if isinstance(index, GraphLayer) else None)
+    inside, best = attend_range(q, pages, split.inside)
     inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
-    in_window = sink_end + end - recent_start
+    in_window = split.size
     if isinstance(query, Window):
         return inside.out, counts(in_window, in_window)
 
-    outside = KeyRange(sink_end, recent_start)
+    rows = Rows(q, held, split.outside, inside, best)
     if isinstance(index, GraphLayer):
-        low = jnp.asarray(window.sink)
-        found = attend_graph(plan, q, pages, outside, low, index, inside, best)
+        found = attend_graph(plan, rows)
         attended, scored = found.attended + in_window, found.scored + in_window
         total = counts(attended, scored, found.read, widened=found.widened)
         return merge(inside, found.partial).out, total
-    found = retrieve(plan, q, pages, outside, index, covered, inside, best, axis, head_axis)
+    found = retrieve(plan, rows)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
     parts = [inside, merge_across(partial, axis)]
     mass = found.share_read(merge(*parts))
     if plan.tail:
-        unread = merge_across(found.tail(q, index), axis)
+        unread = merge_across(found.tail(rows), axis)
         mass = share_read(merge(*parts).lse, unread.lse + BOUND) if mass is None else mass
         parts.append(unread)
     # What was read is read for the block: it is put down to its first token.
-    read = jnp.where(jnp.arange(rows[2]) == 0, read[:, None, None], 0)
+    read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
     return merge(*parts).out, counts(attended + in_window, end, read, mass)

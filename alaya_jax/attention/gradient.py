@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from alaya_jax.attention.partial import Partial
+from alaya_jax.attention.softmax import Partial
 from alaya_jax.cache import UNUSED
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.errors import RequestError

@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.kept import attend_kept
-from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.retrieve import retrieve
-from alaya_jax.cache.views import KeyRange, Pages
+from alaya_jax.attention.rows import Held, Rows
+from alaya_jax.attention.softmax import Partial, Running, finish, fold, start
+from alaya_jax.cache.views import Pages
 from alaya_jax.index import Found, Graph, GraphLayer
 from alaya_jax.index.graph.layer import Effort
 from alaya_jax.query import DIPR, TopK
@@ -42,29 +43,15 @@ class Searched:
     widened: Int[Array, "K G T"]
 
 
-def attend_graph(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    low: Int[Array, ""],
-    graph: GraphLayer,
-    window: Partial,
-    best: Float[Array, "K G T"],
-) -> Searched:
+def attend_graph(plan: Plan, rows: Rows) -> Searched:
     """Attention over the keys in range that the plan's query keeps, as far as the graph finds them.
 
     Args:
       plan: a DIPR by beta, or a TopK; its index is a `Graph`.
-      q: rotated, unscaled.
-      pages: of the sequence, all on this device.
-      keys: positions outside the window; all below the graph's length.
-      low: position behind the sink, where `keys` begins (but for a query within the sink).
-      graph: of the sequence's context.
-      window: attention over the window.
-      best: best raw score there; -inf if it is empty.
+      rows: the sequence's pages are all on this device; its graph knows all of `keys`.
     """
-    found = find(plan, q, pages, keys, low, graph, best)
+    q, pages, keys = rows.q, rows.pages, rows.keys
+    found = find(plan, rows)
     read = found.visited  # by one walk for the heads of a group
     if isinstance(plan.query, TopK):  # or by one for each
         read = jnp.broadcast_to(jnp.sum(read, axis=1, keepdims=True), q.shape[:-1])
@@ -72,15 +59,16 @@ def attend_graph(
     over = found.overflow
 
     def by_flat() -> tuple[Partial, Array, Array]:
-        flat = retrieve(plan, q, pages, keys, None, jnp.int32(0), window, best, None, None)
-        wide, count, rows = attend_kept(q, flat.kept, flat.floor)
+        flat = retrieve(plan, dataclasses.replace(rows, held=Held(pages)))
+        wide, count, keys_read = attend_kept(q, flat.kept, flat.floor)
         first = jnp.arange(q.shape[2]) == 0  # read once for the block
-        return wide, count, jnp.broadcast_to(jnp.where(first, rows[:, None, None], 0), read.shape)
+        by_row = jnp.where(first, keys_read[:, None, None], 0)
+        return wide, count, jnp.broadcast_to(by_row, read.shape)
 
     def as_found() -> tuple[Partial, Array, Array]:
         return partial, attended, jnp.zeros_like(read)
 
-    wide, count, rows = lax.cond(jnp.any(over), by_flat, as_found)
+    wide, count, flat_read = lax.cond(jnp.any(over), by_flat, as_found)
     partial = Partial(
         jnp.where(over[..., None], wide.out, partial.out), jnp.where(over, wide.lse, partial.lse)
     )
@@ -89,32 +77,26 @@ def attend_graph(
         partial,
         jnp.where(over, count, attended),
         found.visited + jnp.where(over, every, 0),
-        read + rows,
+        read + flat_read,
         over.astype(jnp.int32),
     )
 
 
-def find(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    low: Int[Array, ""],
-    graph: GraphLayer,
-    best: Float[Array, "K G T"],
-) -> Found:
+def find(plan: Plan, rows: Rows) -> Found:
     """What the graph finds of the keys that a plan wants; arguments as in `attend_graph`."""
-    query, index = plan.query, plan.index
+    query, index, graph = plan.query, plan.index, rows.held.index
+    assert isinstance(graph, GraphLayer)
     assert isinstance(query, DIPR | TopK)
     assert isinstance(index, Graph)
-    limit = keys.high if query.before is None else jnp.minimum(keys.high, query.before)
-    low = jnp.asarray(low, jnp.int32)
+    q, pages, limit = rows.q, rows.pages, rows.before(query.before).keys.high
+    # Behind the sink, where `keys` begins (but for a query within the sink).
+    low = jnp.asarray(query.window.sink, jnp.int32)
     if isinstance(query, TopK):
         ef = max(2 * query.k, index.l0)
         return graph.search_top(q, pages, limit, low, query.k, ef)
     assert query.beta is not None
     effort = Effort(index.l0, index.capacity)
-    return graph.search_range(q, pages, limit, low, query.beta, best, effort)
+    return graph.search_range(q, pages, limit, low, query.beta, rows.best, effort)
 
 
 def attend_found(
@@ -135,28 +117,23 @@ def attend_found(
     scores = jnp.pad(found.scores, widths, constant_values=-jnp.inf)
     attended = found.count
 
-    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = carry
+    def block(i: Array, running: Running) -> Running:
         at, here = (
             lax.dynamic_slice_in_dim(x, i * width, width, axis=-1) for x in (positions, scores)
         )
         v = pages.gather(pages.v, at.reshape(heads, -1)).reshape(*at.shape, -1)
         # An unused slot names any key, whose page may hold anything.
         v = jnp.where((here > -jnp.inf)[..., None], v, 0)
-        new_top = jnp.maximum(top, jnp.max(here, axis=-1))
-        p = jnp.exp(scale * (here - new_top[..., None]))
-        fade = jnp.exp(scale * (top - new_top))
-        weighed = jnp.einsum(
-            "kgtc,kgtcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return new_top, total * fade + jnp.sum(p, axis=-1), acc * fade[..., None] + weighed
 
-    low = -1e30  # below every score, and finite: differences stay defined
-    start = (jnp.full(rows, low), jnp.zeros(rows), jnp.zeros(q.shape))
-    top, total, acc = lax.fori_loop(0, -(-jnp.max(attended) // width), block, start)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
-    return Partial(acc / safe[..., None], lse), attended
+        def weigh(p: Array) -> Array:
+            return jnp.einsum(
+                "kgtc,kgtcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+
+        return fold(running, here, scale, weigh)
+
+    blocks = -(-jnp.max(attended) // width)
+    return finish(lax.fori_loop(0, blocks, block, start(rows, q.shape[-1])), scale), attended
 
 
 __all__ = ["Searched", "attend_found", "attend_graph", "find"]

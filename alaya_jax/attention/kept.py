@@ -13,13 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alaya_jax.attention.partial import Partial
+from alaya_jax.attention.softmax import Partial, Running, finish, fold, lse_of, start
 from alaya_jax.cache.views import KeyRange, Pages
 
 BLOCK = 256
 """Keys read at once, of each kv head."""
-
-_LOW = -1e30  # below every score, and finite: differences stay defined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +122,11 @@ def lse_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
     """Log of the sum of exp(score / sqrt(D)) over a row's kept keys, -inf where there is none."""
     scale = q.shape[-1] ** -0.5
 
-    def visit(column: Array, valid: Array, scores: Array, carry: Any) -> Any:
+    def visit(column: Array, valid: Array, scores: Array, running: Running) -> Running:
         del column, valid
-        top, total = carry
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        p = jnp.sum(jnp.exp(scale * (scores - new_top[..., None])), axis=-1)
-        return new_top, total * jnp.exp(scale * (top - new_top)) + p
+        return fold(running, scores, scale)
 
-    rows = q.shape[:-1]
-    (top, total), _ = _walk(q, kept, visit, (jnp.full(rows, _LOW), jnp.zeros(rows)))
-    return jnp.where(total > 0, scale * top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return lse_of(_walk(q, kept, visit, start(q.shape[:-1]))[0], scale)
 
 
 def attend_kept(
@@ -148,29 +141,23 @@ def attend_kept(
     rows = q.shape[:-1]
 
     def visit(column: Array, valid: Array, scores: Array, carry: Any) -> Any:
-        top, total, acc, attended = carry
+        running, attended = carry
         if floor is not None:
             scores = jnp.where(scores >= floor[..., None], scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        p = jnp.exp(scale * (scores - new_top[..., None]))
-        fade = jnp.exp(scale * (top - new_top))
         # A block past the last key repeats any key, whose page may hold anything.
         v = jnp.where(valid[..., None], kept.pages.gather(kept.pages.v, column), 0)
-        weighed = jnp.einsum(
-            "kgtc,kcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return (
-            new_top,
-            total * fade + jnp.sum(p, axis=-1),
-            acc * fade[..., None] + weighed,
-            attended + jnp.sum(scores > -jnp.inf, axis=-1, dtype=jnp.int32),
-        )
 
-    start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros(q.shape), jnp.zeros(rows, jnp.int32))
-    (top, total, acc, attended), read = _walk(q, kept, visit, start)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
-    return Partial(acc / safe[..., None], lse), attended, read
+        def weigh(p: Array) -> Array:
+            return jnp.einsum(
+                "kgtc,kcd->kgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+
+        attended += jnp.sum(scores > -jnp.inf, axis=-1, dtype=jnp.int32)
+        return fold(running, scores, scale, weigh), attended
+
+    none = start(rows, q.shape[-1]), jnp.zeros(rows, jnp.int32)
+    (running, attended), read = _walk(q, kept, visit, none)
+    return finish(running, scale), attended, read
 
 
 def scores_listed(

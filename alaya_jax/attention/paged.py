@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alaya_jax.attention.gradient import differentiable
-from alaya_jax.attention.partial import Partial
+from alaya_jax.attention.softmax import Partial, Running, best_of, finish, fold, start
 from alaya_jax.cache.views import KeyRange, Pages, Read, products, reader
-
-_LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
 
 
 def _weigh(p: Array, v: Array) -> Float[Array, "K G T D"]:
@@ -29,27 +27,13 @@ def attend_range(
     """
     scale = q.shape[-1] ** -0.5
 
-    def visit(read: Read, tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-        top, total, acc = carry
+    def visit(read: Read, tile: Array, running: Running) -> Running:
         seen = keys.mask(pages.positions(tile)) & pages.fresh(tile)
-        scores = scale * products(q, read(pages.k, tile))
-        scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        p = jnp.exp(scores - new_top[..., None])
-        fade = jnp.exp(top - new_top)
+        scores = jnp.where(seen, products(q, read(pages.k, tile)), -jnp.inf)
         # Pages hold whatever was there before: 0 * NaN must not reach the sum.
         v = jnp.where(seen.any(0)[:, None], read(pages.v, tile), 0)
-        return (
-            new_top,
-            total * fade + jnp.sum(p, axis=-1),
-            acc * fade[..., None] + _weigh(p, v),
-        )
+        return fold(running, scores, scale, lambda p: _weigh(p, v))
 
-    pages, fold = reader(q, pages, keys)
-    rows = q.shape[:-1]
-    start = (jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros(q.shape))
-    top, total, acc = fold(visit, start)
-    empty = total == 0
-    safe = jnp.where(empty, 1.0, total)
-    partial = Partial(acc / safe[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(safe)))
-    return partial, jnp.where(empty, -jnp.inf, top / scale)
+    pages, over = reader(q, pages, keys)
+    running = over(visit, start(q.shape[:-1], q.shape[-1]))
+    return finish(running, scale), best_of(running)

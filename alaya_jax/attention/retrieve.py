@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float
 
 from alaya_jax.attention.custom import select_custom
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
-from alaya_jax.attention.partial import Partial, merge_across, share_read
+from alaya_jax.attention.rows import Rows
+from alaya_jax.attention.softmax import Partial, merge_across, share_read
 from alaya_jax.cache.views import KeyRange, Pages, score_range
-from alaya_jax.index import BlockLayer, LayerIndex, Scan, SketchLayer, Weights, of_pages, recover
+from alaya_jax.index import BlockLayer, Scan, SketchLayer, Weights, of_pages, recover
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.select import as_mask, by_row, in_range, largest, largest_of_all
 from alaya_jax.query import DIPR, Custom, TopK
@@ -49,61 +50,39 @@ class Retrieved:
         """The share of the attention mass that was read, at least; None where nothing says so."""
         return None if self.unread is None else share_read(read.lse, self.unread)
 
-    def tail(self, q: Float[Array, "K G T D"], index: LayerIndex | None) -> Partial:
+    def tail(self, rows: Rows) -> Partial:
         """An estimate of the attention over the keys that are not read, by page means of values."""
+        index = rows.held.index
         assert isinstance(index, SketchLayer)
         assert self.weights is not None
-        return Partial(*index.attend_means(q, self.kept.pages, self.weights, self.kept.mask))
+        return Partial(*index.attend_means(rows.q, rows.pages, self.weights, self.kept.mask))
 
 
-def retrieve(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    index: LayerIndex | None,
-    covered: Array,
-    window: Partial,
-    best: Float[Array, "K G T"],
-    axis: str | None,
-    head_axis: str | None,
-) -> Retrieved:
-    """Keys in range that the plan's query keeps.
-
-    Args:
-      plan: a DIPR, TopK or Custom.
-      q: rotated, unscaled.
-      pages: of the sequence, as far as this device holds them.
-      keys: positions outside the window.
-      index: what the plan's index holds; None: `Flat`.
-      covered: the index knows the keys at positions below this.
-      window: attention over the window, of all devices.
-      best: best raw score there; -inf if it is empty.
-      axis: mesh axis that the sequence's pages are split over.
-      head_axis: mesh axis that the heads are split over.
-    """
+def retrieve(plan: Plan, rows: Rows) -> Retrieved:
+    """Keys in range that the plan's query, a DIPR, TopK or Custom, keeps."""
     query = plan.query
     assert isinstance(query, DIPR | TopK | Custom)
-    if query.before is not None:
-        keys = dataclasses.replace(keys, high=jnp.minimum(keys.high, query.before))
+    rows = rows.before(query.before)
     if plan.by == "page":
-        return _by_page(plan, q, pages, keys, index, covered, window, best, axis, head_axis)
-    q = q.astype(pages.operand_dtype)
-    scan = _scan(q, pages, keys, index, covered)
+        return _by_page(plan, rows)
+    pages, keys, axis = rows.pages, rows.keys, rows.axis
+    rows = dataclasses.replace(rows, q=rows.q.astype(pages.operand_dtype))
+    q, best = rows.q, rows.best
+    scan = _scan(rows)
     floor, unread, weights = None, None, None
     if isinstance(query, Custom):
-        mask = select_custom(query, scan.estimate, pages, window, best, axis, head_axis)
+        mask = select_custom(query, rows, scan.estimate)
     elif isinstance(query, TopK):
         if scan.exact:
             scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
         else:
-            scores, column = _best_exact(plan, q, pages, keys, scan, axis)
+            scores, column = _best_exact(plan, rows, scan)
         chosen = largest_of_all(scores, pages.position_of(column), axis)
         mask = as_mask(column, chosen, pages.columns)
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
-        held = _held(plan, q, pages, keys, window, axis)
-        found = recover(scan, window.lse, best, recovery, q.shape[-1], axis=axis, held=held)
+        read = _mass_read(plan, rows)
+        found = recover(scan, rows.window.lse, best, recovery, q.shape[-1], axis=axis, held=read)
         mask, unread, weights = found.kept, found.unread, found.weights
     else:
         assert query.beta is not None
@@ -126,47 +105,44 @@ def retrieve(
             estimate, mask = lax.optimization_barrier((scan.estimate, mask))
             left = dataclasses.replace(scan, estimate=estimate)
             weights = Weights.of(left, jnp.max(estimate, axis=-1), q.shape[-1])
-        mask |= (pages.all_positions() >= covered) & (weights.weight > 0)
+        mask |= (pages.all_positions() >= rows.held.covered) & (weights.weight > 0)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
     return Retrieved(Kept(pages, keys, mask), floor, unread, weights)
 
 
-def _held(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    window: Partial,
-    axis: str | None,
-) -> Callable[[Array], Array]:
+def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:
     """What `recover` counts its first look with."""
+    q = rows.q
 
     def held(mask: Bool[Array, "K G T M"]) -> Float[Array, "K G T"]:
         if plan.share == "group":
             mask = jnp.broadcast_to(mask.any(1, keepdims=True), mask.shape)
-        lse = lse_kept(q, Kept(pages, keys, mask, by_page=plan.by == "page"))
-        kept = merge_across(Partial(jnp.zeros_like(q), lse), axis)
-        return jnp.logaddexp(window.lse, kept.lse)
+        lse = lse_kept(q, Kept(rows.pages, rows.keys, mask, by_page=plan.by == "page"))
+        kept = merge_across(Partial(jnp.zeros_like(q), lse), rows.axis)
+        return jnp.logaddexp(rows.window.lse, kept.lse)
 
     return held
 
 
-def _scan(
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    index: LayerIndex | None,
-    covered: Array,
-) -> Scan:
+def _scan(rows: Rows) -> Scan:
     """Estimates of all scores in range; those that the index does not cover are exact."""
-    if index is None:
-        return Flat().scan(q, pages, keys)
-    assert isinstance(index, SketchLayer)
-    scan = index.scan(q, pages, KeyRange(keys.low, jnp.minimum(keys.high, covered)))
-    behind = KeyRange(jnp.maximum(keys.low, covered), keys.high)
-    return dataclasses.replace(scan, estimate=score_range(q, pages, behind, scan.estimate))
+    index = rows.held.index
+    if not isinstance(index, SketchLayer):
+        assert index is None
+        return Flat().scan(rows.q, rows.pages, rows.keys)
+    known, behind = _by_index(rows)
+    scan = index.scan(rows.q, rows.pages, known)
+    estimate = score_range(rows.q, rows.pages, behind, scan.estimate)
+    return dataclasses.replace(scan, estimate=estimate)
+
+
+def _by_index(rows: Rows) -> tuple[KeyRange, KeyRange]:
+    """The keys that the index covers, and those behind them."""
+    keys, covered = rows.keys, rows.held.covered
+    known = KeyRange(keys.low, jnp.minimum(keys.high, covered))
+    return known, KeyRange(jnp.maximum(keys.low, covered), keys.high)
 
 
 def pivot(
@@ -197,22 +173,15 @@ def _shared(plan: Plan, scores: Float[Array, "K G T M"]) -> Array:
     return jnp.max(scores, axis=1, keepdims=True) if plan.share == "group" else scores
 
 
-def _best_exact(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    scan: Scan,
-    axis: str | None,
-) -> tuple[Array, Array]:
+def _best_exact(plan: Plan, rows: Rows, scan: Scan) -> tuple[Array, Array]:
     """The k best exact scores among keys that may be so, and their columns.
 
     Those keys are few, and put side by side; where they are more than there is room for, all
     columns are.
     """
-    query, width = plan.query, pages.columns
+    query, q, width = plan.query, rows.q, rows.pages.columns
     assert isinstance(query, TopK)
-    kept = Kept(pages, keys, _may_be_top(query.k, q, pages, scan, axis))
+    kept = Kept(rows.pages, rows.keys, _may_be_top(query.k, rows, scan))
     k = min(query.k, width)
     room = min(width, max(_ROOM, 4 * k * q.shape[1] * q.shape[2]))
 
@@ -227,12 +196,11 @@ def _best_exact(
     return lax.cond(fits, lambda: among(room), lambda: among(width))
 
 
-def _may_be_top(
-    k: int, q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None
-) -> Bool[Array, "K G T S"]:
+def _may_be_top(k: int, rows: Rows, scan: Scan) -> Bool[Array, "K G T S"]:
     """Keys that may be among the k best: those of best estimate, and those no worse, by their error
     bars, than the least exact score of these.
     """
+    q, pages, axis = rows.q, rows.pages, rows.axis
     estimate, column = largest(scan.estimate, min(k, pages.columns))
     exact = jnp.where(estimate > -jnp.inf, scores_at(q, pages, column), -jnp.inf)
     if axis is not None:
@@ -252,38 +220,27 @@ def _rounding(score: Array) -> Array:
     return jnp.where(jnp.isfinite(score), _ROUNDING * jnp.abs(score), 0.0)
 
 
-def _by_page(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    index: LayerIndex | None,
-    covered: Array,
-    window: Partial,
-    best: Float[Array, "K G T"],
-    axis: str | None,
-    head_axis: str | None,
-) -> Retrieved:
-    query = plan.query
+def _by_page(plan: Plan, rows: Rows) -> Retrieved:
+    query, index, pages, axis = plan.query, rows.held.index, rows.pages, rows.axis
     assert isinstance(query, DIPR | TopK)
-    by_page = (*q.shape[:-1], pages.ids.shape[0], pages.size)
+    by_page = (*rows.q.shape[:-1], pages.ids.shape[0], pages.size)
     if isinstance(index, BlockLayer):
-        indexed = KeyRange(keys.low, jnp.minimum(keys.high, covered))
-        scores = index.scan_pages(q, pages, indexed)
-        behind = KeyRange(jnp.maximum(keys.low, covered), keys.high)
-        uncovered = score_range(q, pages, behind).reshape(by_page).max(-1)
-        scores = upper = jnp.maximum(scores, uncovered)
+        known, behind = _by_index(rows)
+        uncovered = score_range(rows.q, pages, behind).reshape(by_page).max(-1)
+        upper = scores = jnp.maximum(index.scan_pages(rows.q, pages, known), uncovered)
+        attained = uncovered
     else:
-        q = q.astype(pages.operand_dtype)
-        scan = _scan(q, pages, keys, index, covered)
+        rows = dataclasses.replace(rows, q=rows.q.astype(pages.operand_dtype))
+        scan = _scan(rows)
         if isinstance(query, DIPR) and query.recovery is not None:
-            return _by_page_recovered(plan, q, pages, keys, scan, window, best, axis, head_axis)
+            return _by_page_recovered(plan, rows, scan)
         scores = scan.estimate.reshape(by_page).max(-1)
-        upper = (scan.estimate + scan.error).reshape(by_page).max(-1) if index else scores
+        upper = scores if scan.exact else (scan.estimate + scan.error).reshape(by_page).max(-1)
+        attained = scores if scan.exact else scan.estimate - scan.error
     eligible = scores > -jnp.inf
     if plan.share == "layer":
         mean = jnp.mean(jnp.where(eligible, scores, 0.0), axis=(0, 1), keepdims=True)
-        scores = jnp.where(eligible, across(lax.pmean, mean, head_axis), -jnp.inf)
+        scores = jnp.where(eligible, across(lax.pmean, mean, rows.held.axes.heads), -jnp.inf)
     if isinstance(query, TopK):
         scores = _shared(plan, scores)
         count = min(max(1, query.k // pages.size), scores.shape[-1])
@@ -292,38 +249,29 @@ def _by_page(
         mask = as_mask(page, chosen, eligible.shape[-1]) & eligible
     else:
         assert query.beta is not None
-        if index is None:  # else no score is surely attained, but the window's
-            best = jnp.maximum(best, across(lax.pmax, scores.max(-1), axis))
-        mask = in_range(upper, best, query.beta)
+        # The best key scores at least what some key surely does.
+        sure = across(lax.pmax, attained.max(-1), axis)
+        mask = in_range(upper, jnp.maximum(rows.best, sure), query.beta)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), eligible.shape) & eligible
-    return Retrieved(Kept(pages, keys, mask, by_page=True))
+    return Retrieved(Kept(pages, rows.keys, mask, by_page=True))
 
 
-def _by_page_recovered(
-    plan: Plan,
-    q: Float[Array, "K G T D"],
-    pages: Pages,
-    keys: KeyRange,
-    scan: Scan,
-    window: Partial,
-    best: Float[Array, "K G T"],
-    axis: str | None,
-    head_axis: str | None,
-) -> Retrieved:
+def _by_page_recovered(plan: Plan, rows: Rows, scan: Scan) -> Retrieved:
     """Pages that hold a share of the mass: each head's own, then those of all that share them."""
-    query, dim = plan.query, q.shape[-1]
+    query, q, pages, dim = plan.query, rows.q, rows.pages, rows.q.shape[-1]
     assert isinstance(query, DIPR)
     assert query.recovery is not None
     in_pages = scan.by_page(of_pages(scan.estimate, pages.size, dim), pages.size)
     recovery = by_row(query.recovery, q)
-    held = _held(plan, q, pages, keys, window, axis)
-    found = recover(in_pages, window.lse, best, recovery, dim, axis=axis, held=held)
+    read = _mass_read(plan, rows)
+    lse, best = rows.window.lse, rows.best
+    found = recover(in_pages, lse, best, recovery, dim, axis=rows.axis, held=read)
     mask, eligible = found.kept, in_pages.estimate > -jnp.inf
     if plan.share != "head":
         over = 1 if plan.share == "group" else (0, 1)
         mask = mask.any(over, keepdims=True)
         if plan.share == "layer":
-            mask = across(lax.pmax, mask, head_axis)
+            mask = across(lax.pmax, mask, rows.held.axes.heads)
         mask = mask & eligible
-    return Retrieved(Kept(pages, keys, mask, by_page=True), unread=found.unread)
+    return Retrieved(Kept(pages, rows.keys, mask, by_page=True), unread=found.unread)

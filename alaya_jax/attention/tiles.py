@@ -20,10 +20,10 @@ whole, and a device's best is not above the best of all. They keep more than one
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from alaya_jax.attention.partial import Partial
 from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
+from alaya_jax.attention.softmax import Partial, Running, finish, fold, start
 from alaya_jax.cache import UNUSED
 from alaya_jax.cache.views import Pages, on_cpu
 from alaya_jax.query import Tiles
@@ -31,8 +31,6 @@ from alaya_jax.query import Tiles
 VISIT_TOKENS = 256
 """Keys a visit: many make large matmuls, few waste little where a list ends inside a visit
 (`python benchmarks/sparse_prefill.py --parts visits`)."""
-
-_LOW = -1e30  # a running maximum below every score; finite, so that differences stay defined
 
 
 def attend_tiles(
@@ -112,12 +110,13 @@ def _attend_block(
     listed = jnp.pad(tiles.blocks[head, block], (0, at_once))
     count, kept = tiles.count[head, block], tiles.kept[head, block]
 
-    def visit(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def visit(i: Array, carry: tuple[Running, Array, Array]) -> tuple[Running, Array, Array]:
+        running, attended, skipped = carry
         slots = i * at_once + jnp.arange(at_once)
         blocks = lax.dynamic_slice_in_dim(listed, i * at_once, at_once)
         entry = blocks[:, None] * entries + jnp.arange(entries)
-        start = jnp.where((slots < count)[:, None], pages.starts()[entry], UNUSED)
-        key_positions = (start.reshape(-1, 1) + jnp.arange(pages.size)).ravel()
+        begins = jnp.where((slots < count)[:, None], pages.starts()[entry], UNUSED)
+        key_positions = (begins.reshape(-1, 1) + jnp.arange(pages.size)).ravel()
         ids = pages.ids[entry.ravel()]
         seen = key_positions <= positions[:, None]
         k = _read(pages.k, head, ids)
@@ -125,55 +124,28 @@ def _attend_block(
         scores = jnp.where(seen, scores, -jnp.inf)
         best = jnp.max(scores, axis=-1)
 
-        def add() -> tuple[Array, ...]:
+        def add() -> tuple[Running, Array, Array]:
             v = _read(pages.v, head, ids)
             # Pages hold whatever was there before: 0 * NaN must not reach the sum.
             v = jnp.where(seen.any(0)[:, None], v, 0)
-            return _fold(carry, scores, best, seen, v, scale)
 
-        top, *_, skipped = carry
+            def weigh(p: Array) -> Array:
+                return _dot("rs,sd->rd", p.reshape(group * t, -1), v).reshape(group, t, dim)
+
+            more = jnp.sum(seen, axis=-1, dtype=jnp.int32)
+            return fold(running, scores, scale, weigh, best), attended + more, skipped
+
         # By row, and all rows must agree: a row's range hangs on its own best. The tile's maximum
         # against the least of the thresholds would be cheaper by nothing, as the softmax wants the
         # rows' maxima anyway, and would skip less. An infinite beta skips nothing.
-        hopeless = jnp.all(best < top - beta) & (i * at_once >= kept)
+        hopeless = jnp.all(best < running.top - beta) & (i * at_once >= kept)
         blocks_here = jnp.minimum(count - i * at_once, at_once)
-        return lax.cond(hopeless, lambda: (*carry[:-1], skipped + blocks_here), add)
+        return lax.cond(hopeless, lambda: (running, attended, skipped + blocks_here), add)
 
-    rows = (group, t)
-    start = (
-        jnp.full(rows, _LOW),
-        jnp.zeros(rows),
-        jnp.zeros((*rows, dim)),
-        jnp.zeros(t, jnp.int32),
-        jnp.int32(0),
-    )
-    top, total, acc, attended, skipped = lax.fori_loop(0, -(-count // at_once), visit, start)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, scale * top + jnp.log(safe), -jnp.inf)
-    return acc / safe[..., None], lse, attended, skipped
-
-
-def _fold(
-    carry: tuple[Array, ...],
-    scores: Float[Array, "G T S"],
-    best: Float[Array, "G T"],
-    seen: Bool[Array, "T S"],
-    v: Float[Array, "S D"],
-    scale: float,
-) -> tuple[Array, ...]:
-    """One step of online softmax."""
-    top, total, acc, attended, skipped = carry
-    new_top = jnp.maximum(top, best)
-    p = jnp.exp(scale * (scores - new_top[..., None]))
-    fade = jnp.exp(scale * (top - new_top))
-    weighed = _dot("rs,sd->rd", p.reshape(-1, p.shape[-1]), v).reshape(acc.shape)
-    return (
-        new_top,
-        total * fade + jnp.sum(p, axis=-1),
-        acc * fade[..., None] + weighed,
-        attended + jnp.sum(seen, axis=-1, dtype=jnp.int32),
-        skipped,
-    )
+    none = start((group, t), dim), jnp.zeros(t, jnp.int32), jnp.int32(0)
+    running, attended, skipped = lax.fori_loop(0, -(-count // at_once), visit, none)
+    partial = finish(running, scale)
+    return partial.out, partial.lse, attended, skipped
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:

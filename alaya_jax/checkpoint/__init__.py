@@ -192,7 +192,7 @@ def inspect(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @under_own_settings
-def convert(
+def convert(  # noqa: PLR0913 - its keywords are its settings
     source: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,

@@ -80,7 +80,7 @@ class Conversion:
         return dataclasses.asdict(self) | {"source": str(self.source), "path": str(self.path)}
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913 - its keywords are its settings
     source: Source,
     path: Path,
     *,

@@ -22,6 +22,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.truth import Truth, truth
 from alaya_jax.index import Graphs, LayerIndex
+from alaya_jax.index.memory import Memory
 from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.runtime.batch import Batch
@@ -171,20 +172,17 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
     rows = []
     for layer in range(layers):
         plan, index = of_layer(plans, layer), indexed.layers[layer]
+        memory = Memory(pool.kv, before, indexed).layer(layer)
         attend = functools.partial(
             engine.attend,
             q=q[layer],
-            k_pages=pool.kv.k[layer],
-            v_pages=pool.kv.v[layer],
-            table=before,
             count=jnp.ones(1, jnp.int32),
-            index=index,
-            covered=indexed.covered,
             mesh=model.mesh,
             rules=model.rules,
         )
-        (out, counts), seconds = _timed(lambda plan=plan, attend=attend: attend(plan))
-        full = functools.partial(attend, Plan(Full()), index=None)
+        (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
+        plain = dataclasses.replace(memory, index=None)
+        full = functools.partial(attend, Plan(Full()), memory=plain)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
         everywhere = whole(model.mesh)
         pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from alaya_jax.attention import kernels
 from alaya_jax.cache import PageTable
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.model import Model
 from alaya_jax.pallas_kernels.dispatch import Choice
 from alaya_jax.query.plan import Plan
@@ -38,13 +39,10 @@ def implementation_of(plan: Plan, model: Model, page_size: int, tokens: int = 1)
     shape = (c.num_key_value_heads // split, _PAGES, page_size, c.head_dim)
     pool = array(*shape, dtype=model.dtype)
     listed = array(1, _PAGES)
-    batch = kernels.Batch(
+    table = PageTable(listed, array(1), listed if spread else None)
+    batch = kernels.LayerQueries(
         array(1, tokens, c.num_attention_heads // split, c.head_dim, dtype=model.dtype),
-        pool,
-        pool,
-        PageTable(listed, array(1), listed if spread else None),
-        array(1),
-        None,
+        LayerMemory(pool, pool, table, covered=array(1)),
         array(1),
     )
     return kernels.choose(plan, batch, model.target)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from alaya_jax.attention.graph import find
 from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.rows import Held, Rows
+from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import Graphs, LayerIndex, recover
 from alaya_jax.query import Full, Window
@@ -77,15 +79,11 @@ def truth(
 
     query = plan.query
     window = query if isinstance(query, Window) else getattr(query, "window", Window())
-    sink_end = jnp.minimum(window.sink, end)
-    recent_start = jnp.maximum(sink_end, end - window.recent)
     graph = index[0] if isinstance(index, tuple) else None
-    if graph is not None:
-        recent_start = jnp.maximum(sink_end, jnp.minimum(recent_start, graph.length))
-    in_window = KeyRange(zero, end, sink_end, recent_start)
-    inside, best_inside = attend_range(rows, held, in_window)
+    split = Split.of(window, end, None if graph is None else graph.length)
+    inside, best_inside = attend_range(rows, held, split.inside)
     position = held.all_positions()
-    of_window = in_window.mask(position)
+    of_window = split.inside.mask(position)
 
     if isinstance(query, Full):
         attended = scores > -jnp.inf
@@ -93,27 +91,17 @@ def truth(
     else:
         retrieved = jnp.zeros(scores.shape, bool)
         if plan.retrieves:
-            outside = KeyRange(sink_end, recent_start)
-            found = retrieve(  # of a graph: what answers where its search overflows
-                plan,
-                rows,
-                held,
-                outside,
-                None if isinstance(index, tuple) else index,
-                covered,
-                inside,
-                best_inside,
-                axis=None,
-                head_axis=None,
-            )
+            asked = Rows(rows, Held(held), split.outside, inside, best_inside)
+            if not isinstance(index, tuple):  # else what answers where a graph's search overflows
+                asked = dataclasses.replace(asked, held=Held(held, index, covered))
+            found = retrieve(plan, asked)
             mask = found.kept.mask
             if found.kept.by_page:
                 mask = jnp.repeat(mask, held.size, axis=-1) & found.kept.keys.mask(position)
             if found.floor is not None:
                 mask &= scores >= found.floor[..., None]
             if graph is not None:
-                low = jnp.asarray(window.sink)
-                met = find(plan, rows, held, outside, low, graph, best_inside)
+                met = find(plan, dataclasses.replace(asked, held=Held(held, graph)))
                 column = jnp.where(met.scores > -jnp.inf, met.positions, held.columns)
                 lists = column.reshape(-1, column.shape[-1])
                 row = jnp.arange(len(lists))[:, None]

@@ -17,6 +17,7 @@ from alaya_jax.cache.tables import table_width
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import Flat, Graph, GraphLayer, Sketch
 from alaya_jax.index.graph.build import STARTS
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.query import DIPR, Full, Window
 from alaya_jax.query.plan import Plan
@@ -94,9 +95,10 @@ class LayerBench:
             ids = np.arange(1, pages + 1, dtype=np.int32)[None]
             table = PageTable(*jax.device_put((ids, np.full(1, length - 1, np.int32))))
             q = (scale * self.q).astype(self.k.dtype)
-            covered, one = np.full(1, length, np.int32), np.ones(1, np.int32)
+            covered: Any = np.full(1, length, np.int32)
+            one = np.ones(1, np.int32)
             asked = dataclasses.replace(plan, query=query)
-            return asked, q, self.k, self.v, table, one, index, covered
+            return asked, q, LayerMemory(self.k, self.v, table, index, covered), one
 
         run = engine.attend.lower(*args(1.0, pages * self.k.shape[2])).compile()
 

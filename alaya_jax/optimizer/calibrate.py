@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.attention.paged import attend_range
+from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks, score_range
 from alaya_jax.errors import RequestError
 from alaya_jax.index import of_pages, recover
@@ -173,8 +174,7 @@ def _needed(
         out = jnp.moveaxis(out, 2, 0).reshape(q.shape).astype(q.dtype)
 
         sampled, zero, end = rows[:, :, at], jnp.zeros_like(at), at + 1
-        sink = jnp.minimum(window.sink, end)
-        inside_range = KeyRange(zero, end, sink, jnp.maximum(sink, end - window.recent))
+        inside_range = Split.of(window, end).inside
         inside, best = attend_range(sampled, pages, inside_range)
         scores = score_range(sampled.astype(pages.operand_dtype), pages, KeyRange(zero, end))
         scores = jnp.where(inside_range.mask(pages.all_positions()), -jnp.inf, scores)

@@ -27,6 +27,7 @@ from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.tables import table_width
 from alaya_jax.checkpoint.bundled import cache_directory
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.optimizer.bench import LayerBench, Timed, least
 from alaya_jax.optimizer.cost import Machine
@@ -220,7 +221,7 @@ def measure_prefill(
     q = jnp.asarray(rng.standard_normal(shape, np.float32), bench.k.dtype)
     ids, known = np.arange(1, bench.k.shape[1], dtype=np.int32), np.full(1, n - _QUERIES, np.int32)
     table = PageTable(*jax.device_put((ids[None], known)))
-    rest = q, bench.k, bench.v, table, np.full(1, _QUERIES, np.int32)
+    rest = q, LayerMemory(bench.k, bench.v, table), np.full(1, _QUERIES, np.int32)
     full, tiles = Plan(Full()), Plan(Tiles(recovery=1.0))
     few = Plan(Tiles(recovery=1e-3))
     with progress_bar("measuring this machine", 4, "steps", show=progress) as advance:

@@ -19,6 +19,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.frame import Frame
+from alaya_jax.index.memory import Memory
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
@@ -103,12 +104,8 @@ def attention(
         out, counts = engine.attend(
             of_layer(plans, layer),
             q,
-            kv.k[layer],
-            kv.v[layer],
-            table,
+            Memory(kv, table, indexed).layer(layer),
             count,
-            indexed.layers[layer],
-            indexed.covered,
             mesh=batch.model.mesh,
             rules=batch.model.rules,
         )

@@ -161,9 +161,8 @@ def _layer(
         held = PagedKV((memory.k,), (memory.v,))
         if write:
             held = engine.append(held, 0, k, v, table, count, **where)
-        out, new = engine.attend(
-            plan, q, held.k[0], held.v[0], table, count, memory.index, memory.covered, **where
-        )
+        read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
+        out, new = engine.attend(plan, q, read, count, **where)
         new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
         return out, (held.k[0], held.v[0], new, q)
 
@@ -196,11 +195,13 @@ class Fed:
       tokens: padded to T.
       count: how many of the T are real.
       table: pages of the new tokens included, lengths before them.
+      take: which of the T tokens' queries are wanted, where queries are.
     """
 
     tokens: Int[Array, "B T"]
     count: Int[Array, " B"]
     table: PageTable
+    take: Int[Array, " n"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -309,7 +310,6 @@ def queries(
     layer: Int[Array, ""],
     fed: Fed,
     asked: Asked,
-    take: Int[Array, " n"],
     *,
     frame: Frame,
 ) -> tuple[Array, Array, tuple[Float[Array, "B n H D"], ...]]:
@@ -319,7 +319,6 @@ def queries(
       outer, blocks, x, fed, asked, frame: as in `layers`.
       kv: of these layers; it stays as it is.
       layer: the first of them.
-      take: which of the T tokens' queries are wanted.
 
     Returns:
       what the last of them made, the layer that comes next, and each layer's queries, rotated,
@@ -327,16 +326,16 @@ def queries(
     """
 
     def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
-        x, layer, fed, asked, take = rest
+        x, layer, fed, asked = rest
         x = _embedded(frame, outer, x, layer, fed.tokens)
         memory = asked.memory(kv, fed.table)
         made = _run(frame, blocks, x, asked.plans, memory, fed.count, write=False)
         x, layer = laid((made.x.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
-        return x, layer, tuple(q[:, take] for q in made.queries)
+        return x, layer, tuple(q[:, fed.take] for q in made.queries)
 
     everywhere = PartitionSpec()
     places = (everywhere, everywhere, everywhere)
-    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked, take)
+    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked)
 
 
 @functools.partial(jax.jit, static_argnames=("frame",))

@@ -193,8 +193,8 @@ class Stack:
           of each layer, rotated, unscaled queries.
         """
         x, layer = self.between(*fed.tokens.shape), self.put(np.int32(0))
-        take = self.put(np.asarray(take, np.int32))
-        shapes = x.shape, fed.table.pages.shape, take.shape
+        fed = dataclasses.replace(fed, take=self.put(np.asarray(take, np.int32)))
+        shapes = x.shape, fed.table.pages.shape, np.shape(take)
         for link in chain.links:
             with self._first("queries", chain, link, shapes):
                 x, layer, q = programs.queries(
@@ -205,7 +205,6 @@ class Stack:
                     layer,
                     fed,
                     link.asked,
-                    take,
                     frame=self.frame,
                 )
             yield from q

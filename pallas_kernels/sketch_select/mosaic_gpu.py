@@ -34,6 +34,7 @@ of the step's 32 centres (the other 32 of its rows are not used).
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -303,10 +304,8 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
         plgpu.barrier_wait(ready)
         query = (q_smem.at[wg], integer_low.at[wg], integer_high.at[wg], factor_smem.at[wg])
         stage = (code_smem, scale_smem, spread_smem, centre_smem, unit_smem)
-        best = _compute_steps(
-            shape, query, stage, [x.at[wg] for x in work], outs, (b, k), (low, high), mine, wg,
-            step_at, arrived, free,
-        )  # fmt: skip
+        steps = _Steps((b, k), low, high, mine, step_at, arrived, free)
+        best = _compute_steps(shape, query, stage, [x.at[wg] for x in work], outs, steps, wg)
         outs[1][b, k, split, wg] = best
 
     @pl.when(wg == _COMPUTE)
@@ -374,15 +373,36 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(shape.stages))])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The steps of one block.
+
+    Attributes:
+      where: sequence and kv head.
+      low, high: positions in range.
+      mine: how many steps there are.
+      step_at: which the i-th is.
+      arrived: waits until what the i-th needs is in its slot.
+      free: barriers that say that a slot was read.
+    """
+
+    where: tuple[Any, Any]
+    low: Any
+    high: Any
+    mine: Any
+    step_at: Callable[[Any], Any]
+    arrived: Callable[[Any], None]
+    free: Any
+
+
 def _compute_steps(
-    shape: _Shape, query: Any, stage: Any, work: Any, outs: Any, where: Any, limits: Any,
-    mine: Any, wg: Any, step_at: Any, arrived: Any, free: Any,
-) -> Array:  # fmt: skip
+    shape: _Shape, query: Any, stage: Any, work: Any, outs: Any, steps: _Steps, wg: Any
+) -> Array:
     """What a compute warpgroup does with its steps; the best score of each row and head."""
     q_smem, integer_low, integer_high, factor_smem = query
     code_smem, scale_smem, spread_smem, centre_smem, unit_smem = stage
     low_smem, high_smem, wide_smem, score_smem, upper_smem, estimate_smem = work
-    low, high = limits
+    low, high, where = steps.low, steps.high, steps.where
     tile = (_ROWS, _HEADS)
     layout = plgpu.Layout.WGMMA
     of_key, of_head = layout.reduce(1), layout.reduce(0)
@@ -407,8 +427,8 @@ def _compute_steps(
 
     def visit(j: Any, best: Any) -> Any:
         i = j * _COMPUTE + wg
-        slot, step = lax.rem(i, jnp.int32(shape.stages)), step_at(i)
-        arrived(i)
+        slot, step = lax.rem(i, jnp.int32(shape.stages)), steps.step_at(i)
+        steps.arrived(i)
         centre = load(centre_smem.at[slot], plgpu.Layout.WGMMA_UPCAST_2X)
         wide_smem[...] = plgpu.layout_cast(centre.astype(shape.dtype), layout)
         plgpu.commit_smem()
@@ -447,7 +467,7 @@ def _compute_steps(
 
         best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
         plgpu.commit_smem()  # reads by threads, before the next copy's writes
-        plgpu.barrier_arrive(free.at[slot])
+        plgpu.barrier_arrive(steps.free.at[slot])
         # A row for each head and 64 keys; 16 columns are a page.
         pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(_ROWS // TOKENS)]
         uppers = load(upper_smem.transpose((1, 0)), layout)
@@ -463,5 +483,5 @@ def _compute_steps(
         return best
 
     start = plgpu.layout_cast(jnp.full(tile, -jnp.inf, jnp.float32), layout)
-    turns = lax.div(jnp.maximum(mine - wg, 0) + _COMPUTE - 1, jnp.int32(_COMPUTE))
+    turns = lax.div(jnp.maximum(steps.mine - wg, 0) + _COMPUTE - 1, jnp.int32(_COMPUTE))
     return lax.fori_loop(0, turns, visit, start)

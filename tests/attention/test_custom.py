@@ -11,6 +11,7 @@ import alaya_jax as aj
 from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import RequestError
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query.functions import function_name
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plan, plan_for
@@ -64,10 +65,9 @@ def test_says_what_a_query_says(pair, share, batch):
     if share == "group" and isinstance(pair[0], aj.TopK):
         pytest.skip("TopK's group shares its best keys, not the union of each head's")
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 2], jnp.int32)
-    theirs, ours = (
-        attend(Plan(query, aj.Flat(), share=share), q, k, v, table, count) for query in pair
-    )
+    theirs, ours = (attend(Plan(query, aj.Flat(), share=share), q, memory, count) for query in pair)
     np.testing.assert_array_equal(ours[0], theirs[0])
     for one, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -80,8 +80,9 @@ def test_definition_in_float64(batch):
         return (positions < 12) | (scores > 4.0)
 
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 3], jnp.int32)
-    out, counts = attend(Plan(aj.Custom(early_or_large, WINDOW)), q, k, v, table, count)
+    out, counts = attend(Plan(aj.Custom(early_or_large, WINDOW)), q, memory, count)
     for b in range(2):
         keys, values = (
             np.asarray(x, np.float64)[:, table.pages[b]].reshape(2, -1, 8) for x in (k, v)
@@ -100,11 +101,12 @@ def test_definition_in_float64(batch):
 
 def test_by_the_kernels_reference_too(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.ones(2, jnp.int32)
     for query in (pair[1] for pair in PAIRS.values()):
-        one = attend(Plan(query, aj.Flat()), q[:, :1], k, v, table, count)
+        one = attend(Plan(query, aj.Flat()), q[:, :1], memory, count)
         kernels = Plan(query, aj.Flat(), implementation="reference")
-        other = attend(kernels, q[:, :1], k, v, table, count)
+        other = attend(kernels, q[:, :1], memory, count)
         np.testing.assert_allclose(one[0], other[0], rtol=2e-5, atol=2e-6)
         np.testing.assert_array_equal(one[1].attended, other[1].attended)
 
@@ -118,8 +120,9 @@ def mixing(scores, positions):
 
 def test_on_a_mesh_the_function_sees_all_heads(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.asarray([3, 3], jnp.int32)
-    run = functools.partial(attend, Plan(aj.Custom(mixing, WINDOW)), q, k, v, table, count)
+    run = functools.partial(attend, Plan(aj.Custom(mixing, WINDOW)), q, memory, count)
     mesh = aj.make_mesh(tensor=2, data=2)
     (out, counts), (sharded, others) = run(), run(mesh=mesh, rules=aj.ShardingRules())
     np.testing.assert_allclose(sharded, out, rtol=1e-5, atol=1e-6)
@@ -133,7 +136,7 @@ def test_pages_on_several_devices_are_refused(batch):
     )
     with pytest.raises(RequestError, match=r"Custom\(mixing.*mesh axis 'context'"):
         attend(
-            Plan(aj.Custom(mixing, WINDOW)), q, k, v, spread, jnp.ones(2, jnp.int32),
+            Plan(aj.Custom(mixing, WINDOW)), q, LayerMemory(k, v, spread), jnp.ones(2, jnp.int32),
             mesh=aj.make_mesh(context=2), rules=aj.ShardingRules(),
         )  # fmt: skip
 
@@ -148,8 +151,9 @@ def test_pages_on_several_devices_are_refused(batch):
 )
 def test_what_is_no_mask_is_refused(words, select, batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     with pytest.raises(RequestError, match=words):
-        attend(Plan(aj.Custom(select, WINDOW)), q, k, v, table, jnp.ones(2, jnp.int32))
+        attend(Plan(aj.Custom(select, WINDOW)), q, memory, jnp.ones(2, jnp.int32))
 
 
 def test_refused_when_it_is_made():
@@ -171,10 +175,11 @@ def test_every_key_is_scored_however_long_the_context(tiny_model):
 
 def test_a_function_compiles_once(batch):
     q, k, v, table = batch
+    memory = LayerMemory(k, v, table)
     count = jnp.ones(2, jnp.int32)
     before = attend._cache_size()
     for recent in (5, 6, 7):
-        attend(Plan(aj.Custom(mixing, aj.Window(2, recent))), q[:, :1], k, v, table, count)
+        attend(Plan(aj.Custom(mixing, aj.Window(2, recent))), q[:, :1], memory, count)
     assert attend._cache_size() == before + 1
 
 

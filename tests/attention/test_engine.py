@@ -14,6 +14,7 @@ from alaya_jax.attention import Partial, merge
 from alaya_jax.attention.engine import attend
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.index import Sketch
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.query import DIPR, Full, TopK, Window
 from alaya_jax.query.plan import Plan
@@ -103,7 +104,7 @@ def test_equals_definition(query, lengths, t, rng, small_blocks):
     q, ks, vs, k_pages, v_pages, pages = make_batch(rng, lengths, t, group=3)
     table = PageTable(pages, jnp.asarray(lengths, jnp.int32))
     count = jnp.full(len(lengths), t, jnp.int32)
-    out, counts = attend(Plan(query), q, k_pages, v_pages, table, count)
+    out, counts = attend(Plan(query), q, LayerMemory(k_pages, v_pages, table), count)
     for b, start in enumerate(lengths):
         want, want_count = expected(
             query, *(x.astype(np.float64) for x in (q[b], ks[b], vs[b])), start
@@ -126,7 +127,9 @@ def test_dipr_any_shape(lengths, group, consecutive, beta, seed):
     query = DIPR(beta=beta, window=Window(2, 3))
     q, ks, vs, k_pages, v_pages, pages = make_batch(rng, lengths, 1, group, consecutive=consecutive)
     table = PageTable(pages, jnp.asarray(lengths, jnp.int32))
-    out, counts = attend(Plan(query), q, k_pages, v_pages, table, jnp.ones(len(lengths), jnp.int32))
+    out, counts = attend(
+        Plan(query), q, LayerMemory(k_pages, v_pages, table), jnp.ones(len(lengths), jnp.int32)
+    )
     for b, start in enumerate(lengths):
         # float32 scores, so that a key on the very edge falls on the same side
         want, want_count = expected(query, q[b], ks[b], vs[b], start)
@@ -139,9 +142,12 @@ def test_dipr_any_shape(lengths, group, consecutive, beta, seed):
 def test_infinite_beta_is_full_attention(rng):
     q, _, _, k_pages, v_pages, pages = make_batch(rng, [90, 13], 1, group=2)
     table, ones = PageTable(pages, jnp.asarray([90, 13], jnp.int32)), jnp.ones(2, jnp.int32)
-    full, _ = attend(Plan(Full()), q, k_pages, v_pages, table, ones)
+    full, _ = attend(Plan(Full()), q, LayerMemory(k_pages, v_pages, table), ones)
     dipr, _ = attend(
-        Plan(DIPR(beta=float("inf"), window=Window(4, 4))), q, k_pages, v_pages, table, ones
+        Plan(DIPR(beta=float("inf"), window=Window(4, 4))),
+        q,
+        LayerMemory(k_pages, v_pages, table),
+        ones,
     )
     np.testing.assert_allclose(dipr, full, atol=1e-6)
 
@@ -150,8 +156,10 @@ def test_rows_past_count_are_zero_and_others_unchanged(rng):
     q, _, _, k_pages, v_pages, pages = make_batch(rng, [10, 20], 6, group=2)
     table = PageTable(pages, jnp.asarray([10, 20], jnp.int32))
     query = DIPR(beta=3.0, window=Window(2, 2))
-    ragged, counts = attend(Plan(query), q, k_pages, v_pages, table, jnp.asarray([6, 2]))
-    whole, _ = attend(Plan(query), q, k_pages, v_pages, table, jnp.asarray([6, 6]))
+    ragged, counts = attend(
+        Plan(query), q, LayerMemory(k_pages, v_pages, table), jnp.asarray([6, 2])
+    )
+    whole, _ = attend(Plan(query), q, LayerMemory(k_pages, v_pages, table), jnp.asarray([6, 6]))
     np.testing.assert_allclose(ragged[0], whole[0], atol=1e-6)
     np.testing.assert_allclose(ragged[1, :2], whole[1, :2], atol=1e-6)
     assert not np.any(ragged[1, 2:])
@@ -163,7 +171,7 @@ def test_new_beta_does_not_recompile(rng):
     table, one = PageTable(pages, jnp.asarray([30], jnp.int32)), jnp.ones(1, jnp.int32)
     attend.clear_cache()  # an example of another test may have had these shapes
     for query in (DIPR(beta=1.0), DIPR(beta=9.0), DIPR(beta=2.0, window=Window(5, 7))):
-        attend(Plan(query), q, k_pages, v_pages, table, one)
+        attend(Plan(query), q, LayerMemory(k_pages, v_pages, table), one)
     assert attend._cache_size() == 1
 
 
@@ -203,10 +211,11 @@ def test_the_best_keys_through_a_sketch_are_those_of_flat(share, room, rng, monk
     sketch = Sketch(bits=2).create(config, k_pages.shape[1], PAGE)
     sketch = sketch.build(k_pages, v_pages, ids, filled)
     asked, covered = TopK(k=3, window=Window(3, 5)), jnp.full(1, full)
-    rest = q, k_pages, v_pages, PageTable(pages, jnp.full(1, length)), jnp.ones(1, jnp.int32)
+    flatly = LayerMemory(k_pages, v_pages, PageTable(pages, jnp.full(1, length)))
+    sketched, one = dataclasses.replace(flatly, index=sketch, covered=covered), jnp.ones(1, int)
     attend_now = jax.jit(lambda *args: attend.__wrapped__(*args))  # with the room of this test
-    through = attend_now(Plan(asked, Sketch(bits=2), share=share), *rest, sketch, covered)
-    flat = attend_now(Plan(asked, share=share), *rest)
+    through = attend_now(Plan(asked, Sketch(bits=2), share=share), q, sketched, one)
+    flat = attend_now(Plan(asked, share=share), q, flatly, one)
     np.testing.assert_allclose(through[0], flat[0], atol=1e-6)
     np.testing.assert_array_equal(through[1].attended, flat[1].attended)
     assert (np.asarray(flat[1].attended) == 3 + 5 + 3).all()

@@ -13,7 +13,7 @@ from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.paged import append
 from alaya_jax.errors import RequestError
 from alaya_jax.frame import Frame
-from alaya_jax.index.memory import Memory
+from alaya_jax.index.memory import LayerMemory, Memory
 from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
 from alaya_jax.runtime import programs
@@ -52,7 +52,7 @@ def paged(query, table, q, new, pool):
     """Attention of new tokens behind cached ones, as a step does it."""
     count = jnp.full(q.shape[0], q.shape[1], jnp.int32)
     kv = append(PagedKV((pool[0],), (pool[1],)), 0, new[0], new[1], table, count)
-    return attend(Plan(query), q, kv.k[0], kv.v[0], table, count)[0]
+    return attend(Plan(query), q, LayerMemory(kv.k[0], kv.v[0], table), count)[0]
 
 
 def dense(query, table, q, new, pool):
@@ -145,7 +145,7 @@ def test_only_what_is_asked_for(rng, small_tiles):
     before = PageTable(table.pages, table.length - 1)
 
     def loss(q, k, v):
-        return jnp.sum(attend(Plan(aj.Full()), q, k, v, before, count)[0] ** 3)
+        return jnp.sum(attend(Plan(aj.Full()), q, LayerMemory(k, v, before), count)[0] ** 3)
 
     whole = jax.jit(jax.grad(loss, (0, 1, 2)))(q, *pool)
     for i, expected in enumerate(whole):

@@ -16,6 +16,7 @@ from alaya_jax.cache import PageTable
 from alaya_jax.cache.views import Pages
 from alaya_jax.errors import ConfigError, RequestError
 from alaya_jax.index import Found, GraphLayer
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import DIPR, TopK, Window
 from alaya_jax.query.plan import Plan
 
@@ -49,7 +50,8 @@ def ask(query, data, graphs, index=WHOLE, **options):
     """By the graph, and the flat answer with the window that the graph makes of it."""
     q, k, v, table = data
     count = jnp.full(q.shape[0], T, jnp.int32)
-    found = attend(Plan(query, index=index), q, k, v, table, count, graphs, **options)
+    memory = LayerMemory(k, v, table, graphs)
+    found = attend(Plan(query, index=index), q, memory, count, **options)
     return jax.tree.map(np.asarray, found)
 
 
@@ -62,7 +64,7 @@ def flat(query, data, covered):
         asked = dataclasses.replace(query, window=Window(query.window.sink, recent))
         at = dataclasses.replace(table, length=table.length + i)
         one = jnp.ones(q.shape[0], jnp.int32)
-        out, count = attend(Plan(asked), q[:, i : i + 1], k, v, at, one)
+        out, count = attend(Plan(asked), q[:, i : i + 1], LayerMemory(k, v, at), one)
         outs.append(out)
         counts.append(count.attended)
     return np.concatenate(outs, 1), np.concatenate(counts, 1)

@@ -14,6 +14,7 @@ from alaya_jax.cache import PageTable
 from alaya_jax.errors import KernelError, RequestError
 from alaya_jax.index import Block, Flat, Graph, Sketch, SketchLayer
 from alaya_jax.index.block import BlockLayer
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.pallas_kernels.dispatch import CPU, H100, INTERPRET
 from alaya_jax.query import DIPR, Full, Tiles, TopK, Window
 from alaya_jax.query.plan import Plan
@@ -57,6 +58,9 @@ class Case:
     count: jax.Array
     covered: jax.Array
     indexes: dict
+
+    def memory(self, index=None):
+        return LayerMemory(self.k, self.v, self.table, index, self.covered)
 
 
 def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
@@ -113,11 +117,9 @@ def by_kernels(plan, batch, implementation, target=CPU):
 
 
 def both(plan, case, implementation, target=CPU):
-    index = case.indexes.get(plan.index)
-    batch = kernels.Batch(case.q, case.k, case.v, case.table, case.count, index, case.covered)
-    got = by_kernels(plan, batch, implementation, target)
-    args = (case.q, case.k, case.v, case.table, case.count, index, case.covered)
-    return got, by_engine(plan, *args)
+    memory = case.memory(case.indexes.get(plan.index))
+    got = by_kernels(plan, kernels.LayerQueries(case.q, memory, case.count), implementation, target)
+    return got, by_engine(plan, case.q, memory, case.count)
 
 
 def check(got, want, real, atol):
@@ -222,8 +224,8 @@ def test_inside_a_sharded_program(tokens):
     for name in ("full", "dipr, tail"):
         plan = dataclasses.replace(DECODE[name], implementation="reference")
         index = case.indexes.get(plan.index)
-        args = (case.q, case.k, case.v, table, case.count, index, case.covered)
-        got = by_engine(plan, *args, mesh=mesh)
+        memory = dataclasses.replace(case.memory(index), table=table)
+        got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
         _, want = both(DECODE[name], case, "xla")
         check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
 
@@ -232,8 +234,8 @@ def test_what_is_chosen_and_why(simulated):
     case = simulated
 
     def batch(**changes):
-        args = (case.q, case.k, case.v, case.table, case.count, None, case.covered)
-        return dataclasses.replace(kernels.Batch(*args), **changes)
+        changed = dataclasses.replace(case, **changes)
+        return kernels.LayerQueries(changed.q, changed.memory(), changed.count)
 
     plan = DECODE["recovery"]
     assert kernels.choose(plan, batch(), H100).implementation == "mosaic_gpu"

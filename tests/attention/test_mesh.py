@@ -18,6 +18,7 @@ from alaya_jax.attention import engine
 from alaya_jax.cache import UNUSED, PagedKV, PageTable
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Block, BlockLayer, Flat, Sketch, SketchLayer
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query.plan import Plan
 
 K, G, D, Z, N = 8, 2, 8, 4, 24
@@ -133,17 +134,15 @@ def answer(batch):
             **dict(zip(("data", "tensor", "context"), shape, strict=True))
         )
         lengths = np.asarray(LENGTHS[:rows])
-        out = attend(
-            plan,
-            batch.q[:rows, :t],
+        memory = LayerMemory(
             batch.k,
             batch.v,
             batch.table(shape[2] if shape else 1, rows),
-            jnp.asarray([t, 2, t][:rows] if t > 1 else [t, t, 0][:rows], jnp.int32),
             batch.indexes[plan.index],
             jnp.asarray(lengths // Z * Z, jnp.int32),
-            mesh=mesh,
         )
+        count = jnp.asarray([t, 2, t][:rows] if t > 1 else [t, t, 0][:rows], jnp.int32)
+        out = attend(plan, batch.q[:rows, :t], memory, count, mesh=mesh)
         return jax.tree.map(np.asarray, out)
 
     return on
@@ -204,9 +203,10 @@ def test_append_writes_what_one_device_writes(batch, rng):
 
 def test_a_table_that_does_not_say_who_holds_what_is_refused(batch):
     mesh = aj.make_mesh(context=8)
-    args = batch.k, batch.v, batch.table(1, 1), jnp.ones(1, jnp.int32)
+    table, one = batch.table(1, 1), jnp.ones(1, jnp.int32)
+    memory = LayerMemory(batch.k, batch.v, table)
     with pytest.raises(RequestError, match=r"'context' of size 8, .*PageTable\(start=.*pages=None"):
-        engine.attend(Plan(Full()), batch.q[:1, :1], *args, mesh=mesh)
+        engine.attend(Plan(Full()), batch.q[:1, :1], memory, one, mesh=mesh)
     kv = PagedKV((batch.k,), (batch.v,))
     with pytest.raises(RequestError, match="start="):
-        engine.append(kv, 0, batch.q[:1, :1, :K], batch.q[:1, :1, :K], *args[2:], mesh=mesh)
+        engine.append(kv, 0, batch.q[:1, :1, :K], batch.q[:1, :1, :K], table, one, mesh=mesh)

@@ -11,6 +11,7 @@ from alaya_jax.attention import engine, kernels
 from alaya_jax.cache import PageTable
 from alaya_jax.explain.truth import truth
 from alaya_jax.index import Flat, Sketch
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.pallas_kernels.dispatch import CPU
 from alaya_jax.query import DIPR, TopK, Window
@@ -74,10 +75,13 @@ class Layer:
     def index(self, plan):
         return self.sketch[plan.index.bits] if isinstance(plan.index, Sketch) else None
 
+    def asked(self, plan):
+        memory = LayerMemory(self.k, self.v, self.table, self.index(plan), self.covered)
+        return self.q[None, None], memory, jnp.ones(1, jnp.int32)
+
     def attend(self, plan):
         """Output [H, D], keys attended to, and the mass stated."""
-        q, one, index = self.q[None, None], jnp.ones(1, jnp.int32), self.index(plan)
-        out, counts = engine.attend(plan, q, self.k, self.v, self.table, one, index, self.covered)
+        out, counts = engine.attend(plan, *self.asked(plan))
         return tuple(np.asarray(x)[0, 0] for x in (out, counts.attended, counts.mass))
 
     def judge(self, plan):
@@ -122,15 +126,7 @@ def by_kernels(plan, batch, target=CPU):
 def test_a_recovery_holds_by_kernels(name, outliers):
     layer, weights = outliers
     plan = PLANS[name]
-    batch = kernels.Batch(
-        layer.q[None, None],
-        layer.k,
-        layer.v,
-        layer.table,
-        jnp.ones(1, jnp.int32),
-        layer.index(plan),
-        layer.covered,
-    )
+    batch = kernels.LayerQueries(*layer.asked(plan))
     out, counts = jax.tree.map(lambda x: np.asarray(x)[0, 0], by_kernels(plan, batch))
     mass = counts.attended / np.diag(out[:, :G]) / weights.sum(-1)
     assert mass.min() >= P - 1e-4

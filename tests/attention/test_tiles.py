@@ -14,6 +14,7 @@ from alaya_jax.attention.tiles import attend_list, attend_tiles, select_tiles
 from alaya_jax.cache import UNUSED, PageTable, views
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.errors import RequestError
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import Tiles, Window
 from alaya_jax.query.plan import Plan
 
@@ -361,9 +362,7 @@ def test_the_engine_runs_tiles_for_ragged_batches(rng, rule):
     out, read = attend(
         Plan(rule),
         q,
-        k,
-        v,
-        PageTable(jnp.asarray(table), jnp.asarray(lengths, jnp.int32)),
+        LayerMemory(k, v, PageTable(jnp.asarray(table), jnp.asarray(lengths, jnp.int32))),
         jnp.asarray(counts, jnp.int32),
     )
     for b in range(2):

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.kernels import decode, prefill
-from alaya_jax.attention.kernels.batch import Batch, passed_over
+from alaya_jax.attention.kernels.asking import passed_over
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.errors import KernelError
 from alaya_jax.index import Graph
 from alaya_jax.pallas_kernels.dispatch import Choice, Target, current_target, not_a_hopper
@@ -29,7 +30,7 @@ from alaya_jax.query import Tiles
 from alaya_jax.query.plan import Plan
 
 
-def choose(plan: Plan, batch: Batch, target: Target | None = None) -> Choice:
+def choose(plan: Plan, batch: LayerQueries, target: Target | None = None) -> Choice:
     """What answers a plan, and why not what is faster.
 
     Raises:
@@ -51,7 +52,7 @@ def choose(plan: Plan, batch: Batch, target: Target | None = None) -> Choice:
     return Choice("attention", "xla", target, (("mosaic_gpu", reason),))
 
 
-def unfit(plan: Plan, batch: Batch, implementation: str, target: Target) -> str | None:
+def unfit(plan: Plan, batch: LayerQueries, implementation: str, target: Target) -> str | None:
     """Why kernels of this implementation cannot answer a plan; None if they can.
 
     Looks at shapes and types only; arrays may be `jax.ShapeDtypeStruct`s.
@@ -68,7 +69,7 @@ def unfit(plan: Plan, batch: Batch, implementation: str, target: Target) -> str 
 
 
 def attend(
-    plan: Plan, batch: Batch, implementation: str, target: Target
+    plan: Plan, batch: LayerQueries, implementation: str, target: Target
 ) -> tuple[Float[Array, "B T H D"], Counts]:
     """As `engine.attend`; for plans and shapes that are not `unfit`."""
     of_shape = decode if batch.q.shape[1] == 1 else prefill
@@ -77,4 +78,4 @@ def attend(
     return out.astype(batch.q.dtype), counts
 
 
-__all__ = ["Batch", "attend", "choose", "unfit"]
+__all__ = ["LayerQueries", "attend", "choose", "unfit"]

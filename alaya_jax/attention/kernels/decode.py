@@ -8,9 +8,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
-from alaya_jax.attention.kernels.batch import Batch, abstract, passed_over
-from alaya_jax.attention.partial import Partial, merge, merge_across, share_read
+from alaya_jax.attention.kernels.asking import abstract, passed_over
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.retrieve import retrieve
+from alaya_jax.attention.rows import Held, Rows
+from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
+from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
 from alaya_jax.index.codes import RoundedQuery, deviations, round_query
@@ -27,41 +30,41 @@ from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
 
-def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
     """What `paged_decode` would run."""
     del plan
-    (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
+    (b, _, h, d), n = batch.q.shape, batch.memory.table.pages.shape[1]
     listed = (abstract(b, 1, n), abstract(b, 1), abstract(b))
     q = abstract(b, h, d, dtype=batch.q.dtype)
-    return choose_decode(q, batch.k, batch.v, *listed, target=target)
+    return choose_decode(q, batch.memory.k, batch.memory.v, *listed, target=target)
 
 
-def _by_sketch(plan: Plan, batch: Batch, implementation: str, target: Target) -> bool:
+def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Target) -> bool:
     """Whether `sketch_select` finds the pages."""
     if not (
         isinstance(plan.query, DIPR)
         and plan.index == Sketch(4)
-        and isinstance(batch.index, SketchLayer)
-        and batch.table.start is None
+        and isinstance(batch.memory.index, SketchLayer)
+        and batch.memory.table.start is None
     ):
         return False
     exact = (plan.by, plan.share, plan.tail) == ("key", "head", False)
     if not (exact and plan.query.recovery is None) and (plan.by, plan.share) != ("page", "group"):
         return False
-    (b, _, h, d), n = batch.q.shape, batch.table.pages.shape[1]
+    (b, _, h, d), n = batch.q.shape, batch.memory.table.pages.shape[1]
     numbers = (abstract(b, h, dtype=jnp.float32),) * 3
     query = SketchQuery(
         abstract(b, h, d, dtype=batch.q.dtype), abstract(b, h, d, dtype=jnp.int8), *numbers
     )
     pages = (abstract(b, n), abstract(b), abstract(b))
-    chosen = choose_select(query, _codes(batch.index), *pages, target=target)
+    chosen = choose_select(query, _codes(batch.memory.index), *pages, target=target)
     return passed_over(chosen, implementation) is None
 
 
 class _Reader:
     """`paged_decode` of a batch's queries, over some of the pages."""
 
-    def __init__(self, batch: Batch, end: Int[Array, " B"], options: dict[str, Any]):
+    def __init__(self, batch: LayerQueries, end: Int[Array, " B"], options: dict[str, Any]):
         self.batch, self.end, self.options = batch, end, options
 
     def __call__(
@@ -75,9 +78,9 @@ class _Reader:
 
         return paged_decode(
             batch.q[:, 0],
-            batch.k,
-            batch.v,
-            of_list(batch.table.pages),
+            batch.memory.k,
+            batch.memory.v,
+            of_list(batch.memory.table.pages),
             listed.count,
             self.end if high is None else high,
             starts=of_list(batch.starts),
@@ -91,12 +94,12 @@ def _partial(part: PagedDecode, axis: str | None) -> Partial:
     return merge_across(Partial(part.out, part.lse), axis)
 
 
-def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
     """See `kernels.attend`; `options`: implementation and target of the operations."""
-    query, axis = plan.query, batch.axis
+    query, axis = plan.query, batch.axes.pages
     b, _, heads, _ = batch.q.shape
-    z = batch.k.shape[2]
-    end = jnp.where(batch.count > 0, batch.table.length + 1, 0)
+    z = batch.memory.k.shape[2]
+    end = jnp.where(batch.count > 0, batch.memory.table.length + 1, 0)
     read = _Reader(batch, end, options)
     starts = batch.starts
 
@@ -108,12 +111,12 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
         held = jnp.sum(starts < end[:, None], axis=1, dtype=jnp.int32)[:, None]
         part = paged_decode(
             batch.q[:, 0],
-            batch.k,
-            batch.v,
-            batch.table.pages[:, None],
+            batch.memory.k,
+            batch.memory.v,
+            batch.memory.table.pages[:, None],
             held,
             end,
-            starts=None if batch.table.start is None else starts[:, None],
+            starts=None if batch.memory.table.start is None else starts[:, None],
             **options,
         )
         total = end[:, None, None]
@@ -121,14 +124,14 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
 
     assert isinstance(query, Window | DIPR | TopK | Custom)
     window = query if isinstance(query, Window) else query.window
-    sink_end = jnp.minimum(window.sink, end)
-    recent = jnp.maximum(sink_end, end - window.recent)
+    split = Split.of(window, end)
+    sink_end, recent = split.sink_end, split.recent_start
     inside = (starts < sink_end[:, None]) | (starts + z > recent[:, None])
     inside &= starts < end[:, None]
     near = read(compact(inside[:, None]), gap_low=sink_end, gap_high=recent)
     best = across(lax.pmax, near.best, axis)
     near = _partial(near, axis)
-    in_window = (sink_end + end - recent)[:, None]
+    in_window = split.size[:, None]
     if isinstance(query, Window):
         total = in_window[:, None]
         return near.out[:, None], counts(total, total)
@@ -144,7 +147,7 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
     if extra is not None:
         mass = share_read(merge(*parts).lse, extra.lse + BOUND) if mass is None else mass
         parts.append(extra)
-    group = heads // batch.k.shape[0]
+    group = heads // batch.memory.k.shape[0]
     return merge(*parts).out[:, None], counts(
         attended[:, None],
         end[:, None, None],
@@ -169,9 +172,9 @@ def _scan(
     range which it does not cover: those are read whatever happens.
     """
     batch = read.batch
-    assert isinstance(batch.index, SketchLayer)
+    assert isinstance(batch.memory.index, SketchLayer)
     b, _, heads, _ = batch.q.shape
-    q, kv_heads = batch.q[:, 0], batch.k.shape[0]
+    q, kv_heads = batch.q[:, 0], batch.memory.k.shape[0]
     asked = _asked(batch)
 
     def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
@@ -182,40 +185,40 @@ def _scan(
     known = jnp.minimum(high, batch.covered)
     found = bounds(
         SketchQuery(q, *numbers),
-        _codes(batch.index),
-        batch.table.pages,
+        _codes(batch.memory.index),
+        batch.memory.table.pages,
         low,
         known,
         scale=scale,
         **read.options,
     )
-    n, z = batch.table.pages.shape[1], batch.k.shape[2]
+    n, z = batch.memory.table.pages.shape[1], batch.memory.k.shape[2]
     uncovered = in_range(n, z, jnp.maximum(low, batch.covered), high)
     return found, known, uncovered[:, None]
 
 
-def _asked(batch: Batch) -> RoundedQuery:
+def _asked(batch: LayerQueries) -> RoundedQuery:
     """The queries as a scan takes them, [K, B * G]."""
-    assert isinstance(batch.index, SketchLayer)
+    assert isinstance(batch.memory.index, SketchLayer)
     b, _, _, dim = batch.q.shape
-    kv_heads = batch.k.shape[0]
+    kv_heads = batch.memory.k.shape[0]
     rows = batch.q[:, 0].reshape(b, kv_heads, -1, dim)
     rows = jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
-    return round_query(rows, batch.index.bits, MISS)
+    return round_query(rows, batch.memory.index.bits, MISS)
 
 
 def _errors(
-    batch: Batch, low: Int[Array, " B"], high: Int[Array, " B"]
+    batch: LayerQueries, low: Int[Array, " B"], high: Int[Array, " B"]
 ) -> tuple[tuple[Float[Array, "BK G 1"], ...], tuple[Float[Array, "BK N"], ...]]:
     """How far the worst key in range of each page errs, as `Scan` has it."""
-    assert isinstance(batch.index, SketchLayer)
-    b, n = batch.table.pages.shape
-    kv_heads, _, z, _ = batch.k.shape
+    assert isinstance(batch.memory.index, SketchLayer)
+    b, n = batch.memory.table.pages.shape
+    kv_heads, _, z, _ = batch.memory.k.shape
     position = jnp.arange(n * z).reshape(n, z)
     seen = (position >= low[:, None, None]) & (position < high[:, None, None])
 
     def of_page(pool: Float[Array, "K P Z"]) -> Float[Array, "BK N"]:
-        x = jnp.where(seen, pool[:, batch.table.pages], 0).max(-1)  # [K, B, N]
+        x = jnp.where(seen, pool[:, batch.memory.table.pages], 0).max(-1)  # [K, B, N]
         x = jnp.minimum(x.astype(jnp.float32), FAR)
         return jnp.moveaxis(x, 0, 1).reshape(b * kv_heads, n)
 
@@ -223,7 +226,7 @@ def _errors(
         x = jnp.moveaxis(x.reshape(kv_heads, b, -1), 0, 1)
         return x.reshape(b * kv_heads, -1, 1)
 
-    asked, index = _asked(batch), batch.index
+    asked, index = _asked(batch), batch.memory.index
     of_row = of_head(asked.of_spread), of_head(asked.of_scale)
     return of_row, (of_page(index.spread), of_page(index.scale))
 
@@ -240,7 +243,7 @@ def _through_sketch(
     query = plan.query
     assert isinstance(query, DIPR)
     b, heads = best.shape
-    z, kv_heads = read.batch.k.shape[2], read.batch.k.shape[0]
+    z, kv_heads = read.batch.memory.k.shape[2], read.batch.memory.k.shape[0]
     if query.recovery is not None:
         scale = read.batch.q.shape[-1] ** -0.5
         found, known, uncovered = _scan(read, low, high, scale)
@@ -282,11 +285,11 @@ def _through_sketch(
 
     assert query.beta is not None
     beta = jnp.asarray(query.beta, jnp.float32)
-    if plan.by == "page":
-        listed = reaching(best - beta)
-        return read(listed, low=low, high=high), None, None, listed.count
-    # The best key is in a page whose upper bound reaches the best lower bound.
+    # The best key scores at least what some key surely does, and lies in a page that may reach it.
     surely = jnp.maximum(best, found.best.reshape(b, -1))
+    if plan.by == "page":
+        listed = reaching(surely - beta)
+        return read(listed, low=low, high=high), None, None, listed.count
     top = read(reaching(surely), low=low, high=high).best
     threshold = jnp.maximum(best, top) - beta
     listed = reaching(threshold)
@@ -305,31 +308,29 @@ def _through_mask(
     """What `retrieve` keeps, of each sequence."""
     batch = read.batch
     b, _, heads, dim = batch.q.shape
-    kv_heads, _, z, _ = batch.k.shape
+    kv_heads, _, z, _ = batch.memory.k.shape
     group = heads // kv_heads
     by_group = (kv_heads, group, 1)
 
     def of_sequence(args: Any) -> tuple[Any, ...]:
         q, ids, start, low, high, covered, out, lse, best = args
-        pages = Pages(batch.k, batch.v, ids, start)
-        found = retrieve(
-            plan,
+        memory = batch.memory
+        assert not isinstance(memory.index, tuple)
+        pages = Pages(memory.k, memory.v, ids, start)
+        rows = Rows(
             q.reshape(*by_group, dim),
-            pages,
+            Held(pages, memory.index, covered, batch.axes),
             KeyRange(low[None], high[None]),
-            batch.index,
-            covered,
             Partial(out.reshape(*by_group, dim), lse.reshape(by_group)),
             best.reshape(by_group),
-            batch.axis,
-            batch.head_axis,
         )
-        extra = found.tail(q.reshape(*by_group, dim), batch.index) if plan.tail else None
+        found = retrieve(plan, rows)
+        extra = found.tail(rows) if plan.tail else None
         return found.kept.mask[:, :, 0], found.floor, found.unread, extra
 
+    table, covered = batch.memory.table, batch.covered
     each = (
-        batch.q[:, 0], batch.table.pages, batch.table.start, low, high, batch.covered,
-        near.out, near.lse, best,
+        batch.q[:, 0], table.pages, table.start, low, high, covered, near.out, near.lse, best,
     )  # fmt: skip
     if b == 1:
         done = of_sequence(jax.tree.map(lambda x: x[0], each))
@@ -353,5 +354,5 @@ def _through_mask(
     far = read(listed, low=low, high=high, **keys)
     if extra is not None:
         extra = Partial(extra.out.reshape(b, heads, dim), extra.lse.reshape(b, heads))
-        extra = merge_across(extra, batch.axis)
+        extra = merge_across(extra, batch.axes.pages)
     return far, None if unread is None else unread.reshape(b, heads), extra, listed.count

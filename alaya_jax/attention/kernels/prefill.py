@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array
 
 from alaya_jax.attention.counts import Counts
-from alaya_jax.attention.kernels.batch import Batch
+from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.selection import select_tiles
 from alaya_jax.cache.views import Pages
 from alaya_jax.pallas_kernels.block_sparse_prefill import QUERY_BLOCK, ROWS, block_sparse_prefill
@@ -20,7 +20,7 @@ BLOCK = 128
 """Keys of a tile of a dense prefill."""
 
 
-def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
+def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
     """What `block_sparse_prefill` would run, or why there is nothing to ask it."""
     block = BLOCK
     if isinstance(plan.query, Tiles):
@@ -32,20 +32,20 @@ def choose(plan: Plan, batch: Batch, target: Target) -> Choice | str:
         block = plan.query.kv_block
     elif not isinstance(plan.query, Full):
         return f"a chunk of tokens is answered for Full and Tiles, not {type(plan.query).__name__}"
-    if batch.table.start is not None:
+    if batch.memory.table.start is not None:
         return "pages of a chunk's sequences are spread over devices"
-    if block % batch.k.shape[2]:
-        return f"pages of {batch.k.shape[2]} tokens do not fill a block of {block}"
-    table = batch.table
-    args = (batch.q, batch.k, batch.v, table.pages, table.length, batch.count)
+    if block % batch.memory.k.shape[2]:
+        return f"pages of {batch.memory.k.shape[2]} tokens do not fill a block of {block}"
+    table = batch.memory.table
+    args = (batch.q, batch.memory.k, batch.memory.v, table.pages, table.length, batch.count)
     return choose_prefill(*args, block_kv=block, target=target)
 
 
-def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Counts]:
+def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
     """See `kernels.attend`; `options`: implementation and target of the operation."""
     b, t, heads, _ = batch.q.shape
-    table, count = batch.table, batch.count
-    args = (batch.q, batch.k, batch.v, table.pages, table.length, count)
+    table, count = batch.memory.table, batch.count
+    args = (batch.q, batch.memory.k, batch.memory.v, table.pages, table.length, count)
     offset = jnp.arange(t)
     end = jnp.where(offset < count[:, None], table.length[:, None] + offset + 1, 0)  # [B, T]
     rows = (b, t, heads)
@@ -56,12 +56,12 @@ def attend(plan: Plan, batch: Batch, options: dict[str, Any]) -> tuple[Array, Co
     rule = plan.query
     assert isinstance(rule, Tiles)
     assert rule.kv_block is not None
-    kv_heads = batch.k.shape[0]
+    kv_heads = batch.memory.k.shape[0]
 
     def select(args: Any) -> Any:
         q, ids, positions = args
         q = jnp.moveaxis(q.reshape(t, kv_heads, -1, q.shape[-1]), 0, 2)
-        return select_tiles(q, Pages(batch.k, batch.v, ids), positions, rule)
+        return select_tiles(q, Pages(batch.memory.k, batch.memory.v, ids), positions, rule)
 
     tiles = lax.map(select, (batch.q, table.pages, end - 1))
     done = block_sparse_prefill(

@@ -16,6 +16,7 @@ from alaya_jax import configs
 from alaya_jax.attention import engine, kernels
 from alaya_jax.cache import PageTable
 from alaya_jax.index import Sketch
+from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models import LlamaConfig
 from alaya_jax.pallas_kernels.dispatch import Target, current_target
 from alaya_jax.query import DIPR, Full, TopK
@@ -45,7 +46,8 @@ def _wrong(tests: Any, plan: Plan, tokens: int, target: Target | None) -> str | 
     if plan.by == "page" and plan.index == Sketch():
         case = dataclasses.replace(case, covered=case.table.length // tests.Z * tests.Z)
     index = case.indexes.get(plan.index)
-    batch = kernels.Batch(case.q, case.k, case.v, case.table, case.count, index, case.covered)
+    memory = LayerMemory(case.k, case.v, case.table, index, case.covered)
+    batch = kernels.LayerQueries(case.q, memory, case.count)
     target = target or current_target()
     if (why := kernels.unfit(plan, batch, "mosaic_gpu", target)) is not None:
         return f"no kernel answers it: {why}"
@@ -53,8 +55,7 @@ def _wrong(tests: Any, plan: Plan, tokens: int, target: Target | None) -> str | 
     got = jax.block_until_ready(run(plan, batch))
     plain = dataclasses.replace(plan, implementation="xla")
     with jax.default_matmul_precision("highest"):
-        args = (case.q, case.k, case.v, case.table, case.count, index, case.covered)
-        want = engine.attend(plain, *args)
+        want = engine.attend(plain, case.q, memory, case.count)
     new = np.arange(tokens)[None, :, None] < np.asarray(case.count)[:, None, None]
     try:
         tests.check(got, want, new, 3e-2)
@@ -143,7 +144,7 @@ def _calls(shape: Shape, quick: bool) -> dict[str, Any]:
         ids = jnp.arange(1, pages, dtype=jnp.int32)
         index = jax.jit(lambda layer, k, v: layer.build(k, v, ids, filled))(empty, k, v)
     count = jnp.ones(shape.batch, jnp.int32)
-    arrays = (q, k, v, PageTable(table, length), count, index, covered)
+    arrays = (q, LayerMemory(k, v, PageTable(table, length), index, covered), count)
 
     def call(implementation: str | None, *arrays: Any) -> Any:
         asked = dataclasses.replace(plan, implementation=implementation)
