@@ -2,7 +2,7 @@
 owners.
 
 The one place where the cache pytree changes hands: every compiled program that donates it goes
-through `PagePool.run`. And the one place that knows when a page's contents change: whoever writes
+through `PagePool.lend`. And the one place that knows when a page's contents change: whoever writes
 has reserved the page (`PagePool.reserve`), which gives it a new generation.
 """
 
