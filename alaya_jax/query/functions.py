@@ -98,7 +98,7 @@ def _function(function: types.FunctionType, above: tuple[int, ...]) -> str:
         function.__defaults__,
         function.__kwdefaults__,
         enclosed,
-        about if not function.__module__.startswith(("jax.", "numpy.")) else {},
+        about if not (function.__module__ or "").startswith(("jax.", "numpy.")) else {},
     )
     return f"function {_said(parts, above)}"
 

@@ -226,3 +226,14 @@ def test_generates_explains_and_is_marked(db, rng):
     assert one["phases"]["decode"]["layers"] == other["phases"]["decode"]["layers"]
     with pytest.raises(RequestError, match="Custom"):
         aj.generate(session, [5], attention=aj.Custom)
+
+
+def test_a_function_of_no_module_has_a_name():
+    """As of code that was run by `exec`."""
+    names = {}
+    exec("def every(scores, positions):\n    return scores > limit\nlimit = -1.0", names)
+    assert names["every"].__module__ in (None, "builtins")
+    first = str(aj.Custom(names["every"]))
+    names["limit"] = -2.0
+    assert "every" in first
+    assert str(aj.Custom(names["every"])) != first  # what it refers to is part of it
