@@ -54,9 +54,8 @@ def keep_programs(where: bool | str | os.PathLike[str] | None = None) -> Path | 
     """
     asked = os.environ.get(VARIABLE, "") if where is None or where is True else where
     set_already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if asked is False or (isinstance(asked, str) and asked.lower() in ("off", "0", "false", "no")):
-        return Path(set_already) if set_already else None
-    if set_already is not None:
+    off = asked is False or str(asked).lower() in ("off", "0", "false", "no")
+    if off or set_already is not None:
         return Path(set_already) if set_already else None
     place = Path(asked) if asked else default_directory()
     place.mkdir(parents=True, exist_ok=True)

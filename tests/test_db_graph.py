@@ -265,9 +265,7 @@ def test_long_documents_are_asked_chunk_by_chunk(open_db, rng, monkeypatch):
         monkeypatch.setattr(graphs, "CHUNK", chunk)
         sequence = db.pool.share(context.resident, 70)
         parts = list(
-            graphs._asked(
-                db.model, db._catalogue.stack, db.pool, sequence, document, aj.Graph(queries=0.3)
-            )
+            graphs._asked(db._catalogue.stack, db.pool, sequence, document, aj.Graph(queries=0.3))
         )
         found.append(
             [np.concatenate(x, axis=-3 if x[0].ndim > 1 else 0) for x in zip(*parts, strict=True)]

@@ -26,7 +26,7 @@ from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
 from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.sharding import ShardingRules, laid, spread, whole
+from alaya_jax.sharding import ShardingRules, laid, whole
 
 TRANSFER_WIDTH = 64
 """Pages of the smallest transfer to or from the host, larger ones are this times a power of two."""
@@ -193,37 +193,6 @@ class PagePool:
         while self._returned:
             self._allocator.release(self._returned.popleft())
 
-    def run(
-        self,
-        program: Callable[..., Any],
-        params: Any,
-        *args: Any,
-        kv_result: int | None,
-        **static: Any,
-    ) -> Any:
-        """Runs `program(params, kv, *args)`, which donates the cache and gives it back.
-
-        Args:
-          program: compiled.
-          params: its first argument, passed on as it is.
-          *args: the rest of its arguments.
-          **static: its static arguments.
-          kv_result: where in the result the cache is; None when it is the whole result.
-
-        Returns:
-          the result without the cache.
-        """
-        args = spread(args, self.mesh)
-        with self.lend() as lent:
-            result = program(params, lent.kv, *args, **static)
-            if kv_result is None:
-                lent.kv = result
-                return None
-            lent.kv = result[kv_result]
-            rest = (*result[:kv_result], *result[kv_result + 1 :])
-            lent.result = min(jax.tree.leaves(rest), key=lambda leaf: leaf.size)
-        return rest
-
     @contextlib.contextmanager
     def lend(self) -> Iterator[Lent]:
         """Lends the cache to programs that donate it; who has it puts back what each gives back.
@@ -264,7 +233,8 @@ class PagePool:
             fresh = self._allocate(needed + copied, after)
             if copied:
                 shared = sequence.pages[tail : tail + 1].copy()
-                self.run(_copy_pages, None, shared, fresh[:1], kv_result=None, place=self._place)
+                with self.lend() as lent:
+                    lent.kv = _copy_pages(lent.kv, shared, fresh[:1], place=self._place)
                 sequence.pages[tail], fresh = fresh[0], fresh[1:]
                 self._allocator.release(shared)
             sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
@@ -393,14 +363,12 @@ class PagePool:
 
 @functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))
 def _copy_pages(
-    params: Any,
     kv: PagedKV,
     source: jax.Array,
     target: jax.Array,
     *,
     place: NamedSharding | None,
 ) -> PagedKV:
-    del params
     return laid(cache.copy_pages(kv, source, target), place)
 
 

@@ -268,7 +268,6 @@ class Catalogue:
         sequence = self.lock(context, context.num_tokens)
         try:
             layers = graphs.build_layers(
-                self._model,
                 self.stack,
                 self.pool,
                 sequence,

@@ -30,7 +30,6 @@ CHUNK = 512
 
 
 def build_layers(
-    model: Model,
     stack: Stack,
     pool: PagePool,
     sequence: PagedSequence,
@@ -46,17 +45,17 @@ def build_layers(
     queries, at most `index.queries * n` for each layer and kv head.
 
     Args:
-      model, stack, pool: where the context is, and the model's layers.
+      stack, pool: the model's layers, and where the context is.
       sequence: its pages, in all layers.
       tokens: its ids, int32 [n].
       index: how to build.
       progress: shows bars on stderr when it is a terminal.
     """
-    c, n = model.config, len(tokens)
+    c, n = stack.frame.config, len(tokens)
     kv_heads, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     with progress_bar("asking what the document asks", n, show=progress) as advance:
         asked, at = [], []
-        for queries, positions in _asked(model, stack, pool, sequence, tokens, index):
+        for queries, positions in _asked(stack, pool, sequence, tokens, index):
             asked.append(queries)
             at.append(positions)
             advance(min(CHUNK, n))
@@ -90,7 +89,6 @@ def build_layers(
 
 
 def _asked(
-    model: Model,
     stack: Stack,
     pool: PagePool,
     sequence: PagedSequence,
@@ -98,7 +96,7 @@ def _asked(
     index: Graph,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunk by chunk, queries of evenly chosen tokens [L, m, H, D], and the tokens' positions."""
-    c = model.config
+    c = stack.frame.config
     group = c.num_attention_heads // c.num_key_value_heads
     step = max(1, math.ceil(group / index.queries))  # every head of a group asks
     chain = stack.chain(Plan(Full()), None)
@@ -117,7 +115,7 @@ def _asked(
         with pool.lock:
             asked = list(stack.queries(pool.kv, chain, stack.put(fed), take))
         queries = np.stack([np.asarray(q)[0] for q in asked])
-        yield np.asarray(queries)[:, : len(chosen)], first + chosen
+        yield queries[:, : len(chosen)], first + chosen
 
 
 def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) -> GraphLayer:

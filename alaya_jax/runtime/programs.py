@@ -276,9 +276,7 @@ def layers(
 
     everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
     of_kv = jax.tree.map(lambda _: pool and pool.spec, kv)
-    heads = by_heads(frame)
-    of_passed: Any = Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
-    places = (everywhere, of_kv, of_passed)
+    places = (everywhere, of_kv, _spec_of_passed(frame))
     return _by_the_compiler(run, frame, places, outer, blocks, kv, x, passed, fed, asked)
 
 
@@ -289,6 +287,12 @@ def by_heads(frame: Frame) -> NamedSharding | None:
     heads = frame.rules.axis("kv_heads", frame.mesh)
     spec = PartitionSpec() if heads is None else PartitionSpec(None, None, heads)
     return NamedSharding(frame.mesh, spec)
+
+
+def _spec_of_passed(frame: Frame) -> Any:
+    """Where `Passed` lies between programs."""
+    heads, everywhere = by_heads(frame), PartitionSpec()
+    return Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
 
 
 def _embedded(frame: Frame, outer: Params, x: Array, layer: Array, tokens: Array) -> Array:
@@ -444,7 +448,5 @@ def end(
         return row, Passed(last, layer, laid(nothing, by_heads(frame))), going
 
     everywhere = PartitionSpec()
-    heads = by_heads(frame)
-    of_passed: Any = Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
-    places = (everywhere, of_passed, everywhere)
+    places = (everywhere, _spec_of_passed(frame), everywhere)
     return _by_the_compiler(run, frame, places, outer, passed, going, end_ids, allowed)

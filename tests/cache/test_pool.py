@@ -111,15 +111,15 @@ def test_ctrl_c_waits_until_the_cache_is_back(narrow, ctrl_c):
     narrow.reserve(sequence, 5)
     before = narrow.kv
 
-    def program(params, kv):
+    def program(kv):
         ctrl_c()
         for leaf in jax.tree.leaves(kv):
             leaf.delete()
         return jax.tree.map(lambda x: np.ones(x.shape), type(kv).create(*args))
 
     args = (narrow.config, 65, 16, "float32")
-    with pytest.raises(KeyboardInterrupt):
-        narrow.run(program, None, kv_result=None)
+    with pytest.raises(KeyboardInterrupt), narrow.lend() as lent:
+        lent.kv = program(lent.kv)
     assert before.k[0].is_deleted()
     assert narrow._kv is not before
     assert narrow._kv.k[0][0, 0, 0, 0] == 1
@@ -155,13 +155,13 @@ def test_ctrl_c_while_a_shared_page_is_copied_loses_no_page(db, rng, monkeypatch
     db.import_context(document)
     free = db.pool.free_tokens
     session, rest = db.create_session([*document, 5, 6])
-    run = db.pool.run
+    lend = db.pool.lend
 
-    def interrupted(*args, **options):
+    def interrupted():
         ctrl_c()
-        return run(*args, **options)
+        return lend()
 
-    monkeypatch.setattr(db.pool, "run", interrupted)
+    monkeypatch.setattr(db.pool, "lend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.batch.make_room([2])
     monkeypatch.undo()
@@ -346,11 +346,12 @@ def test_a_process_may_end_while_a_program_runs():
 import contextlib, sys, types
 import jax, jax.numpy as jnp
 from alaya_jax.cache.pool import PagePool
-slow = jax.jit(lambda _, x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
+slow = jax.jit(lambda x: (jax.lax.fori_loop(0, 500, lambda i, x: jnp.sin(x @ x), x), x + 1))
 x = jnp.eye(400)
-pool = types.SimpleNamespace(mesh=None, kv=x, alone=contextlib.nullcontext)
-pool.within_memory, pool.lend = contextlib.nullcontext, lambda: PagePool.lend(pool)
-PagePool.run(pool, slow, None, kv_result=1)
+pool = types.SimpleNamespace(kv=x, alone=contextlib.nullcontext)
+pool.within_memory = contextlib.nullcontext
+with PagePool.lend(pool) as lent:
+    lent.result, lent.kv = slow(lent.kv)
 sys.exit(130)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from alaya_jax.models import LlamaConfig
 
 def same(a, b):
     """Equal sketches. Sums over batches of other shapes may round otherwise, by float16's last."""
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-7), a, b)
+    chex.assert_trees_all_close(a, b, rtol=2e-3, atol=1e-7)
     np.testing.assert_array_equal(a.codes, b.codes)
 
 
