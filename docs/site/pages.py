@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,8 @@ PAGES = {
 """Files at the top of the repository, and what the site calls them."""
 
 
-def on_pre_build(config: Any) -> None:
+@event_priority(100)  # before mkdocstrings, which passes over a folder that is not there yet
+def on_config(config: Any) -> None:
     """The package as an installation has it, where `models/` and its like lie inside."""
     package = ROOT / "build" / "docs" / "alaya_jax"
     shutil.rmtree(package.parent, ignore_errors=True)
