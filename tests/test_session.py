@@ -149,6 +149,21 @@ def test_update_gives_keys_and_values_back(db, tiny_model, rng):
         np.testing.assert_array_equal(stored, kv[0].swapaxes(0, 1))
 
 
+def test_update_and_attention_need_no_layers_of_ours(tiny_model, tmp_path, rng):
+    """A user's own model has its weights; the database's need be none but the embedding."""
+    c = tiny_model.config
+    bare = aj.Model(c, {"embed": tiny_model.params["embed"]}, fingerprint="bare")
+    q = rng.standard_normal((1, 3, c.num_attention_heads, c.head_dim), np.float32)
+    k, v = rng.standard_normal((2, 1, 3, c.num_key_value_heads, c.head_dim), np.float32)
+    outs = []
+    for model in (tiny_model, bare):
+        with aj.DB(tmp_path / model.fingerprint, model, budget=aj.Budget(device="1MiB")) as db:
+            session, _ = db.create_session([5, 6])
+            session.update(q, k, v, 0)
+            outs.append(np.asarray(session.attention(q, 0)))
+    np.testing.assert_array_equal(*outs)
+
+
 def test_update_and_attention_refuse_what_does_not_fit(db, rng):
     session, rest = db.create_session([5, 6, 7])
     k = np.zeros((1, 4, 2, 16), np.float32)

@@ -39,13 +39,22 @@ class Stack:
         """Args: parameters; what is static; most layers of a program, None: about five."""
         self.frame = frame
         self.outer = llama.outer_params(params)
-        layers = range(frame.config.num_hidden_layers)
-        self._blocks = [llama.layer_params(params, i) for i in layers]
-        self._kinds = [_kind(block) for block in self._blocks]
+        self._params = params
         self._per_program = layers_per_program
         self._known: set[Any] = set()
         """What programs were called for so far: for another, one is compiled."""
         self._device = _device_of(params)
+
+    @functools.cached_property
+    def _blocks(self) -> list[Params]:
+        """Parameters of each layer; a session that only `update`s and asks needs none."""
+        layers = range(self.frame.config.num_hidden_layers)
+        return [llama.layer_params(self._params, i) for i in layers]
+
+    @functools.cached_property
+    def _kinds(self) -> list[Any]:
+        """What makes each layer's program, beside how it attends."""
+        return [_kind(block) for block in self._blocks]
 
     @functools.cached_property
     def dtype(self) -> Any:
