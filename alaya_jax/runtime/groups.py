@@ -5,8 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 SIZES = range(1, 7)
-"""Layers of a group. Compiling costs by layer, and a call of a program a little: about 8% of a
-decode step on two cores with groups of one layer, 3% or less with five."""
+"""Layers of a group. Compiling costs by layer, and each call of a program a little of a step."""
 
 
 class Group(NamedTuple):
