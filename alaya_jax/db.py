@@ -8,7 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -27,7 +27,7 @@ from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
-from alaya_jax.storage import DirectoryStore
+from alaya_jax.storage import PoolStore, StoreStats
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
@@ -45,10 +45,13 @@ class DB:
       budget: memory for pages.
       namespace: contexts are found only in their own namespace.
       page_size: Z, tokens a page.
-      read_only: contexts can be read but not stored; several processes may then open the path.
+      read_only: contexts can be read but not stored.
+
+    Several processes may open the path; who stores a context waits for its turn, and all see it
+    then.
 
     Raises:
-      DatabaseError: the path cannot be used, or another process has it open.
+      DatabaseError: the path cannot be used.
       RequestError: the budget holds no page, or is more memory than there is.
     """
 
@@ -72,7 +75,7 @@ class DB:
         if not isinstance(page_size, int | np.integer) or page_size < 1:
             raise RequestError(f"DB(page_size={page_size}): must be a count of tokens, at least 1")
         num_pages = self.budget.pages(model, page_size)
-        store = DirectoryStore(path, read_only=read_only)
+        store = PoolStore(path, read_only=read_only)
         self._catalogue = Catalogue(
             store,
             model,
@@ -264,7 +267,11 @@ class DB:
                 "known; prefill something first, or pass tokens="
             )
         layers = range(self.model.config.num_hidden_layers)
-        kv = (session.pool.read(sequence, layer) for layer in layers)
+
+
+        def kv(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            return (session.pool.read(sequence, layer, start) for layer in layers)
+
         origin = session.origins[0].upto(len(ids))
         context = self._catalogue.insert(ids, kv, title=title, origin=origin)
         if session.pool is self.pool:
@@ -307,13 +314,19 @@ class DB:
         """Deletes a stored context; sessions that read it go on.
 
         Raises:
-          ContextError: it is not there.
+          ContextError: it is not there, or pinned.
         """
         self._catalogue.remove(self._catalogue.id_of(context, "remove"))
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
+
+    def stats(self) -> StoreStats:
+        """What the database holds on disk, of all models and namespaces: contexts, bytes, and how
+        many of them are shared.
+        """
+        return self._catalogue.store.stats()
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""

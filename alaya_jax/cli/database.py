@@ -14,7 +14,7 @@ from alaya_jax.errors import ContextError
 from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
-    from alaya_jax.storage import ContextRecord, DirectoryStore
+    from alaya_jax.storage import ContextRecord, PoolStore
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -148,7 +148,7 @@ for verb in (ls, check, index, rm):
     commands.command(help=help_text(verb))(verb)
 
 
-def describe(store: "DirectoryStore") -> dict[str, Any]:
+def describe(store: "PoolStore") -> dict[str, Any]:
     """What a database holds, as plain data."""
     from alaya_jax.storage import sampled
 
@@ -200,9 +200,9 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
+def _open(db: Path | None, *, read_only: bool) -> "PoolStore":
     from alaya_jax.errors import DatabaseError
-    from alaya_jax.storage import DirectoryStore
+    from alaya_jax.storage import PoolStore
 
     path = options.database_path(db)
     if not (path / "alaya_db.json").exists():
@@ -210,10 +210,10 @@ def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
             "`alaya ask` makes it when it reads the first document" if db is None else "check --db"
         )
         raise DatabaseError(f"there is no database at {path}; {hint}")
-    return DirectoryStore(path, read_only=read_only)
+    return PoolStore(path, read_only=read_only)
 
 
-def _find(store: "DirectoryStore", ids: Sequence[str]) -> "list[ContextRecord]":
+def _find(store: "PoolStore", ids: Sequence[str]) -> "list[ContextRecord]":
     """The contexts meant by ids or their beginnings, each once; all or none."""
     found = {}
     for id in ids:

@@ -15,7 +15,7 @@ import pytest
 from alaya_jax.cli import runtime
 from alaya_jax.db import DB
 from alaya_jax.models import chat
-from alaya_jax.storage import ContextHeader, DirectoryStore
+from alaya_jax.storage import ContextHeader, PoolStore
 
 DOCUMENT = "We the People of the United States:\n\n" + "The Senate shall meet on Monday. " * 12
 
@@ -185,7 +185,7 @@ def test_inspect_and_look_after_a_database(ask, alaya, tmp_path):
 def test_contexts_under_a_fingerprint_of_samples_are_named(alaya, tmp_path):
     """An earlier version stored one; a fingerprint of all bytes, or one that was given, is none."""
     kv = np.zeros((1, 3, 4), np.float32)
-    with DirectoryStore(tmp_path / "db") as store:
+    with PoolStore(tmp_path / "db") as store:
         for print in ("0f" * 32, "0f" * 32 + "-int8", "v2-" + "0" * 61, "tiny"):
             shape = {"dtype": "float32", "num_layers": 1, "num_kv_heads": 1, "head_dim": 4}
             header = ContextHeader(fingerprint=print, page_size=16, **shape)
@@ -238,7 +238,7 @@ def test_a_damaged_context_is_refused_and_can_be_replaced(ask, alaya, tmp_path):
 
 
 def test_a_database_in_use_is_refused_in_another_process(tmp_path):
-    with DirectoryStore(tmp_path / "db"):
+    with PoolStore(tmp_path / "db"):
         out, err = (done := process("db", "ls", "--db", tmp_path / "db")).communicate(timeout=60)
     assert done.returncode == 1
     assert out == ""
@@ -248,7 +248,7 @@ def test_a_database_in_use_is_refused_in_another_process(tmp_path):
 
 def test_ask_reads_beside_other_readers(ask, tmp_path):
     ask("When?")
-    with DirectoryStore(tmp_path / "db", read_only=True):
+    with PoolStore(tmp_path / "db", read_only=True):
         assert not json.loads(ask("--json", "Who?").stdout)["context"]["imported"]
 
 
@@ -347,7 +347,7 @@ def test_ls_says_what_is_not_exact(alaya, tmp_path):
         page_size=16,
         origin=((7, plan),),
     )
-    with DirectoryStore(tmp_path / "db") as store:
+    with PoolStore(tmp_path / "db") as store:
         store.write(header, np.arange(9), [np.zeros((2, 1, 9, 2), np.float32)])
     shown = alaya("db", "ls", "--db", tmp_path / "db").stdout
     assert "not exact: from token 7 on by DIPR(beta=50.0," in shown
@@ -389,7 +389,7 @@ def test_a_document_keeps_its_date_unless_another_is_asked_for(
 
 
 def test_ask_waits_for_another_command_to_leave_the_database(ask, tmp_path, monkeypatch):
-    holder = DirectoryStore(tmp_path / "db")
+    holder = PoolStore(tmp_path / "db")
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "PATIENCE", 0.3)
         said = ask("Who?", code=1).stderr
