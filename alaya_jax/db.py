@@ -268,7 +268,6 @@ class DB:
             )
         layers = range(self.model.config.num_hidden_layers)
 
-
         def kv(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             return (session.pool.read(sequence, layer, start) for layer in layers)
 

@@ -128,8 +128,11 @@ class Catalogue:
         with self.pool.lock:
             self._look()
             context = self._contexts.get(self._header("", EXACT).context_id(tokens))
-            same = context is not None and context.num_tokens == len(tokens)
-            return context if same and context.shared(tokens) == len(tokens) else None
+            if context is None or context.num_tokens != len(tokens):
+                return None
+            # Tokens are compared too: a name is a digest.
+            same = context.problem is not None or context.shared(tokens) == len(tokens)
+            return context if same else None
 
     def match(self, tokens: np.ndarray, *, exact: bool = True) -> tuple[Context | None, int]:
         """The context that shares most tokens, and how many; the last token of a prompt is always
@@ -331,9 +334,7 @@ class Catalogue:
         """Drops the context that was used longest ago; False where none is in memory but pinned
         ones.
         """
-        resident = [
-            c for c in self._contexts.values() if c.resident is not None and not c.pinned
-        ]
+        resident = [c for c in self._contexts.values() if c.resident is not None and not c.pinned]
         if not resident:
             return False
         self.drop(min(resident, key=lambda c: c.used))
@@ -423,6 +424,7 @@ def finite(kv: Iterable[Any]) -> Source:
                         f"import_context(kv=...): the {name} of layer {layer} are not finite, first"
                         f" at [{at}] of [K, n, D]; give finite numbers, or leave kv out"
                     )
-            yield tuple(x[:, start:] if x.ndim == 3 else x for x in map(np.asarray, (k, v)))
+            k, v = (x[:, start:] if x.ndim == 3 else x for x in map(np.asarray, (k, v)))
+            yield k, v
 
     return source

@@ -41,12 +41,8 @@ NAME = "catalogue.sqlite"
 
 _MARK = 0x616C6179  # PRAGMA application_id: "alay"
 _VERSION = 2
-_TABLES: dict[str, Any] = {
-    "contexts": Entry,
-    "segments": Layout,
-    "indexes": IndexEntry,
-    "damage": Damage,
-}
+_OTHERS = {"segments": Layout, "indexes": IndexEntry, "damage": Damage}
+_TABLES = ("contexts", *_OTHERS)
 _SCHEMA = {
     **{
         name: f"CREATE TABLE {name} "
@@ -128,7 +124,7 @@ class Change:
         """Writes a row; without a key, a new one."""
         if key is None:
             (last,) = self._connection.execute(f"SELECT max(key) FROM {table}").fetchone()
-            key = 1 + (last or 0)
+            key = 1 + int(last or 0)
         data = facts(said)
         values = key, data, checksum(table, key, data)
         self._connection.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", values)
@@ -289,13 +285,14 @@ class CatalogueFile:
             raise self._unusable("rows are missing, or are there that were not written")
         found: dict[str, dict[int, Any]] = {name: {} for name in _TABLES}
         unreadable, problems = {}, []
-        for name, kind in _TABLES.items():
+        for name in _TABLES:
             for key, *stored in connection.execute(f"SELECT * FROM {name}"):
                 try:
                     said = _checked(name, key, *stored)
-                    found[name][key] = entry(key, said) if kind is Entry else row(kind, said)
+                    kind = _OTHERS.get(name)
+                    found[name][key] = row(kind, said) if kind else entry(key, said)
                 except BadRow as error:
-                    if kind is Entry:
+                    if name == "contexts":
                         unreadable[key] = str(error)
                     else:
                         problems.append(f"{self.path}: row {key} of {name} is damaged ({error})")

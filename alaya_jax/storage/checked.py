@@ -27,10 +27,14 @@ _MAPPED = 1 << 20
 class CheckedDirectory:
     """Reads such a directory; what is wrong with it is raised, in the words of the subclass."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, verified: set[str] | None = None):
+        """Args:
+        directory: which.
+        verified: names of files of it that this process has verified; added to.
+        """
         self.directory = directory
         self._files: dict[str, list[int]] = {}  # name -> [size, CRC-32], from meta.json
-        self._verified: set[str] = set()
+        self._verified = set() if verified is None else verified
 
     def _damaged(self, what: str) -> ContextError:
         """Whose directory this is, what is wrong with it, and the way out."""
@@ -83,15 +87,18 @@ class CheckedDirectory:
 
     def _read_array(self, name: str, *, mapped: bool = False) -> np.ndarray:
         """An array, verified; a large one may be mapped, and was verified once."""
+        mapped = mapped and self._files[name][0] >= _MAPPED
+        data = b""
         if not (mapped and name in self._verified):
             data = self._read_bytes(name)
             if [len(data), zlib.crc32(data)] != self._files[name]:
+                self._verified.discard(name)
                 raise self._damaged(f"{name} does not match its checksum")
             self._verified.add(name)
         try:
-            if mapped and self._files[name][0] >= _MAPPED:
+            if mapped:
                 return np.load(self.directory / name, mmap_mode="r")
-            return np.load(io.BytesIO(self._read_bytes(name)))
+            return np.load(io.BytesIO(data))
         except (OSError, ValueError) as error:
             raise self._damaged(f"{name} is no array ({error})") from error
 

@@ -1,4 +1,4 @@
-"""What nobody holds any more: pages, segments, indexes, leases. All of it under the writers' lock."""
+"""What nobody holds any more: pages, segments, indexes, leases. Done under the writers' lock."""
 
 import contextlib
 import shutil

@@ -31,10 +31,18 @@ class StoredIndex(CheckedDirectory):
       kind: what it must be.
       owner: "context <id> in <database>", for errors.
       meta: checksum of its meta.json, where that is known.
+      verified: see `CheckedDirectory`.
     """
 
-    def __init__(self, directory: Path, kind: str, owner: str, meta: int | None = None):
-        super().__init__(directory)
+    def __init__(
+        self,
+        directory: Path,
+        kind: str,
+        owner: str,
+        meta: int | None = None,
+        verified: set[str] | None = None,
+    ):
+        super().__init__(directory, verified)
         self._owner = owner
         self.record = IndexRecord(kind=kind, settings={}, nbytes=0)
         try:

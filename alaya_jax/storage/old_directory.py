@@ -1,33 +1,32 @@
-"""The files of one stored context, in a directory named by its id.
+"""Databases of earlier versions, as `migrate` reads them: a directory a context, `contexts/<id>/`.
 
-    meta.json      version, header, size and CRC-32 of the two files below, and a CRC-32 of itself
-    tokens.npy     i32 [n]
-    checksums.npy  CRC-32 of every block of 256 tokens, u32 [L, 2, blocks]: keys 0, values 1
-    layer_<l>.kv   keys, then values, each [n, K, D], little-endian
-
-Tokens come before heads in a layer file, so that a range of tokens is one run of bytes to map, to
-verify and to read.
+meta.json      version, header, size and CRC-32 of the two files below, and a CRC-32 of itself
+tokens.npy     i32 [n]
+checksums.npy  CRC-32 of every block of 256 tokens, u32 [L, 2, blocks]: keys 0, values 1
+layer_<l>.kv   keys, then values, each [n, K, D], little-endian
+index_<kind>/  see `index_files`
 """
 
 import dataclasses
 import functools
-import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alaya_jax.errors import ContextError, RequestError
-from alaya_jax.storage.checked import CheckedDirectory, flush, write_array, write_meta
+from alaya_jax.storage.checked import CheckedDirectory
+from alaya_jax.storage.index_files import StoredIndex
 from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord
 
 BLOCK = 256  # tokens under one checksum
 VERSION = 2  # 1 did not say whether keys and values are exact
+_INDEX = "index_"
 
 
-class StoredContext(CheckedDirectory):
+class OldContext(CheckedDirectory):
     """Reads a context's directory. A damaged one has `record.problem` set, and raises when used."""
 
     def __init__(self, directory: Path):
@@ -65,23 +64,13 @@ class StoredContext(CheckedDirectory):
         kv = data.view(DTYPES[header.dtype]).reshape(shape)[:, start:stop]
         return kv[0].transpose(1, 0, 2), kv[1].transpose(1, 0, 2)
 
-    def check(self) -> list[str]:
-        """Every problem found by reading all bytes."""
-        try:
-            header = self._usable()
-            self.tokens()
-            self._checksums  # noqa: B018 - read for its check
-        except ContextError as error:
-            return [str(error)]
-        problems = []
-        for layer in range(header.num_layers):
-            try:
-                data = self._map(layer)
-                found = self._bad_blocks(layer, data, 0, self.record.num_tokens)
-                problems += [str(self._damaged(problem)) for problem in found]
-            except ContextError as error:
-                problems.append(str(error))
-        return problems
+    def indexes(self) -> dict[str, StoredIndex]:
+        """Its indexes, by kind; damaged ones too."""
+        found = {}
+        for directory in sorted(self.directory.glob(f"{_INDEX}*")):
+            kind = directory.name.removeprefix(_INDEX)
+            found[kind] = StoredIndex(directory, kind, f"context {self.directory.name}")
+        return found
 
     def _damaged(self, what: str) -> ContextError:
         database = self.directory.parent.parent
@@ -137,72 +126,6 @@ def _record_of(meta: dict[str, Any]) -> ContextRecord:
         num_tokens=meta["num_tokens"],
         created=meta["created"],
     )
-
-
-def write_context(
-    directory: Path,
-    record: ContextRecord,
-    tokens: np.ndarray,
-    kv: Iterable[tuple[Any, Any]],
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Writes all files of a context into an empty directory, and flushes them to disk."""
-    header = record.header
-    assert header is not None
-    checksums, layers = [], iter(kv)
-    for layer in range(header.num_layers):
-        pair = next(layers, None)
-        if pair is None:
-            raise RequestError(
-                f"kv ended after {layer} layers; the header says {header.num_layers}"
-            )
-        try:
-            k, v = pair
-        except (TypeError, ValueError) as error:
-            raise RequestError(f"kv of layer {layer} is no pair of keys and values") from error
-        halves = (_checked(k, "k", layer, record), _checked(v, "v", layer, record))
-        with (directory / _layer_name(layer)).open("xb") as file:
-            checksums.append([_write_half(file, half) for half in halves])
-            flush(file)
-        if progress is not None:
-            progress(layer + 1, header.num_layers)
-    if next(layers, None) is not None:
-        raise RequestError(f"kv goes on after the {header.num_layers} layers of the header")
-    files = {
-        "tokens.npy": write_array(directory / "tokens.npy", tokens.astype("<i4")),
-        "checksums.npy": write_array(directory / "checksums.npy", np.array(checksums, "<u4")),
-    }
-    meta = {
-        "version": VERSION,
-        "id": record.id,
-        "header": dataclasses.asdict(header),
-        "num_tokens": record.num_tokens,
-        "created": record.created,
-        "files": files,
-    }
-    write_meta(directory, meta)
-
-
-def _checked(half: Any, name: str, layer: int, record: ContextRecord) -> np.ndarray:
-    header, array = record.header, np.asarray(half)
-    assert header is not None
-    want = (header.num_kv_heads, record.num_tokens, header.head_dim)
-    if array.shape != want or array.dtype != DTYPES[header.dtype]:
-        raise RequestError(
-            f"{name} of layer {layer} is {array.dtype} {list(array.shape)}; the header and the "
-            f"tokens say {header.dtype} {list(want)} [K, n, D]"
-        )
-    return array
-
-
-def _write_half(file: io.BufferedWriter, array: np.ndarray) -> list[int]:
-    checksums = []
-    for first in range(0, array.shape[1], BLOCK):
-        rows = np.ascontiguousarray(array[:, first : first + BLOCK].transpose(1, 0, 2))
-        data = rows.view(np.uint8)  # bfloat16 has no buffer of its own
-        checksums.append(zlib.crc32(data))
-        file.write(data)
-    return checksums
 
 
 def _layer_name(layer: int) -> str:

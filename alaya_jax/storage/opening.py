@@ -28,7 +28,8 @@ def prepare(path: Path, *, read_only: bool) -> None:
             f"there is no database at {path}; open it without read_only=True to make one"
         )
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         make_directory(path)
     if not mark.exists():
         if not _is_unfinished(path):

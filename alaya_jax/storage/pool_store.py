@@ -70,9 +70,9 @@ class PoolStore:
         self.read_only = read_only
         self._closed = False
         self._segments: dict[int, Segment] = {}
-        self._indexes: dict[str, StoredIndex] = {}
+        self._verified: dict[str, set[str]] = {}  # of indexes, by their directories
         try:
-            prepare(self.path, read_only=read_only)
+            self._prepare()
             self._catalogue = CatalogueFile(self.path, read_only=read_only)
         except OSError as error:
             right = "read" if read_only else "written"
@@ -90,6 +90,9 @@ class PoolStore:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._catalogue.snapshot().there)} contexts"
         return f"PoolStore({str(self.path)!r}, {state})"
+
+    def _prepare(self) -> None:
+        prepare(self.path, read_only=self.read_only)
 
     def close(self) -> None:
         """Lets go of the database; closing twice is allowed."""
@@ -265,7 +268,7 @@ class PoolStore:
             ) from error
         finally:
             for gone in old:
-                self._indexes.pop(gone, None)
+                self._verified.pop(gone, None)
                 shutil.rmtree(self.path / "indexes" / gone, ignore_errors=True)
 
     def write(
@@ -321,6 +324,11 @@ class PoolStore:
         """See `ContextStore.pin`."""
         self._usable(writing=True)
         self._alter(self._entry(id)[1], pinned=pinned)
+
+    def remember(self, id: str, *, created: float) -> None:
+        """Sets when a context was first stored, for one that comes from elsewhere."""
+        self._usable(writing=True)
+        self._alter(self._entry(id)[1], created=created)
 
     def gc(self) -> Collected:
         """See `ContextStore.gc`."""
@@ -455,11 +463,13 @@ class PoolStore:
         found = {}
         for row in snapshot.indexes.values():
             if row.serial == entry.serial:
-                if row.name not in self._indexes:
-                    directory = self.path / "indexes" / row.name
-                    owner = f"context {id} in {self.path}"
-                    self._indexes[row.name] = StoredIndex(directory, row.kind, owner, row.meta)
-                found[row.kind] = self._indexes[row.name]
+                found[row.kind] = StoredIndex(
+                    self.path / "indexes" / row.name,
+                    row.kind,
+                    f"context {id} in {self.path}",
+                    row.meta,
+                    self._verified.setdefault(row.name, set()),
+                )
         return found
 
     def _lease(self, entry: Entry) -> Lease:
@@ -521,9 +531,9 @@ class PoolStore:
                 segment=entry.segment, slot=int(pages.slots[i]), birth=int(pages.births[i])
             )
             if not self.read_only and damage not in self._snapshot().damage.values():
-                with contextlib.suppress(DatabaseError):  # the error to come says it
-                    with self._catalogue.changing() as change:
-                        change.put("damage", None, damage)
+                # If it cannot be noted, the error to come still says it.
+                with contextlib.suppress(DatabaseError), self._catalogue.changing() as change:
+                    change.put("damage", None, damage)
         i, kind = min(wrong)
         size = entry.header.page_size
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""

@@ -246,7 +246,7 @@ def entry(key: int, said: bytes) -> Entry:
         raise BadRow(str(error)) from error
 
 
-def row[T: (Layout, IndexEntry, Damage)](kind: type[T], said: bytes) -> T:
+def row[T: Layout | IndexEntry | Damage](kind: type[T], said: bytes) -> T:
     """Any other row. Raises BadRow."""
     try:
         return kind(**_plain(said))
