@@ -47,14 +47,15 @@ class Sharing:
         try:
             while True:
                 _, here = self._catalogue.match(tokens, exact=exact)
-                if here == len(tokens) - 1 and self._catalogue.of_tokens(tokens) is not None:
+                if here == len(tokens) - 1:
                     return
                 header, without = self._catalogue.header, self._damaged
                 moved, there = self._remote.match(header, tokens, exact=exact, without=without)
                 if moved is None or min(there, len(tokens) - 1) <= here:
                     return
                 try:
-                    return self._take(moved, there)
+                    self._take(moved, there)
+                    return
                 except ContextError as error:
                     self._damaged.add(moved.id)
                     self._warn(f"context {moved.id} was left out: {error}")

@@ -1,7 +1,7 @@
 """Requests on their way, and how many at a time."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,9 @@ three times that: a chunk's numbers, its object, and tensorstore's copy.
 
 MOST = 16
 """Requests at a time."""
+
+Advance = Callable[[int], object]
+"""Is told of bytes that are done with."""
 
 
 def window(nbytes: int) -> int:

@@ -62,6 +62,14 @@ class ObjectStore(Protocol):
         ...
 
 
+def damaged(place: ObjectStore, key: str, what: str) -> str:
+    """What is wrong with an object, and the way out."""
+    return (
+        f"{place.where}: {key}: {what}; push its context again from a database that has it "
+        f"(alaya db push --repair {place.where} ID)"
+    )
+
+
 class SharedStore:
     """An `ObjectStore` behind a URL, through tensorstore.
 

@@ -61,6 +61,11 @@ def chunk_stops(num_tokens: int) -> list[int]:
     return [min(first + CHUNK, num_tokens) for first in range(0, num_tokens, CHUNK)]
 
 
+def chunk_key(name: str) -> str:
+    """Where the chunk of a name is."""
+    return f"chunks/{name[:2]}/{name}"
+
+
 def chunk_names(header: ContextHeader, tokens: np.ndarray) -> list[str]:
     """The names of a context's chunks; equal as far as its tokens and their origin are.
 
@@ -190,6 +195,15 @@ class MovedContext:
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return self.of_prefix(self.num_tokens).nbytes
+
+    def spans(self) -> list[slice]:
+        """The tokens of each chunk."""
+        stops = chunk_stops(self.num_tokens)
+        return [slice(i * CHUNK, stop) for i, stop in enumerate(stops)]
+
+    def span_nbytes(self, span: slice) -> int:
+        """Bytes of the keys and values of some tokens."""
+        return self.of_prefix(span.stop).nbytes - self.of_prefix(span.start).nbytes
 
     def of_prefix(self, length: int) -> ContextRecord:
         """What a database would say of its first tokens."""

@@ -10,25 +10,20 @@ found by the next one, and by nobody else. A pull reads the chunks that no local
 compares checksums and tokens, and stores nothing unless all is well.
 """
 
-import contextlib
 import dataclasses
-import mmap
-import os
-import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
 
-from alaya_jax.errors import ContextError, DatabaseError, RemoteError, RequestError
+from alaya_jax.errors import ContextError, RemoteError, RequestError
 from alaya_jax.storage import moved_indexes, objects, sampled
-from alaya_jax.storage.in_flight import MOST, ahead, window, workers
+from alaya_jax.storage.in_flight import MOST, Advance, ahead, workers
 from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord, ContextStore
-from alaya_jax.storage.object_store import ObjectStore
+from alaya_jax.storage.object_store import ObjectStore, damaged
 from alaya_jax.storage.objects import CHUNK, MovedContext
-
-Advance = Callable[[int], object]
-"""Is told of bytes that are done with."""
+from alaya_jax.storage.pull import gathered, local_prefix, pull_chunks
+from alaya_jax.storage.push import push_chunks
 
 _MARK = "alaya_remote.json"
 _MARK_TEXT = b'{"format": "alaya_jax contexts", "version": 1}\n'
@@ -177,7 +172,7 @@ class RemoteContexts:
         if whole and not repair:
             advance(moved.nbytes)
         else:
-            chunks, nbytes = self._push_chunks(store, moved, tokens, repair, advance)
+            chunks, nbytes = push_chunks(self._objects, store, moved, tokens, repair, advance)
             if there is None:
                 self._objects.put(key, sealed)
             elif not whole:
@@ -197,9 +192,9 @@ class RemoteContexts:
     ) -> Pulled:
         """Takes a context, or its first tokens, into a database, all of it or nothing.
 
-        A context that is there is kept, unless it is known to be damaged. What another one there shares is not read again. Chunks are
-        gathered in a file without a name beside the database, so that memory does not grow with
-        the context.
+        A context that is there is kept, unless it is known to be damaged. What another one there
+        shares is not read again. Chunks are gathered in a file without a name beside the database,
+        so that memory does not grow with the context.
 
         Args:
           store: the database.
@@ -222,17 +217,18 @@ class RemoteContexts:
         if here is not None and here.problem is None and not anew:
             advance(moved.nbytes)
             return Pulled(here, 0, 0)
-        near, start = self._local_prefix(store, moved, n, here)
+        near, start = local_prefix(self._objects, store, moved, n, here)
         advance(moved.of_prefix(start).nbytes)
         tokens = np.zeros(n, np.int32)
         if near is not None:
             tokens[:start] = store.tokens(near)[:start]
         shape = (header.num_layers, 2, header.num_kv_heads, n - start, header.head_dim)
         dtype = DTYPES[header.dtype]
-        with _gathered(store, shape, dtype) as numbers:
-            read = self._pull_chunks(moved, tokens, start, numbers, advance)
+        with gathered(store, shape, dtype) as numbers:
+            read = pull_chunks(self._objects, moved, tokens, start, numbers, advance)
             if (id := header.context_id(tokens)) != moved.id and n == moved.num_tokens:
-                raise ContextError(self._told(_record_key(moved), f"its tokens are those of {id}"))
+                what = f"its tokens are those of {id}"
+                raise ContextError(damaged(self._objects, _record_key(moved), what))
 
             def kv() -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 for layer in range(header.num_layers):
@@ -277,15 +273,8 @@ class RemoteContexts:
             if _record_key(moved) != key:
                 raise ContextError("it is of another model, namespace or context")
         except ContextError as error:
-            return ContextError(self._told(key, str(error)))
+            return ContextError(damaged(self._objects, key, str(error)))
         return self._records.setdefault(key, moved)
-
-    def _told(self, key: str, what: str) -> str:
-        """What is wrong with an object, and the way out."""
-        return (
-            f"{self.where}: {key}: {what}; push its context again from a database that has it "
-            f"(alaya db push --repair {self.where} ID)"
-        )
 
     def _mark(self) -> None:
         if not self._marked_or_empty():
@@ -304,134 +293,6 @@ class RemoteContexts:
                 )
             self._marked = True
         return True
-
-    def _push_chunks(
-        self,
-        store: ContextStore,
-        moved: MovedContext,
-        tokens: np.ndarray,
-        repair: bool,
-        advance: Advance,
-    ) -> tuple[int, int]:
-        """Writes the chunks that are not there; how many, and their bytes."""
-        header = moved.header
-        spans = [_span(i, moved.num_tokens) for i in range(len(moved.chunks))]
-
-        def look(i: int) -> bytes | None:
-            """None where the chunk is there, and the version to replace (b"" for none) else."""
-            span = spans[i]
-            want = objects.chunk_heading(header, span.start, tokens[span])
-            key = _chunk_key(moved.chunks[i])
-            if not repair:
-                begins = self._objects.begins(key, len(want))
-                if begins is None or begins == want:
-                    return b"" if begins is None else None
-            there = self._objects.read(key)
-            if there is None:
-                return b""
-            if objects.is_whole_chunk(there.data):
-                if there.data.startswith(want):
-                    return None
-                raise ContextError(
-                    f"{self.where}: {key} holds other tokens, or the keys of another model, than "
-                    f"context {moved.id} has under that name; push to another place"
-                )
-            return there.version
-
-        def put(i: int, version: bytes, numbers: np.ndarray) -> int:
-            span = spans[i]
-            data = objects.write_chunk(header, span.start, tokens[span], numbers)
-            key = _chunk_key(moved.chunks[i])
-            if version:
-                self._objects.replace(key, data, version)
-            else:
-                self._objects.put(key, data)  # False: another push was faster
-            return len(data)
-
-        written = nbytes = 0
-        with workers() as pool:
-            missing = []
-            looked = ahead(pool, ((look, i) for i in range(len(spans))), MOST)
-            for i, version in enumerate(looked):
-                if version is None:
-                    advance(_nbytes(moved, spans[i]))
-                else:
-                    missing.append((i, version))
-            jobs = ((put, i, v, _read_chunk(store, moved, spans[i])) for i, v in missing)
-            for (i, _), count in zip(missing, ahead(pool, jobs, _window(header)), strict=True):
-                written, nbytes = written + 1, nbytes + count
-                advance(_nbytes(moved, spans[i]))
-        return written, nbytes
-
-    def _pull_chunks(
-        self,
-        moved: MovedContext,
-        tokens: np.ndarray,
-        start: int,
-        numbers: np.ndarray,
-        advance: Advance,
-    ) -> list[int]:
-        """Fills in tokens [n] and numbers [L, 2, K, n - start, D] from `start` on; bytes read."""
-        header = moved.header
-        first, last = start // CHUNK, -(-len(tokens) // CHUNK)
-
-        def get(i: int) -> tuple[np.ndarray, np.ndarray, int]:
-            span, key = _span(i, moved.num_tokens), _chunk_key(moved.chunks[i])
-            found = self._objects.read(key)
-            if found is None:
-                raise ContextError(self._told(key, f"it is gone, and context {moved.id} needs it"))
-            parent = moved.chunks[i - 1] if i else ""
-            try:
-                ids, kv = objects.read_chunk(found.data, header, span.start, span.stop - span.start)
-                if objects.chunk_name(header, parent, span.start, ids) != moved.chunks[i]:
-                    raise ContextError("its tokens are not those of its name")
-            except ContextError as error:
-                raise ContextError(self._told(key, str(error))) from error
-            return ids, kv, len(found.data)
-
-        read = []
-        with workers() as pool:
-            got = ahead(pool, ((get, i) for i in range(first, last)), _window(header))
-            for i, (ids, kv, nbytes) in zip(range(first, last), got, strict=True):
-                span = _span(i, moved.num_tokens)
-                tokens[span] = ids
-                numbers[..., span.start - start : span.stop - start, :] = kv
-                read.append(nbytes)
-                advance(_nbytes(moved, span))
-        return read
-
-    def _local_prefix(
-        self, store: ContextStore, moved: MovedContext, n: int, damaged: ContextRecord | None
-    ) -> tuple[str | None, int]:
-        """The local context that shares most chunks of the first n tokens, and their tokens.
-
-        Its tokens are compared with those in the chunks, not the names alone.
-        """
-        best, most = None, 0
-        for record in store.list(moved.header.namespace):
-            header = record.header
-            if header is None or sampled.named(record).problem is not None or record == damaged:
-                continue
-            if objects.group(header) != objects.group(moved.header):
-                continue
-            tokens = store.tokens(record.id)
-            names = objects.chunk_names(header, tokens)
-            shared = min(objects.shared_chunks(names, moved.chunks), -(-n // CHUNK))
-            if shared > most and (same := self._compared(moved, tokens, shared)) > most:
-                best, most = record.id, same
-        return best, min(most * CHUNK, n)
-
-    def _compared(self, moved: MovedContext, tokens: np.ndarray, count: int) -> int:
-        """How many of the first chunks have these tokens inside."""
-
-        def same(i: int) -> bool:
-            span = _span(i, moved.num_tokens)
-            want = objects.chunk_heading(moved.header, span.start, tokens[span])
-            return self._objects.begins(_chunk_key(moved.chunks[i]), len(want)) == want
-
-        with workers() as pool:
-            found = list(ahead(pool, ((same, i) for i in range(count)), MOST))
-        return found.index(False) if False in found else count
 
 
 def _usable(store: ContextStore, id: str) -> ContextRecord:
@@ -458,50 +319,3 @@ def _header_of_prefix(moved: MovedContext, n: int) -> ContextHeader:
 
 def _record_key(moved: MovedContext) -> str:
     return f"contexts/{objects.group(moved.header)}/{moved.id}"
-
-
-def _chunk_key(name: str) -> str:
-    return f"chunks/{name[:2]}/{name}"
-
-
-def _span(i: int, num_tokens: int) -> slice:
-    return slice(i * CHUNK, min((i + 1) * CHUNK, num_tokens))
-
-
-def _nbytes(moved: MovedContext, span: slice) -> int:
-    return moved.of_prefix(span.stop).nbytes - moved.of_prefix(span.start).nbytes
-
-
-def _read_chunk(store: ContextStore, moved: MovedContext, span: slice) -> np.ndarray:
-    """Keys and values of a chunk of a local context, [L, 2, K, T, D]."""
-    header = moved.header
-    shape = objects.chunk_shape(header, span.stop - span.start)
-    numbers = np.empty(shape, DTYPES[header.dtype])
-    for layer in range(header.num_layers):
-        numbers[layer, 0], numbers[layer, 1] = store.read_kv(moved.id, layer, span.start, span.stop)
-    return numbers
-
-
-def _window(header: ContextHeader) -> int:
-    """How many chunks may be on their way."""
-    return window(objects.chunk_nbytes(header, 0, CHUNK))
-
-
-@contextlib.contextmanager
-def _gathered(store: ContextStore, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """An array in a file without a name beside the database, gone when it is done with."""
-    count = int(np.prod(shape))
-    size = max(1, count * dtype.itemsize)  # no file of nothing can be mapped
-    try:
-        with tempfile.TemporaryFile(dir=store.path) as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk kills the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            raw = np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
-            yield raw[: count * dtype.itemsize].view(dtype).reshape(shape)
-    except OSError as error:
-        raise DatabaseError(
-            f"gathering {size:,} bytes of a context in {store.path} failed: {error}; make room, "
-            "or put the database on another disk"
-        ) from error
