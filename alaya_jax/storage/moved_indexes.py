@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.errors import ContextError, RemoteError
+from alaya_jax.errors import ContextError
 from alaya_jax.storage import objects
 from alaya_jax.storage.interface import ContextRecord, ContextStore
 from alaya_jax.storage.object_store import ObjectStore
@@ -161,7 +161,7 @@ def _array(place: ObjectStore, key: str, dtype: str, shape: list[int], pieces: A
     for name in pieces:
         found = place.read(_piece_key(name))
         if found is None:
-            raise RemoteError(f"{place.where}: {_piece_key(name)} is gone; {_WAY_OUT}")
+            raise ContextError(f"{place.where}: {_piece_key(name)} is gone; {_WAY_OUT}")
         if hashlib.sha256(found.data).hexdigest() != name or held + len(found.data) > size:
             raise ContextError(f"{place.where}: {_piece_key(name)} is damaged; {_WAY_OUT}")
         parts.append(found.data)

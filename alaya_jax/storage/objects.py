@@ -281,7 +281,7 @@ def _identity(header: ContextHeader) -> dict[str, Any]:
 
 def _description(header: ContextHeader, first: int, count: int) -> bytes:
     """All that changes a chunk's numbers beside its tokens and those before, as JSON."""
-    shape = dict(zip(AXES, chunk_shape(header, count), strict=True))
+    shape = list(zip(AXES, chunk_shape(header, count), strict=True))
     origin = [run for run in header.origin if run[0] < first + count]
     return _json(_identity(header) | {"first": first, "axes": shape, "origin": origin})
 
