@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from alaya_jax.errors import RemoteError, RequestError
 
-SCHEMES = ("file", "memory", "s3", "gs")
-"""What a URL may begin with."""
+DRIVERS = {"file": "file", "memory": "memory", "s3": "s3", "gs": "gcs"}
+"""What a URL may begin with, and tensorstore's name for it."""
 
 TIMEOUT = "ALAYA_REMOTE_TIMEOUT"
 """The variable that says how many seconds one request may take."""
@@ -89,8 +89,8 @@ class SharedStore:
 
         self.where = self._url = url
         scheme = urlsplit(url).scheme
-        if scheme not in SCHEMES:
-            known = ", ".join(f"{s}://" for s in SCHEMES)
+        if scheme not in DRIVERS or "|" in url:  # which would add a layer, such as zip
+            known = ", ".join(f"{s}://" for s in DRIVERS)
             raise RequestError(f"remote {url!r}: a shared store has a URL that begins with {known}")
         self._scheme = scheme
         self._seconds = _timeout()
@@ -125,7 +125,11 @@ class SharedStore:
 
     def put(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put`."""
-        return self.replace(key, data, self._absent)
+        if self.replace(key, data, self._absent):
+            return True
+        if self.begins(key, 0) is None:  # so it is said where there is no bucket to write to
+            raise RemoteError(self._reason(f"writing {key}", "NoSuchBucket"))
+        return False
 
     @functools.cached_property
     def _absent(self) -> bytes:
@@ -182,7 +186,7 @@ class SharedStore:
 
 
 _RETRIES = {
-    f"{kind}_request_retries": {"max_retries": 4, "initial_delay": "200ms", "max_delay": "2s"}
+    f"{kind}_request_retries": {"max_retries": 3, "initial_delay": "200ms", "max_delay": "2s"}
     for kind in ("s3", "gcs")
 }
 

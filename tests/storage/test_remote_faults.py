@@ -41,9 +41,7 @@ def test_a_push_that_is_stopped_at_each_write_is_resumed(watched, open_store, ma
     place = watched()
     names, stops = set(), 0
     while True:
-        place.before_put = stop_at(2 * (stops == 0))  # the first time two, and then one more each
-        if stops:
-            place.before_put = stop_at(1)
+        place.before_put = stop_at(min(stops, 1))  # at once, and then after one more each time
         before = set(place.keys("chunks/"))
         try:
             RemoteContexts(place).push(here, id)
@@ -99,7 +97,7 @@ def test_a_place_that_fails_names_itself(watched, open_store, make, header):
         raise RemoteError(f"{place.where}: writing {key} failed")
 
     place.before_put = fails
-    with pytest.raises(RemoteError, match="writing alaya_remote.json failed"):
+    with pytest.raises(RemoteError, match=r"writing alaya_remote\.json failed"):
         RemoteContexts(place).push(here, id)
     assert threading.active_count() < 10  # the workers are gone
 
