@@ -34,7 +34,7 @@ def ls(db: options.Database = None, json: options.Json = False) -> None:
       alaya db ls
       alaya db ls --db contexts.db --json
     """
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         data = describe(store)
     if json:
         report(data)
@@ -48,8 +48,8 @@ def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Jso
     Examples:
       alaya db show 3f2a91
     """
-    with _open(db, read_only=True) as store:
-        (record,) = _find(store, [id])
+    with open_store(db, read_only=True) as store:
+        (record,) = chosen(store.list(), [id], store.path)
         data = _row(store, record)
     if json:
         report({"database": str(store.path), "context": data})
@@ -66,7 +66,7 @@ def stats(db: options.Database = None, json: options.Json = False) -> None:
       alaya db stats
       alaya db stats --db contexts.db --json
     """
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         found = store.stats()
     if json:
         report({"database": str(store.path), **dataclasses.asdict(found)})
@@ -87,9 +87,9 @@ def check(
       alaya db check
       alaya db check 3f2a --db contexts.db
     """
-    with _open(db, read_only=True) as store:
-        chosen = _find(store, ids) if ids else store.list()
-        problems = {record.id: list(store.check(record.id)) for record in chosen}
+    with open_store(db, read_only=True) as store:
+        records = chosen(store.list(), ids, store.path) if ids else store.list()
+        problems = {record.id: list(store.check(record.id)) for record in records}
         damaged = [id for id, found in problems.items() if found]
         whole = list(store.check_catalogue()) if not ids else []
         # A damaged index is built again, which its problem says; its context need not go.
@@ -97,7 +97,7 @@ def check(
             record.id: sum(
                 len(store.check_index(record.id, kind)) for kind in _indexes(store, record)
             )
-            for record in chosen
+            for record in records
         }
     lost = [id for id in damaged if len(problems[id]) > of_indexes[id]]
     if json:
@@ -133,9 +133,9 @@ def rm(
       alaya db rm 3f2a91
       alaya db rm 3f2a 77c0 --db contexts.db
     """
-    with _open(db, read_only=False) as store:
+    with open_store(db, read_only=False) as store:
         removed = []
-        for record in _find(store, ids):
+        for record in chosen(store.list(), ids, store.path):
             with on_interrupt(f"Removed before that: {', '.join(removed) or 'nothing'}."):
                 store.remove(record.id)
             removed.append(record.id)
@@ -174,7 +174,7 @@ def gc(db: options.Database = None, json: options.Json = False) -> None:
     Examples:
       alaya db gc
     """
-    with _open(db, read_only=False) as store:
+    with open_store(db, read_only=False) as store:
         found = store.gc()
     if json:
         report({"database": str(store.path), **dataclasses.asdict(found)})
@@ -245,8 +245,8 @@ def index(
 
     if not graph:
         raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
-    with _open(db, read_only=True) as store:
-        (record,) = _find(store, [id])
+    with open_store(db, read_only=True) as store:
+        (record,) = chosen(store.list(), [id], store.path)
     loaded = load_model(model, rope=options.rope(rope))
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
@@ -261,7 +261,7 @@ def index(
             )
         with on_interrupt("The context is as it was."):
             opened.build_index(record.id, Graph())
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         built = store.indexes(record.id)["graph"]
     note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {nbytes(built.nbytes)}.")
     if json:
@@ -332,8 +332,8 @@ def _when(seconds: float) -> str:
 
 
 def _set_pinned(ids: list[str], db: Path | None, json: bool, *, pinned: bool) -> None:
-    with _open(db, read_only=False) as store:
-        records = _find(store, ids)
+    with open_store(db, read_only=False) as store:
+        records = chosen(store.list(), ids, store.path)
         for record in records:
             store.pin(record.id, pinned)
     done = [record.id for record in records]
@@ -364,12 +364,22 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open(db: Path | None, *, read_only: bool) -> "PoolStore":
+def open_store(db: Path | None, *, read_only: bool, make: bool = False) -> "PoolStore":
+    """The database that a --db option names.
+
+    Args:
+      db: the option.
+      read_only: nothing will be changed.
+      make: it need not be there yet.
+
+    Raises:
+      DatabaseError: it is not there, or cannot be used.
+    """
     from alaya_jax.errors import DatabaseError
     from alaya_jax.storage import PoolStore
 
     path = options.database_path(db)
-    if not (path / "alaya_db.json").exists():
+    if not make and not (path / "alaya_db.json").exists():
         hint = (
             "`alaya ask` makes it when it reads the first document" if db is None else "check --db"
         )
@@ -377,14 +387,23 @@ def _open(db: Path | None, *, read_only: bool) -> "PoolStore":
     return PoolStore(path, read_only=read_only)
 
 
-def _find(store: "PoolStore", ids: Sequence[str]) -> "list[ContextRecord]":
-    """The contexts meant by ids or their beginnings, each once; all or none."""
+def chosen[C: Any](contexts: Sequence[C], ids: Sequence[str], where: Any) -> list[C]:
+    """The contexts meant by ids or their beginnings, each once; all or none.
+
+    Args:
+      contexts: what there is, each with an `id`.
+      ids: the argument.
+      where: they are, for the error.
+
+    Raises:
+      ContextError: there is none such, or more than one.
+    """
     found = {}
     for id in ids:
-        matches = [record for record in store.list() if record.id.startswith(id)]
+        matches = [context for context in contexts if context.id.startswith(id)]
         if len(matches) != 1:
-            there = ", ".join(r.id for r in matches or store.list()) or "none"
+            there = ", ".join(c.id for c in matches or contexts) or "none"
             many = "several contexts begin so" if matches else "no context has this id"
-            raise ContextError(f"{id!r}: {many} in {store.path}; there are: {there}")
+            raise ContextError(f"{id!r}: {many} in {where}; there are: {there}")
         found[matches[0].id] = matches[0]
     return list(found.values())

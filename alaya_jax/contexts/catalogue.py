@@ -87,6 +87,11 @@ class Catalogue:
             self._look()
             return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
 
+    @property
+    def header(self) -> ContextHeader:
+        """What its exact contexts are, without a title."""
+        return self._header("", EXACT)
+
     def id_of(self, context: Context | str, what: str) -> str:
         """A context's id; a handle of another database is refused.
 
@@ -127,7 +132,7 @@ class Catalogue:
         """The context of just these tokens, all exact, where there is one."""
         with self.pool.lock:
             self._look()
-            context = self._contexts.get(self._header("", EXACT).context_id(tokens))
+            context = self._contexts.get(self.header.context_id(tokens))
             if context is None or context.num_tokens != len(tokens):
                 return None
             # Tokens are compared too: a name is a digest.
@@ -297,6 +302,20 @@ class Catalogue:
             self._look()
             # Another process may have removed it already: to the caller it was stored.
             return self._contexts.get(record.id) or Context(record, self.store)
+
+    def is_damaged(self, id: str) -> bool:
+        """Whether such a context is here and cannot be used."""
+        return id in self._contexts and self._contexts[id].problem is not None
+
+    def adopt(self, record: ContextRecord) -> None:
+        """Takes up a context that came into the store by another way, in place of a damaged one."""
+        with self.pool.lock:
+            self._look()
+            known = self._contexts.get(record.id)
+            if known is None or known.problem is not None:
+                if known is not None:
+                    self.drop(known)
+                self._contexts[record.id] = Context(record, self.store)
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Keeps a context in memory, in the pages of a sequence that holds its tokens."""

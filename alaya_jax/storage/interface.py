@@ -262,19 +262,20 @@ class ContextStore(Protocol):
         self,
         header: ContextHeader,
         tokens: Any,
-        kv: Source,
+        kv: Source | Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
     ) -> ContextRecord:
         """Stores a context, all of it or nothing, and returns its record.
 
-        A context already there, undamaged, is kept as it is, and `kv` is not called. Of a prefix
+        A context already there, undamaged, is kept as it is, and `kv` is not read. Of a prefix
         that another context of the same family and origin has, the pages are shared: `kv` is
         called with the first token that is not. Writers take turns; who waits says for whom.
 
         Args:
           header: what the context is.
           tokens: ids [n], n > 0.
-          kv: gives the keys and values, of the header's dtype.
+          kv: gives the keys and values, of the header's dtype; or all of them, (k, v) of each
+            layer, each [K, n, D].
           progress: called as progress(layers written, L) after each layer.
 
         Raises:

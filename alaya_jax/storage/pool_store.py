@@ -275,7 +275,7 @@ class PoolStore:
         self,
         header: ContextHeader,
         tokens: Any,
-        kv: Source,
+        kv: Source | Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
     ) -> ContextRecord:
         """See `ContextStore.write`."""
@@ -354,7 +354,7 @@ class PoolStore:
         id: str,
         header: ContextHeader,
         tokens: np.ndarray,
-        kv: Source,
+        kv: Source | Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None,
     ) -> ContextRecord:
         """Writes a context that is not there, or is damaged; this is the only writer."""

@@ -1,6 +1,6 @@
 """What is given to be stored, looked at before it is believed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def token_ids(tokens: Any) -> np.ndarray:
 
 
 def whole_layers(
-    kv: Source,
+    kv: Source | Iterable[Any],
     start: int,
     header: ContextHeader,
     tokens: np.ndarray,
@@ -33,7 +33,7 @@ def whole_layers(
     Raises:
       RequestError: they have other shapes or dtypes.
     """
-    layers = iter(kv(start))
+    layers = iter(kv(start)) if callable(kv) else (_from(start, pair) for pair in kv)
     shape = (header.num_kv_heads, len(tokens) - start, header.head_dim)
     for layer in range(header.num_layers):
         pair = next(layers, None)
@@ -53,6 +53,14 @@ def whole_layers(
             progress(layer + 1, header.num_layers)
     if next(layers, None) is not None:
         raise RequestError(f"kv goes on after the {header.num_layers} layers of the header")
+
+
+def _from(start: int, pair: Any) -> Any:
+    """A layer's keys and values without their first tokens; what is wrong with them stays so."""
+    try:
+        return tuple(half[:, start:] if half.ndim == 3 else half for half in map(np.asarray, pair))
+    except TypeError:
+        return pair
 
 
 def _checked(half: Any, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
