@@ -317,8 +317,8 @@ class CatalogueFile:
                 if self._connection is None:
                     self._connection = self._open()
                 yield self._connection
-            except (sqlite3.Error, MemoryError) as error:
-                raise self._unusable(str(error)) from error
+            except (sqlite3.Error, MemoryError, UnicodeDecodeError) as error:
+                raise self._unusable(str(error)) from error  # the last where SQLite quotes damage
 
     def _after_fork(self) -> None:
         if self._connection is not None:
@@ -385,7 +385,6 @@ def _connect(path: Path, how: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY
     )
-    connection.text_factory = lambda text: text.decode(errors="replace")
     connection.execute("PRAGMA trusted_schema=OFF")
     connection.execute("PRAGMA cell_size_check=ON")
     return connection
