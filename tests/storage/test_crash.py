@@ -84,9 +84,11 @@ def test_row_25_killed_at_any_moment(tmp_path, kit, whole, rounds):
         found = store.stats()
         held = found.bytes_held - found.bytes_shared
         assert found.bytes_on_disk < held + found.bytes_indexes + (1 << 20)
-        serials = {f"{e.serial:016x}" for e in store._snapshot().contexts.values()}
+        serials = {f"{e.serial:016x}" for e in store._pool.catalogue.snapshot().contexts.values()}
         assert {p.name for p in (path / "leases").iterdir()} == serials
-        assert len(list((path / "indexes").iterdir())) == len(store._snapshot().indexes)
+        assert len(list((path / "indexes").iterdir())) == len(
+            store._pool.catalogue.snapshot().indexes
+        )
         for record in store.list():
             store.remove(record.id)
         assert store.gc().bytes_after < 1 << 18
@@ -97,7 +99,7 @@ FAILING = {
     "a page": "alaya_jax.storage.segment._write",
     "the disk's word": "os.fsync",
     "the row": "alaya_jax.storage.catalogue.Change.put_lists",
-    "its making": "alaya_jax.storage.pool_store.Entry.new",
+    "its making": "alaya_jax.storage.writing.Entry.new",
 }
 
 
@@ -254,3 +256,24 @@ def test_a_catalogue_whose_maker_was_killed_is_finished(tmp_path):
     assert catalogue.snapshot().there == {}
     catalogue.close()
     os.stat(tmp_path / "catalogue.sqlite")
+
+
+def test_an_interrupt_when_all_is_done_takes_nothing_back(store, kit, whole, monkeypatch):
+    """Ctrl-C between the commit and what follows it: the context is there, and whole."""
+    real = CatalogueFile.changing
+
+    @contextlib.contextmanager
+    def interrupted(self):
+        with real(self) as change:
+            yield change
+        raise KeyboardInterrupt
+
+    tokens, kv = kit.make(100)
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogueFile, "changing", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(kit.HEADER, tokens, kit.source(kv))
+    (record,) = store.list()
+    whole(store, record.id, tokens, kv)
+    with store.mapped(record.id) as mapped:
+        mapped.verify(0, mapped.pages)
