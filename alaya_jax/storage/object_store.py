@@ -74,7 +74,7 @@ class SharedStore:
     """An `ObjectStore` behind a URL, through tensorstore.
 
     What is written is there whole or not at all, and of two that write one name the first wins.
-    Credentials are taken from the environment, and from nowhere else on the way to S3.
+    Credentials are taken from the environment: for S3 from nowhere else, for GCS as its own tools do.
 
     Args:
       url: `file:///shared/directory/`, `s3://bucket/path/`, `gs://bucket/path/`, or, within one
@@ -148,7 +148,8 @@ class SharedStore:
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         asked = self._kv.list(ts.KvStore.KeyRange(prefix, end))
         found = self._wait(asked, f"listing {prefix}")
-        return sorted(key.decode("utf-8", "replace") for key in found)
+        names = (key.decode("utf-8", "replace") for key in found)
+        return sorted(name for name in names if name.startswith(prefix))  # some servers list more
 
     def _wait(self, future: Any, what: str) -> Any:
         """The result, or an error that says what to do."""
