@@ -74,7 +74,7 @@ class SharedStore:
     """An `ObjectStore` behind a URL, through tensorstore.
 
     What is written is there whole or not at all, and of two that write one name the first wins.
-    Credentials are taken from the environment: for S3 from nowhere else, for GCS as its own tools do.
+    Credentials are those of the environment; for GCS, those that gcloud keeps count too.
 
     Args:
       url: `file:///shared/directory/`, `s3://bucket/path/`, `gs://bucket/path/`, or, within one
