@@ -27,6 +27,7 @@ _DRY_RUN = typer.Option("--dry-run", help="Only say what would be moved.")
 _REPAIR = typer.Option(
     "--repair", help="Read what is there, and write anew what is damaged or gone."
 )
+_MEND = typer.Option("--repair", help="Check what the database has, and take anew what is damaged.")
 
 
 def push(
@@ -54,6 +55,7 @@ def pull(
     url: Annotated[str, _URL],
     ids: Annotated[list[str] | None, _IDS] = None,
     db: options.Database = None,
+    repair: Annotated[bool, _MEND] = False,
     dry_run: Annotated[bool, _DRY_RUN] = False,
     json: options.Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def pull(
     """
     remote = _remote(url)
     with open_store(db, read_only=False, make=True) as store:
-        _move(store, remote, ("pull",), ids, json, dry_run=dry_run)
+        _move(store, remote, ("pull",), ids, json, repair=repair, dry_run=dry_run)
 
 
 def sync(
@@ -213,7 +215,9 @@ def _one(
     else:
         with on_interrupt("Nothing of this context was stored."):
             with bar as advance:
-                pulled = remote.pull(store, context, advance=advance)
+                here = any(record.id == context.id for record in store.list())
+            anew = here and repair and bool(store.check(context.id))
+            pulled = remote.pull(store, context, anew=anew, advance=advance)
             chunks, moved = pulled.chunks, pulled.nbytes
             indexes = remote.pull_indexes(store, context)
     return {"chunks_moved": chunks, "bytes_moved": moved, "indexes_moved": indexes}

@@ -138,7 +138,14 @@ class SharedStore:
 
     def replace(self, key: str, data: bytes, version: bytes) -> bool:
         """See `ObjectStore.replace`."""
-        stamp = self._wait(self._kv.write(key, data, if_equal=version), f"writing {key}")
+        try:
+            stamp = self._wait(self._kv.write(key, data, if_equal=version), f"writing {key}")
+        except RemoteError as error:
+            if "Malformed StorageGeneration" not in str(error):
+                raise
+            # Some servers say of no object which version it is. An object is replaced by what its
+            # name says, so that of two who do it at once either may be the last.
+            stamp = self._wait(self._kv.write(key, data), f"writing {key}")
         return stamp.generation != b""  # else the condition did not hold
 
     def keys(self, prefix: str) -> list[str]:

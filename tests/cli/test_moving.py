@@ -104,6 +104,20 @@ def test_what_is_damaged_does_not_keep_the_others(moving, db, url):
     assert ids_of(moving("pull", url, ids[0], name="there")["pulled"]) == [ids[0]]
 
 
+def test_what_is_damaged_here_is_taken_anew(moving, db, url, tmp_path):
+    db(300)
+    moving("push", url)
+    moving("pull", url, name="there")
+    file = next((tmp_path / "there" / "segments").glob("*/k.001"))
+    with file.open("r+b") as data:
+        data.seek(data.seek(0, 3))  # SEEK_DATA: the file has holes
+        data.write(b"damaged!")
+    moving("check", name="there", code=1)
+    assert moving("pull", url, "--repair", name="there")["pulled"][0]["chunks_moved"] > 0
+    moving("check", name="there")
+    assert moving("pull", url, "--repair", name="there")["pulled"][0]["chunks_moved"] == 0
+
+
 def test_a_damaged_record_is_told(moving, db, url):
     db(30)
     moving("push", url)
