@@ -14,7 +14,7 @@ from alaya_jax.errors import ContextError
 from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
-    from alaya_jax.storage import ContextRecord, DirectoryStore
+    from alaya_jax.storage import DirectoryStore
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,7 @@ def ls(db: options.Database = None, json: options.Json = False) -> None:
       alaya db ls
       alaya db ls --db contexts.db --json
     """
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         data = describe(store)
     if json:
         report(data)
@@ -54,9 +54,9 @@ def check(
       alaya db check
       alaya db check 3f2a --db contexts.db
     """
-    with _open(db, read_only=True) as store:
-        chosen = _find(store, ids) if ids else store.list()
-        problems = {record.id: list(store.check(record.id)) for record in chosen}
+    with open_store(db, read_only=True) as store:
+        records = chosen(store.list(), ids, store.path) if ids else store.list()
+        problems = {record.id: list(store.check(record.id)) for record in records}
         damaged = [id for id, found in problems.items() if found]
         # A damaged index is built again, which its problem says; its context need not go.
         of_indexes = {
@@ -88,9 +88,9 @@ def rm(
       alaya db rm 3f2a91
       alaya db rm 3f2a 77c0 --db contexts.db
     """
-    with _open(db, read_only=False) as store:
+    with open_store(db, read_only=False) as store:
         removed = []
-        for record in _find(store, ids):
+        for record in chosen(store.list(), ids, store.path):
             with on_interrupt(f"Removed before that: {', '.join(removed) or 'nothing'}."):
                 store.remove(record.id)
             removed.append(record.id)
@@ -121,8 +121,8 @@ def index(
 
     if not graph:
         raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
-    with _open(db, read_only=True) as store:
-        (record,) = _find(store, [id])
+    with open_store(db, read_only=True) as store:
+        (record,) = chosen(store.list(), [id], store.path)
     loaded = load_model(model, rope=options.rope(rope))
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
@@ -137,7 +137,7 @@ def index(
             )
         with on_interrupt("The context is as it was."):
             opened.build_index(record.id, Graph())
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         built = store.indexes(record.id)["graph"]
     note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {nbytes(built.nbytes)}.")
     if json:
@@ -200,12 +200,22 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
+def open_store(db: Path | None, *, read_only: bool, make: bool = False) -> "DirectoryStore":
+    """The database that a --db option names.
+
+    Args:
+      db: the option.
+      read_only: nothing will be changed.
+      make: it need not be there yet.
+
+    Raises:
+      DatabaseError: it is not there, or cannot be used.
+    """
     from alaya_jax.errors import DatabaseError
     from alaya_jax.storage import DirectoryStore
 
     path = options.database_path(db)
-    if not (path / "alaya_db.json").exists():
+    if not make and not (path / "alaya_db.json").exists():
         hint = (
             "`alaya ask` makes it when it reads the first document" if db is None else "check --db"
         )
@@ -213,14 +223,23 @@ def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
     return DirectoryStore(path, read_only=read_only)
 
 
-def _find(store: "DirectoryStore", ids: Sequence[str]) -> "list[ContextRecord]":
-    """The contexts meant by ids or their beginnings, each once; all or none."""
+def chosen[C: Any](contexts: Sequence[C], ids: Sequence[str], where: Any) -> list[C]:
+    """The contexts meant by ids or their beginnings, each once; all or none.
+
+    Args:
+      contexts: what there is, each with an `id`.
+      ids: the argument.
+      where: they are, for the error.
+
+    Raises:
+      ContextError: there is none such, or more than one.
+    """
     found = {}
     for id in ids:
-        matches = [record for record in store.list() if record.id.startswith(id)]
+        matches = [context for context in contexts if context.id.startswith(id)]
         if len(matches) != 1:
-            there = ", ".join(r.id for r in matches or store.list()) or "none"
+            there = ", ".join(c.id for c in matches or contexts) or "none"
             many = "several contexts begin so" if matches else "no context has this id"
-            raise ContextError(f"{id!r}: {many} in {store.path}; there are: {there}")
+            raise ContextError(f"{id!r}: {many} in {where}; there are: {there}")
         found[matches[0].id] = matches[0]
     return list(found.values())

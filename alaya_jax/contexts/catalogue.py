@@ -83,6 +83,11 @@ class Catalogue:
         """All, oldest first, damaged ones too."""
         return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
 
+    @property
+    def header(self) -> ContextHeader:
+        """What its exact contexts are, without a title."""
+        return self._header("", EXACT)
+
     def id_of(self, context: Context | str, what: str) -> str:
         """A context's id; a handle of another database is refused.
 
@@ -119,7 +124,7 @@ class Catalogue:
 
     def of_tokens(self, tokens: np.ndarray) -> Context | None:
         """The context of just these tokens, all exact, where there is one."""
-        return self._contexts.get(self._header("", EXACT).context_id(tokens))
+        return self._contexts.get(self.header.context_id(tokens))
 
     def match(self, tokens: np.ndarray, *, exact: bool = True) -> tuple[Context | None, int]:
         """The context that shares most tokens, and how many; the last token of a prompt is always
@@ -247,6 +252,19 @@ class Catalogue:
             if record.id not in self._contexts:
                 self._contexts[record.id] = Context(record, self.store)
             return self._contexts[record.id]
+
+    def is_damaged(self, id: str) -> bool:
+        """Whether such a context is here and cannot be used."""
+        return id in self._contexts and self._contexts[id].problem is not None
+
+    def adopt(self, record: ContextRecord) -> None:
+        """Takes up a context that came into the store by another way, in place of a damaged one."""
+        with self.pool.lock:
+            known = self._contexts.get(record.id)
+            if known is None or known.problem is not None:
+                if known is not None:
+                    self.drop(known)
+                self._contexts[record.id] = Context(record, self.store)
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
