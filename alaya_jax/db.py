@@ -8,7 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -28,7 +28,7 @@ from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
-from alaya_jax.storage import DirectoryStore
+from alaya_jax.storage import PoolStore, StoreStats
 from alaya_jax.storage.object_store import SharedStore
 from alaya_jax.storage.remote import RemoteContexts
 
@@ -48,7 +48,7 @@ class DB:
       budget: memory for pages.
       namespace: contexts are found only in their own namespace.
       page_size: Z, tokens a page.
-      read_only: contexts can be read but not stored; several processes may then open the path.
+      read_only: contexts can be read but not stored.
       remote: URL of a shared store (`file:///shared/directory/`, `s3://bucket/path/`,
         `gs://bucket/path/`) of which this database is one of many: what it knows of a prompt's
         beginning, of the same model and namespace, and this database does not, is taken from
@@ -58,8 +58,11 @@ class DB:
         why, and what to do. Credentials are those of the environment; a request may take
         ALAYA_REMOTE_TIMEOUT seconds (60).
 
+    Several processes may open the path; who stores a context waits for its turn, and all see it
+    then.
+
     Raises:
-      DatabaseError: the path cannot be used, or another process has it open.
+      DatabaseError: the path cannot be used.
       RequestError: the budget holds no page, or is more memory than there is; `remote` is no such
         URL, or is given with `read_only`, where nothing could be taken.
     """
@@ -91,7 +94,7 @@ class DB:
             )
         num_pages = self.budget.pages(model, page_size)
         shared = RemoteContexts(SharedStore(remote)) if remote is not None else None
-        store = DirectoryStore(path, read_only=read_only)
+        store = PoolStore(path, read_only=read_only)
         self._catalogue = Catalogue(
             store,
             model,
@@ -289,7 +292,10 @@ class DB:
                 "known; prefill something first, or pass tokens="
             )
         layers = range(self.model.config.num_hidden_layers)
-        kv = (session.pool.read(sequence, layer) for layer in layers)
+
+        def kv(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            return (session.pool.read(sequence, layer, start) for layer in layers)
+
         origin = session.origins[0].upto(len(ids))
         context = self._catalogue.insert(ids, kv, title=title, origin=origin)
         if session.pool is self.pool:
@@ -332,13 +338,19 @@ class DB:
         """Deletes a stored context; sessions that read it go on.
 
         Raises:
-          ContextError: it is not there.
+          ContextError: it is not there, or pinned.
         """
         self._catalogue.remove(self._catalogue.id_of(context, "remove"))
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
+
+    def stats(self) -> StoreStats:
+        """What the database holds on disk, of all models and namespaces: contexts, bytes, and how
+        many of them are shared.
+        """
+        return self._catalogue.store.stats()
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""

@@ -230,17 +230,17 @@ class RemoteContexts:
                 what = f"its tokens are those of {id}"
                 raise ContextError(damaged(self._objects, _record_key(moved), what))
 
-            def kv() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            def kv(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 for layer in range(header.num_layers):
-                    k, v = numbers[layer]
-                    if near is not None:
-                        before = store.read_kv(near, layer, 0, start)
+                    k, v = (half[:, max(first - start, 0) :] for half in numbers[layer])
+                    if near is not None and first < start:
+                        before = store.read_kv(near, layer, first, start)
                         k, v = (np.concatenate(x, 1) for x in zip(before, (k, v), strict=True))
                     yield k, v
 
             if here is not None:
                 store.remove(here.id)
-            record = store.write(header, tokens, kv())
+            record = store.write(header, tokens, kv)
         return Pulled(record, len(read), sum(read))
 
     def pull_indexes(self, store: ContextStore, moved: MovedContext) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alaya_jax.storage import ContextHeader, DirectoryStore
+from alaya_jax.storage import ContextHeader, PoolStore
 from alaya_jax.storage.object_store import SharedStore
 
 HEADER = ContextHeader(
@@ -24,7 +24,7 @@ def db(tmp_path):
 
     def db(*lengths, name="here", first=0):
         ids = []
-        with DirectoryStore(tmp_path / name) as store:
+        with PoolStore(tmp_path / name) as store:
             for n in lengths:
                 tokens = np.arange(n, dtype=np.int32) + first
                 kv = np.arange(2 * 2 * 2 * n * 4, dtype=np.float32).reshape(2, 2, 2, n, 4)
@@ -137,7 +137,7 @@ def test_export_and_import(moving, db, tmp_path):
     imported = moving("import", file, name="there")
     assert ids_of(imported["pulled"]) == [id]
     moving("check", name="there")
-    with DirectoryStore(tmp_path / "here") as here, DirectoryStore(tmp_path / "there") as there:
+    with PoolStore(tmp_path / "here") as here, PoolStore(tmp_path / "there") as there:
         for found, want in zip(there.read_kv(id, 1), here.read_kv(id, 1), strict=True):
             np.testing.assert_array_equal(found, want)
     assert moving("import", file, name="there")["pulled"][0]["chunks_moved"] == 0

@@ -473,13 +473,13 @@ def test_a_full_disk_stores_nothing_and_says_so(watched, open_store, make, heade
 
 
 def test_a_read_only_database_takes_nothing(watched, open_store, make, header):
-    from alaya_jax.storage import DirectoryStore
+    from alaya_jax.storage import PoolStore
 
     here, remote = open_store(), RemoteContexts(watched())
     remote.push(here, here.write(header, *make(30)).id)
     here.close()
     with (
-        DirectoryStore(here.path, read_only=True) as store,
+        PoolStore(here.path, read_only=True) as store,
         pytest.raises(DatabaseError, match="read"),
     ):
         remote.pull(store, remote.contexts()[0])

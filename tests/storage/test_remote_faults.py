@@ -105,7 +105,7 @@ def test_a_place_that_fails_names_itself(watched, open_store, make, header):
 PUSH = """
     import os, signal, sys, threading
     from pathlib import Path
-    from alaya_jax.storage import DirectoryStore
+    from alaya_jax.storage import PoolStore
     from alaya_jax.storage.object_store import SharedStore
     from alaya_jax.storage.remote import RemoteContexts
 
@@ -122,7 +122,7 @@ PUSH = """
         return put(*arguments)
 
     place.replace = counted
-    with DirectoryStore(path) as store:
+    with PoolStore(path) as store:
         print(RemoteContexts(place).push(store, id).chunks)
 """
 
@@ -161,8 +161,8 @@ def test_a_push_whose_process_is_killed_is_resumed(
 PULL = PUSH.replace("place.replace = counted", "place.read = counted").replace(
     "place.replace, threading", "place.read, threading"
 )
-PULL = PULL[: PULL.index("with DirectoryStore")] + (
-    "with DirectoryStore(path) as store:\n"
+PULL = PULL[: PULL.index("with PoolStore")] + (
+    "with PoolStore(path) as store:\n"
     "        remote = RemoteContexts(place)\n"
     "        remote.pull(store, remote.contexts()[0])\n"
 )
