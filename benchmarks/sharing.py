@@ -23,7 +23,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from alaya_jax.storage import ContextHeader, DirectoryStore
+from alaya_jax.storage import ContextHeader, PoolStore
 from alaya_jax.storage.archive import ArchiveReader, ArchiveWriter
 from alaya_jax.storage.object_store import SharedStore
 from alaya_jax.storage.remote import RemoteContexts
@@ -57,14 +57,14 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def one_round(here: DirectoryStore, id: str, folder: Path, plain: Path) -> dict[str, float]:
+def one_round(here: PoolStore, id: str, folder: Path, plain: Path) -> dict[str, float]:
     """Seconds of each way."""
     url, file = f"file://{folder}/shared", folder / "context.alaya"
     took = {"copy": seconds(lambda: copy(plain, folder / "copy"))}
     took["push"] = seconds(lambda: RemoteContexts(SharedStore(url)).push(here, id))
     remote = RemoteContexts(SharedStore(url))
     (moved,) = remote.contexts()
-    with DirectoryStore(folder / "pulled") as there:
+    with PoolStore(folder / "pulled") as there:
         took["pull"] = seconds(lambda: remote.pull(there, moved))
         took["push again"] = seconds(lambda: remote.push(there, id))
 
@@ -73,7 +73,7 @@ def one_round(here: DirectoryStore, id: str, folder: Path, plain: Path) -> dict[
             RemoteContexts(place).push(here, id)
 
     def into() -> None:
-        with ArchiveReader(file) as place, DirectoryStore(folder / "imported") as there:
+        with ArchiveReader(file) as place, PoolStore(folder / "imported") as there:
             RemoteContexts(place).pull(there, moved)
 
     took["export"], took["import"] = seconds(out), seconds(into)
@@ -96,8 +96,8 @@ def main() -> None:
         shape = (HEADS, args.tokens, DIM)
         bits = random.integers(0, 1 << 14, shape, np.uint16).view(ml_dtypes.bfloat16)
         tokens = random.integers(0, 1000, args.tokens).astype(np.int32)
-        with DirectoryStore(folder / "here") as here:
-            id = here.write(header, tokens, ((bits, bits) for _ in range(LAYERS))).id
+        with PoolStore(folder / "here") as here:
+            id = here.write(header, tokens, lambda _: [(bits, bits)] * LAYERS).id
             nbytes = here.list()[0].nbytes
             plain = folder / "plain"
             with plain.open("wb") as file:
