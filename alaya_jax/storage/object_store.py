@@ -100,7 +100,7 @@ class SharedStore:
             spec = asked | _options(scheme, os.environ)
             context = _in_this_process() if scheme == "memory" else ts.Context(_RETRIES)
             self._kv: Any = ts.KvStore.open(spec, context=context).result(timeout=self._seconds)
-        except ValueError as error:
+        except (ValueError, TimeoutError) as error:
             raise RequestError(f"remote {url!r}: {error}") from error
 
     def __repr__(self) -> str:

@@ -61,6 +61,8 @@ def test_push_and_pull(moving, db, url, tmp_path, alaya):
 
     there = moving("pull", url, "--dry-run", name="there")
     assert set(ids_of(there["pulled"])) == set(ids)
+    assert there["database"] == str(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
     assert "chunks_moved" not in there["pulled"][0]
     assert ids_of(moving("pull", url, ids[1][:6], name="there")["pulled"]) == ids[1:]
     assert ids_of(moving("pull", url, "--dry-run", name="there")["pulled"]) == ids[:1]

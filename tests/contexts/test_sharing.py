@@ -219,6 +219,28 @@ def test_a_store_that_fails_loses_nothing(open_db, url, place, document, unreach
     assert [m.id for m in RemoteContexts(place).contexts()] == [context.id]
 
 
+def test_a_directory_that_cannot_be_written(open_db, document):
+    db = open_db(remote="file:///proc/shared/")
+    with pytest.warns(aj.RemoteWarning, match="stored here only.*file:///proc/shared/"):
+        context = db.import_context(document[:300])
+    assert answer(db, np.append(document[:300], 5))[1] == 300
+    assert db.check(context) == []
+
+
+def test_no_room_here_computes_the_prompt(open_db, url, document, monkeypatch):
+    one, other = (open_db(path=path, remote=url) for path in ("one", "other"))
+    one.import_context(document)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("alaya_jax.storage.pull.os.posix_fallocate", full)
+        with pytest.warns(aj.RemoteWarning, match="make room"):
+            assert answer(other, document)[1] == 0
+    assert answer(other, document)[1] == 449
+
+
 def test_a_store_that_fails_is_asked_again(open_db, url, document, unreachable, monkeypatch):
     one, other = (open_db(path=path, remote=url) for path in ("one", "other"))
     one.import_context(document)
