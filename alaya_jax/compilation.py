@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import jax
 import jaxlib.version
 
 from alaya_jax.checkpoint.bundled import cache_directory
+from alaya_jax.settings import own_settings
 
 VARIABLE = "ALAYA_COMPILATION_CACHE"
 """Environment variable: "off", or the directory that compiled programs are kept in."""
@@ -166,12 +168,59 @@ class Watch:
         return _thread.seconds - self.started, _thread.programs - self.programs
 
 
+class Ahead:
+    """Programs that a thread of its own makes ready, one after another, before they are called.
+
+    It begins after `delay` seconds: what comes first is over by then, unless it is compiled too or
+    takes long, and would be slowed down by Python's lock.
+    """
+
+    def __init__(self, delay: float):
+        self._thread = ThreadPoolExecutor(1, "compile ahead")
+        self._ended = threading.Event()
+        self._starts = time.monotonic() + delay
+
+    def add(self, make: Callable[[], object]) -> "Coming":
+        """One that is to be made ready; what `make` raises is left to whoever calls the program.
+
+        JAX's settings are the library's own, and the default device is the calling thread's.
+        """
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+        def run() -> int:
+            if self._ended.wait(max(0, self._starts - time.monotonic())):
+                return 0
+            before = _thread.programs
+            with contextlib.suppress(Exception), own_settings(), jax.default_device(device):
+                make()
+            return _thread.programs - before
+
+        return Coming(self._thread.submit(run))
+
+    def end(self) -> None:
+        """What has not begun is left out: it will be called now."""
+        self._ended.set()
+        self._thread.shutdown(wait=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coming:
+    """A program that another thread makes ready, or leaves out."""
+
+    programs: Future[int]
+
+    def wait(self) -> None:
+        """Until it is; what was compiled counts for the thread that waits."""
+        _thread.programs += self.programs.result()
+
+
 @contextlib.contextmanager
-def compiling(what: Callable[[], str]) -> Iterator[None]:
+def compiling(what: Callable[[], str], coming: Coming | None = None) -> Iterator[None]:
     """Around the first call of a program: times it if it compiles, and says so when that is long.
 
     Args:
       what: says what is compiled.
+      coming: another thread does it already.
     """
     if _thread.timed:
         yield
@@ -182,6 +231,8 @@ def compiling(what: Callable[[], str]) -> Iterator[None]:
     _thread.timed = True
     teller.start()
     try:
+        if coming is not None:
+            coming.wait()
         yield
     finally:
         teller.cancel()

@@ -235,6 +235,7 @@ class DB:
         if batched and (messages is not None or document is not None):
             raise RequestError("create_session: give a list of prompts or messages=, not both")
         given = prompt if batched else [prompt]
+        self.pool.prepare()
         asked = [self.prompt(p, messages, document, date) for p in given]
         rows = [p.ids for p in asked]
         if not rows:

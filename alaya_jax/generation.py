@@ -1,5 +1,6 @@
 """Generating text from a session: prefill, then blocks of decode steps, streamed token by token."""
 
+import contextlib
 import dataclasses
 import time
 import weakref
@@ -308,9 +309,12 @@ class _Request:
         on_read = session.account.on_read("prefill", self._prefill)
         total, watch = timing.prefill_tokens, Watch()
         try:
-            with progress_bar("reading the prompt", total, show=self._progress) as advance:
+            decoding, table = self._decoding(), session.pool.table(session.sequences)
+            with (
+                decoding.ahead(table) if self._max > 1 else contextlib.nullcontext(),
+                progress_bar("reading the prompt", total, show=self._progress) as advance,
+            ):
                 passed, fed = session.batch.feed(self._rows, self._prefill, on_read, advance)
-            decoding = self._decoding()
             row = decoding.first(passed, fed, session.pool.table(session.sequences))
             token, logprob, alternatives, *_ = read(row)
             timing.first_token_s = time.perf_counter() - started

@@ -304,18 +304,29 @@ class Tokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         pieces: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
-        alphabet = bpe.byte_alphabet()
+        alphabet = _Alphabet(bpe.byte_alphabet())
         for text, index in vocabulary.items():
             if index in added:  # their text is theirs, not in the alphabet of the model's pieces
                 pieces[index] = text.encode()
             elif not self._byte_level:
                 byte = _BYTE_PIECE.fullmatch(text)
                 pieces[index] = bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
-            elif alphabet.keys() >= set(text):
-                pieces[index] = bytes(alphabet[letter] for letter in text)
             else:
-                pieces[index] = text.encode()
+                try:
+                    pieces[index] = text.translate(alphabet).encode("latin-1")
+                except UnicodeEncodeError:  # not all of it in the alphabet
+                    pieces[index] = text.encode()
         return pieces
+
+
+class _Alphabet(dict[int, str]):
+    """For `str.translate`: from letters that stand for bytes to the characters of these numbers."""
+
+    def __init__(self, bytes_of: Mapping[str, int]):
+        super().__init__({ord(letter): chr(byte) for letter, byte in bytes_of.items()})
+
+    def __missing__(self, letter: int) -> str:
+        return "\u0100"  # no byte
 
 
 class TokenStream:

@@ -13,7 +13,7 @@ import alaya_jax as aj
 from alaya_jax import compilation
 from alaya_jax.checkpoint import save
 from alaya_jax.errors import RequestError
-from alaya_jax.runtime import programs
+from alaya_jax.runtime import programs, stack
 from alaya_jax.runtime.stack import Stack
 
 
@@ -51,6 +51,43 @@ def test_compile_time_is_told_apart(db, rng):
     assert second.tokens_per_s == pytest.approx(3 / second.decode_s)
 
 
+@pytest.mark.parametrize("after", [0, 1000])
+def test_what_is_compiled_ahead_is_what_is_called(open_db, greedy, monkeypatch, after):
+    """A chunk's program while the cache is allocated, a step's beside the prefill: no other is
+    compiled when they are called.
+    """
+    prompt = list(range(3, 40))
+    expected = greedy(prompt, 4)
+    jax.clear_caches()
+    monkeypatch.setattr(stack, "AHEAD_AFTER", after)
+    session, rest = open_db().create_session(prompt)
+    before = compilation.by_name["layers"]
+    generation = aj.generate(session, rest, max_new_tokens=4)
+    first = next(generation).id
+    ahead = compilation.by_name["layers"] - before
+    assert [first, *(token.id for token in generation)] == expected
+    assert compilation.by_name["layers"] - before == 2
+    assert generation.timing.programs >= 3, "the thread's are counted too"
+    assert 0 < generation.timing.decode_compile_s < generation.timing.compile_s
+    if after:
+        assert ahead == 1, "nothing was worth a thread"
+
+
+def test_programs_ahead_are_left_out_when_it_is_over():
+    """And what fails there fails again where it is called."""
+    made = []
+    late = compilation.Ahead(1000)
+    coming = late.add(lambda: made.append("late"))
+    late.end()
+    coming.wait()
+    soon = compilation.Ahead(0)
+    both = [soon.add(lambda: 1 / 0), soon.add(lambda: made.append("soon"))]
+    for one in both:
+        one.wait()
+    soon.end()
+    assert made == ["soon"]
+
+
 def test_a_program_that_fails_between_groups_loses_nothing(
     open_db, tiny_model, greedy, monkeypatch
 ):
@@ -66,6 +103,7 @@ def test_a_program_that_fails_between_groups_loses_nothing(
             raise RuntimeError("no more")
         return real(*args, **static)
 
+    fails.lower = real.lower
     monkeypatch.setattr(programs, "layers", fails)
     session, rest = db.create_session(prompt)
     generation = aj.generate(session, rest, max_new_tokens=5)

@@ -388,6 +388,7 @@ def test_ctrl_c_leaves_a_usable_database(db, greedy, prompt, ctrl_c, monkeypatch
             ctrl_c()
         return real(*args, **static)
 
+    interrupted.lower = real.lower
     monkeypatch.setattr(programs, "layers", interrupted)
     generation = aj.generate(session, rest, max_new_tokens=NEW)
     with pytest.raises(KeyboardInterrupt):

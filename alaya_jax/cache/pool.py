@@ -15,6 +15,7 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,10 +23,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import cache
-from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
+from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable, page_zeros
 from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.settings import own_settings
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 TRANSFER_WIDTH = 64
@@ -42,6 +44,13 @@ def _let_programs_end() -> None:
     for array in _under_way:
         with contextlib.suppress(RuntimeError):  # donated since: to a newer one
             array.block_until_ready()
+
+
+def _in_thread[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    thread = ThreadPoolExecutor(1)
+    future = thread.submit(function, *args, **kwargs)
+    thread.shutdown(wait=False)
+    return future
 
 
 @contextlib.contextmanager
@@ -130,6 +139,7 @@ class PagePool:
         in any thread, and must not wait for the lock then.
         """
         self._kv: PagedKV | None = None
+        self._coming: Future[PagedKV] | None = None
         self._generations = np.ones(self.num_pages, np.int64)
         self._evict = evict
 
@@ -137,16 +147,54 @@ class PagePool:
     def kv(self) -> PagedKV:
         """The cache; allocated when first needed."""
         if self._kv is None:
+            self.prepare()
             with self.within_memory("the pages of the KV cache"):
-                self._kv = PagedKV.create(
-                    self.config, self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
-                )
+                coming, self._coming = self._coming, None
+                self._kv = self._create() if coming is None else coming.result()
         if any(pool.is_deleted() for pool in (*self._kv.k, *self._kv.v)):
             raise DatabaseError(
                 "the KV cache was lost when a program was interrupted; open the database again "
                 "(stored contexts are safe)"
             )
         return self._kv
+
+    @property
+    def allocated(self) -> bool:
+        """Whether the cache is."""
+        return self._kv is not None
+
+    @property
+    def abstract(self) -> PagedKV:
+        """The cache's shapes and types."""
+        heads = self.config.num_key_value_heads
+        shape = heads, self.num_pages, self.page_size, self.config.head_dim
+        layers: Any = (jax.ShapeDtypeStruct(shape, self.dtype),) * self.config.num_hidden_layers
+        return PagedKV(layers, layers)
+
+    def prepare(self) -> None:
+        """Begins to allocate the cache while the caller does something else: on a CPU it takes a
+        second for 2 GiB.
+        """
+        with self.lock:
+            if self._kv is None and self._coming is None and self.mesh is None:
+                device = jax.config.jax_default_device  # type: ignore[attr-defined]  # this thread's
+                self._coming = _in_thread(self._create, device)
+
+    def _create(self, device: Any = None) -> PagedKV:
+        shape = self.page_size, self.config.head_dim
+        place = self.config, self.num_pages, self.mesh, self.rules, shape, self.dtype
+
+        def zeros(_: int) -> jax.Array:
+            with own_settings(), jax.default_device(device):
+                return page_zeros(*place)
+
+        arrays = range(2 * self.config.num_hidden_layers)
+        if self.mesh is not None:
+            made = [page_zeros(*place) for _ in arrays]
+        else:
+            with ThreadPoolExecutor(2) as threads:
+                made = list(threads.map(zeros, arrays))
+        return PagedKV(tuple(made[::2]), tuple(made[1::2]))
 
     @property
     def capacity_tokens(self) -> int:

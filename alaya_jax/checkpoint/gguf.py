@@ -27,6 +27,9 @@ _PLAIN = {
     QuantType.F16: np.dtype(np.float16),
     QuantType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
+_LONG_ROW = (
+    4096  # elements; a sixteenth of what the library works on at once: small enough for a cache
+)
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
@@ -219,5 +222,10 @@ def _decode(tensor: StoredTensor) -> np.ndarray:
     kind = QuantType[tensor.stored_dtype]
     if kind in _PLAIN:
         return tensor.data.view(_PLAIN[kind]).reshape(tensor.shape)
-    rows = tensor.data.reshape(*tensor.shape[:-1], -1)
-    return gguf.quants.dequantize(rows, kind)
+    # The library works on 16 rows at a time, however short they are. Blocks lie one behind the
+    # other, so several rows are as well one long row.
+    *lead, width = tensor.shape
+    count = math.prod(lead)
+    together = max(n for n in range(1, max(1, _LONG_ROW // width) + 1) if count % n == 0)
+    rows = tensor.data.reshape(count // together, -1)
+    return gguf.quants.dequantize(rows, kind).reshape(tensor.shape)

@@ -1,6 +1,8 @@
 """From an opened checkpoint to the parameter pytree: check everything, then place each tensor."""
 
-from collections.abc import Callable, Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -15,6 +17,8 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.sharding import ShardingRules
 
 Memory = Literal["device", "pinned_host"]
+_READERS = 2  # threads that make parameters of tensors: most of it is numpy at work without the GIL
+_ALIGNED = 64  # bytes; what XLA asks of memory on a CPU that it is to use without copying it
 _STRIP = 16  # columns copied at once in a transposition: the fastest of 8 to 128
 _TIED_HEAD = "lm_head.weight"
 _HARMLESS = ".rotary_emb.inv_freq"  # a buffer that early transformers versions saved
@@ -106,8 +110,8 @@ def load_params(
 ) -> dict[str, Any]:
     """Reads the tensors one after another straight to where they will live.
 
-    Each device gets only its slice of the memory-mapped file; a tensor is released before the next
-    is read, so the host holds about one tensor beside the result.
+    Each device gets only its slice of the memory-mapped file. Two threads read, and each lets go of
+    a tensor before it reads another: the host holds about two tensors beside the result.
 
     Args:
       pairs: parameters and their tensors, from `match`.
@@ -131,28 +135,46 @@ def load_params(
         where = sharding(axes, array.shape)
         return _place(array, where, array.dtype).block_until_ready()
 
+    def load(pair: tuple[Entry, StoredTensor]) -> Any:
+        entry, tensor = pair
+        view, dtype = entry.to_params(tensor.read(), fmt), dtype_of(tensor)
+        if quantize is not None and is_quantizable(entry):
+            value = quantized_kernel(entry, tensor, view, quantize, dtype, place)
+        else:
+            where = sharding(entry.logical_axes, entry.shape)
+            # Waiting keeps no more than this tensor's host buffers alive.
+            value = _place(view, where, dtype).block_until_ready()
+        tensor.release()
+        return value
+
     for entry, _ in pairs:
         sharding(entry.logical_axes, entry.shape)  # refused before anything is read
     params: dict[str, Any] = {}
-    with progress_bar(
-        "loading weights", sum(t.nbytes for _, t in pairs), "bytes", show=progress
-    ) as advance:
-        for entry, tensor in pairs:
-            view, dtype = entry.to_params(tensor.read(), fmt), dtype_of(tensor)
+    total = sum(tensor.nbytes for _, tensor in pairs)
+    with progress_bar("loading weights", total, "bytes", show=progress) as advance:
+        for (entry, tensor), value in zip(pairs, _ahead(load, pairs), strict=True):
             node = params
             for key in entry.path[:-1]:
                 node = node.setdefault(key, {})
-            if quantize is not None and is_quantizable(entry):
-                value = quantized_kernel(entry, tensor, view, quantize, dtype, place)
-            else:
-                where = sharding(entry.logical_axes, entry.shape)
-                # Waiting keeps no more than one tensor's host buffers alive.
-                value = _place(view, where, dtype).block_until_ready()
             node[entry.path[-1]] = value
-            del view, value
-            tensor.release()
             advance(tensor.nbytes)
     return params
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map`, with so many of the next results under way as there are threads."""
+    with ThreadPoolExecutor(_READERS) as threads:
+        coming: collections.deque[Future[Any]] = collections.deque()
+        try:
+            for item in items:
+                coming.append(threads.submit(function, item))
+                if len(coming) > _READERS:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 def placement(
@@ -195,12 +217,14 @@ def _place(view: np.ndarray, sharding: Sharding | None, dtype: np.dtype) -> jax.
 
 
 def copy_as(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A contiguous copy of a possibly transposed view, cast to `dtype`.
+    """A contiguous copy of a possibly transposed view, cast to `dtype`; aligned as XLA likes it.
 
     Copying a transposed matrix at once walks the source by whole rows and misses the cache on every
     element; in strips it is several times faster.
     """
-    out = np.empty(view.shape, dtype)
+    memory = np.empty(view.size * dtype.itemsize + _ALIGNED, np.uint8)
+    start = -memory.ctypes.data % _ALIGNED
+    out = memory[start : start + view.size * dtype.itemsize].view(dtype).reshape(view.shape)
     if view.flags.c_contiguous:
         np.copyto(out, view, casting="unsafe")
         return out

@@ -192,6 +192,8 @@ class Batch:
             fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
             with self.pool.lock:
                 chain = stack.chain(plans, stack.put(self.cover(plans)))
+                if not self.pool.allocated:  # that goes on in another thread
+                    stack.compile(self.pool.abstract, chain, fed.table, width)
                 with self.pool.lend() as lent:
                     x, passed = stack.layers(lent, chain, x, passed, fed)
             on_read(stack.counts(passed), self.lengths, new, width)

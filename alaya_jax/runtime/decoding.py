@@ -4,6 +4,7 @@ A token goes from the end of a step to the start of the next on the device. So t
 a step before it has read what the last one chose, and the device need not wait for the host.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,16 @@ class Decoding:
         self._steps = 0
         self._allowed = np.ones(len(end_ids), bool)
         self._allowed_there = stack.put(self._allowed)
+
+    def ahead(self, table: PageTable) -> contextlib.AbstractContextManager[None]:
+        """Around a prefill: if that takes long, the programs of the steps are compiled beside it.
+
+        Args:
+          table: pages of all tokens to come.
+        """
+        with self._pool.lock:
+            chain = self._stack.chain(self._plans, self._stack.put(self._cover()))
+        return self._stack.ahead(self._pool.abstract, chain, table, 1)
 
     def first(self, passed: Passed, fed: Fed, table: PageTable) -> Row:
         """The token behind a prefill.

@@ -13,9 +13,9 @@ from jax.api_util import shaped_abstractify
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
-from alaya_jax.cache import PagedKV
+from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.pool import Lent
-from alaya_jax.compilation import compiling
+from alaya_jax.compilation import Ahead, Coming, compiling
 from alaya_jax.frame import Frame
 from alaya_jax.index import Indexed
 from alaya_jax.models import llama
@@ -27,6 +27,9 @@ from alaya_jax.runtime.groups import Group, groups
 from alaya_jax.runtime.programs import Asked, Fed, Going, Passed, Row
 from alaya_jax.runtime.sampling.sampler import Processors
 from alaya_jax.sharding import laid, spread, whole
+
+AHEAD_AFTER = 1.0
+"""Seconds of a prefill after which the programs of decoding are made ready beside it."""
 
 
 class Stack:
@@ -43,6 +46,8 @@ class Stack:
         self._per_program = layers_per_program
         self._known: set[Any] = set()
         """What programs were called for so far: for another, one is compiled."""
+        self._coming: dict[Any, Coming] = {}
+        """Programs that are made ready before their first call, by what they are called for."""
         self._device = _device_of(params)
 
     @functools.cached_property
@@ -161,6 +166,59 @@ class Stack:
         chain.called.add(("layers", shapes))
         return x, passed
 
+    @contextlib.contextmanager
+    def ahead(self, kv: PagedKV, chain: "Chain", table: PageTable, tokens: int) -> Iterator[None]:
+        """While the block runs, what `layers` will call behind it is compiled in another thread,
+        where that is worth it; not over a mesh.
+
+        Args:
+          kv: shapes of the cache.
+          chain: how attention will be answered.
+          table: of the shapes that it will have then.
+          tokens: T.
+        """
+        ahead = Ahead(AHEAD_AFTER)
+        for link, shapes, make in self._missing(kv, chain, table, tokens):
+            self._coming[_key("layers", link, shapes)] = ahead.add(make)
+        try:
+            yield
+        finally:
+            ahead.end()
+
+    def compile(self, kv: PagedKV, chain: "Chain", table: PageTable, tokens: int) -> None:
+        """Compiles what `layers` will call, if it is not; arguments as for `ahead`."""
+        for link, shapes, make in self._missing(kv, chain, table, tokens):
+            with self._first("layers", chain, link, shapes):
+                make()
+
+    def _missing(
+        self, kv: PagedKV, chain: "Chain", table: PageTable, tokens: int
+    ) -> Iterator[tuple["_Link", Any, Callable[[], object]]]:
+        """The programs that `layers` will compile: their first layers, shapes, and how to do it."""
+        if self.frame.mesh is not None:
+            return
+        batch = table.length.shape[0]
+        x = jax.ShapeDtypeStruct((batch, tokens, self.frame.config.hidden_size), self.dtype)
+        one = np.zeros((batch, tokens), np.int32), np.zeros(batch, np.int32)
+        fed = Fed(*one, table)  # type: ignore[arg-type]
+        passed = jax.eval_shape(lambda: self.start(batch))
+        shapes = x.shape, table.pages.shape
+        for link in chain.links:
+            key = _key("layers", link, shapes)
+            if key not in self._known and key not in self._coming:
+                rest = kv.part(*link.group), x, passed, fed, link.asked
+                args = jax.tree.map(self._abstract, (self.outer, link.blocks, *rest))
+                lower = functools.partial(programs.layers.lower, *args, frame=self.frame)
+                yield link, shapes, lambda lower=lower: lower().compile()
+
+    def _abstract(self, x: Any) -> Any:
+        """Of an argument, as it lies when a program is called; a number is its own."""
+        if not hasattr(x, "shape"):
+            return x
+        place = self._device and jax.sharding.SingleDeviceSharding(self._device)
+        weak = getattr(x, "weak_type", False)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place, weak_type=weak)
+
     def logits(self, passed: Passed) -> Float[Array, "B V"]:
         """Logits of each sequence's last token."""
         with self._once(("logits", passed.last.shape), lambda: "the logits"):
@@ -227,13 +285,13 @@ class Stack:
         name = f"{count} layer{'s' if count > 1 else ''} for {plan}"
         tokens = shapes[0][1]
         text = name if tokens == 1 else f"{name}, {tokens} tokens at a time"
-        return self._once((what, link.key, shapes), lambda: text)
+        return self._once(_key(what, link, shapes), lambda: text)
 
     def _once(self, key: Any, what: Callable[[], str]) -> Any:
         if key in self._known:
             return _NOTHING
         self._known.add(key)
-        return compiling(what)
+        return compiling(what, self._coming.pop(key, None))
 
 
 _NOTHING = contextlib.nullcontext()
@@ -246,6 +304,11 @@ class _Link(NamedTuple):
     blocks: tuple[Params, ...]
     asked: Asked
     key: Any
+
+
+def _key(what: str, link: _Link, shapes: Any) -> Any:
+    """What a group's program is called for."""
+    return what, link.key, shapes
 
 
 @dataclasses.dataclass(frozen=True)

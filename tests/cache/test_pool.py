@@ -324,15 +324,15 @@ def test_a_session_may_be_collected_while_another_thread_is_at_work(db, rng):
     assert db.pool.free_tokens == 1024
 
 
-@pytest.mark.parametrize("what", ["create", "Sketch"])
+@pytest.mark.parametrize("what", ["pages", "Sketch"])
 def test_memory_that_is_not_there(db, rng, monkeypatch, what):
     """When pages, or an index beside them, are taken: named with the setting."""
 
     def refuse(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    owner = "alaya_jax.cache.pool.PagedKV" if what == "create" else "alaya_jax.index.Sketch"
-    monkeypatch.setattr(f"{owner}.create", refuse)
+    taken = "cache.pool.page_zeros" if what == "pages" else "index.Sketch.create"
+    monkeypatch.setattr(f"alaya_jax.{taken}", refuse)
     session, rest = db.create_session(rng.integers(3, 256, 37))
     with pytest.raises(CacheFullError, match=r"lower Budget\(device=532480\)"):
         session.prefill(rest, SKETCHED)
@@ -356,3 +356,18 @@ sys.exit(130)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_pages_are_allocated_beside_what_the_caller_does(tiny_model):
+    """On the device that is the caller's default; the same zeros as without."""
+    device = jax.local_devices()[-1]
+    pool = PagePool(tiny_model.config, tiny_model.dtype, 65, 16, "Budget(device='520KiB')")
+    assert not pool.allocated
+    with jax.default_device(device):
+        pool.prepare()
+        pool.prepare()
+    for array, shape in zip(jax.tree.leaves(pool.kv), jax.tree.leaves(pool.abstract), strict=True):
+        assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+        assert array.devices() == {device}
+        assert not np.asarray(array).any()
+    assert pool.allocated
