@@ -2,12 +2,12 @@
 
     python benchmarks/store_throughput.py [--tokens 65536] [--layers 4] [--rounds 5]
 
-Keys and values of Llama-3-8B's attention shape (8 kv heads of 128, bfloat16, pages of 16) are written
-from memory to a new database (flushed, checksummed, in the catalogue), and read from it (verified),
-layer by layer. Beside it, in turns and in the same directory: the same arrays to plain files, one after
-another, each flushed; and plain files into memory. Before a cold read the files are pushed out of
-the page cache. Reports the medians over the rounds of both rates and of their ratio. Then: what
-20 contexts take whose first 90% are the same, in bytes of one.
+Keys and values of Llama-3-8B's attention shape (8 kv heads of 128, bfloat16, pages of 16) are
+written from memory to a new database (flushed, checksummed, in the catalogue), and read from it
+(verified), layer by layer. Beside it, in turns and in the same directory: the same arrays to plain
+files, one after another, each flushed; and plain files into memory. Before a cold read the files
+are pushed out of the page cache. Reports the medians over the rounds of both rates and of their
+ratio. Then: what 20 contexts take whose first 90% are the same, in bytes of one.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import machine
 import ml_dtypes
 import numpy as np
 
-import machine
 from alaya_jax.storage import ContextHeader, PoolStore
 
 HEADS, DIM, PAGE = 8, 128, 16
@@ -80,34 +80,38 @@ def forget(path: Path) -> None:
             os.close(fd)
 
 
+def source(kv: list[tuple[np.ndarray, np.ndarray]]):
+    return lambda start: ((k[:, start:], v[:, start:]) for k, v in kv)
+
+
+def one_round(directory: Path, kv: list, ids: np.ndarray) -> dict[str, float]:
+    """Seconds of each step, a step of the store after its plain counterpart."""
+    plain, database, seconds = directory / "plain", directory / "db", {}
+    seconds["write, plain"] = timed(lambda: write_plainly(plain, kv))
+    with PoolStore(database) as store:
+        seconds["write"] = timed(lambda: store.write(header(len(kv)), ids, source(kv)))
+        (record,) = store.list()
+
+        def read() -> None:
+            for layer in range(len(kv)):
+                store.read_kv(record.id, layer)
+
+        for kind in ("warm", "cold"):
+            for what, step in ((", plain", lambda: read_plainly(plain, kv)), ("", read)):
+                if kind == "cold":
+                    forget(directory)
+                seconds[f"read {kind}{what}"] = timed(step)
+    shutil.rmtree(plain)
+    shutil.rmtree(database)
+    return seconds
+
+
 def throughput(directory: Path, layers: int, tokens: int, rounds: int) -> Iterator[dict]:
     kv = numbers(layers, tokens)
     ids = np.random.default_rng(1).integers(0, 128_000, tokens).astype(np.int32)
     nbytes = sum(x.nbytes for pair in kv for x in pair)
-    seconds: dict[str, list[float]] = {}
-
-    def note(what: str, function) -> None:
-        seconds.setdefault(what, []).append(timed(function))
-
-    for _ in range(rounds):
-        plain, database = directory / "plain", directory / "db"
-        note("write, plain", lambda: write_plainly(plain, kv))
-        with PoolStore(database) as store:
-            source = lambda start: ((k[:, start:], v[:, start:]) for k, v in kv)  # noqa: E731
-            note("write", lambda: store.write(header(layers), ids, source))
-            (record,) = store.list()
-
-            def read() -> None:
-                for layer in range(layers):
-                    store.read_kv(record.id, layer)
-
-            for kind in ("warm", "cold"):
-                if kind == "cold":
-                    forget(directory)
-                note(f"read {kind}, plain", lambda: read_plainly(plain, kv))
-                note(f"read {kind}", read)
-        shutil.rmtree(plain)
-        shutil.rmtree(database)
+    done = [one_round(directory, kv, ids) for _ in range(rounds)]
+    seconds = {name: [x[name] for x in done] for name in done[0]}
     for what in ("write", "read warm", "read cold"):
         ratios = [p / s for p, s in zip(seconds[f"{what}, plain"], seconds[what], strict=True)]
         yield {
@@ -122,14 +126,13 @@ def throughput(directory: Path, layers: int, tokens: int, rounds: int) -> Iterat
 
 def sharing(directory: Path, layers: int, tokens: int) -> dict:
     kv = numbers(layers, tokens)
-    source = lambda start: ((k[:, start:], v[:, start:]) for k, v in kv)  # noqa: E731
     rng, same = np.random.default_rng(2), tokens * 9 // 10
     first = rng.integers(0, 128_000, tokens).astype(np.int32)
     with PoolStore(directory / "shared") as store:
         taken = []
         for _ in range(20):
             ids = np.concatenate([first[:same], rng.integers(0, 128_000, tokens - same)])
-            store.write(header(layers), ids.astype(np.int32), source)
+            store.write(header(layers), ids.astype(np.int32), source(kv))
             taken.append(store.stats().bytes_on_disk)
         found = store.stats()
     shutil.rmtree(directory / "shared")
