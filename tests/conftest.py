@@ -256,3 +256,44 @@ def greedy(all_logits: Callable[[Any], np.ndarray]) -> Callable[[Any, int], list
         return tokens[len(prompt) :]
 
     return continued
+
+
+@pytest.fixture(scope="session")
+def write_old() -> Callable[..., Path]:
+    """Writes a context into a database as an earlier version did: (path, name, header, tokens, kv,
+    created).
+    """
+    import dataclasses
+    import json
+    import zlib
+
+    from alaya_jax.storage.checked import write_array, write_meta
+    from alaya_jax.storage.old_directory import BLOCK
+
+    def write(path: Path, name: str, header: Any, tokens: Any, kv: Any, created: float) -> Path:
+        directory = path / "contexts" / name
+        directory.mkdir(parents=True)
+        mark = {"format": "alaya_jax database", "store": "directory", "version": 1}
+        (path / "alaya_db.json").write_text(json.dumps(mark))
+        checksums = []
+        for layer, pair in enumerate(kv):
+            rows = [np.ascontiguousarray(half.transpose(1, 0, 2)).view(np.uint8) for half in pair]
+            (directory / f"layer_{layer:03d}.kv").write_bytes(b"".join(r.tobytes() for r in rows))
+            blocks = range(0, len(tokens), BLOCK)
+            checksums.append([[zlib.crc32(r[at : at + BLOCK]) for at in blocks] for r in rows])
+        files = {
+            "tokens.npy": write_array(directory / "tokens.npy", tokens.astype("<i4")),
+            "checksums.npy": write_array(directory / "checksums.npy", np.array(checksums, "<u4")),
+        }
+        meta = {
+            "version": 2,
+            "id": name,
+            "header": dataclasses.asdict(header),
+            "num_tokens": len(tokens),
+            "created": created,
+            "files": files,
+        }
+        write_meta(directory, meta)
+        return directory
+
+    return write

@@ -95,6 +95,10 @@ class Snapshot:
         return int(np.argmax(bad)) if bad.any() else len(pages)
 
 
+class RemovedError(ContextError):
+    """A context that was removed after its row was read; perhaps it is stored anew by now."""
+
+
 class Change:
     """Rows to be put and deleted in one transaction."""
 
@@ -215,14 +219,14 @@ class CatalogueFile:
             return self._snapshot[1]
 
     def tokens(self, context: Entry) -> np.ndarray:
-        """Its token ids, i32 [n]. Raises ContextError."""
+        """Its token ids, i32 [n]. Raises ContextError, or RemovedError."""
         data = self._list("tokens", context, context.tokens)
         if len(data) != 4 * context.num_tokens:
             raise self._damaged(context, "tokens")
         return np.frombuffer(data, "<i4").astype(np.int32)
 
     def pages(self, context: Entry, num_slots: int) -> PageList:
-        """Its pages. Raises ContextError."""
+        """Its pages. Raises ContextError, or RemovedError."""
         data = self._list("pages", context, context.pages)
         try:
             return PageList.from_bytes(data, context.num_pages, num_slots)
@@ -268,6 +272,9 @@ class CatalogueFile:
         with self._opened() as connection:
             query = f"SELECT {column} FROM lists WHERE key = ?"
             found = connection.execute(query, (context.serial,)).fetchone()
+            row = "SELECT 1 FROM contexts WHERE key = ?"
+            if found is None and not connection.execute(row, (context.serial,)).fetchone():
+                raise RemovedError(f"context {context.id} was removed from {self.path.parent}")
         data = found[0] if found else None
         if not isinstance(data, bytes) or checksums.of_bytes(data) >> 1 != want:
             raise self._damaged(context, column)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alaya_jax.errors import ContextError, DatabaseError
-from alaya_jax.storage.catalogue import NAME, CatalogueFile, Snapshot
+from alaya_jax.storage.catalogue import NAME, CatalogueFile, RemovedError, Snapshot
 from alaya_jax.storage.interface import ContextHeader, ContextRecord
 from alaya_jax.storage.lock import Lease, lease_file
 from alaya_jax.storage.rows import Damage, Entry, Layout, PageList
@@ -74,6 +74,7 @@ class Pool:
                 os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             return Lease(path)
         except OSError as error:
+            self.require_there(entry)
             raise self.damaged(entry, f"{path} cannot be opened ({error.strerror})") from error
 
     def touch(self, entry: Entry) -> None:
@@ -150,6 +151,12 @@ class Pool:
                         raise ContextError(self.unreadable(serial, why).problem)
             raise self.unknown(id)
         return snapshot, snapshot.there[id]
+
+    def require_there(self, entry: Entry) -> None:
+        """Raises RemovedError when a context is gone since its row was read, or stored anew."""
+        now = self.catalogue.snapshot().there.get(entry.id)
+        if now is None or now.serial != entry.serial:
+            raise RemovedError(f"context {entry.id} was removed from {self.path}")
 
     def forget_segment(self, number: int) -> None:
         """Of one that was not made after all."""

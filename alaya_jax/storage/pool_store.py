@@ -11,6 +11,7 @@ A context is written into free pages, flushed to disk, and comes into being by o
 the catalogue: it is there whole or not at all, and a killed writer leaves free pages.
 """
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -23,7 +24,7 @@ import numpy as np
 
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
 from alaya_jax.storage import collect
-from alaya_jax.storage.catalogue import NAME, Snapshot
+from alaya_jax.storage.catalogue import NAME, RemovedError, Snapshot
 from alaya_jax.storage.files import flush_directory, make_directory
 from alaya_jax.storage.given import token_ids
 from alaya_jax.storage.index_files import StoredIndex, write_index
@@ -123,12 +124,17 @@ class PoolStore:
 
     def tokens(self, id: str) -> np.ndarray:
         """See `ContextStore.tokens`."""
-        return self._pool.catalogue.tokens(self._entry(id)[1])
+        return self._settled(lambda: self._pool.catalogue.tokens(self._entry(id)[1]))
 
     def read_kv(
         self, id: str, layer: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `ContextStore.read_kv`."""
+        return self._settled(lambda: self._read_kv(id, layer, start, stop))
+
+    def _read_kv(
+        self, id: str, layer: int, start: int, stop: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         snapshot, entry = self._entry(id)
         header, count = entry.header, entry.num_tokens
         stop = count if stop is None else stop
@@ -145,13 +151,10 @@ class PoolStore:
         try:
             halves, wrong = segment.read(part, layer)
         except ContextError as error:
+            self._pool.require_there(entry)
             raise self._pool.damaged(entry, str(error)) from error
         if wrong:
-            now = self._snapshot().there.get(id)
-            if now is None:  # removed meanwhile, and its pages are others' by now
-                raise self._pool.unknown(id)
-            if now.serial != entry.serial:
-                return self.read_kv(id, layer, start, stop)
+            self._pool.require_there(entry)  # else its pages are others' by now
             found = [(first + i, kind) for i, kind in wrong]
             raise self._pool.wrong(entry, pages, segment, layer, found)
         self._pool.touch(entry)
@@ -162,11 +165,13 @@ class PoolStore:
 
     def mapped(self, id: str) -> MappedPages:
         """See `ContextStore.mapped`."""
+        return self._settled(lambda: self._mapped(id))
+
+    def _mapped(self, id: str) -> MappedPages:
         _, entry = self._entry(id)
         lease = self._pool.lease(entry)
-        snapshot, now = self._entry(id)  # not removed before the lease was there
-        if now.serial != entry.serial:
-            return self.mapped(id)
+        self._pool.require_there(entry)  # not removed before the lease was there
+        snapshot, _ = self._entry(id)
         segment, pages = self._pool.pages(snapshot, entry)
         try:
             segment.check_files()
@@ -183,6 +188,9 @@ class PoolStore:
         """See `ContextStore.check`."""
         if id.startswith(UNREADABLE):
             return [str(record.problem) for record in self.list() if record.id == id]
+        return self._settled(lambda: self._check(id))
+
+    def _check(self, id: str) -> Sequence[str]:
         snapshot, entry = self._entry(id)
         problems = []
         try:
@@ -204,7 +212,10 @@ class PoolStore:
                     _, wrong = segment.read(part, layer)
                     found += [(first + i, kind) for i, kind in wrong]
                 if found:
+                    self._pool.require_there(entry)
                     problems.append(str(self._pool.wrong(entry, pages, segment, layer, found)))
+        except RemovedError:
+            raise
         except ContextError as error:
             problems.append(str(error))
         for kind in self.indexes(id):
@@ -374,6 +385,14 @@ class PoolStore:
                 for key in change.indexes(serial):
                     change.delete("indexes", key)
                 change.delete("contexts", serial)
+
+    def _settled[T](self, use: Callable[[], T]) -> T:
+        """What a use of a context gives, once more when it was removed meanwhile: then it is gone,
+        which `_entry` says, or stored anew.
+        """
+        while True:
+            with contextlib.suppress(RemovedError):
+                return use()
 
     def _entry(self, id: str) -> tuple[Snapshot, Entry]:
         self._usable()

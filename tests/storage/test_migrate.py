@@ -1,52 +1,23 @@
 """Databases of an earlier version are brought over whole, whenever the process is killed."""
 
 import dataclasses
-import json
 import signal
-import zlib
 
 import numpy as np
 import pytest
 
 from alaya_jax.errors import DatabaseError, DatabaseInUseError
 from alaya_jax.storage import PoolStore
-from alaya_jax.storage.checked import write_array, write_meta
 from alaya_jax.storage.index_files import write_index
 from alaya_jax.storage.lock import writers_turn
 from alaya_jax.storage.migrate import migrate, old_contexts
-from alaya_jax.storage.old_directory import BLOCK, OldContext
+from alaya_jax.storage.old_directory import OldContext
 
 GRAPH = [{"near": np.arange(5 + layer)} for layer in range(3)]
 
 
-def write_old(path, name, header, tokens, kv, created):
-    """A context as the earlier version wrote it."""
-    directory = path / "contexts" / name
-    directory.mkdir(parents=True)
-    checksums = []
-    for layer, pair in enumerate(kv):
-        rows = [np.ascontiguousarray(half.transpose(1, 0, 2)).view(np.uint8) for half in pair]
-        (directory / f"layer_{layer:03d}.kv").write_bytes(b"".join(r.tobytes() for r in rows))
-        blocks = range(0, len(tokens), BLOCK)
-        checksums.append([[zlib.crc32(r[at : at + BLOCK]) for at in blocks] for r in rows])
-    files = {
-        "tokens.npy": write_array(directory / "tokens.npy", tokens.astype("<i4")),
-        "checksums.npy": write_array(directory / "checksums.npy", np.array(checksums, "<u4")),
-    }
-    meta = {
-        "version": 2,
-        "id": name,
-        "header": dataclasses.asdict(header),
-        "num_tokens": len(tokens),
-        "created": created,
-        "files": files,
-    }
-    write_meta(directory, meta)
-    return directory
-
-
 @pytest.fixture
-def old(tmp_path, kit):
+def old(tmp_path, kit, write_old):
     """An old database of three contexts, one of them with a graph; (tokens, kv) by old id."""
     path, made = tmp_path / "db", {}
     for i, count in enumerate((300, 5, 256)):
@@ -59,8 +30,6 @@ def old(tmp_path, kit):
     index.mkdir()
     write_index(index, "graph", {"degree": 3}, GRAPH)
     (path / "lock").touch()
-    mark = {"format": "alaya_jax database", "store": "directory", "version": 1}
-    (path / "alaya_db.json").write_text(json.dumps(mark))
     return path, made
 
 

@@ -387,3 +387,22 @@ def test_threads_write_at_once(kit, store):
     assert len(set(ids)) == 2
     assert {r.id for r in store.list()} == set(ids)
     assert all(store.check(id) == [] for id in ids)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dim"), [(2, 2, 2), (16, 16, 4), (4, 16, 16), (8, 8, 8), (3, 7, 3)]
+)
+def test_row_7_axes_of_equal_length_are_not_mixed_up(store, kit, whole, heads, page_size, dim):
+    """Kind: shapes that are their own transposes; what is read has each number where it was."""
+    header = dataclasses.replace(
+        kit.HEADER, num_kv_heads=heads, page_size=page_size, head_dim=dim, num_layers=2
+    )
+    tokens, kv = kit.make(heads, header)
+    id = store.write(header, tokens, kit.source(kv)).id
+    whole(store, id, tokens, kv)
+    with store.mapped(id) as mapped:
+        for layer, pair in enumerate(kv):
+            for half, want in zip(mapped.layer(layer), pair, strict=True):
+                for token in range(heads):
+                    page, at = mapped.pages[token // page_size], token % page_size
+                    np.testing.assert_array_equal(half[:, page, at], want[:, token])

@@ -283,3 +283,36 @@ def test_a_context_that_is_removed_while_it_is_asked_for(store, kit):
             mapped.verify(0, mapped.pages)
     assert os.listdir(store.path / "leases") != []
     np.testing.assert_array_equal(store.read_kv(id, 0)[0], kit.make(100)[1][0][0])
+
+
+@pytest.mark.parametrize("stored_again", [True, False])
+@pytest.mark.parametrize("use", ["tokens", "read_kv", "mapped", "check"])
+def test_a_removal_between_two_looks_is_no_damage(store, kit, monkeypatch, use, stored_again):
+    """The row was read, and then another process removed the context, and perhaps stored it."""
+    id = kit.put(store, 100)
+    with PoolStore(store.path, read_only=True) as other:
+        real, done = other._pool.entry, []
+
+        def entry(id):
+            found = real(id)
+            if not done:
+                done.append(True)
+                store.remove(id)
+                store.gc()
+                if stored_again:
+                    kit.put(store, 100)
+            return found
+
+        monkeypatch.setattr(other._pool, "entry", entry)
+        asked = {
+            "tokens": lambda: other.tokens(id),
+            "read_kv": lambda: other.read_kv(id, 1),
+            "mapped": lambda: other.mapped(id).close(),
+            "check": lambda: other.check(id),
+        }[use]
+        if stored_again:
+            asked()
+        else:
+            with pytest.raises(ContextError, match="no context"):
+                asked()
+    assert not store._pool.catalogue.snapshot().damage
