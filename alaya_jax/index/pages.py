@@ -42,7 +42,8 @@ class PageIndexes:
           sequences: in the pool.
         """
         pool, size = self.pool, self.pool.page_size
-        full = [s.pages[: s.length // size] for s in sequences]
+        # What lies in mapped files is not indexed, nor can be what comes behind it.
+        full = [s.pages[: 0 if s.host else s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
         with pool.lock:
             for layer, index in enumerate(indexes):

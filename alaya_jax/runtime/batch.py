@@ -155,7 +155,9 @@ class Batch:
             else indexed.layers[i]
             for i, index in enumerate(wanted)
         )
-        return dataclasses.replace(indexed, layers=tuple(layers))
+        hosts = [host for b in rows if (host := self.sequences[b].host) is not None]
+        host = hosts[0].layers if hosts else None  # all of one name
+        return dataclasses.replace(indexed, layers=tuple(layers), host=host)
 
     def feed(
         self,
