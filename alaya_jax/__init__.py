@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alaya_jax.conversation import chat as chat
     from alaya_jax.db import DB as DB
     from alaya_jax.errors import AlayaError as AlayaError
+    from alaya_jax.errors import RemoteWarning as RemoteWarning
     from alaya_jax.generation import generate as generate
     from alaya_jax.index import Block as Block
     from alaya_jax.index import Flat as Flat
@@ -62,6 +63,7 @@ _HOME = {
     "Greedy": "runtime.sampling.params",
     "Model": "model",
     "Plan": "query.plan",
+    "RemoteWarning": "errors",
     "Rendered": "models.rendered",
     "Rope": "rope",
     "Sampling": "runtime.sampling.params",

@@ -8,7 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -20,6 +20,7 @@ from alaya_jax.cache.pool import PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.catalogue import Catalogue, finite
 from alaya_jax.contexts.context import Context
+from alaya_jax.contexts.sharing import Sharing
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, Index
 from alaya_jax.model import Model
@@ -27,7 +28,9 @@ from alaya_jax.models.chat import Message
 from alaya_jax.progress import progress_bar
 from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings
-from alaya_jax.storage import DirectoryStore
+from alaya_jax.storage import PoolStore, StoreStats
+from alaya_jax.storage.object_store import SharedStore
+from alaya_jax.storage.remote import RemoteContexts
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
@@ -45,11 +48,23 @@ class DB:
       budget: memory for pages.
       namespace: contexts are found only in their own namespace.
       page_size: Z, tokens a page.
-      read_only: contexts can be read but not stored; several processes may then open the path.
+      read_only: contexts can be read but not stored.
+      remote: URL of a shared store (`file:///shared/directory/`, `s3://bucket/path/`,
+        `gs://bucket/path/`) of which this database is one of many: what it knows of a prompt's
+        beginning, of the same model and namespace, and this database does not, is taken from
+        there in place of being computed; what is stored here is stored there too, before `store`
+        or `import_context` returns. Whatever fails there loses nothing here: the prompt is
+        computed, the context is stored here, and an `aj.RemoteWarning` says what was not shared,
+        why, and what to do. Credentials are those of the environment; a request may take
+        ALAYA_REMOTE_TIMEOUT seconds (60).
+
+    Several processes may open the path; who stores a context waits for its turn, and all see it
+    then.
 
     Raises:
-      DatabaseError: the path cannot be used, or another process has it open.
-      RequestError: the budget holds no page, or is more memory than there is.
+      DatabaseError: the path cannot be used.
+      RequestError: the budget holds no page, or is more memory than there is; `remote` is no such
+        URL, or is given with `read_only`, where nothing could be taken.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class DB:
         *,
         page_size: int = 16,
         read_only: bool = False,
+        remote: str | None = None,
     ):
         if not isinstance(model, Model):
             raise RequestError(f"DB(model={model!r}): load it first, aj.DB(path, aj.load(...))")
@@ -71,8 +87,14 @@ class DB:
         self.namespace = namespace
         if not isinstance(page_size, int | np.integer) or page_size < 1:
             raise RequestError(f"DB(page_size={page_size}): must be a count of tokens, at least 1")
+        if remote is not None and read_only:
+            raise RequestError(
+                f"DB(remote={remote!r}, read_only=True): what is taken from there is stored here; "
+                "leave out one of the two"
+            )
         num_pages = self.budget.pages(model, page_size)
-        store = DirectoryStore(path, read_only=read_only)
+        shared = RemoteContexts(SharedStore(remote)) if remote is not None else None
+        store = PoolStore(path, read_only=read_only)
         self._catalogue = Catalogue(
             store,
             model,
@@ -81,6 +103,7 @@ class DB:
             page_size=page_size,
             setting=self.budget.setting,
         )
+        self._sharing = Sharing(self._catalogue, shared) if shared is not None else None
 
     @property
     def pool(self) -> PagePool:
@@ -116,7 +139,8 @@ class DB:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
         What is stored already is not computed again: the longest stored prefix is reused, and a
-        context that is there is returned as it is. If it is interrupted, nothing is stored.
+        context that is there is returned as it is. If it is interrupted, nothing is stored. With a
+        `remote`, what is stored there counts as well, and the context is stored there too.
 
         Args:
           text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
@@ -140,12 +164,14 @@ class DB:
         """
         tokens, _ = self.prompt(text_or_tokens, messages, document, date, to_store=True)
         self._check_length(tokens)
+        if kv is None:
+            self._fetch([tokens])
         known = self._catalogue.of_tokens(tokens)
         if known is not None and known.problem is None:
-            return known
+            return self._shared(known)
         self._catalogue.store.require_writable()
         if kv is not None:
-            return self._catalogue.insert(tokens, finite(kv), title=title)
+            return self._shared(self._catalogue.insert(tokens, finite(kv), title=title))
         session, rest = self.create_session(tokens)
         with session:
             with progress_bar("reading the document", len(rest), show=progress) as advance:
@@ -218,6 +244,7 @@ class DB:
             raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
         for tokens in rows:
             self._check_length(tokens)
+        self._fetch(rows, exact=reuse == "exact")
         batch, found = self._catalogue.open(rows, exact=reuse == "exact")
         session = Session(batch, found, batched=batched, dated=asked[0].dated)
         rest = [p[n:] for p, n in zip(rows, batch.reused, strict=True)]
@@ -265,12 +292,15 @@ class DB:
                 "known; prefill something first, or pass tokens="
             )
         layers = range(self.model.config.num_hidden_layers)
-        kv = (session.pool.read(sequence, layer) for layer in layers)
+
+        def kv(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            return (session.pool.read(sequence, layer, start) for layer in layers)
+
         origin = session.origins[0].upto(len(ids))
         context = self._catalogue.insert(ids, kv, title=title, origin=origin)
         if session.pool is self.pool:
             self._catalogue.keep(context, sequence)
-        return context
+        return self._shared(context)
 
     def build_index(
         self, context: Context | str, index: Index, *, progress: bool = True
@@ -302,19 +332,25 @@ class DB:
         self._catalogue.store.require_writable()
         known = self._catalogue.find(context, "build_index")
         self._catalogue.build_graph(known, index, progress=progress)
-        return known
+        return self._shared(known)
 
     def remove(self, context: Context | str) -> None:
         """Deletes a stored context; sessions that read it go on.
 
         Raises:
-          ContextError: it is not there.
+          ContextError: it is not there, or pinned.
         """
         self._catalogue.remove(self._catalogue.id_of(context, "remove"))
 
     def check(self, context: Context | str) -> list[str]:
         """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
+
+    def stats(self) -> StoreStats:
+        """What the database holds on disk, of all models and namespaces: contexts, bytes, and how
+        many of them are shared.
+        """
+        return self._catalogue.store.stats()
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""
@@ -356,6 +392,17 @@ class DB:
         """
         given = (prompt, messages, document, date)
         return prompts.of(self.model, *given, self.contexts, to_store=to_store)
+
+    def _fetch(self, rows: Sequence[np.ndarray], *, exact: bool = True) -> None:
+        """Takes what the shared store knows more of these prompts."""
+        for tokens in rows if self._sharing is not None else ():
+            self._sharing.fetch(tokens, exact=exact)  # type: ignore[union-attr]
+
+    def _shared(self, context: Context) -> Context:
+        """The context, when the shared store has it too."""
+        if self._sharing is not None:
+            self._sharing.push(context)
+        return context
 
     def _check_length(self, tokens: np.ndarray) -> None:
         if not len(tokens):

@@ -41,6 +41,14 @@ class DatabaseInUseError(DatabaseError):
     """A database that another process has open; it says which, and may be free soon."""
 
 
+class RemoteError(AlayaError):
+    """A shared store of contexts that cannot be reached, refuses, or lacks what it should have."""
+
+
+class RemoteWarning(UserWarning):
+    """A shared store failed, and work went on without it: what was lost, and what to do."""
+
+
 class PlanError(RequestError):
     """A goal for attention that no plan reaches on this machine; it says which goals can be
     reached.

@@ -426,18 +426,25 @@ class PagePool:
             )
             self._kv = old.replace_layer(layer, new_k, new_v)
 
-    def read(self, sequence: PagedSequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of one layer, each [K, n, D], on the host."""
-        k, v = (np.asarray(x) for x in self.gather(sequence, layer, sequence.length))
-        return k[:, : sequence.length], v[:, : sequence.length]
+    def read(
+        self, sequence: PagedSequence, layer: int, start: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of one layer from `start` on, each [K, n - start, D], on the host."""
+        first = start // self.page_size
+        held = self.gather(sequence, layer, sequence.length, first)
+        tokens = slice(start - first * self.page_size, sequence.length - first * self.page_size)
+        k, v = (np.asarray(x)[:, tokens] for x in held)
+        return k, v
 
     def gather(
-        self, sequence: PagedSequence, layer: int, count: int
+        self, sequence: PagedSequence, layer: int, count: int, first: int = 0
     ) -> tuple[jax.Array, jax.Array]:
-        """The first `count` tokens of one layer and some more, each [K, n, D], on every device."""
-        count = -(-count // self.page_size)
+        """The tokens of one layer from its page `first` up to `count`, and some more, each
+        [K, n, D], on every device.
+        """
+        count = -(-count // self.page_size) - first
         pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)
-        pages[:count] = sequence.pages[:count]
+        pages[:count] = sequence.pages[first : first + count]
         place, host = whole(self.mesh), sequence.host and sequence.host.layers[layer]
         with self.lock:
             kv = self.kv

@@ -12,6 +12,7 @@ from alaya_jax.cli import (
     fetch,
     generate,
     inspect,
+    moving,
     plan,
     verify,
 )
@@ -74,6 +75,9 @@ for verb in (
     verify.verify,
 ):
     app.command(help=help_text(verb))(verb)
+for verb in (moving.push, moving.pull, moving.sync, moving.export):
+    database.commands.command(help=help_text(verb))(verb)
+database.commands.command("import", help=help_text(moving.import_))(moving.import_)
 app.add_typer(database.commands, name="db")
 
 

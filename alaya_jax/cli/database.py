@@ -1,5 +1,6 @@
 """`alaya db`: look after a database of contexts. Only `index` loads a model."""
 
+import dataclasses
 import textwrap
 import time
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from alaya_jax.errors import ContextError
 from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
-    from alaya_jax.storage import ContextRecord, DirectoryStore
+    from alaya_jax.storage import ContextRecord, PoolStore, StoreStats
 
 commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, check, index and remove stored contexts.",
+    help="List, check, index, keep and remove stored contexts.",
 )
 
 _ID = typer.Argument(metavar="ID", help="Its id, or a beginning that only one context has.")
@@ -33,12 +34,44 @@ def ls(db: options.Database = None, json: options.Json = False) -> None:
       alaya db ls
       alaya db ls --db contexts.db --json
     """
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         data = describe(store)
     if json:
         report(data)
     else:
         typer.echo(table(data))
+
+
+def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Json = False) -> None:
+    """Show all that is known of a context.
+
+    Examples:
+      alaya db show 3f2a91
+    """
+    with open_store(db, read_only=True) as store:
+        (record,) = chosen(store.list(), [id], store.path)
+        data = _row(store, record)
+    if json:
+        report({"database": str(store.path), "context": data})
+        return
+    for name, value in data.items():
+        shown = _when(value) if name in ("created", "used") else value
+        typer.echo(f"{name + ':':<12}{shown}")
+
+
+def stats(db: options.Database = None, json: options.Json = False) -> None:
+    """Count what a database holds, shares, and takes on the disk.
+
+    Examples:
+      alaya db stats
+      alaya db stats --db contexts.db --json
+    """
+    with open_store(db, read_only=True) as store:
+        found = store.stats()
+    if json:
+        report({"database": str(store.path), **dataclasses.asdict(found)})
+    else:
+        typer.echo(_stats(store.path, found))
 
 
 def check(
@@ -54,26 +87,38 @@ def check(
       alaya db check
       alaya db check 3f2a --db contexts.db
     """
-    with _open(db, read_only=True) as store:
-        chosen = _find(store, ids) if ids else store.list()
-        problems = {record.id: list(store.check(record.id)) for record in chosen}
+    with open_store(db, read_only=True) as store:
+        records = chosen(store.list(), ids, store.path) if ids else store.list()
+        problems = {record.id: list(store.check(record.id)) for record in records}
         damaged = [id for id, found in problems.items() if found]
+        whole = list(store.check_catalogue()) if not ids else []
         # A damaged index is built again, which its problem says; its context need not go.
         of_indexes = {
-            id: sum(len(store.check_index(id, kind)) for kind in store.indexes(id))
-            for id in damaged
+            record.id: sum(
+                len(store.check_index(record.id, kind)) for kind in _indexes(store, record)
+            )
+            for record in records
         }
     lost = [id for id in damaged if len(problems[id]) > of_indexes[id]]
     if json:
-        report({"database": str(store.path), "contexts": problems, "damaged": damaged})
+        report(
+            {
+                "database": str(store.path),
+                "contexts": problems,
+                "damaged": damaged,
+                "catalogue": whole,
+            }
+        )
     else:
         for id, found in problems.items():
             typer.echo(f"{id}  {'damaged' if found else 'intact'}")
             for problem in found:
                 typer.echo(f"  {problem}")
+        for problem in whole:
+            typer.echo(problem)
         if not problems:
             note(f"There is no context in {store.path}.")
-    if damaged:
+    if damaged or whole:
         if lost and not json:
             note(f"Remove what is damaged: alaya db rm {' '.join(lost)} --db {store.path}")
         raise typer.Exit(1)
@@ -88,15 +133,94 @@ def rm(
       alaya db rm 3f2a91
       alaya db rm 3f2a 77c0 --db contexts.db
     """
-    with _open(db, read_only=False) as store:
+    with open_store(db, read_only=False) as store:
         removed = []
-        for record in _find(store, ids):
+        for record in chosen(store.list(), ids, store.path):
             with on_interrupt(f"Removed before that: {', '.join(removed) or 'nothing'}."):
                 store.remove(record.id)
             removed.append(record.id)
             note(f"Removed {record.id}: {record.num_tokens:,} tokens, {nbytes(record.nbytes)}.")
     if json:
         report({"database": str(store.path), "removed": removed})
+
+
+def pin(
+    ids: Annotated[list[str], _IDS], db: options.Database = None, json: options.Json = False
+) -> None:
+    """Keep contexts from being removed.
+
+    Examples:
+      alaya db pin 3f2a91
+    """
+    _set_pinned(ids, db, json, pinned=True)
+
+
+def unpin(
+    ids: Annotated[list[str], _IDS], db: options.Database = None, json: options.Json = False
+) -> None:
+    """Let pinned contexts be removed again.
+
+    Examples:
+      alaya db unpin 3f2a91
+    """
+    _set_pinned(ids, db, json, pinned=False)
+
+
+def gc(db: options.Database = None, json: options.Json = False) -> None:
+    """Give the space of what nobody holds back to the file system.
+
+    That is what removed contexts held, once nobody reads them, and what a killed process left.
+
+    Examples:
+      alaya db gc
+    """
+    with open_store(db, read_only=False) as store:
+        found = store.gc()
+    if json:
+        report({"database": str(store.path), **dataclasses.asdict(found)})
+        return
+    given = max(0, found.bytes_before - found.bytes_after)
+    typer.echo(f"{nbytes(given)} given back; {nbytes(found.bytes_after)} are in use.")
+    if found.in_use:
+        note(f"Of removed contexts {found.in_use} are still read; run it again later.")
+    if not found.holes:
+        note("This file system cannot free parts of a file: the next contexts take their place.")
+
+
+def migrate(
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="Or --db.")] = None,
+    db: options.Database = None,
+    json: options.Json = False,
+) -> None:
+    """Bring a database over that an earlier version wrote: contexts and their graphs.
+
+    Each context is read back before the old files go. If it is interrupted, or killed, give the
+    same command again. It needs as much free space as the contexts take.
+
+    Examples:
+      alaya db migrate
+      alaya db migrate contexts.db
+    """
+    from alaya_jax.progress import progress_bar
+    from alaya_jax.storage.migrate import migrate, old_contexts
+
+    place = path or options.database_path(db)
+    total = sum(old.record.nbytes for old in old_contexts(place))
+    with (
+        on_interrupt("Nothing is lost; give the same command again."),
+        progress_bar("bringing contexts over", total, "bytes") as advance,
+    ):
+        done = migrate(place, advance)
+    if json:
+        report({"database": str(place), **dataclasses.asdict(done)})
+    else:
+        typer.echo(f"{len(done.contexts)} contexts and {done.indexes} graphs are over.")
+        for id, problem in done.lost.items():
+            note(f"{id}: {problem}")
+        for id, problem in done.damaged.items():
+            note(f"{place / 'contexts' / id} was kept: {problem}")
+    if done.damaged:
+        raise typer.Exit(1)
 
 
 def index(
@@ -121,8 +245,8 @@ def index(
 
     if not graph:
         raise typer.BadParameter("say which index to build; there is --graph", param_hint="--graph")
-    with _open(db, read_only=True) as store:
-        (record,) = _find(store, [id])
+    with open_store(db, read_only=True) as store:
+        (record,) = chosen(store.list(), [id], store.path)
     loaded = load_model(model, rope=options.rope(rope))
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
@@ -137,40 +261,22 @@ def index(
             )
         with on_interrupt("The context is as it was."):
             opened.build_index(record.id, Graph())
-    with _open(db, read_only=True) as store:
+    with open_store(db, read_only=True) as store:
         built = store.indexes(record.id)["graph"]
     note(f"Indexed {record.id}: {record.num_tokens:,} tokens, graph of {nbytes(built.nbytes)}.")
     if json:
         report({"database": opened.path, "context": record.id, "bytes": built.nbytes})
 
 
-for verb in (ls, check, index, rm):
+for verb in (ls, show, stats, check, index, pin, unpin, rm, gc, migrate):
     commands.command(help=help_text(verb))(verb)
 
 
-def describe(store: "DirectoryStore") -> dict[str, Any]:
+def describe(store: "PoolStore") -> dict[str, Any]:
     """What a database holds, as plain data."""
     from alaya_jax.storage import sampled
 
-    rows = [
-        {
-            "id": record.id,
-            "title": record.header.title if record.header else "",
-            "tokens": record.num_tokens,
-            "bytes": record.nbytes,
-            "origin": [
-                {"from": first, "plan": plan}
-                for first, plan in (record.header.origin if record.header else ())
-            ],
-            "created": record.created,
-            "model": record.header.fingerprint if record.header else None,
-            "dtype": record.header.dtype if record.header else None,
-            "namespace": record.header.namespace if record.header else None,
-            "indexes": {kind: found.nbytes for kind, found in store.indexes(record.id).items()},
-            "problem": record.problem,
-        }
-        for record in map(sampled.named, store.list())
-    ]
+    rows = [_row(store, sampled.named(record)) for record in store.list()]
     return {
         "kind": "database",
         "path": str(store.path),
@@ -179,17 +285,75 @@ def describe(store: "DirectoryStore") -> dict[str, Any]:
     }
 
 
+def _row(store: "PoolStore", record: "ContextRecord") -> dict[str, Any]:
+    header = record.header
+    return {
+        "id": record.id,
+        "title": header.title if header else "",
+        "tokens": record.num_tokens,
+        "bytes": record.nbytes,
+        "origin": [
+            {"from": first, "plan": plan} for first, plan in (header.origin if header else ())
+        ],
+        "created": record.created,
+        "used": record.used,
+        "pinned": record.pinned,
+        "model": header.fingerprint if header else None,
+        "dtype": header.dtype if header else None,
+        "page_size": header.page_size if header else None,
+        "namespace": header.namespace if header else None,
+        "indexes": _indexes(store, record),
+        "problem": record.problem,
+    }
+
+
+def _indexes(store: "PoolStore", record: "ContextRecord") -> dict[str, int]:
+    if record.header is None:
+        return {}
+    return {kind: found.nbytes for kind, found in store.indexes(record.id).items()}
+
+
+def _stats(path: Path, found: "StoreStats") -> str:
+    rows = {
+        "contexts": f"{found.contexts:,}, {found.tokens:,} tokens",
+        "held": f"{nbytes(found.bytes_held)} of keys and values",
+        "shared": f"{nbytes(found.bytes_shared)} of them are stored once for several",
+        "indexes": nbytes(found.bytes_indexes),
+        "on disk": nbytes(found.bytes_on_disk),
+        "free": f"{nbytes(found.bytes_free)} in segments, which take no room",
+    }
+    if found.removed:
+        rows["removed"] = f"{found.removed} contexts that are still read"
+    return "\n".join([str(path), *(f"  {name:<10}{value}" for name, value in rows.items())])
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _set_pinned(ids: list[str], db: Path | None, json: bool, *, pinned: bool) -> None:
+    with open_store(db, read_only=False) as store:
+        records = chosen(store.list(), ids, store.path)
+        for record in records:
+            store.pin(record.id, pinned)
+    done = [record.id for record in records]
+    if json:
+        report({"database": str(store.path), "pinned" if pinned else "unpinned": done})
+    else:
+        note(f"{'Pinned' if pinned else 'Unpinned'}: {', '.join(done)}.")
+
+
 def table(data: dict[str, Any]) -> str:
     """`describe` for people."""
     rows = data["contexts"]
     count = "1 context" if len(rows) == 1 else f"{len(rows)} contexts"
     lines = [f"{data['path']}: {count}, {nbytes(data['bytes'])}"]
     for row in rows:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        when = _when(row["created"])
         model = f"model {row['model'][:12]}" if row["model"] else ""
         lines.append(
             f"  {row['id']}  {row['tokens']:>9,} tokens  {nbytes(row['bytes']):>9}  {when}  {model}"
-            f"  {row['title']}".rstrip()
+            f"  {row['title']}{'  (pinned)' if row['pinned'] else ''}".rstrip()
         )
         for run in row["origin"]:
             plan = textwrap.shorten(run["plan"], 50)
@@ -200,27 +364,46 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open(db: Path | None, *, read_only: bool) -> "DirectoryStore":
+def open_store(db: Path | None, *, read_only: bool, make: bool = False) -> "PoolStore":
+    """The database that a --db option names.
+
+    Args:
+      db: the option.
+      read_only: nothing will be changed.
+      make: it need not be there yet.
+
+    Raises:
+      DatabaseError: it is not there, or cannot be used.
+    """
     from alaya_jax.errors import DatabaseError
-    from alaya_jax.storage import DirectoryStore
+    from alaya_jax.storage import PoolStore
 
     path = options.database_path(db)
-    if not (path / "alaya_db.json").exists():
+    if not make and not (path / "alaya_db.json").exists():
         hint = (
             "`alaya ask` makes it when it reads the first document" if db is None else "check --db"
         )
         raise DatabaseError(f"there is no database at {path}; {hint}")
-    return DirectoryStore(path, read_only=read_only)
+    return PoolStore(path, read_only=read_only)
 
 
-def _find(store: "DirectoryStore", ids: Sequence[str]) -> "list[ContextRecord]":
-    """The contexts meant by ids or their beginnings, each once; all or none."""
+def chosen[C: Any](contexts: Sequence[C], ids: Sequence[str], where: Any) -> list[C]:
+    """The contexts meant by ids or their beginnings, each once; all or none.
+
+    Args:
+      contexts: what there is, each with an `id`.
+      ids: the argument.
+      where: they are, for the error.
+
+    Raises:
+      ContextError: there is none such, or more than one.
+    """
     found = {}
     for id in ids:
-        matches = [record for record in store.list() if record.id.startswith(id)]
+        matches = [context for context in contexts if context.id.startswith(id)]
         if len(matches) != 1:
-            there = ", ".join(r.id for r in matches or store.list()) or "none"
+            there = ", ".join(c.id for c in matches or contexts) or "none"
             many = "several contexts begin so" if matches else "no context has this id"
-            raise ContextError(f"{id!r}: {many} in {store.path}; there are: {there}")
+            raise ContextError(f"{id!r}: {many} in {where}; there are: {there}")
         found[matches[0].id] = matches[0]
     return list(found.values())

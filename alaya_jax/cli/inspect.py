@@ -31,9 +31,9 @@ def inspect(
     """
     path = Path(what).expanduser()
     if (path / "alaya_db.json").exists():
-        from alaya_jax.storage import DirectoryStore
+        from alaya_jax.storage import PoolStore
 
-        with DirectoryStore(path, read_only=True) as store:
+        with PoolStore(path, read_only=True) as store:
             data = database.describe(store)
         text = database.table(data)
     else:

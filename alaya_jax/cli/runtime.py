@@ -1,13 +1,14 @@
 """What the verbs that run a model share: compiled programs on disk, the document, the answer."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alaya_jax.cli.terminal import load_jax, note
-from alaya_jax.errors import CacheFullError, DatabaseInUseError
+from alaya_jax.errors import CacheFullError
 
 if TYPE_CHECKING:
     from datetime import date as Date
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 _LEAST_ROOM = 8192
 """Tokens that any command has room for: one compiled program serves most prompts."""
-
-PATIENCE = 600.0
-"""Seconds that a question waits for another command to leave the database."""
 
 _SLACK = 64
 """Tokens that the pages of several sequences may leave unused."""
@@ -88,49 +86,19 @@ def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budge
     return Budget(device=room * model.token_bytes)
 
 
-def _open(*arguments: Any, **options: Any) -> "DB":
-    """Opens a database; where another process has it, waits for that, and says so."""
-    from alaya_jax.db import DB
-
-    give_up = time.monotonic() + PATIENCE
-    said = False
-    while True:
-        try:
-            return DB(*arguments, **options)
-        except DatabaseInUseError as error:
-            if time.monotonic() > give_up:
-                raise
-            if not said:
-                note(f"Waiting up to {PATIENCE / 60:.0f} minutes, Ctrl-C ends it: {error}.")
-            said = True
-            time.sleep(0.1)
-
-
 def open_for_document(
     path: Path, model: "Model", budget: "Budget", document: str, date: "Date | None" = None
 ) -> tuple["DB", "np.ndarray"]:
-    """Opens a database; when it has the document already, for reading, so that others can too.
+    """Opens a database; where it may not be written, for reading.
 
     Returns:
       the database, and the ids that begin every question about the document.
     """
-    db, start = None, None
-    if (path / "alaya_db.json").exists():
-        db = _open(path, model, budget, read_only=True)
-        start = db.prompt(document=document, date=date, to_store=True).ids
-        if any(_holds(context, start) for context in db.contexts):
-            return db, start
-        db.close()
-    db = _open(path, model, budget)
-    if start is None:
-        start = db.prompt(document=document, date=date, to_store=True).ids
-    return db, start
+    from alaya_jax.db import DB
 
-
-def _holds(context: "Context", tokens: "np.ndarray") -> bool:
-    same_length = context.problem is None and context.exact_tokens == len(tokens)
-    same_length = same_length and context.num_tokens == len(tokens)
-    return same_length and bool((context.tokens == tokens).all())
+    read_only = (path / "alaya_db.json").exists() and not os.access(path, os.W_OK)
+    db = DB(path, model, budget, read_only=read_only)
+    return db, db.prompt(document=document, date=date, to_store=True).ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ evict    the pages of the one that was used longest ago
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.stack import Stack
-from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, sampled
+from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, Source, sampled
 
 EXACT = Origin()
 """Of keys and values that were computed by attention to every key."""
@@ -71,17 +71,26 @@ class Catalogue:
         )
         self.indexes = PageIndexes(self.pool)
         self.stack = Stack(model.params, model.frame, model.layers_per_program)
-        shown = filter(None, map(self._shown, store.list()))
-        self._contexts = {record.id: Context(record, store) for record in shown}
+        self._contexts: dict[str, Context] = {}
+        self._seen: Hashable = None
         self._clock = 0
+        self._closed = False
+        self._look()
 
     def __len__(self) -> int:
-        return len(self._contexts)
+        return len(self.contexts)
 
     @property
     def contexts(self) -> list[Context]:
         """All, oldest first, damaged ones too."""
-        return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
+        with self.pool.lock:
+            self._look()
+            return sorted(self._contexts.values(), key=lambda c: (c.created, c.id))
+
+    @property
+    def header(self) -> ContextHeader:
+        """What its exact contexts are, without a title."""
+        return self._header("", EXACT)
 
     def id_of(self, context: Context | str, what: str) -> str:
         """A context's id; a handle of another database is refused.
@@ -113,13 +122,22 @@ class Catalogue:
           RequestError, ContextError: see `id_of`; or it is not here.
         """
         id = self.id_of(context, what)
-        if id not in self._contexts:
-            raise ContextError(f"{what}: there is no context {id!r} in {self.store.path}")
-        return self._contexts[id]
+        with self.pool.lock:
+            self._look()
+            if id not in self._contexts:
+                raise ContextError(f"{what}: there is no context {id!r} in {self.store.path}")
+            return self._contexts[id]
 
     def of_tokens(self, tokens: np.ndarray) -> Context | None:
         """The context of just these tokens, all exact, where there is one."""
-        return self._contexts.get(self._header("", EXACT).context_id(tokens))
+        with self.pool.lock:
+            self._look()
+            context = self._contexts.get(self.header.context_id(tokens))
+            if context is None or context.num_tokens != len(tokens):
+                return None
+            # Tokens are compared too: a name is a digest.
+            same = context.problem is not None or context.shared(tokens) == len(tokens)
+            return context if same else None
 
     def match(self, tokens: np.ndarray, *, exact: bool = True) -> tuple[Context | None, int]:
         """The context that shares most tokens, and how many; the last token of a prompt is always
@@ -132,6 +150,7 @@ class Catalogue:
         """
         best, most = None, (0, 0)
         with self.pool.lock:
+            self._look()
             for context in self._contexts.values():
                 held = min(context.exact_tokens if exact else context.num_tokens, len(tokens) - 1)
                 if context.problem is not None or (held, context.origin.exact(held)) <= most:
@@ -146,6 +165,7 @@ class Catalogue:
         many.
         """
         with self.pool.lock:
+            self._look()
             usable = [c for c in self._contexts.values() if c.problem is None]
             having = [c for c in usable if any(wanted is None or wanted.fits(x) for x in c.indexes)]
             shared = [context.shared(tokens) for context in having]
@@ -182,10 +202,10 @@ class Catalogue:
         with self.pool.lock:
             try:
                 for tokens in rows:
-                    context, length = self.match(tokens, exact=exact)
+                    context, length, sequence = self._lock_prefix(tokens, exact=exact)
+                    sequences.append(sequence)
                     found.append(context)
                     origins.append(context.origin.upto(length) if context else EXACT)
-                    sequences.append(self.lock(context, length) if context else PagedSequence())
             except BaseException:
                 for sequence in sequences:
                     self.pool.release(sequence)
@@ -194,6 +214,41 @@ class Catalogue:
         lent = Lending(self._model, self.pool.lock, found, tokens, self.match_graph)
         batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
         return batch, found
+
+    def _lock_prefix(
+        self, tokens: np.ndarray, *, exact: bool
+    ) -> tuple[Context | None, int, PagedSequence]:
+        """The context that shares most tokens, how many, and a share of their pages.
+
+        One that another process removes in between is looked past.
+        """
+        while True:
+            context, length = self.match(tokens, exact=exact)
+            if context is None:
+                return None, 0, PagedSequence()
+            try:
+                return context, length, self.lock(context, length)
+            except ContextError:
+                if self._is_there(context):
+                    raise
+
+    def _look(self) -> None:
+        """Takes in what other processes stored and removed; sessions that read what is gone go on.
+
+        The caller holds the pool's lock.
+        """
+        if self._closed or (seen := self.store.version()) == self._seen:
+            return
+        shown = {record.id: record for record in filter(None, map(self._shown, self.store.list()))}
+        for id, context in list(self._contexts.items()):
+            if id not in shown or shown[id].created != context.created:
+                self.drop(self._contexts.pop(id))
+        for id, record in shown.items():
+            if id in self._contexts:
+                self._contexts[id].pinned = record.pinned
+            else:
+                self._contexts[id] = Context(record, self.store)
+        self._seen = seen
 
     def _read_on(self, context: Context, length: int) -> PagedSequence:
         """Brings the first tokens of a context into memory, going on from the last full page that
@@ -209,7 +264,7 @@ class Catalogue:
                 self.pool.write(longer, layer, k, v, start)
         except BaseException as error:
             self.pool.release(longer)
-            if isinstance(error, ContextError):
+            if isinstance(error, ContextError) and self._is_there(context):
                 context.problem = str(error)
             raise
         longer.length = length
@@ -217,10 +272,15 @@ class Catalogue:
         context.resident = longer
         return longer
 
+    def _is_there(self, context: Context) -> bool:
+        """Whether no other process removed it."""
+        self._look()
+        return self._contexts.get(context.id) is context
+
     def insert(
         self,
         tokens: np.ndarray,
-        kv: Iterable[tuple[Any, Any]],
+        kv: Source,
         *,
         title: str = "",
         origin: Origin = EXACT,
@@ -229,7 +289,7 @@ class Catalogue:
 
         Args:
           tokens: ids, int32 [n].
-          kv: keys and values of each layer, each [K, n, D]; not read where it is there.
+          kv: gives keys and values, see `Source`; not called where all of it is there.
           title: for people.
           origin: how they were computed.
 
@@ -237,16 +297,25 @@ class Catalogue:
           RequestError: kv has other shapes.
           DatabaseError: it cannot be written.
         """
-        header = self._header(title, origin)
-        known = self._contexts.get(header.context_id(tokens))
-        if known is not None and known.problem is not None:
-            self.remove(known.id)  # damage that the store has not seen, it would keep
-        on_host = ((np.asarray(k), np.asarray(v)) for k, v in kv)
-        record = self.store.write(header, tokens, on_host)
+        record = self.store.write(self._header(title, origin), tokens, kv)
         with self.pool.lock:
-            if record.id not in self._contexts:
+            self._look()
+            # Another process may have removed it already: to the caller it was stored.
+            return self._contexts.get(record.id) or Context(record, self.store)
+
+    def is_damaged(self, id: str) -> bool:
+        """Whether such a context is here and cannot be used."""
+        return id in self._contexts and self._contexts[id].problem is not None
+
+    def adopt(self, record: ContextRecord) -> None:
+        """Takes up a context that came into the store by another way, in place of a damaged one."""
+        with self.pool.lock:
+            self._look()
+            known = self._contexts.get(record.id)
+            if known is None or known.problem is not None:
+                if known is not None:
+                    self.drop(known)
                 self._contexts[record.id] = Context(record, self.store)
-            return self._contexts[record.id]
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
@@ -281,8 +350,10 @@ class Catalogue:
         context.forget_graph()
 
     def evict(self) -> bool:
-        """Drops the context that was used longest ago; False where none is in memory."""
-        resident = [c for c in self._contexts.values() if c.resident is not None]
+        """Drops the context that was used longest ago; False where none is in memory but pinned
+        ones.
+        """
+        resident = [c for c in self._contexts.values() if c.resident is not None and not c.pinned]
         if not resident:
             return False
         self.drop(min(resident, key=lambda c: c.used))
@@ -311,6 +382,7 @@ class Catalogue:
         with self.pool.lock:
             for context in self._contexts.values():
                 self.drop(context)
+            self._closed = True
         self.store.close()
 
     def _release_pages(self, context: Context) -> None:
@@ -353,20 +425,25 @@ class Catalogue:
         return record if unknown and self._is_ours(of_any_model) else None
 
 
-def finite(kv: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values that a user gives, layer by layer: a NaN would reach every later answer, or
-    none, by the plan that is asked.
+def finite(kv: Iterable[Any]) -> Source:
+    """Keys and values of whole contexts that a user gives, layer by layer: a NaN would reach every
+    later answer, or none, by the plan that is asked.
 
-    Raises:
+    The source raises:
       RequestError: a number is not finite.
     """
-    for layer, (k, v) in enumerate(kv):
-        for name, x in (("keys", k), ("values", v)):
-            bad = ~np.isfinite(np.asarray(x))
-            if bad.any():
-                at = ", ".join(map(str, np.argwhere(bad)[0]))
-                raise RequestError(
-                    f"import_context(kv=...): the {name} of layer {layer} are not finite, first at "
-                    f"[{at}] of [K, n, D]; give finite numbers, or leave kv out"
-                )
-        yield np.asarray(k), np.asarray(v)
+
+    def source(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for layer, (k, v) in enumerate(kv):
+            for name, x in (("keys", k), ("values", v)):
+                bad = ~np.isfinite(np.asarray(x))
+                if bad.any():
+                    at = ", ".join(map(str, np.argwhere(bad)[0]))
+                    raise RequestError(
+                        f"import_context(kv=...): the {name} of layer {layer} are not finite, first"
+                        f" at [{at}] of [K, n, D]; give finite numbers, or leave kv out"
+                    )
+            k, v = (x[:, start:] if x.ndim == 3 else x for x in map(np.asarray, (k, v)))
+            yield k, v
+
+    return source

@@ -23,6 +23,7 @@ class Context:
       title: for people.
       num_tokens: length.
       origin: how its keys and values were computed.
+      pinned: kept in the store until it is unpinned, and in memory once it is there.
       problem: why it cannot be used, and the way out; None when it can.
     """
 
@@ -33,6 +34,7 @@ class Context:
         self.num_tokens = record.num_tokens
         self.nbytes = record.nbytes
         self.created = record.created
+        self.pinned = record.pinned
         self.problem = record.problem
         self.header = record.header
         self.origin = Origin(record.header.origin if record.header else ())
@@ -85,6 +87,21 @@ class Context:
     def forget_graph(self) -> None:
         """Lets go of what is in memory of its graph."""
         self._graph = None
+
+    def pin(self) -> None:
+        """Keeps it: `remove` refuses it, and its pages stay in memory once they are there.
+
+        Raises:
+          ContextError: it is no longer there.
+          DatabaseError: the database is open for reading only.
+        """
+        self.store.pin(self.id)
+        self.pinned = True
+
+    def unpin(self) -> None:
+        """Lets it be removed, and leave memory, again. Raises as `pin` does."""
+        self.store.pin(self.id, False)
+        self.pinned = False
 
     @property
     def exact_tokens(self) -> int:

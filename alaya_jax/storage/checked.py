@@ -6,6 +6,7 @@ CRC-32 finds accidents, not forgeries.
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,26 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError
+from alaya_jax.storage.files import flush_directory, write_file
 
 META = "meta.json"
+
+_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
+_MAPPED = 1 << 20
+"""Bytes of an array from which on it is mapped and not read."""
 
 
 class CheckedDirectory:
     """Reads such a directory; what is wrong with it is raised, in the words of the subclass."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, verified: set[str] | None = None):
+        """Args:
+        directory: which.
+        verified: names of files of it that this process has verified; added to.
+        """
         self.directory = directory
-        self._files: dict[str, Any] = {}  # name -> [size, CRC-32], from meta.json
+        self._files: dict[str, list[int]] = {}  # name -> [size, CRC-32], from meta.json
+        self._verified = set() if verified is None else verified
 
     def _damaged(self, what: str) -> ContextError:
         """Whose directory this is, what is wrong with it, and the way out."""
@@ -50,7 +61,7 @@ class CheckedDirectory:
                 raise self._other_version(found, version)
             if stored != _meta_checksum(meta) or meta[name[0]] != name[1]:
                 raise self._damaged(f"{META} does not match its checksum or its directory")
-            self._files = meta["files"]
+            self._files = _sizes_and_checksums(meta["files"])
             return record(meta)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(f"{META} cannot be understood ({error})") from error
@@ -68,51 +79,55 @@ class CheckedDirectory:
 
     def _read_bytes(self, name: str) -> bytes:
         try:
-            return (self.directory / name).read_bytes()
+            fd = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with os.fdopen(fd, "rb") as file:
+                return file.read()
         except OSError as error:
             raise self._damaged(f"{name} cannot be read ({error.strerror})") from error
 
-    def _read_array(self, name: str) -> np.ndarray:
-        data = self._read_bytes(name)
-        if zlib.crc32(data) != self._files[name][1]:
-            raise self._damaged(f"{name} does not match its checksum")
-        return np.load(io.BytesIO(data))
+    def _read_array(self, name: str, *, mapped: bool = False) -> np.ndarray:
+        """An array, verified; a large one may be mapped, and was verified once."""
+        mapped = mapped and self._files[name][0] >= _MAPPED
+        data = b""
+        if not (mapped and name in self._verified):
+            data = self._read_bytes(name)
+            if [len(data), zlib.crc32(data)] != self._files[name]:
+                self._verified.discard(name)
+                raise self._damaged(f"{name} does not match its checksum")
+            self._verified.add(name)
+        try:
+            if mapped:
+                return np.load(self.directory / name, mmap_mode="r")
+            return np.load(io.BytesIO(data))
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"{name} is no array ({error})") from error
+
+
+def _sizes_and_checksums(files: dict[str, Any]) -> dict[str, list[int]]:
+    """By name, as meta.json has them; ValueError where one is no name of a file, or no number."""
+    for name, found in files.items():
+        if not _NAME.fullmatch(name) or list(map(type, found)) != [int, int]:
+            raise ValueError(f"{name!r} is no file of this directory")
+    return files
 
 
 def write_array(path: Path, array: np.ndarray) -> list[int]:
     """Writes an array as a new .npy file; its size and CRC-32."""
     buffer = io.BytesIO()
-    np.save(buffer, array)
-    return _write_bytes(path, buffer.getvalue())
-
-
-def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Writes meta.json, when all files it vouches for are written, and flushes the directory."""
-    meta = meta | {"checksum": _meta_checksum(meta)}
-    _write_bytes(directory / META, json.dumps(meta, indent=2).encode())
-    flush_directory(directory)
-
-
-def flush(file: io.BufferedWriter) -> None:
-    """Makes the bytes of a file survive a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_directory(path: Path) -> None:
-    """Makes the names in a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_bytes(path: Path, data: bytes) -> list[int]:
-    with path.open("xb") as file:
-        file.write(data)
-        flush(file)
+    np.save(buffer, array, allow_pickle=False)
+    data = buffer.getvalue()
+    write_file(path, data)
     return [len(data), zlib.crc32(data)]
+
+
+def write_meta(directory: Path, meta: dict[str, Any]) -> bytes:
+    """Writes meta.json, when all files it vouches for are written, and flushes the directory; what
+    it says.
+    """
+    data = json.dumps(meta | {"checksum": _meta_checksum(meta)}, indent=2).encode()
+    write_file(directory / META, data)
+    flush_directory(directory)
+    return data
 
 
 def _meta_checksum(meta: dict[str, Any]) -> int:

@@ -1,8 +1,7 @@
 """What the database asks of a store, and the words both use. Nothing here knows of files."""
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,12 @@ import ml_dtypes
 import numpy as np
 
 from alaya_jax.errors import RequestError
+from alaya_jax.storage import identity
+
+Source = Callable[[int], Iterable[tuple[Any, Any]]]
+"""Keys and values to be stored: called with the first token that is wanted, it gives (k, v) of the
+tokens from there on, each [K, n - first, D], layer by layer from 0; only one needs to be in memory.
+"""
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -60,14 +65,22 @@ class ContextHeader:
             if field.type is str and not isinstance(value, str):
                 raise RequestError(f"context: {field.name}={value!r}; use a string")
 
+    @property
+    def family(self) -> str:
+        """Names all but tokens, origin and title: contexts that share it may share pages."""
+        return identity.digest(identity.encoded(self._named))
+
     def context_id(self, tokens: np.ndarray) -> str:
         """The name of `tokens` [n] of this model, layout, origin and namespace; equal contexts
         share it.
         """
-        named = (self.fingerprint, self.namespace, self.dtype, self.page_size, self.origin)
-        digest = hashlib.blake2b(repr(named).encode(), digest_size=12)
-        digest.update(np.ascontiguousarray(tokens, "<i4"))
-        return digest.hexdigest()
+        named = identity.encoded((*self._named, self.origin))
+        return identity.digest(named, np.ascontiguousarray(tokens, "<i4").tobytes())
+
+    @property
+    def _named(self) -> tuple[Any, ...]:
+        layout = self.dtype, self.num_layers, self.num_kv_heads, self.head_dim, self.page_size
+        return self.fingerprint, self.namespace, *layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,8 @@ class ContextRecord:
       header: None when damage makes it unreadable.
       num_tokens: n; 0 when unreadable.
       created: seconds since 1970, UTC; 0 when unreadable.
+      used: when last read, to the minute; as `created` where never.
+      pinned: not to be removed until it is unpinned.
       problem: why the context cannot be used, and the way out; None when all looks well. Only
         `ContextStore.check` reads every byte.
     """
@@ -87,6 +102,8 @@ class ContextRecord:
     header: ContextHeader | None
     num_tokens: int
     created: float
+    used: float = 0.0
+    pinned: bool = False
     problem: str | None = None
 
     @property
@@ -116,6 +133,104 @@ class IndexRecord:
     problem: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """What a store holds.
+
+    Attributes:
+      contexts: how many.
+      tokens: of all of them.
+      bytes_held: keys and values of all contexts, each counted in full.
+      bytes_shared: of these, those that are stored once for several; so much more it would be
+        without sharing.
+      bytes_indexes: of stored indexes.
+      bytes_free: in segments, for contexts to come, in pages that no context holds; they take no
+        room on the disk once `gc` ran.
+      bytes_on_disk: what the files of the store really take.
+      removed: contexts that are removed and whose pages somebody still reads.
+    """
+
+    contexts: int
+    tokens: int
+    bytes_held: int
+    bytes_shared: int
+    bytes_indexes: int
+    bytes_free: int
+    bytes_on_disk: int
+    removed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What `ContextStore.gc` did.
+
+    Attributes:
+      contexts: removed ones whose pages became free.
+      in_use: removed ones whose pages somebody still reads.
+      segments: that held nothing and went.
+      indexes: without a context, that went.
+      bytes_before, bytes_after: on the disk.
+      holes: whether the file system gave back the space of free pages; else they are only used
+        again by the next contexts.
+    """
+
+    contexts: int
+    in_use: int
+    segments: int
+    indexes: int
+    bytes_before: int
+    bytes_after: int
+    holes: bool
+
+
+class MappedContext(Protocol):
+    """A stored context whose pages are read where they lie. While it is open they stay there,
+    whoever removes the context; a context manager.
+    """
+
+    @property
+    def pages(self) -> np.ndarray:
+        """The page of each Z tokens, i32 [ceil(n / Z)]: where they are on the axis P of `layer`."""
+        ...
+
+    def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a layer, each [K, P, Z, D], read-only and mapped.
+
+        Pages that are not in `pages` belong to others or nobody. Nothing was verified: see
+        `verify`.
+        """
+        ...
+
+    def verify(self, layer: int, pages: Any) -> None:
+        """Compares pages [m] of a layer with their checksums, each once in the life of a process.
+
+        Raises:
+          ContextError: one is damaged; it names context, layer, page and file.
+          RequestError: one is not of this context.
+        """
+        ...
+
+    def read_ahead(self, layer: int, pages: Any) -> None:
+        """Asks the system to read pages [m] of a layer; returns at once."""
+        ...
+
+    def let_go(self, layer: int, pages: Any) -> None:
+        """Gives back the memory of pages [m] of a layer; they are read again when next used."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """How much of this context's keys and values is in the system's memory."""
+        ...
+
+    def close(self) -> None:
+        """Gives up the lease; arrays of `layer` must not be read after that."""
+        ...
+
+    def __enter__(self) -> "MappedContext": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class ContextStore(Protocol):
     """Where contexts live between processes: all that a database uses of its store."""
 
@@ -126,6 +241,10 @@ class ContextStore(Protocol):
 
     def require_writable(self) -> None:
         """Raises DatabaseError when nothing can be written: closed, or open for reading only."""
+        ...
+
+    def version(self) -> Hashable:
+        """Another one whenever the list may have changed, whoever changed it; cheap."""
         ...
 
     def list(self, namespace: str | None = None) -> Sequence[ContextRecord]:
@@ -143,18 +262,20 @@ class ContextStore(Protocol):
         self,
         header: ContextHeader,
         tokens: Any,
-        kv: Iterable[tuple[Any, Any]],
+        kv: Source | Iterable[tuple[Any, Any]],
         progress: Callable[[int, int], None] | None = None,
     ) -> ContextRecord:
         """Stores a context, all of it or nothing, and returns its record.
 
-        A context already there is kept as it is, and `kv` is not read.
+        A context already there, undamaged, is kept as it is, and `kv` is not read. Of a prefix
+        that another context of the same family and origin has, the pages are shared: `kv` is
+        called with the first token that is not. Writers take turns; who waits says for whom.
 
         Args:
           header: what the context is.
           tokens: ids [n], n > 0.
-          kv: yields (k, v), each [K, n, D] of the header's dtype, layer by layer from 0; only one
-            layer needs to be in memory.
+          kv: gives the keys and values, of the header's dtype; or all of them, (k, v) of each
+            layer, each [K, n, D].
           progress: called as progress(layers written, L) after each layer.
 
         Raises:
@@ -168,11 +289,19 @@ class ContextStore(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of tokens [start, stop) of one layer, each [K, stop - start, D].
 
-        The arrays are read-only, and may be views of a mapped file. What is returned was verified.
+        The arrays are read-only copies. What is returned was verified.
 
         Raises:
           ContextError: the context is unknown or damaged.
           RequestError: no such layer or tokens.
+        """
+        ...
+
+    def mapped(self, id: str) -> MappedContext:
+        """A context's pages as they lie in the store, to be read and verified piece by piece.
+
+        Raises:
+          ContextError: the context is unknown or damaged.
         """
         ...
 
@@ -202,7 +331,7 @@ class ContextStore(Protocol):
         ...
 
     def read_index(self, id: str, kind: str, layer: int) -> dict[str, np.ndarray]:
-        """Arrays of one layer of an index, by name; verified.
+        """Arrays of one layer of an index, by name; verified, read-only and mapped.
 
         Raises:
           ContextError: the context or the index is unknown or damaged.
@@ -218,7 +347,23 @@ class ContextStore(Protocol):
         ...
 
     def remove(self, id: str) -> None:
-        """Deletes a context, damaged or not, and its indexes. Raises ContextError when unknown."""
+        """Deletes a context, damaged or not, and its indexes. Who reads its pages goes on.
+
+        Raises:
+          ContextError: it is unknown, or pinned.
+        """
+        ...
+
+    def pin(self, id: str, pinned: bool = True) -> None:
+        """Keeps a context from being removed, or no longer. Raises ContextError when unknown."""
+        ...
+
+    def gc(self) -> Collected:
+        """Frees what nobody holds, and gives the space back to the file system."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Counts contexts and bytes."""
         ...
 
     def close(self) -> None:

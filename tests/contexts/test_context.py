@@ -1,20 +1,22 @@
 """A context's handle: what it shares with a prompt, how far it is exact, what it refuses."""
 
+import contextlib
 import copy
 import pickle
+import sqlite3
 
 import numpy as np
 import pytest
 
 from alaya_jax.contexts.context import Context
 from alaya_jax.errors import ContextError, RequestError
-from alaya_jax.storage import ContextHeader, ContextRecord, DirectoryStore
+from alaya_jax.storage import ContextHeader, ContextRecord, PoolStore
 
 
 @pytest.fixture
 def make(tmp_path):
     """Stores tokens with keys and values of one layer, and makes the handle."""
-    store = DirectoryStore(tmp_path / "db")
+    store = PoolStore(tmp_path / "db")
 
     def made(tokens, origin=(), title=""):
         header = ContextHeader(
@@ -28,7 +30,9 @@ def make(tmp_path):
             title=title,
         )
         tokens = np.asarray(tokens, np.int32)
-        written = store.write(header, tokens, [np.zeros((2, 1, len(tokens), 2), np.float32)])
+        written = store.write(
+            header, tokens, lambda start: [np.zeros((2, 1, len(tokens) - start, 2), np.float32)]
+        )
         name = written.id if isinstance(written, ContextRecord) else written
         (record,) = [record for record in store.list() if record.id == name]
         return Context(record, store)
@@ -56,13 +60,12 @@ def test_only_what_is_exact_is_shared_unless_the_rest_is_asked_for(make):
 
 def test_a_damaged_one_shares_nothing_and_says_why(make, tmp_path):
     context = make([1, 2, 3, 4])
-    (file,) = (tmp_path / "db").rglob("tokens.npy")
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.write_bytes(damaged)
+    with contextlib.closing(sqlite3.connect(tmp_path / "db" / "catalogue.sqlite")) as catalogue:
+        catalogue.execute("UPDATE lists SET tokens = zeroblob(16)")
+        catalogue.commit()
     assert context.shared(np.array([1, 2, 3])) == 0
-    assert "tokens.npy does not match its checksum" in context.problem
-    with pytest.raises(ContextError, match=r"tokens\.npy"):
+    assert "its token ids in catalogue.sqlite do not match their checksum" in context.problem
+    with pytest.raises(ContextError, match="token ids"):
         context.tokens  # noqa: B018 - raises
 
 

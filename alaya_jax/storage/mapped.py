@@ -1,0 +1,110 @@
+"""A stored context whose pages are read where they lie."""
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.storage.lock import Lease
+from alaya_jax.storage.rows import PageList
+from alaya_jax.storage.segment import Segment
+
+_AT_ONCE = 256
+"""Pages that are copied to be verified."""
+
+
+class MappedPages:
+    """See `MappedContext`. Threads may share it.
+
+    Args:
+      id: of the context.
+      listed: its pages.
+      segment: where they lie.
+      lease: held until `close`.
+      damaged: makes the error of what is wrong with (layer, [(index in the pages, kind)]).
+    """
+
+    def __init__(
+        self,
+        id: str,
+        listed: PageList,
+        segment: Segment,
+        lease: Lease,
+        damaged: Callable[[int, list[tuple[int, int]]], ContextError],
+    ):
+        self.id, self._listed, self._segment = id, listed, segment
+        self._lease, self._damaged = lease, damaged
+        self._order = np.argsort(listed.slots)
+        self._sorted = listed.slots[self._order]
+
+    def __enter__(self) -> "MappedPages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pages(self) -> np.ndarray:
+        """See `MappedContext`."""
+        return self._listed.slots
+
+    def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `MappedContext`."""
+        self._require(layer)
+        return self._segment.mapped(layer)
+
+    def verify(self, layer: int, pages: Any) -> None:
+        """See `MappedContext`."""
+        self._require(layer)
+        index = self._index(pages)
+        asked = PageList(self._listed.slots[index], self._listed.births[index])
+        index = index[self._segment.unverified(asked, layer)]
+        if len(index):
+            self._segment.check_files(layer)  # a page that a file no longer has would end us
+        for first in range(0, len(index), _AT_ONCE):
+            part = index[first : first + _AT_ONCE]
+            some = PageList(self._listed.slots[part], self._listed.births[part])
+            if wrong := self._segment.wrong(some, layer):
+                raise self._damaged(layer, [(int(part[i]), kind) for i, kind in wrong])
+            self._segment.now_verified(some, layer)
+
+    def read_ahead(self, layer: int, pages: Any) -> None:
+        """See `MappedContext`."""
+        self._require(layer)
+        slots = self._listed.slots[self._index(pages)]
+        self._segment.advise(layer, slots, mmap.MADV_WILLNEED)
+
+    def let_go(self, layer: int, pages: Any) -> None:
+        """See `MappedContext`."""
+        self._require(layer)
+        slots = self._listed.slots[self._index(pages)]
+        self._segment.advise(layer, slots, mmap.MADV_DONTNEED)
+
+    def resident_bytes(self) -> int:
+        """See `MappedContext`."""
+        return self._segment.resident_bytes(self._listed.slots)
+
+    def close(self) -> None:
+        """See `MappedContext`; closing twice is allowed."""
+        self._lease.release()
+
+    def _index(self, pages: Any) -> np.ndarray:
+        """Where pages are in the context's list, each once, ascending by page."""
+        asked = np.unique(np.asarray(pages, np.int64))
+        at = np.searchsorted(self._sorted, asked)
+        found = at < len(self._sorted)
+        found[found] = self._sorted[at[found]] == asked[found]
+        if not found.all():
+            raise RequestError(
+                f"page {asked[~found][0]} is not one of context {self.id}; `pages` lists its own"
+            )
+        return self._order[at]
+
+    def _require(self, layer: int) -> None:
+        if not self._lease.release.alive:
+            raise ContextError(f"context {self.id} is closed; map it again")
+        if not 0 <= layer < self._segment.layout.num_layers:
+            last = self._segment.layout.num_layers - 1
+            raise RequestError(f"context {self.id} has layers 0 to {last}, and not {layer}")

@@ -1,0 +1,308 @@
+"""A segment: files of pages of one layout, in `segments/<number>/`.
+
+    k.000, v.000, ...   [K, P, Z, D] of each layer: as the engine has them, to be mapped as they are
+    checksums           u32 [P, L, 2], see `checksums`
+
+All are sparse: a page that nobody holds takes no room. A page that a context holds is never
+written again.
+"""
+
+import concurrent.futures
+import ctypes
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alaya_jax.errors import ContextError
+from alaya_jax.storage import checksums
+from alaya_jax.storage.files import flush_directory, make_directory, opened
+from alaya_jax.storage.interface import DTYPES
+from alaya_jax.storage.rows import Layout, PageList
+from alaya_jax.storage.slots import runs
+
+KINDS = "kv"
+NAMES = ("keys", "values")
+CHECKSUMS = "checksums"
+
+_BEHIND = 2
+"""Layers that are on their way to the disk while the next one is asked for."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+
+
+class Segment:
+    """The files of one segment. Opening it reads nothing.
+
+    Args:
+      directory: of the segment.
+      layout: of its files.
+    """
+
+    def __init__(self, directory: Path, layout: Layout):
+        self.directory, self.layout = directory, layout
+        self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
+        self._guard = threading.Lock()
+        self._sizes = dict.fromkeys(_file_names(layout), layout.file_bytes)
+        self._sizes[CHECKSUMS] = 8 * layout.num_layers * layout.num_pages
+        self._births = np.zeros(layout.num_pages, np.int64)
+        """Of the pages that `_verified` speaks of."""
+        self._verified = np.zeros((layout.num_layers, layout.num_pages), bool)
+
+    def create(self) -> None:
+        """Makes the files, which take no room yet."""
+        make_directory(self.directory)
+        for name, size in self._sizes.items():
+            fd = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        flush_directory(self.directory)
+        flush_directory(self.directory.parent)
+
+    def delete(self) -> None:
+        """Deletes the files; what is mapped stays mapped."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def write(self, pages: PageList, layers: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Writes pages that nobody holds, layer by layer, and flushes them to the disk.
+
+        Args:
+          pages: which, [m].
+          layers: keys and values [K, t, D] of L layers, (m - 1) Z < t <= m Z; the rest of the last
+            page becomes zeros.
+        """
+        found = np.zeros((len(pages), self.layout.num_layers, 2), np.uint32)
+        with concurrent.futures.ThreadPoolExecutor(_BEHIND) as disk:
+            under_way: list[concurrent.futures.Future[None]] = []
+            for layer, halves in enumerate(layers):
+                for kind, half in enumerate(halves):
+                    paged = self._paged(half, len(pages))
+                    name = _name(kind, layer)
+                    under_way.append(disk.submit(self._write_pages, name, pages, paged))
+                    sums = checksums.of_pages(paged, pages.slots, pages.births, layer, kind)
+                    found[:, layer, kind] = sums
+                while len(under_way) > 2 * _BEHIND:
+                    under_way.pop(0).result()
+            for job in under_way:
+                job.result()
+        with self._open(CHECKSUMS, os.O_RDWR) as fd:
+            width = found[0].nbytes if len(found) else 0
+            done = 0
+            for start, stop in runs(pages.slots):
+                part = found[done : done + stop - start]
+                _write(fd, part.astype("<u4").tobytes(), start * width)
+                done += stop - start
+            os.fsync(fd)
+
+    def read(
+        self, pages: PageList, layer: int
+    ) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[int, int]]]:
+        """Copies of pages of one layer, each [K, m, Z, D], and (index in `pages`, kind) of those
+        that are not what was stored.
+
+        Raises:
+          ContextError: a file is missing or cut.
+        """
+        shape = (self.layout.num_kv_heads, len(pages), self.layout.page_size, self.layout.head_dim)
+        stored = self._stored(pages)
+
+        def half(kind: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+            data = np.empty(shape, DTYPES[self.layout.dtype])
+            self._read_pages(_name(kind, layer), pages, data)
+            found = checksums.of_pages(data, pages.slots, pages.births, layer, kind)
+            wrong = np.flatnonzero(found != stored[:, layer, kind])
+            return data, [(int(i), kind) for i in wrong]
+
+        # Of one kind the checksums, while the other is on its way from the disk.
+        with concurrent.futures.ThreadPoolExecutor(2) as both:
+            (k, wrong_k), (v, wrong_v) = both.map(half, (0, 1))
+        return (k, v), wrong_k + wrong_v
+
+    def wrong(self, pages: PageList, layer: int) -> list[tuple[int, int]]:
+        """(index in `pages`, kind) of mapped pages of a layer that are not what was stored."""
+        stored, found = self._stored(pages), []
+        for kind, mapped in enumerate(self.mapped(layer)):
+            data = mapped[:, pages.slots]
+            now = checksums.of_pages(data, pages.slots, pages.births, layer, kind)
+            found += [(int(i), kind) for i in np.flatnonzero(now != stored[:, layer, kind])]
+        return found
+
+    def mapped(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a layer, each [K, P, Z, D], read-only and mapped."""
+        return self._map(_name(0, layer))[1], self._map(_name(1, layer))[1]
+
+    def unverified(self, pages: PageList, layer: int) -> np.ndarray:
+        """Indices in `pages` of those that this process has not found right in this layer."""
+        with self._guard:
+            stale = pages.slots[self._births[pages.slots] != pages.births]
+            self._verified[:, stale] = False
+            self._births[pages.slots] = pages.births
+            return np.flatnonzero(~self._verified[layer, pages.slots])
+
+    def now_verified(self, pages: PageList, layer: int) -> None:
+        """Remembers that pages of a layer were found right."""
+        with self._guard:
+            same = self._births[pages.slots] == pages.births
+            self._verified[layer, pages.slots[same]] = True
+
+    def advise(self, layer: int, slots: np.ndarray, advice: int) -> None:
+        """`madvise` for pages of a layer, of keys and values."""
+        piece = self.layout.piece
+        for kind in range(len(KINDS)):
+            mapped, _ = self._map(_name(kind, layer))
+            for head in range(self.layout.num_kv_heads):
+                first = head * self.layout.num_pages
+                for start, stop in runs(slots):
+                    begin, end = (first + start) * piece, (first + stop) * piece
+                    begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                    mapped.madvise(advice, begin, end - begin)
+
+    def resident_bytes(self, slots: np.ndarray) -> int:
+        """How much of these pages, of all layers, is in the system's memory (`mincore`)."""
+        size, piece = self.layout.file_bytes, self.layout.piece
+        heads = np.arange(self.layout.num_kv_heads)[:, None] * self.layout.num_pages
+        starts = ((heads + slots) * piece).reshape(-1)
+        seen = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        total = 0
+        for layer in range(self.layout.num_layers):
+            for array in self.mapped(layer):
+                address = ctypes.c_void_p(array.ctypes.data)
+                if _libc.mincore(address, ctypes.c_size_t(size), seen):
+                    raise OSError(ctypes.get_errno(), "mincore")
+                inside = np.frombuffer(seen, np.uint8) & 1
+                # A piece may be a part of a system page, or several: as many of its bytes as lie
+                # in pages that are there.
+                for offset in range(0, piece, min(piece, mmap.PAGESIZE)):
+                    here = inside[(starts + offset) // mmap.PAGESIZE]
+                    total += int(here.sum()) * min(piece - offset, mmap.PAGESIZE)
+        return total
+
+    def punch(self, slots: np.ndarray) -> bool:
+        """Gives the space of pages that nobody holds back to the file system; False where that
+        cannot be done.
+        """
+        layout = self.layout
+        width = 8 * layout.num_layers
+        for name in self._sizes:
+            is_sums = name == CHECKSUMS
+            piece = width if is_sums else layout.piece
+            with self._open(name, os.O_RDWR) as fd:
+                for head in range(1 if is_sums else layout.num_kv_heads):
+                    for start, stop in runs(slots):
+                        begin = (head * layout.num_pages + start) * piece
+                        if not _punched(fd, begin, (stop - start) * piece):
+                            return False
+        return True
+
+    def allocated_bytes(self) -> int:
+        """What the files take on the disk."""
+        paths = (self.directory / name for name in self._sizes)
+        return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+
+    def check_files(self, layer: int | None = None) -> None:
+        """Raises ContextError when a file, or one of a layer, is missing or has a wrong length."""
+        one = [_name(kind, layer) for kind in (0, 1)] if layer is not None else None
+        for name in one or self._sizes:
+            with self._open(name, os.O_RDONLY):
+                pass
+
+    def file(self, layer: int, kind: int) -> Path:
+        """Where the keys (0) or values (1) of a layer are."""
+        return self.directory / _name(kind, layer)
+
+    def _stored(self, pages: PageList) -> np.ndarray:
+        """The checksums of pages, u32 [m, L, 2], as they were stored."""
+        found = np.empty((len(pages), self.layout.num_layers, 2), "<u4")
+        with self._open(CHECKSUMS, os.O_RDONLY) as fd:
+            width, done = 8 * self.layout.num_layers, 0
+            for start, stop in runs(pages.slots):
+                _read(fd, found[done : done + stop - start], start * width)
+                done += stop - start
+        return found
+
+    def _paged(self, half: np.ndarray, count: int) -> np.ndarray:
+        """Tokens [K, t, D] as whole pages [K, m, Z, D]; without a copy where they are that."""
+        heads, tokens, dim = half.shape
+        size = self.layout.page_size
+        if tokens != count * size:
+            padded = np.zeros((heads, count * size, dim), half.dtype)
+            padded[:, :tokens] = half
+            half = padded
+        elif any(not half[head].flags.c_contiguous for head in range(heads)):
+            half = np.ascontiguousarray(half)
+        return half.reshape(heads, count, size, dim)
+
+    def _write_pages(self, name: str, pages: PageList, data: np.ndarray) -> None:
+        with self._open(name, os.O_RDWR) as fd:
+            for head in range(len(data)):
+                done = 0
+                for start, stop in runs(pages.slots):
+                    part = data[head, done : done + stop - start]
+                    offset = (head * self.layout.num_pages + start) * self.layout.piece
+                    _write(fd, memoryview(part.reshape(-1).view(np.uint8)), offset)
+                    done += stop - start
+            os.fsync(fd)
+
+    def _read_pages(self, name: str, pages: PageList, into: np.ndarray) -> None:
+        with self._open(name, os.O_RDONLY) as fd:
+            for head in range(len(into)):
+                done = 0
+                for start, stop in runs(pages.slots):
+                    part = into[head, done : done + stop - start]
+                    offset = (head * self.layout.num_pages + start) * self.layout.piece
+                    _read(fd, part, offset)
+                    done += stop - start
+
+    def _open(self, name: str, flags: int) -> Any:
+        return opened(self.directory / name, flags, self._sizes[name])
+
+    def _map(self, name: str) -> tuple[mmap.mmap, np.ndarray]:
+        layout = self.layout
+        with self._guard:
+            if name not in self._maps:
+                with self._open(name, os.O_RDONLY) as fd:
+                    found = mmap.mmap(fd, layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+                found.madvise(mmap.MADV_RANDOM)
+                shape = layout.num_kv_heads, layout.num_pages, layout.page_size, layout.head_dim
+                self._maps[name] = found, np.ndarray(shape, DTYPES[layout.dtype], found)
+            return self._maps[name]
+
+
+def _file_names(layout: Layout) -> list[str]:
+    return [_name(kind, layer) for layer in range(layout.num_layers) for kind in (0, 1)]
+
+
+def _name(kind: int, layer: int) -> str:
+    return f"{KINDS[kind]}.{layer:03d}"
+
+
+def _punched(fd: int, start: int, length: int) -> bool:
+    if not hasattr(_libc, "fallocate"):
+        return False
+    numbers = ctypes.c_int64(start), ctypes.c_int64(length)
+    return _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(_PUNCH), *numbers) == 0
+
+
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _read(fd: int, into: np.ndarray, offset: int) -> None:
+    view = memoryview(into.reshape(-1).view(np.uint8))
+    while len(view):
+        done = os.preadv(fd, [view], offset)
+        if not done:
+            raise ContextError("a file of the database ended while it was read")
+        view, offset = view[done:], offset + done
