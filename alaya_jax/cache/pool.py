@@ -334,14 +334,9 @@ class PagePool:
             self._allocator.share(self.own(pages))
         return PagedSequence(pages.copy(), length, sequence.host)
 
-    def mapped(self, host: HostPool, pages: np.ndarray, length: int) -> PagedSequence:
-        """A sequence in mapped files: it takes nothing of the pool until it is longer.
-
-        Args:
-          host: the files.
-          pages: there, of the first `length` tokens.
-          length: tokens.
-        """
+    def mapped(self, host: HostPool, length: int) -> PagedSequence:
+        """The first `length` tokens in mapped files: they take nothing of the pool."""
+        pages = host.pages[: -(-length // self.page_size)]
         return PagedSequence((pages + self.num_pages).astype(np.int32), length, host)
 
     @uninterrupted()

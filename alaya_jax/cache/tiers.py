@@ -1,9 +1,9 @@
 """Pages of two pools under one numbering: the pool that programs write to, and one in mapped files
 that is only read.
 
-A page table names pages of both, so a sequence may lie in either or go on from one in the other, and
-attention reads a page where it lies. On a CPU a mapped file enters a program as it is, without a copy:
-of a context on disk only the pages that are read come into memory.
+A page table names pages of both: a sequence may lie in either, or go on from one in the other, and
+attention reads a page where it lies. On a CPU a mapped file enters a program as it is, without a
+copy: of a context on disk only the pages that are read come into memory.
 """
 
 import dataclasses
@@ -32,34 +32,47 @@ class HostPages:
 
 
 class HostPool:
-    """The pages of all layers in mapped files. What is mapped stays as long as this object lives.
+    """A context's pages in mapped files, of all layers. They stay as long as this object lives.
 
     Attributes:
       name: of the files; pools of one name number the same pages.
-      layers: of each layer.
+      layers: of each layer; among the Q pages are those of other contexts.
+      pages: int32 [n], the context's, in order.
     """
 
     def __init__(
         self,
         name: str,
         layers: tuple[HostPages, ...],
+        pages: np.ndarray,
         *,
         verify: Callable[[int, np.ndarray], None] = lambda layer, pages: None,
         release: Callable[[], None] = lambda: None,
     ):
         """Args:
-        name, layers: see the class.
+        name, layers, pages: see the class.
         verify: raises ContextError where pages of a layer are damaged.
         release: called when nobody holds the pool any more.
         """
-        self.name, self.layers = name, layers
+        self.name, self.layers, self.pages = name, layers, pages
         self._verify = verify
+        self._verified = [False] * len(layers)
         self._end = weakref.finalize(self, release)
 
     @property
     def num_pages(self) -> int:
         """Q."""
         return self.layers[0].k.shape[1]
+
+    def verify(self, layer: int) -> None:
+        """Compares a layer's pages with their checksums, once.
+
+        Raises:
+          ContextError: one is damaged.
+        """
+        if not self._verified[layer]:
+            self._verify(layer, self.pages)
+            self._verified[layer] = True
 
     def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copies of some pages of every layer, each [L, K, n, Z, D].
@@ -130,9 +143,7 @@ class Tiers:
             start = (head, id, *(0 for _ in shape))
             return lax.dynamic_slice(pool, start, (1, 1, *shape))[0, 0]
 
-        return lax.cond(
-            id < split, lambda: of(self.device, id), lambda: of(self.host, id - split)
-        )
+        return lax.cond(id < split, lambda: of(self.device, id), lambda: of(self.host, id - split))
 
     def tokens(
         self, head: Int[Array, "..."], id: Int[Array, "..."], slot: Int[Array, "..."]
