@@ -15,13 +15,16 @@ PLANS = {
     "range": aj.DIPR(beta=8.0, window=WINDOW),
     "promise": aj.DIPR(recovery=0.9, window=WINDOW),
     "graph": aj.Plan(aj.DIPR(beta=8.0, window=WINDOW), aj.Graph(queries=1.0)),
+    "sketch": aj.Plan(aj.DIPR(beta=8.0, window=WINDOW), aj.Sketch()),
+    "sketch, a promise": aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Sketch()),
+    "tail": aj.Plan(aj.DIPR(recovery=0.8, window=WINDOW), aj.Sketch(), tail=True),
     "block": aj.Plan(aj.DIPR(beta=8.0, window=WINDOW), aj.Block("bounds"), by="page"),
 }
 
 
 @pytest.fixture
 def document(rng):
-    return rng.integers(32, 126, 300)
+    return rng.integers(32, 126, 230)
 
 
 def answers(db, prompt, tier, attention=None, tokens=6, **options):
@@ -44,7 +47,7 @@ def test_any_plan_answers_as_in_the_pool(open_db, document, rng, name):
     db = open_db()
     prompt = [*document, *rng.integers(32, 126, 5)]
     expected, logits, reused = answers(db, prompt, "device", PLANS[name])
-    assert reused == [300]
+    assert reused == [230]
     for tier in ("host", "device", "host"):
         ids, at, again = answers(db, prompt, tier, PLANS[name])
         assert (ids, again) == (expected, reused)
@@ -80,9 +83,9 @@ def test_a_context_larger_than_the_pool_answers(open_db, document, greedy):
     assert small.pool.free_tokens == small.pool.capacity_tokens == 48
     with session:
         assert [t.id for t in aj.generate(session, rest, max_new_tokens=6)] == expected
-        assert session.reused == [300]
+        assert session.reused == [230]
     assert small.pool.free_tokens == 48
-    with pytest.raises(CacheFullError, match="the prompt has 92 tokens behind 288 that are read"):
+    with pytest.raises(CacheFullError, match="the prompt has 86 tokens behind 224 that are read"):
         small.create_session([*document, *range(40, 120)])
     with pytest.raises(CacheFullError, match=r"raise Budget\(device="):
         small.create_session(prompt, tier="device")
@@ -101,8 +104,8 @@ def test_forks_and_batches_read_what_lies_there(open_db, document, greedy, rng):
     db = open_db()
     rows = [[*document, 40], [*other, 41, 42], [50, 51, 52], [*document[:130], 60]]
     session, rest = db.create_session(rows, tier="host")
-    assert session.reused == [300, 77, 0, 130]
-    assert db.pool.free_tokens == 1008
+    assert session.reused == [230, 77, 0, 130]
+    assert db.pool.free_tokens == 1024
     generation = aj.generate(session, rest, max_new_tokens=4)
     list(generation)
     assert generation.ids == [greedy(np.asarray(row), 4) for row in rows]
@@ -116,7 +119,7 @@ def test_forks_and_batches_read_what_lies_there(open_db, document, greedy, rng):
         assert [first, *ids] == want
     session.close()
     fork.close()
-    assert db.pool.free_tokens == 1008
+    assert db.pool.free_tokens == 1024
 
 
 def test_what_a_session_of_mapped_pages_holds_can_be_stored_and_read(open_db, document, greedy):
@@ -130,12 +133,12 @@ def test_what_a_session_of_mapped_pages_holds_can_be_stored_and_read(open_db, do
     session.explain(analyze=True, attention=aj.DIPR(beta=8.0, window=WINDOW))
     stored = db.store(session)
     session.close()
-    assert stored.num_tokens == 302
+    assert stored.num_tokens == 232
     db.close()
     db = open_db()
     for tier in ("device", "host"):
         session, rest = db.create_session([*document, 40, 41, 42], tier=tier)
-        assert session.reused == [302]
+        assert session.reused == [232]
         again = session.kv(1)
         np.testing.assert_array_equal(again[0], k)
         np.testing.assert_array_equal(again[1], v)

@@ -122,10 +122,19 @@ class Tiers:
     def run(self, first: Array, count: int) -> Array:
         """Consecutive pages [K, count, ...], where `is_run`."""
         split = self.device.shape[1]
-        return lax.cond(
-            first < split,
-            lambda: lax.dynamic_slice_in_dim(self.device, first, count, axis=1),
-            lambda: lax.dynamic_slice_in_dim(self.host, first - split, count, axis=1),
+
+        def of_device() -> Array:
+            return lax.dynamic_slice_in_dim(self.device, first, count, axis=1)
+
+        def of_host() -> Array:
+            return lax.dynamic_slice_in_dim(self.host, first - split, count, axis=1)
+
+        if count > split:  # it would not be a run there
+            return of_host()
+        return (
+            of_device()
+            if count > self.host.shape[1]
+            else lax.cond(first < split, of_device, of_host)
         )
 
     def pages(self, ids: Int[Array, " n"]) -> Float[Array, "K n Z D"]:

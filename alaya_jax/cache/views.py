@@ -281,7 +281,7 @@ def reader(q: Array, pages: Pages, keys: KeyRange) -> tuple[Pages, Callable[[Any
     if not few or keys.gap_low is not None or pages.tile_pages > pages.k.shape[1]:
         return pages, by(pages.read)
 
-    def as_tokens(pool: Array, tile: Array) -> Array:
+    def as_tokens(pool: Pool, tile: Array) -> Array:
         run = pages.read_run(pool, tile)
         return run.reshape(run.shape[0], -1, run.shape[3]).astype(jnp.float32)
 

@@ -58,5 +58,5 @@ class Memory:
         index, covered, host = None, None, None
         if self.indexed is not None:
             index, covered = self.indexed.layers[layer], self.indexed.covered
-            host = self.indexed.host and self.indexed.host[layer]
+            host = self.indexed.host[layer] if self.indexed.host is not None else None
         return LayerMemory(self.kv.k[layer], self.kv.v[layer], self.table, index, covered, host)
