@@ -2,8 +2,10 @@
 loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +29,7 @@ _DRY_RUN = typer.Option("--dry-run", help="Only say what would be moved.")
 _REPAIR = typer.Option(
     "--repair", help="Read what is there, and write anew what is damaged or gone."
 )
+_MEND = typer.Option("--repair", help="Check what the database has, and take anew what is damaged.")
 
 
 def push(
@@ -47,13 +50,14 @@ def push(
       alaya db push s3://bucket/contexts/ 3f2a91 --db contexts.db
     """
     with open_store(db, read_only=True) as store:
-        _move(store, _remote(url), ("push",), ids, json, repair=repair, dry_run=dry_run)
+        _move(db, store, _remote(url), ("push",), ids, json, repair=repair, dry_run=dry_run)
 
 
 def pull(
     url: Annotated[str, _URL],
     ids: Annotated[list[str] | None, _IDS] = None,
     db: options.Database = None,
+    repair: Annotated[bool, _MEND] = False,
     dry_run: Annotated[bool, _DRY_RUN] = False,
     json: options.Json = False,
 ) -> None:
@@ -66,8 +70,8 @@ def pull(
       alaya db pull s3://bucket/contexts/ 3f2a91 --db contexts.db
     """
     remote = _remote(url)
-    with open_store(db, read_only=False, make=True) as store:
-        _move(store, remote, ("pull",), ids, json, dry_run=dry_run)
+    with _taking(db, dry_run) as store:
+        _move(db, store, remote, ("pull",), ids, json, repair=repair, dry_run=dry_run)
 
 
 def sync(
@@ -84,8 +88,8 @@ def sync(
       alaya db sync s3://bucket/contexts/ --db contexts.db --json
     """
     remote = _remote(url)
-    with open_store(db, read_only=False, make=True) as store:
-        _move(store, remote, ("pull", "push"), ids, json, dry_run=dry_run)
+    with _taking(db, dry_run) as store:
+        _move(db, store, remote, ("pull", "push"), ids, json, dry_run=dry_run)
 
 
 def export(
@@ -138,7 +142,22 @@ def import_(
     with progress_bar("verifying", size, "bytes") as advance:
         place = ArchiveReader(file, advance)
     with place, open_store(db, read_only=False, make=True) as store:
-        _move(store, RemoteContexts(place), ("pull",), None, json)
+        _move(db, store, RemoteContexts(place), ("pull",), None, json)
+
+
+@contextmanager
+def _taking(db: Path | None, dry_run: bool) -> "Iterator[ContextStore]":
+    """The database that contexts go to; a dry run of one that is not there makes it elsewhere."""
+    path = options.database_path(db)
+    if not dry_run or path.exists():
+        with open_store(db, read_only=dry_run, make=not dry_run) as store:
+            yield store
+        return
+    with (
+        TemporaryDirectory() as empty,
+        open_store(Path(empty), read_only=False, make=True) as store,
+    ):
+        yield store
 
 
 def _remote(url: str) -> "RemoteContexts":
@@ -149,6 +168,7 @@ def _remote(url: str) -> "RemoteContexts":
 
 
 def _move(
+    db: Path | None,
     store: "ContextStore",
     remote: "RemoteContexts",
     ways: Sequence[str],
@@ -163,7 +183,7 @@ def _move(
     """
     here = {record.id: record for record in store.list()}
     there = {moved.id: moved for moved in remote.contexts()}
-    sides = {"push": (here, there, store.path), "pull": (there, here, remote.where)}
+    sides = {"push": (here, there, options.database_path(db)), "pull": (there, here, remote.where)}
     if ids:
         known = {id: context for way in ways for id, context in sides[way][0].items()}
         where = " and ".join(str(sides[way][2]) for way in ways)
@@ -190,7 +210,11 @@ def _move(
     for failure in failed:
         note(f"Failed: {failure['problem']}")
     if json:
-        place = {"database": str(store.path), "remote": remote.where, "dry_run": dry_run}
+        place = {
+            "database": str(options.database_path(db)),
+            "remote": remote.where,
+            "dry_run": dry_run,
+        }
         report(place | {f"{way}ed": rows for way, rows in done.items()} | {"failed": failed})
     elif not failed and not any(done.values()):
         note(f"There is nothing to {' or '.join(ways)}.")
@@ -213,7 +237,9 @@ def _one(
     else:
         with on_interrupt("Nothing of this context was stored."):
             with bar as advance:
-                pulled = remote.pull(store, context, advance=advance)
+                here = any(record.id == context.id for record in store.list())
+            anew = here and repair and bool(store.check(context.id))
+            pulled = remote.pull(store, context, anew=anew, advance=advance)
             chunks, moved = pulled.chunks, pulled.nbytes
             indexes = remote.pull_indexes(store, context)
     return {"chunks_moved": chunks, "bytes_moved": moved, "indexes_moved": indexes}

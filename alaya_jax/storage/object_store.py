@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from alaya_jax.errors import RemoteError, RequestError
 
-DRIVERS = {"file": "file", "memory": "memory", "s3": "s3", "gs": "gcs"}
-"""What a URL may begin with, and tensorstore's name for it."""
+SCHEMES = ("file", "memory", "s3", "gs")
+"""What a URL may begin with."""
 
 TIMEOUT = "ALAYA_REMOTE_TIMEOUT"
 """The variable that says how many seconds one request may take."""
@@ -23,6 +23,9 @@ _CREDENTIALS = {
     "server of another maker, AWS_ENDPOINT_URL)",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
 }
+
+
+_DENIED = ("permission", "denied", "forbidden", "http_response_code='403'")
 
 
 class Found(NamedTuple):
@@ -74,7 +77,7 @@ class SharedStore:
     """An `ObjectStore` behind a URL, through tensorstore.
 
     What is written is there whole or not at all, and of two that write one name the first wins.
-    Credentials are taken from the environment, and from nowhere else on the way to S3.
+    Credentials are those of the environment; for GCS, those that gcloud keeps count too.
 
     Args:
       url: `file:///shared/directory/`, `s3://bucket/path/`, `gs://bucket/path/`, or, within one
@@ -89,8 +92,8 @@ class SharedStore:
 
         self.where = self._url = url
         scheme = urlsplit(url).scheme
-        if scheme not in DRIVERS or "|" in url:  # which would add a layer, such as zip
-            known = ", ".join(f"{s}://" for s in DRIVERS)
+        if scheme not in SCHEMES or "|" in url:  # which would add a layer, such as zip
+            known = ", ".join(f"{s}://" for s in SCHEMES)
             raise RequestError(f"remote {url!r}: a shared store has a URL that begins with {known}")
         self._scheme = scheme
         self._seconds = _timeout()
@@ -100,7 +103,7 @@ class SharedStore:
             spec = asked | _options(scheme, os.environ)
             context = _in_this_process() if scheme == "memory" else ts.Context(_RETRIES)
             self._kv: Any = ts.KvStore.open(spec, context=context).result(timeout=self._seconds)
-        except ValueError as error:
+        except (ValueError, TimeoutError) as error:
             raise RequestError(f"remote {url!r}: {error}") from error
 
     def __repr__(self) -> str:
@@ -138,7 +141,14 @@ class SharedStore:
 
     def replace(self, key: str, data: bytes, version: bytes) -> bool:
         """See `ObjectStore.replace`."""
-        stamp = self._wait(self._kv.write(key, data, if_equal=version), f"writing {key}")
+        try:
+            stamp = self._wait(self._kv.write(key, data, if_equal=version), f"writing {key}")
+        except RemoteError as error:
+            if "Malformed StorageGeneration" not in str(error):
+                raise
+            # Some servers say of no object which version it is. An object is replaced by what its
+            # name says, so that of two who do it at once either may be the last.
+            stamp = self._wait(self._kv.write(key, data), f"writing {key}")
         return stamp.generation != b""  # else the condition did not hold
 
     def keys(self, prefix: str) -> list[str]:
@@ -148,7 +158,8 @@ class SharedStore:
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         asked = self._kv.list(ts.KvStore.KeyRange(prefix, end))
         found = self._wait(asked, f"listing {prefix}")
-        return sorted(key.decode("utf-8", "replace") for key in found)
+        names = (key.decode("utf-8", "replace") for key in found)
+        return sorted(name for name in names if name.startswith(prefix))  # some servers list more
 
     def _wait(self, future: Any, what: str) -> Any:
         """The result, or an error that says what to do."""
@@ -157,32 +168,30 @@ class SharedStore:
         except TimeoutError as error:
             raise RemoteError(
                 f"{self._url}: {what} took longer than {self._seconds:g} s; see that it can be "
-                f"reached{self._from_environment('endpoint')}, or raise {TIMEOUT}"
+                f"reached{self._endpoint_told()}, or raise {TIMEOUT}"
             ) from error
         except (ValueError, OSError) as error:
             raise RemoteError(self._reason(what, str(error))) from error
 
     def _reason(self, what: str, said: str) -> str:
         lowered = said.lower()
-        if "credential" in lowered:
-            way_out = f"set {_CREDENTIALS.get(self._scheme, 'credentials')} in the environment"
-        elif any(word in lowered for word in ("permission", "denied", "forbidden", "403", "401")):
-            allowed = _CREDENTIALS.get(self._scheme)
-            way_out = "it must be allowed to read and write there" + (
-                f", with what {allowed} say" if allowed else ""
-            )
+        variables = _CREDENTIALS.get(self._scheme)
+        if variables and "credential" in lowered:
+            way_out = f"set {variables} in the environment"
+        elif any(word in lowered for word in _DENIED):
+            way_out = "reading and writing must be allowed there"
+            way_out += f" to what {variables} say" if variables else ""
         elif "nosuchbucket" in lowered:
             way_out = "there is no such bucket; make it, or mend the URL"
         elif self._scheme == "file":
             way_out = "give the URL of a directory that can be read and written"
         else:
-            way_out = f"see that it can be reached{self._from_environment('endpoint')}"
+            way_out = f"see that it can be reached{self._endpoint_told()}"
         return f"{self._url}: {what} failed; {way_out} ({said[:300]})"
 
-    def _from_environment(self, what: str) -> str:
-        if self._scheme != "s3" or not (endpoint := _endpoint(os.environ)):
-            return ""
-        return f" ({what} {endpoint}, from AWS_ENDPOINT_URL)"
+    def _endpoint_told(self) -> str:
+        endpoint = _endpoint(os.environ) if self._scheme == "s3" else None
+        return f" ({endpoint}, from AWS_ENDPOINT_URL)" if endpoint else ""
 
 
 _RETRIES = {

@@ -1,5 +1,7 @@
 """Writes the chunks of a context to an object store, as far as they are not there."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from alaya_jax.errors import ContextError
@@ -8,6 +10,9 @@ from alaya_jax.storage.in_flight import MOST, Advance, ahead, window, workers
 from alaya_jax.storage.interface import DTYPES, ContextStore
 from alaya_jax.storage.object_store import ObjectStore
 from alaya_jax.storage.objects import CHUNK, MovedContext
+
+READ = 4
+"""Chunks that are read from the database at a time: short reads cost more."""
 
 
 def push_chunks(
@@ -64,6 +69,9 @@ def push_chunks(
             place.put(key, data)  # False: another push was faster
         return len(data)
 
+    def read(run: list[int]) -> list[np.ndarray]:
+        return _read_chunks(store, moved, [spans[i] for i in run])
+
     written = nbytes = 0
     with workers() as pool:
         missing = []
@@ -73,19 +81,38 @@ def push_chunks(
                 advance(moved.span_nbytes(spans[i]))
             else:
                 missing.append((i, version))
-        jobs = ((put, i, v, _read_chunk(store, moved, spans[i])) for i, v in missing)
-        sent = ahead(pool, jobs, window(objects.chunk_nbytes(header, 0, CHUNK)))
-        for (i, _), count in zip(missing, sent, strict=True):
+        at_a_time = window(objects.chunk_nbytes(header, 0, CHUNK))
+        jobs = (
+            (put, i, version, numbers)
+            for run in _runs(missing, min(READ, at_a_time))
+            for (i, version), numbers in zip(run, read([i for i, _ in run]), strict=True)
+        )
+        for (i, _), count in zip(missing, ahead(pool, jobs, at_a_time), strict=True):
             written, nbytes = written + 1, nbytes + count
             advance(moved.span_nbytes(spans[i]))
     return written, nbytes
 
 
-def _read_chunk(store: ContextStore, moved: MovedContext, span: slice) -> np.ndarray:
-    """Keys and values of a chunk of a local context, [L, 2, K, T, D]."""
+def _runs[V](missing: list[tuple[int, V]], most: int) -> Iterator[list[tuple[int, V]]]:
+    """Stretches of chunks that follow one another, of at most so many."""
+    run: list[tuple[int, V]] = []
+    for chunk in missing:
+        if run and (len(run) == most or chunk[0] != run[-1][0] + 1):
+            yield run
+            run = []
+        run.append(chunk)
+    if run:
+        yield run
+
+
+def _read_chunks(store: ContextStore, moved: MovedContext, spans: list[slice]) -> list[np.ndarray]:
+    """Keys and values of chunks that follow one another, of a local context, [L, 2, K, T, D]."""
     header = moved.header
-    shape = objects.chunk_shape(header, span.stop - span.start)
-    numbers = np.empty(shape, DTYPES[header.dtype])
+    shapes = [objects.chunk_shape(header, span.stop - span.start) for span in spans]
+    chunks = [np.empty(shape, DTYPES[header.dtype]) for shape in shapes]
+    start, stop = spans[0].start, spans[-1].stop
     for layer in range(header.num_layers):
-        numbers[layer, 0], numbers[layer, 1] = store.read_kv(moved.id, layer, span.start, span.stop)
-    return numbers
+        for half, numbers in enumerate(store.read_kv(moved.id, layer, start, stop)):
+            for chunk, span in zip(chunks, spans, strict=True):
+                chunk[layer, half] = numbers[:, span.start - start : span.stop - start]
+    return chunks

@@ -63,6 +63,10 @@ class Pulled:
     nbytes: int
 
 
+class _NearDamaged(ContextError):
+    """A local context that was to supply the first tokens of another."""
+
+
 class RemoteContexts:
     """The contexts in an object store. Threads may share it.
 
@@ -218,30 +222,10 @@ class RemoteContexts:
             advance(moved.nbytes)
             return Pulled(here, 0, 0)
         near, start = local_prefix(self._objects, store, moved, n, here)
-        advance(moved.of_prefix(start).nbytes)
-        tokens = np.zeros(n, np.int32)
-        if near is not None:
-            tokens[:start] = store.tokens(near)[:start]
-        shape = (header.num_layers, 2, header.num_kv_heads, n - start, header.head_dim)
-        dtype = DTYPES[header.dtype]
-        with gathered(store, shape, dtype) as numbers:
-            read = pull_chunks(self._objects, moved, tokens, start, numbers, advance)
-            if (id := header.context_id(tokens)) != moved.id and n == moved.num_tokens:
-                what = f"its tokens are those of {id}"
-                raise ContextError(damaged(self._objects, _record_key(moved), what))
-
-            def kv(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-                for layer in range(header.num_layers):
-                    k, v = (half[:, max(first - start, 0) :] for half in numbers[layer])
-                    if near is not None and first < start:
-                        before = store.read_kv(near, layer, first, start)
-                        k, v = (np.concatenate(x, 1) for x in zip(before, (k, v), strict=True))
-                    yield k, v
-
-            if here is not None:
-                store.remove(here.id)
-            record = store.write(header, tokens, kv)
-        return Pulled(record, len(read), sum(read))
+        try:
+            return self._pull(store, moved, header, near, (start, n), advance)
+        except _NearDamaged:  # then it gives nothing: all of it is there
+            return self._pull(store, moved, header, None, (0, n), advance)
 
     def pull_indexes(self, store: ContextStore, moved: MovedContext) -> list[str]:
         """Takes the indexes of a context that a database has whole; the kinds that were taken.
@@ -252,6 +236,42 @@ class RemoteContexts:
           ContextError, RemoteError, DatabaseError: as `pull`; the context is not touched.
         """
         return moved_indexes.pull(self._objects, store, moved.id, objects.group(moved.header))
+
+    def _pull(
+        self,
+        store: ContextStore,
+        moved: MovedContext,
+        header: ContextHeader,
+        near: str | None,
+        span: tuple[int, int],
+        advance: Advance,
+    ) -> Pulled:
+        """Reads the tokens of a span, those before it from a local context, and stores both."""
+        start, n = span
+        advance(moved.of_prefix(start).nbytes)
+        tokens = np.zeros(n, np.int32)
+        if near is not None:
+            tokens[:start] = store.tokens(near)[:start]
+        shape = objects.chunk_shape(header, n - start)
+        with gathered(store, shape, DTYPES[header.dtype]) as numbers:
+            read = pull_chunks(self._objects, moved, tokens, start, numbers, advance)
+            if (id := header.context_id(tokens)) != moved.id and n == moved.num_tokens:
+                what = f"its tokens are those of {id}"
+                raise ContextError(damaged(self._objects, _record_key(moved), what))
+
+            def kv(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                for layer in range(header.num_layers):
+                    k, v = (half[:, max(first - start, 0) :] for half in numbers[layer])
+                    if near is not None and first < start:
+                        try:
+                            before = store.read_kv(near, layer, first, start)
+                        except ContextError as error:
+                            raise _NearDamaged(str(error)) from error
+                        k, v = (np.concatenate(x, 1) for x in zip(before, (k, v), strict=True))
+                    yield k, v
+
+            record = store.write(header, tokens, kv)
+        return Pulled(record, len(read), sum(read))
 
     def _read(self, header: ContextHeader | None) -> list[MovedContext | ContextError]:
         """All records, or those of a model and namespace; what is wrong with those that are not."""

@@ -61,6 +61,8 @@ def test_push_and_pull(moving, db, url, tmp_path, alaya):
 
     there = moving("pull", url, "--dry-run", name="there")
     assert set(ids_of(there["pulled"])) == set(ids)
+    assert there["database"] == str(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
     assert "chunks_moved" not in there["pulled"][0]
     assert ids_of(moving("pull", url, ids[1][:6], name="there")["pulled"]) == ids[1:]
     assert ids_of(moving("pull", url, "--dry-run", name="there")["pulled"]) == ids[:1]
@@ -102,6 +104,20 @@ def test_what_is_damaged_does_not_keep_the_others(moving, db, url):
     assert "--repair" in pulled["failed"][0]["problem"]
     assert [row["chunks_moved"] for row in moving("push", url, "--repair")["pushed"]] == [1, 0]
     assert ids_of(moving("pull", url, ids[0], name="there")["pulled"]) == [ids[0]]
+
+
+def test_what_is_damaged_here_is_taken_anew(moving, db, url, tmp_path):
+    db(300)
+    moving("push", url)
+    moving("pull", url, name="there")
+    file = next((tmp_path / "there" / "segments").glob("*/k.001"))
+    with file.open("r+b") as data:
+        data.seek(data.seek(0, 3))  # SEEK_DATA: the file has holes
+        data.write(b"damaged!")
+    moving("check", name="there", code=1)
+    assert moving("pull", url, "--repair", name="there")["pulled"][0]["chunks_moved"] > 0
+    moving("check", name="there")
+    assert moving("pull", url, "--repair", name="there")["pulled"][0]["chunks_moved"] == 0
 
 
 def test_a_damaged_record_is_told(moving, db, url):

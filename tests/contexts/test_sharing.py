@@ -12,7 +12,7 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax.contexts import sharing
-from alaya_jax.errors import RemoteError, RequestError
+from alaya_jax.errors import ContextError, RemoteError, RequestError
 from alaya_jax.storage import objects
 from alaya_jax.storage.object_store import SharedStore
 from alaya_jax.storage.remote import RemoteContexts
@@ -219,6 +219,28 @@ def test_a_store_that_fails_loses_nothing(open_db, url, place, document, unreach
     assert [m.id for m in RemoteContexts(place).contexts()] == [context.id]
 
 
+def test_a_directory_that_cannot_be_written(open_db, document):
+    db = open_db(remote="file:///proc/shared/")
+    with pytest.warns(aj.RemoteWarning, match="stored here only.*file:///proc/shared/"):
+        context = db.import_context(document[:300])
+    assert answer(db, np.append(document[:300], 5))[1] == 300
+    assert db.check(context) == []
+
+
+def test_no_room_here_computes_the_prompt(open_db, url, document, monkeypatch):
+    one, other = (open_db(path=path, remote=url) for path in ("one", "other"))
+    one.import_context(document)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("alaya_jax.storage.pull.os.posix_fallocate", full)
+        with pytest.warns(aj.RemoteWarning, match="make room"):
+            assert answer(other, document)[1] == 0
+    assert answer(other, document)[1] == 449
+
+
 def test_a_store_that_fails_is_asked_again(open_db, url, document, unreachable, monkeypatch):
     one, other = (open_db(path=path, remote=url) for path in ("one", "other"))
     one.import_context(document)
@@ -262,14 +284,23 @@ def test_a_shorter_context_serves_where_the_longest_is_damaged(open_db, url, pla
         assert answer(other, document)[1] == 300
 
 
-def test_damage_here_is_mended_from_there(open_db, url, document):
+def test_damage_here_is_mended_from_there(open_db, url, document, tmp_path):
+    """Who meets it is told, as ever; then the context is taken anew."""
     db = open_db(remote=url)
     context = db.import_context(document)
     want = answer(db, document)[0]
-    db.contexts[0].problem = "it is damaged"
-    db._catalogue.drop(db.contexts[0])
+    db.close()
+    file = next((tmp_path / "db" / "segments").glob("*/k.001"))
+    with file.open("r+b") as data:
+        data.seek(data.seek(0, 3))  # SEEK_DATA: the file has holes
+        data.write(b"damaged!")
+    db = open_db(remote=url)
+    with pytest.raises(ContextError, match="damaged"):
+        answer(db, document)
     assert answer(db, document) == (want, 449)
-    assert (db.contexts[0].id, db.contexts[0].problem) == (context.id, None)
+    (found,) = db.contexts
+    assert (found.id, found.problem) == (context.id, None)
+    assert db.check(found) == []
 
 
 def test_what_remote_may_be(open_db, url):

@@ -1,5 +1,6 @@
 """Shared stores behind URLs: in memory, in a directory, and on an S3 server of this machine."""
 
+import contextlib
 import http.server
 import socket
 import subprocess
@@ -23,31 +24,43 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def s3_server():
-    """The address of an S3 server with a bucket, in a process of its own."""
-    port = free_port()
+@contextlib.contextmanager
+def serving(port, *command):
+    """Runs a server of this machine until the block ends; it answers when the block begins."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
-            try:
-                bucket = urllib.request.Request(f"{address}/contexts", method="PUT")
-                urllib.request.urlopen(bucket).close()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.1)
+            assert server.poll() is None
+            time.sleep(0.1)
         else:
-            pytest.fail("the S3 server did not start")
-        yield address
+            pytest.fail(f"{command[0]} did not start")
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """The address of an S3 server with a bucket."""
+    port = free_port()
+    with serving(port, "moto.server", "-H", "127.0.0.1", "-p", str(port)) as address:
+        bucket = urllib.request.Request(f"{address}/contexts", method="PUT")
+        urllib.request.urlopen(bucket).close()
+        yield address
+
+
+@pytest.fixture(scope="module")
+def gcs_server():
+    """The address of a GCS server with a bucket. It ignores the conditions of writes."""
+    port = free_port()
+    command = ("gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}")
+    with serving(port, *command, "--in-memory", "--default-bucket=contexts") as address:
+        yield address
 
 
 @pytest.fixture
@@ -104,7 +117,17 @@ def test_of_many_writers_one_is_first(url):
     assert stores[0].read("name").data == won[0]
 
 
-def test_contexts_move_through_it(url, open_store, make, same, header):
+@pytest.fixture
+def gs(gcs_server, monkeypatch, tmp_path):
+    """A URL of the test's own on that server, which asks for no credentials."""
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs_server)
+    return f"gs://contexts/{tmp_path.name}"
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "s3", "gs"])
+def test_contexts_move_through_it(kind, request, tmp_path, open_store, make, same, header):
+    local = f"{kind}://{tmp_path}/shared"
+    url = request.getfixturevalue(kind) if kind in ("s3", "gs") else local
     here, there = open_store(), open_store("there")
     tokens, kv = make(600)
     id = here.write(header, tokens, kv).id
@@ -180,7 +203,7 @@ def refuses(store, *said):
 
 
 def test_a_server_that_is_not_there(s3, monkeypatch):
-    endpoint = f"http://127.0.0.1:{free_port()}"
+    endpoint = "http://127.0.0.1:14031"  # a port is no status, whatever its digits are
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     refuses(SharedStore(s3), endpoint, "AWS_ENDPOINT_URL", "can be reached")
 
@@ -213,7 +236,7 @@ def test_a_server_that_denies(s3, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Denies) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        refuses(SharedStore(s3), "must be allowed", "AWS_SECRET_ACCESS_KEY")
+        refuses(SharedStore(s3), "must be allowed there", "AWS_SECRET_ACCESS_KEY")
         server.shutdown()
 
 

@@ -116,6 +116,31 @@ def test_what_is_here_is_not_read_again(place, open_store, make, header):
     assert (pulled.chunks, place.chunks_read()) == (0, 0)
 
 
+def test_what_is_damaged_here_gives_nothing(watched, open_store, make, kit, same, header):
+    """Neither to the context that is pulled anew, nor to one that begins like it."""
+    here, there, place = open_store(), open_store("there"), watched()
+    remote = RemoteContexts(place)
+    tokens, kv = make(600)
+    longer = make(np.append(tokens, [3, 4]))
+    ids = [here.write(header, *pair).id for pair in ((tokens, kv), longer)]
+    for id in ids:
+        remote.push(here, id)
+    moved = {m.id: m for m in remote.contexts()}
+    remote.pull(there, moved[ids[0]])
+    there.pin(ids[0])
+    kit.flip_page(there, ids[0], layer=1, kind=0, token=300)
+    place.read_keys.clear()
+    assert place.chunks_read() == 0
+    assert remote.pull(there, moved[ids[0]]).chunks == 0  # nobody has looked yet
+    assert remote.pull(there, moved[ids[1]]).record.id == ids[1]
+    if there.check(ids[1]):  # it shares the damaged page, which is known now
+        remote.pull(there, moved[ids[1]], anew=True)
+    same(there, ids[1], *longer)
+    assert there.check(ids[0]) != []
+    assert remote.pull(there, moved[ids[0]], anew=True).record.pinned
+    same(there, ids[0], tokens, kv)
+
+
 def test_a_prefix_is_matched_and_pulled_in_whole_chunks(watched, open_store, make, same, header):
     here, there, remote = open_store(), open_store("there"), RemoteContexts(watched())
     tokens, kv = make(700)
