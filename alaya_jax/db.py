@@ -436,7 +436,7 @@ class DB:
     def _check_room(self, length: int, sequence: PagedSequence) -> None:
         """Whether a prompt fits, but for what is read in mapped files."""
         size, room = self.pool.page_size, self.pool.capacity_tokens
-        in_files = sequence.length // size * size if sequence.host else 0
+        in_files = self.pool.in_files(sequence) // size * size
         if length - in_files > room:
             pages = math.ceil((length - in_files) / size)
             shards = self.model.rules.page_shards(self.model.mesh)

@@ -94,6 +94,32 @@ def test_a_context_larger_than_the_pool_answers(open_db, document, greedy):
         small.create_session(prompt, tier="disk")
 
 
+def test_what_never_was_in_the_pool(open_db, document, rng):
+    """Keys and values of one's own, and a graph over them: stored, indexed and asked beside a pool
+    that could not hold them.
+    """
+    big = open_db()
+    with big.create_session(document)[0] as session:
+        session.prefill(document)
+        kv = [session.kv(layer) for layer in range(session.model.config.num_hidden_layers)]
+    plan = PLANS["graph"]
+    context = big.import_context(document, kv)
+    big.build_index(context, plan.index, progress=False)
+    prompt = [*document, *rng.integers(32, 126, 5)]
+    expected, logits, _ = answers(big, prompt, "device", plan)
+    small = open_db(path="small", pages=4)
+    context = small.import_context(document, kv)
+    small.build_index(context, plan.index, progress=False)
+    ids, at, reused = answers(small, prompt, None, plan)
+    assert (ids, reused) == (expected, [230])
+    np.testing.assert_array_equal(at, logits)
+    session, _ = small.create_session(prompt)
+    for layer, (k, v) in enumerate(kv):
+        got = session.kv(layer)
+        np.testing.assert_array_equal(got[0], k)
+        np.testing.assert_array_equal(got[1], v)
+
+
 def test_forks_and_batches_read_what_lies_there(open_db, document, greedy, rng):
     """Sequences of one batch that lie in different places too."""
     db = open_db()
@@ -130,7 +156,9 @@ def test_what_a_session_of_mapped_pages_holds_can_be_stored_and_read(open_db, do
     session, rest = db.create_session([*document, 40, 41], tier="host")
     session.prefill(rest)
     k, v = session.kv(1)
-    session.explain(analyze=True, attention=aj.DIPR(beta=8.0, window=WINDOW))
+    found = session.explain(analyze=True, attention=aj.DIPR(beta=8.0, window=WINDOW))
+    assert found.to_dict()["in_files"] == [224], "the page behind them was copied, and written to"
+    assert "read where they lie in the database's files [224]" in str(found)
     stored = db.store(session)
     session.close()
     assert stored.num_tokens == 232

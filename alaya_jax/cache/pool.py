@@ -239,6 +239,11 @@ class PagePool:
         """Of some pages those of this pool; the others are in mapped files."""
         return pages[pages < self.num_pages]
 
+    def in_files(self, sequence: PagedSequence) -> int:
+        """Tokens of a sequence that lie in mapped files."""
+        there = len(sequence.pages) - len(self.own(sequence.pages))
+        return min(there * self.page_size, sequence.length)
+
     def generations(self, pages: np.ndarray) -> np.ndarray:
         """A number of each page that grows whenever its contents may change: what was learnt of a
         page holds as long as its generation is the same. At least 1.
@@ -440,7 +445,10 @@ class PagePool:
         count = -(-count // self.page_size) - first
         pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[first : first + count]
-        place, host = whole(self.mesh), sequence.host and sequence.host.layers[layer]
+        place, host = whole(self.mesh), None
+        if sequence.host is not None:
+            sequence.host.verify(layer)
+            host = sequence.host.layers[layer]
         with self.lock:
             kv = self.kv
             k, v = joined(kv.k[layer], host and host.k), joined(kv.v[layer], host and host.v)

@@ -396,7 +396,7 @@ class Catalogue:
         there = any(index.fits(built) for built in context.indexes)
         if there and not self.store.check_index(context.id, graphs.KIND):
             return
-        sequence = self.lock(context, context.num_tokens)
+        sequence = self.lock(context, context.num_tokens, None)
         try:
             layers = graphs.build_layers(
                 self.stack,
