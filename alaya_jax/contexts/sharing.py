@@ -8,6 +8,7 @@ answer is left alone for a minute, so that it does not slow down every prompt.
 
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from alaya_jax.storage.remote import RemoteContexts
 
 REST = 60.0
 """Seconds that a shared store which failed is left alone."""
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class Sharing:
@@ -96,4 +99,5 @@ class Sharing:
                 self._warn(f"an index of context {moved.id} was left out: {error}")
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"{self._remote.where}: {what}", RemoteWarning, stacklevel=4)
+        text = f"{self._remote.where}: {what}"
+        warnings.warn(text, RemoteWarning, skip_file_prefixes=(_PACKAGE,))  # at the user's line

@@ -205,6 +205,7 @@ def test_a_store_that_fails_loses_nothing(open_db, url, place, document, unreach
         with pytest.warns(aj.RemoteWarning) as said:
             context = db.import_context(document[:300])
         looked, stored = (str(warning.message) for warning in said)
+        assert {warning.filename for warning in said} == {__file__}
         assert looked.startswith(f"{url}: the prompt was looked up here only: ")
         assert "asked again in 60 s" in looked
         assert f"context {context.id} was stored here only" in stored
