@@ -317,8 +317,8 @@ class CatalogueFile:
                 if self._connection is None:
                     self._connection = self._open()
                 yield self._connection
-            except (sqlite3.Error, MemoryError) as error:
-                raise self._unusable(str(error)) from error
+            except (sqlite3.Error, MemoryError, UnicodeDecodeError) as error:
+                raise self._unusable(str(error)) from error  # the last where SQLite quotes damage
 
     def _after_fork(self) -> None:
         if self._connection is not None:

@@ -63,7 +63,7 @@ class CheckedDirectory:
                 raise self._damaged(f"{META} does not match its checksum or its directory")
             self._files = _sizes_and_checksums(meta["files"])
             return record(meta)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(f"{META} cannot be understood ({error})") from error
 
     def _compare_sizes(self, others: dict[str, int] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +12,14 @@ from alaya_jax.storage.catalogue import CatalogueFile, Snapshot
 from alaya_jax.storage.interface import Collected, StoreStats
 from alaya_jax.storage.lock import lease_file, unused
 from alaya_jax.storage.placing import held
+from alaya_jax.storage.pool import Pool
 from alaya_jax.storage.rows import Damage, Entry
-from alaya_jax.storage.segment import Segment
 from alaya_jax.storage.slots import free_slots
 
-Open = Callable[[int, Snapshot], Segment]
 
-
-def removed(path: Path, catalogue: CatalogueFile, segment: Open) -> tuple[int, int]:
-    """Frees the pages of removed contexts that nobody reads: how many, and how many are read.
-
-    Args:
-      path: of the database.
-      catalogue: its own.
-      segment: opens one.
-    """
+def removed(pool: Pool) -> tuple[int, int]:
+    """Frees the pages of removed contexts that nobody reads: how many, and how many are read."""
+    path, catalogue = pool.path, pool.catalogue
     before = catalogue.snapshot()
     gone = [entry for entry in before.contexts.values() if entry.removed]
     if not gone:
@@ -47,14 +40,15 @@ def removed(path: Path, catalogue: CatalogueFile, segment: Open) -> tuple[int, i
         shutil.rmtree(path / "indexes" / name, ignore_errors=True)
     for number in {entry.segment for entry in free}.intersection(before.segments):
         with contextlib.suppress(ContextError):
-            segment(number, before).punch(_free(catalogue, number))
+            pool.segment(number, before).punch(_free(catalogue, number))
     return len(free), len(gone) - len(free)
 
 
-def everything(path: Path, catalogue: CatalogueFile, segment: Open) -> Collected:
+def everything(pool: Pool) -> Collected:
     """All that nobody holds, whoever left it; see `Collected`."""
+    path, catalogue = pool.path, pool.catalogue
     bytes_before = on_disk(path)
-    contexts, in_use = removed(path, catalogue, segment)
+    contexts, in_use = removed(pool)
     snapshot = catalogue.snapshot()
     used = {entry.segment for entry in snapshot.contexts.values()}
     empty = [number for number in snapshot.segments if number not in used]
@@ -72,7 +66,7 @@ def everything(path: Path, catalogue: CatalogueFile, segment: Open) -> Collected
         with unused(lease) as free:
             if free:
                 lease.unlink(missing_ok=True)
-    holes = free_space(catalogue, segment)
+    holes = free_space(pool)
     catalogue.tidy()
     return Collected(
         contexts=contexts,
@@ -85,19 +79,18 @@ def everything(path: Path, catalogue: CatalogueFile, segment: Open) -> Collected
     )
 
 
-def free_space(catalogue: CatalogueFile, segment: Open) -> bool:
+def free_space(pool: Pool) -> bool:
     """Punches holes where pages are that nobody holds; False where the file system cannot."""
-    snapshot, holes = catalogue.snapshot(), True
+    snapshot, holes = pool.catalogue.snapshot(), True
     for number in snapshot.segments:
         with contextlib.suppress(ContextError):
-            holes &= segment(number, snapshot).punch(_free(catalogue, number))
+            holes &= pool.segment(number, snapshot).punch(_free(pool.catalogue, number))
     return holes
 
 
-def stats(
-    path: Path, catalogue: CatalogueFile, snapshot: Snapshot, bytes_indexes: int
-) -> StoreStats:
-    """What a database holds."""
+def stats(pool: Pool, bytes_indexes: int) -> StoreStats:
+    """What a database holds; what its indexes take is given."""
+    catalogue, snapshot = pool.catalogue, pool.catalogue.snapshot()
     there = snapshot.there.values()
     bytes_held = bytes_shared = bytes_free = 0
     for number, layout in snapshot.segments.items():
@@ -114,7 +107,7 @@ def stats(
         bytes_shared=bytes_shared,
         bytes_indexes=bytes_indexes,
         bytes_free=bytes_free,
-        bytes_on_disk=on_disk(path),
+        bytes_on_disk=on_disk(pool.path),
         removed=sum(entry.removed for entry in snapshot.contexts.values()),
     )
 

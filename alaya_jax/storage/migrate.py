@@ -15,7 +15,7 @@ from alaya_jax.errors import ContextError, DatabaseError, DatabaseInUseError
 from alaya_jax.storage.files import replace_file
 from alaya_jax.storage.lock import unused, writers_turn
 from alaya_jax.storage.old_directory import OldContext
-from alaya_jax.storage.opening import BEFORE, MARK, MARK_TEXT, make_parts, require_mark
+from alaya_jax.storage.opening import BEFORE, MARK, MARK_TEXT, is_marked, make_parts, require_mark
 from alaya_jax.storage.pool_store import PoolStore
 
 
@@ -56,7 +56,7 @@ def migrate(path: Path, progress: Callable[[int], None] | None = None) -> Migrat
     path = path.absolute()
     if not (path / MARK).exists():
         raise DatabaseError(f"there is no database at {path}")
-    marked = json.loads((path / MARK).read_bytes()) == MARK_TEXT
+    marked = is_marked(path, MARK_TEXT)
     if not marked:
         require_mark(path, BEFORE)
     if not (path / "contexts").is_dir():

@@ -51,12 +51,14 @@ def prepare(path: Path, *, read_only: bool) -> None:
             )
 
 
+def is_marked(path: Path, text: Mapping[str, Any]) -> bool:
+    """Whether a directory is marked as a database of this form."""
+    return _marked(path) == text
+
+
 def require_mark(path: Path, text: Mapping[str, Any]) -> None:
     """Raises DatabaseError where a directory is not marked as a database of this form."""
-    try:
-        found = json.loads((path / MARK).read_bytes())
-    except ValueError:
-        found = None
+    found = _marked(path)
     if found == text:
         return
     if found == BEFORE:
@@ -67,6 +69,13 @@ def require_mark(path: Path, text: Mapping[str, Any]) -> None:
         f"{path / MARK} says {found!r}, not {text!r}; use the release of alaya_jax that "
         "wrote this database, or give another path"
     )
+
+
+def _marked(path: Path) -> Any:
+    try:
+        return json.loads((path / MARK).read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def make_parts(path: Path) -> None:

@@ -262,7 +262,7 @@ def checksum(table: str, key: int, said: bytes) -> int:
 def _plain(said: bytes) -> dict[str, Any]:
     try:
         data = json.loads(said)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(str(error)) from error
     _require(isinstance(data, dict), "facts")
     return data

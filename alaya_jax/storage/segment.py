@@ -7,13 +7,13 @@ All are sparse: a page that nobody holds takes no room. A page that a context ho
 written again.
 """
 
-import concurrent.futures
 import ctypes
 import mmap
 import os
 import shutil
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Segment:
             page becomes zeros.
         """
         found = np.zeros((len(pages), self.layout.num_layers, 2), np.uint32)
-        with concurrent.futures.ThreadPoolExecutor(_BEHIND) as disk:
-            under_way: list[concurrent.futures.Future[None]] = []
+        with ThreadPoolExecutor(_BEHIND) as disk:
+            under_way: list[Future[None]] = []
             for layer, halves in enumerate(layers):
                 for kind, half in enumerate(halves):
                     paged = self._paged(half, len(pages))
@@ -123,7 +123,7 @@ class Segment:
             return data, [(int(i), kind) for i in wrong]
 
         # Of one kind the checksums, while the other is on its way from the disk.
-        with concurrent.futures.ThreadPoolExecutor(2) as both:
+        with ThreadPoolExecutor(2) as both:
             (k, wrong_k), (v, wrong_v) = both.map(half, (0, 1))
         return (k, v), wrong_k + wrong_v
 

@@ -1,73 +1,116 @@
-"""What is given to be stored, looked at before it is believed."""
+"""A context into the pool: whole or not at all. Whoever calls this holds the writers' lock."""
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import dataclasses
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from alaya_jax.errors import RequestError
-from alaya_jax.storage.interface import DTYPES, ContextHeader, Source
+from alaya_jax.errors import ContextError, DatabaseError
+from alaya_jax.storage import collect
+from alaya_jax.storage.given import whole_layers
+from alaya_jax.storage.interface import ContextHeader, ContextRecord, Source
+from alaya_jax.storage.lock import lease_file
+from alaya_jax.storage.placing import Place, placed
+from alaya_jax.storage.pool import Pool
+from alaya_jax.storage.rows import Entry, PageList
+from alaya_jax.storage.segment import Segment
 
 
-def token_ids(tokens: Any) -> np.ndarray:
-    """Ids, i32 [n]. Raises RequestError where they are not."""
-    ids = np.asarray(tokens)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise RequestError(
-            f"tokens are {ids.dtype} {list(ids.shape)}; give whole numbers [n], at least one"
-        )
-    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise RequestError(f"token ids reach from {ids.min()} to {ids.max()}; use 0 to 2**31 - 1")
-    return ids.astype(np.int32)
-
-
-def whole_layers(
-    kv: Source | Iterable[Any],
-    start: int,
-    header: ContextHeader,
-    tokens: np.ndarray,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values [K, n - start, D] of each of the header's layers, no more and no fewer.
+def intact(pool: Pool, id: str, tokens: np.ndarray) -> Entry | None:
+    """A context that is there, as far as is known without reading its keys and values.
 
     Raises:
-      RequestError: they have other shapes or dtypes.
+      DatabaseError: another context has its name.
     """
-    layers = iter(kv(start)) if callable(kv) else (_from(start, pair) for pair in kv)
-    shape = (header.num_kv_heads, len(tokens) - start, header.head_dim)
-    for layer in range(header.num_layers):
-        pair = next(layers, None)
-        if pair is None:
-            raise RequestError(
-                f"kv ended after {layer} layers; the header says {header.num_layers}"
-            )
-        try:
-            k, v = pair
-        except (TypeError, ValueError) as error:
-            raise RequestError(f"kv of layer {layer} is no pair of keys and values") from error
-        yield (
-            _checked(k, f"k of layer {layer}", header.dtype, shape),
-            _checked(v, f"v of layer {layer}", header.dtype, shape),
-        )
-        if progress is not None:
-            progress(layer + 1, header.num_layers)
-    if next(layers, None) is not None:
-        raise RequestError(f"kv goes on after the {header.num_layers} layers of the header")
-
-
-def _from(start: int, pair: Any) -> Any:
-    """A layer's keys and values without their first tokens; what is wrong with them stays so."""
+    snapshot = pool.catalogue.snapshot()
+    entry = snapshot.there.get(id)
+    if entry is None or pool.segment_problem(snapshot, entry.segment, entry.header) is not None:
+        return None
     try:
-        return tuple(half[:, start:] if half.ndim == 3 else half for half in map(np.asarray, pair))
-    except TypeError:
-        return pair
+        if not np.array_equal(pool.catalogue.tokens(entry), tokens):
+            raise DatabaseError(
+                f"context {id} in {pool.path} has the same name and other tokens; remove it to "
+                "store this one"
+            )
+        _, pages = pool.pages(snapshot, entry)
+    except ContextError:
+        return None
+    return entry if snapshot.sound(entry, pages) == len(pages) else None
 
 
-def _checked(half: Any, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(half)
-    if array.shape != shape or array.dtype != DTYPES[dtype]:
-        raise RequestError(
-            f"{name} is {array.dtype} {list(array.shape)}; the header and the "
-            f"tokens say {dtype} {list(shape)} [K, n, D]"
+def write_context(
+    pool: Pool,
+    header: ContextHeader,
+    tokens: np.ndarray,
+    kv: Source | Iterable[tuple[Any, Any]],
+    progress: Callable[[int, int], None] | None,
+) -> ContextRecord:
+    """Writes a context that is not there, or is damaged: pages, checksums, and its row last.
+
+    Raises:
+      RequestError, DatabaseError, OSError: see `ContextStore.write`; nothing is left.
+    """
+    id = header.context_id(tokens)
+    collect.removed(pool)
+    snapshot = pool.catalogue.snapshot()
+    place = placed(header, tokens, snapshot, pool.catalogue, pool.segment_problem)
+    _require_room(pool, place, len(tokens))
+    serial = secrets.randbits(62)
+    pages = place.pages(serial)
+    segment = pool.segment(place.segment, snapshot, place.layout)
+    entry, lists = Entry.new(serial, id, header, tokens, place.segment, pages)
+    start = place.shared * header.page_size
+    layers = whole_layers(kv, start, header, tokens, progress)
+    try:
+        lease = lease_file(pool.path, serial)
+        os.close(os.open(lease, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        if place.is_new:
+            segment.create()
+        if len(place.fresh):
+            segment.write(PageList(place.fresh, pages.births[place.shared :]), layers)
+        with pool.catalogue.changing() as change:
+            before = snapshot.there.get(id)
+            if before is not None and (now := change.context(before.serial)) is not None:
+                change.put("contexts", now.serial, dataclasses.replace(now, removed=True))
+                entry = dataclasses.replace(entry, pinned=now.pinned)
+            if place.is_new:
+                change.put("segments", place.segment, place.layout)
+            change.put("contexts", serial, entry)
+            change.put_lists(serial, *lists)
+    except BaseException:
+        # What cannot be taken back is in free pages: gc gives it back.
+        with contextlib.suppress(OSError, ContextError, DatabaseError):
+            _take_back(pool, serial, place, segment)
+        raise
+    return entry.record
+
+
+def _take_back(pool: Pool, serial: int, place: Place, segment: Segment) -> None:
+    if serial in pool.catalogue.snapshot().contexts:
+        return  # interrupted when all was done
+    lease_file(pool.path, serial).unlink(missing_ok=True)
+    if place.is_new:
+        pool.forget_segment(place.segment)
+        segment.delete()
+    else:
+        segment.punch(place.fresh)
+
+
+def _require_room(pool: Pool, place: Place, tokens: int) -> None:
+    """Raises DatabaseError where the disk has no room; no other writer takes any meanwhile."""
+    needed = len(place.fresh) * place.layout.page_bytes + 16 * tokens + (64 << 10)
+    free = shutil.disk_usage(pool.path).free
+    if needed > free:
+        # Perhaps a killed writer left something in pages that nobody holds.
+        collect.free_space(pool)
+        free = shutil.disk_usage(pool.path).free
+    if needed > free:
+        raise DatabaseError(
+            f"a context of {tokens} tokens needs {needed} bytes more, and {pool.path} "
+            f"has {free} free; remove contexts, or put the database on another disk"
         )
-    return array

@@ -200,8 +200,8 @@ def flip(path, offset, bit=4):
 
 def flip_page(store, id, layer, kind, token, head=0):
     """Turns a bit of what a token has in a layer, of its keys (0) or values (1)."""
-    snapshot, entry = store._entry(id)
-    segment, pages = store._pages(snapshot, entry)
+    snapshot, entry = store._pool.entry(id)
+    segment, pages = store._pool.pages(snapshot, entry)
     layout = segment.layout
     slot, inside = pages.slots[token // layout.page_size], token % layout.page_size
     at = (head * layout.num_pages + slot) * layout.piece

@@ -320,8 +320,8 @@ def test_pages_that_are_free_here_and_there_are_used(kit, store, whole, monkeypa
         store.remove(id)
     tokens, kv = kit.make(60, seed=20)
     id = store.write(kit.HEADER, tokens, kit.source(kv)).id
-    _, entry = store._entry(id)
-    assert store._catalogue.pages(entry, 8).slots.tolist() == [0, 2, 4, 6]
+    _, entry = store._pool.entry(id)
+    assert store._pool.catalogue.pages(entry, 8).slots.tolist() == [0, 2, 4, 6]
     whole(store, id, tokens, kv)
     with store.mapped(id) as mapped:
         mapped.verify(2, mapped.pages)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alaya_jax.errors import RequestError
-from alaya_jax.storage.writing import token_ids
+from alaya_jax.storage.given import token_ids
 
 WRONG = {
     "fewer layers": (lambda t, kv: (t, kv[:2]), "kv ended after 2 layers; the header says 3"),
