@@ -16,9 +16,9 @@ import numpy as np
 
 from alaya_jax import prompts
 from alaya_jax.budget import Budget
-from alaya_jax.cache.pool import PagePool
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
-from alaya_jax.contexts.catalogue import Catalogue, finite
+from alaya_jax.contexts.catalogue import Catalogue, Tier, finite
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.sharing import Sharing
 from alaya_jax.errors import CacheFullError, RequestError
@@ -187,11 +187,16 @@ class DB:
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
+        tier: Tier | None = None,
     ) -> tuple[Session, np.ndarray]: ...
 
     @overload
     def create_session(
-        self, prompt: list[str] | list[np.ndarray] | list[list[int]], *, reuse: Reuse = "exact"
+        self,
+        prompt: list[str] | list[np.ndarray] | list[list[int]],
+        *,
+        reuse: Reuse = "exact",
+        tier: Tier | None = None,
     ) -> tuple[Session, list[np.ndarray]]: ...
 
     def create_session(
@@ -202,6 +207,7 @@ class DB:
         document: str | None = None,
         date: Date | None = None,
         reuse: Reuse = "exact",
+        tier: Tier | None = None,
     ) -> tuple[Session, Any]:
         """Opens a session on the longest stored prefix of a prompt, at any token.
 
@@ -217,17 +223,22 @@ class DB:
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
             there; "any": all of it is reused, as if the session that stored it went on.
+          tier: where the stored pages are read. "device": in the pool, into which those that are
+            not there come now. "host": where they lie in the database's files, which are mapped:
+            nothing is read now, nothing of them counts as part of the budget, and a context may be
+            larger than memory; on CPUs, without a mesh. None: in the pool if the prompt fits into
+            it, else in the files where that can be.
 
         Returns:
           the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
           at least the last one, whose logits come next.
 
         Raises:
-          RequestError: a prompt is empty, too long, or has ids outside the vocabulary; `reuse` is
-            something else.
+          RequestError: a prompt is empty, too long, or has ids outside the vocabulary; `reuse` or
+            `tier` is something else, or not to be had here.
           TokenizerError: the model has no tokenizer, or no chat template for the messages.
           ContextError: the stored context is damaged.
-          CacheFullError: the stored context does not fit into the budget.
+          CacheFullError: what is not read in the files does not fit into the budget.
         """
         batched = isinstance(prompt, list | tuple) and not (
             len(prompt) and isinstance(prompt[0], int | np.integer | Mapping)
@@ -242,10 +253,18 @@ class DB:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
         if reuse not in ("exact", "any"):
             raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
+        if tier not in (None, "device", "host"):
+            raise RequestError(f"create_session(tier={tier!r}): use 'device', 'host' or None")
         for tokens in rows:
             self._check_length(tokens)
         self._fetch(rows, exact=reuse == "exact")
-        batch, found = self._catalogue.open(rows, exact=reuse == "exact")
+        batch, found = self._catalogue.open(rows, exact=reuse == "exact", tier=tier)
+        try:
+            for tokens, sequence in zip(rows, batch.sequences, strict=True):
+                self._check_room(len(tokens), sequence)
+        except CacheFullError:
+            batch.release()
+            raise
         session = Session(batch, found, batched=batched, dated=asked[0].dated)
         rest = [p[n:] for p, n in zip(rows, batch.reused, strict=True)]
         return session, rest if batched else rest[0]
@@ -413,14 +432,19 @@ class DB:
                 f"the prompt has {len(tokens):,} tokens, and {self.model.name} takes up to "
                 f"{limit:,}; shorten it, or {self.model.way_to_longer}"
             )
-        room = self.pool.capacity_tokens
-        if len(tokens) > room:
-            pages = math.ceil(len(tokens) / self.pool.page_size)
+
+    def _check_room(self, length: int, sequence: PagedSequence) -> None:
+        """Whether a prompt fits, but for what is read in mapped files."""
+        size, room = self.pool.page_size, self.pool.capacity_tokens
+        in_files = self.pool.in_files(sequence) // size * size
+        if length - in_files > room:
+            pages = math.ceil((length - in_files) / size)
             shards = self.model.rules.page_shards(self.model.mesh)
             pages = (math.ceil(pages / shards) + 1) * shards  # of each part one belongs to nobody
             needed = pages * self.pool.page_size
+            behind = f" behind {in_files:,} that are read where they lie" if in_files else ""
             raise CacheFullError(
-                f"the prompt has {len(tokens):,} tokens, and the KV cache holds {room:,}; raise "
-                f"{self.budget.setting} to at least {needed * self.token_bytes:,} "
-                "bytes"
+                f"the prompt has {length - in_files:,} tokens{behind}, and the KV cache holds "
+                f"{room:,}; raise {self.budget.setting} to at least "
+                f"{needed * self.token_bytes:,} bytes"
             )

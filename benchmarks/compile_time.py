@@ -64,7 +64,7 @@ def main() -> int:
     def some(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    def programs(layers: int, step: str, per_program: int | None) -> Any:
+    def inputs(layers: int, step: str) -> tuple[Any, ...]:
         fields = {**configs.load("llama-3-8b"), "num_hidden_layers": layers}
         if not paper:
             for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
@@ -72,8 +72,8 @@ def main() -> int:
             fields["num_key_value_heads"] = max(1, fields["num_key_value_heads"] // args.width)
         config = LlamaConfig.from_hf(fields)
         pages, page = 2048, 16
-        pool = jnp.zeros((config.num_key_value_heads, 0, page, config.head_dim), dtype)
-        pool = jax.ShapeDtypeStruct((pool.shape[0], pages, *pool.shape[2:]), dtype, sharding=place)
+        shape = config.num_key_value_heads, pages, page, config.head_dim
+        pool: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         kv = PagedKV((pool,) * layers, (pool,) * layers)
         entries = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=place)
         table = PageTable(entries, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place))
@@ -83,20 +83,21 @@ def main() -> int:
             plan = Plan(DIPR(beta=50.0), Sketch())
             index = jax.eval_shape(lambda: Sketch().create(config, pages, page, dtype))
             indexed = Indexed((jax.tree.map(some, index),) * layers, table.length)
-        frame = Frame(config, mesh=mesh)
-        return step_programs.of_a_step(
-            params, frame, kv, table, plan, indexed,
-            tokens=1 if step == "decode" else 512, layers_per_program=per_program,
-        )  # fmt: skip
+        return params, Frame(config, mesh=mesh), kv, table, plan, indexed
 
     print(json.dumps({"benchmark": "compile_time", **machine.facts("alaya_jax")}), flush=True)
     for layers in args.layers:
         for step in args.steps:
             for way in args.ways:
                 jax.clear_caches()
+                given = inputs(layers, step)
                 wall, cpu = time.perf_counter(), time.process_time()
                 with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                    found = programs(layers, step, None if way == "groups" else layers)
+                    found = step_programs.of_a_step(
+                        *given,
+                        tokens=1 if step == "decode" else 512,
+                        layers_per_program=None if way == "groups" else layers,
+                    )
                     lowered = time.perf_counter() - wall
                     for program in found:
                         program.lowered.compile()

@@ -179,7 +179,7 @@ def _attend(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], C
     if of_graph and not isinstance(asked.memory.index, tuple):
         raise RequestError(f"{plan}: no graph was given; a session gets it from its context")
     choice = kernels.choose(plan, asked)
-    by_xla = choice.implementation == "xla"
+    by_xla = choice.implementation == "xla" or asked.memory.host is not None
 
     def by_kernels(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], Counts]:
         return kernels.attend(plan, asked, choice.implementation, choice.target)
@@ -207,7 +207,7 @@ def _by_xla(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], C
 
     def one(args: Any, index: Any = index) -> tuple[Array, Counts]:
         row, position, ids, start, covered = args
-        held = Held(Pages(memory.k, memory.v, ids, start), index, covered, axes)
+        held = Held(Pages(*memory.pools, ids, start), index, covered, axes)
         if isinstance(plan.query, Tiles):
             return _attend_tiles(plan.query, row, position, held)
         return over_query_blocks(lambda q, p: _attend_rows(plan, q, p, held), row, position, block)

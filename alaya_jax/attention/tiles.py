@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from alaya_jax.attention.selection import TileList, select_tiles, whole_blocks
 from alaya_jax.attention.softmax import Partial, Running, finish, fold, start
 from alaya_jax.cache import UNUSED
+from alaya_jax.cache.tiers import Pool, Tiers
 from alaya_jax.cache.views import Pages, on_cpu
 from alaya_jax.query import Tiles
 
@@ -152,15 +153,18 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
-def _read(pool: Float[Array, "K P Z D"], head: Array, ids: Int[Array, " N"]) -> Array:
+def _read(pool: Pool, head: Array, ids: Int[Array, " N"]) -> Array:
     """Pages of one kv head, [N * Z, D]; on CPU one by one and in float32, see `Pages.read`."""
     size, dim = pool.shape[2:]
-    if not on_cpu():
+    if not on_cpu() and not isinstance(pool, Tiers):
         return pool[head, ids].reshape(-1, dim)
 
     def copy(i: Array, tile: Array) -> Array:
-        page = lax.dynamic_slice(pool, (head, ids[i], 0, 0), (1, 1, size, dim))
-        return lax.dynamic_update_slice(tile, page[0, 0], (i * size, 0))
+        if isinstance(pool, Tiers):
+            page = pool.page(head, ids[i])
+        else:
+            page = lax.dynamic_slice(pool, (head, ids[i], 0, 0), (1, 1, size, dim))[0, 0]
+        return lax.dynamic_update_slice(tile, page, (i * size, 0))
 
     n = ids.shape[0]
     return lax.fori_loop(0, n, copy, jnp.zeros((n * size, dim), pool.dtype)).astype(jnp.float32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from alaya_jax.cache.tiers import Pool, Tiers
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
 
@@ -213,7 +214,8 @@ def write_pages(
     return _put(pool, (pages,), new.astype(pool.dtype))
 
 
-def read_tokens(pool: Float[Array, "K P Z D"], pages: Int[Array, " N"]) -> Float[Array, "K N*Z D"]:
+def read_tokens(pool: Pool, pages: Int[Array, " N"]) -> Float[Array, "K N*Z D"]:
     """The tokens of a list of pages, in order."""
     heads, _, size, dim = pool.shape
-    return pool[:, pages].reshape(heads, pages.shape[0] * size, dim)
+    read = pool.pages(pages) if isinstance(pool, Tiers) else pool[:, pages]
+    return read.reshape(heads, pages.shape[0] * size, dim)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from alaya_jax import cache
 from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable, page_zeros
 from alaya_jax.cache.tables import bucket, table_width
+from alaya_jax.cache.tiers import HostPool, Pool, joined
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.settings import own_settings
@@ -76,12 +77,15 @@ class PagedSequence:
     """One sequence's place in the pool. Owned by a session or a context.
 
     Attributes:
-      pages: ids of the pages it holds a reference to, in order; may reach past `length`.
+      pages: ids of the pages it holds a reference to, in order; may reach past `length`. Those from
+        P on, the first ones of a sequence, are pages of `host`, and are never written to.
       length: tokens that are valid.
+      host: pages in mapped files; None: it has none.
     """
 
     pages: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     length: int = 0
+    host: HostPool | None = None
 
 
 @dataclasses.dataclass
@@ -231,6 +235,15 @@ class PagePool:
                 f"when a database is first used ({str(error).splitlines()[0][:200]})"
             ) from error
 
+    def own(self, pages: np.ndarray) -> np.ndarray:
+        """Of some pages those of this pool; the others are in mapped files."""
+        return pages[pages < self.num_pages]
+
+    def in_files(self, sequence: PagedSequence) -> int:
+        """Tokens of a sequence that lie in mapped files."""
+        there = len(sequence.pages) - len(self.own(sequence.pages))
+        return min(there * self.page_size, sequence.length)
+
     def generations(self, pages: np.ndarray) -> np.ndarray:
         """A number of each page that grows whenever its contents may change: what was learnt of a
         page holds as long as its generation is the same. At least 1.
@@ -275,18 +288,32 @@ class PagePool:
             self._take_back()
             needed = max(0, -(-(sequence.length + count) // size) - len(sequence.pages))
             # Only the page that the last token is in can be shared: later ones hold no token.
-            copied = bool(sequence.length % size)
-            copied = copied and self._allocator.is_shared(int(sequence.pages[tail]))
-            after = int(sequence.pages[-1]) if len(sequence.pages) else None
-            fresh = self._allocate(needed + copied, after)
-            if copied:
-                shared = sequence.pages[tail : tail + 1].copy()
-                with self.lend() as lent:
-                    lent.kv = _copy_pages(lent.kv, shared, fresh[:1], place=self._place)
+            last = sequence.pages[tail : tail + 1] if sequence.length % size else sequence.pages[:0]
+            copied = last.copy()
+            if len(self.own(last)) and not self._allocator.is_shared(int(last[0])):
+                copied = last[:0]
+            own = self.own(sequence.pages)
+            fresh = self._allocate(needed + len(copied), int(own[-1]) if len(own) else None)
+            if len(copied):
+                try:
+                    self._copy_page(sequence, copied, fresh[:1])
+                except BaseException:
+                    self._allocator.release(fresh)
+                    raise
                 sequence.pages[tail], fresh = fresh[0], fresh[1:]
-                self._allocator.release(shared)
+                self._allocator.release(self.own(copied))
             sequence.pages = np.concatenate([sequence.pages, fresh]).astype(np.int32)
             self._generations[sequence.pages[tail:]] += 1
+
+    def _copy_page(self, sequence: PagedSequence, source: np.ndarray, target: np.ndarray) -> None:
+        if len(self.own(source)):
+            with self.lend() as lent:
+                lent.kv = _copy_pages(lent.kv, source, target, place=self._place)
+            return
+        assert sequence.host is not None
+        k, v = sequence.host.read(source - self.num_pages)
+        with self.lend() as lent:
+            lent.kv = _fill_pages(lent.kv, target, k, v)
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
         while self._allocator.num_free < n and self._evict():
@@ -303,34 +330,41 @@ class PagePool:
         """
         keep = max(keep, -(-sequence.length // self.page_size))
         pages, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
-        self._returned.append(pages)
+        self._returned.append(self.own(pages))
 
     def share(self, sequence: PagedSequence, length: int) -> PagedSequence:
         """A second holder of the first `length` tokens."""
         pages = sequence.pages[: -(-length // self.page_size)]
         with self.lock:
-            self._allocator.share(pages)
-        return PagedSequence(pages.copy(), length)
+            self._allocator.share(self.own(pages))
+        return PagedSequence(pages.copy(), length, sequence.host)
+
+    def mapped(self, host: HostPool, length: int) -> PagedSequence:
+        """The first `length` tokens in mapped files: they take nothing of the pool."""
+        pages = host.pages[: -(-length // self.page_size)]
+        return PagedSequence((pages + self.num_pages).astype(np.int32), length, host)
 
     @uninterrupted()
     def release(self, sequence: PagedSequence) -> None:
         """Gives back all pages of a sequence, which is empty then; waits for nobody."""
         pages, sequence.pages, sequence.length = sequence.pages, sequence.pages[:0], 0
-        self._returned.append(pages)
+        sequence.host = None
+        self._returned.append(self.own(pages))
 
     def table(self, sequences: list[PagedSequence]) -> PageTable:
         """The page table of a batch, as wide as the next bucket."""
         if self.shards > 1:
             return self._spread_table(sequences)
         longest = max(len(s.pages) for s in sequences)
-        width = min(table_width(longest), self.num_pages - 1)
+        there = self.num_pages + max((s.host.num_pages for s in sequences if s.host), default=0)
+        width = min(table_width(longest), there - 1)
         pages = np.zeros((len(sequences), width), np.int32)
         for row, sequence in zip(pages, sequences, strict=True):
             n = len(sequence.pages)
             row[:n] = sequence.pages
             # The rest of the last tile is never seen; as a run it keeps that tile one slice.
             last = sequence.pages[-1] if n else -1
-            row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), self.num_pages - 1)
+            row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), there - 1)
         # Not `jnp.asarray`, which compiles a copy for each shape.
         length = np.asarray([s.length for s in sequences], np.int32)
         return PageTable(jax.device_put(pages), jax.device_put(length))
@@ -411,9 +445,14 @@ class PagePool:
         count = -(-count // self.page_size) - first
         pages = np.zeros(bucket(count, TRANSFER_WIDTH, 2), np.int32)
         pages[:count] = sequence.pages[first : first + count]
-        place = whole(self.mesh)
+        place, host = whole(self.mesh), None
+        if sequence.host is not None:
+            sequence.host.verify(layer)
+            host = sequence.host.layers[layer]
         with self.lock:
-            return _read_tokens(self.kv.k[layer], self.kv.v[layer], pages, place=place)
+            kv = self.kv
+            k, v = joined(kv.k[layer], host and host.k), joined(kv.v[layer], host and host.v)
+            return _read_tokens(k, v, pages, place=place)
 
 
 @functools.partial(jax.jit, donate_argnames=("kv",), static_argnames=("place",))
@@ -425,6 +464,16 @@ def _copy_pages(
     place: NamedSharding | None,
 ) -> PagedKV:
     return laid(cache.copy_pages(kv, source, target), place)
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def _fill_pages(kv: PagedKV, pages: jax.Array, k: jax.Array, v: jax.Array) -> PagedKV:
+    """Writes pages [L, K, n, Z, D] of all layers; not over a mesh."""
+
+    def fill(pools: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(cache.write_pages(pool, pages, x) for pool, x in zip(pools, new, strict=True))
+
+    return PagedKV(fill(kv.k, k), fill(kv.v, v))
 
 
 @functools.partial(jax.jit, donate_argnames=("k_pool", "v_pool"), static_argnames=("place",))
@@ -443,6 +492,6 @@ def _write_pages(
 
 @functools.partial(jax.jit, static_argnames=("place",))
 def _read_tokens(
-    k_pool: jax.Array, v_pool: jax.Array, pages: jax.Array, *, place: NamedSharding | None
+    k_pool: Pool, v_pool: Pool, pages: jax.Array, *, place: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
     return laid((cache.read_tokens(k_pool, pages), cache.read_tokens(v_pool, pages)), place)

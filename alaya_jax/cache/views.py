@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.cache.paged import UNUSED
+from alaya_jax.cache.tiers import Pool, Tiers
 from alaya_jax.pallas_kernels.dispatch import current_target
 
 TILE_TOKENS = 512
@@ -33,7 +34,7 @@ DEVICE_TOKENS = 2**16
 """Keys a tile for few rows on a GPU, where each turn of a loop costs some launches and a wait for
 the host."""
 
-Read = Callable[[Array, Array], Array]
+Read = Callable[[Pool, Array], Array]
 """(pool [K, P, Z, D], tile) -> keys or values [K, S, D] of the tile's tokens."""
 
 
@@ -68,14 +69,14 @@ class Pages:
     holds all pages of the sequence.
 
     Attributes:
-      k, v: [K, P, Z, D], the pool.
+      k, v: [K, P, Z, D], the pool, or two under one numbering.
       ids: int32 [N], the sequence's pages.
       start: int32 [N], position of each page's first token; None: i * Z.
       tile: tokens a tile, about; None: `TILE_TOKENS`. Static.
     """
 
-    k: Float[Array, "K P Z D"]
-    v: Float[Array, "K P Z D"]
+    k: Float[Array, "K P Z D"] | Tiers
+    v: Float[Array, "K P Z D"] | Tiers
     ids: Int[Array, " N"]
     start: Int[Array, " N"] | None = None
     tile: int | None = None
@@ -158,25 +159,33 @@ class Pages:
         n, entry = self.tile_pages, jnp.arange(self.ids.shape[0])
         last = self.first_page(jnp.maximum(-(-end // n) - 1, 0))
         in_order = (self.ids == self.ids[0] + entry) | (entry >= end)
+        if isinstance(self.k, Tiers):
+            return jnp.all(in_order) & self.k.is_run(self.ids[0], last + n)
         return jnp.all(in_order) & (self.ids[0] + last + n <= self.k.shape[1])
 
-    def read_run(self, pool: Array, tile: Array) -> Array:
+    def read_run(self, pool: Pool, tile: Array) -> Array:
         """A tile [K, n, ...] of any pool of these pages, where `is_run`."""
+        if isinstance(pool, Tiers):
+            return pool.run(self.ids[0] + self.first_page(tile), self.tile_pages)
         return lax.dynamic_slice_in_dim(
             pool, self.ids[0] + self.first_page(tile), self.tile_pages, axis=1
         )
 
-    def read(self, pool: Array, tile: Array) -> Float[Array, "K S D"]:
+    def read(self, pool: Pool, tile: Array) -> Float[Array, "K S D"]:
         """The keys or values of a tile; float32 on CPU, whose other matmuls are slow."""
         ids = self.tile_ids(tile)
         pages = read_pages(pool, ids)
         tokens = pages.reshape(pages.shape[0], -1, pages.shape[3])
         return tokens.astype(jnp.float32) if on_cpu() else tokens
 
-    def gather(self, pool: Array, column: Int[Array, "K C"]) -> Float[Array, "K C D"]:
+    def gather(self, pool: Pool, column: Int[Array, "K C"]) -> Float[Array, "K C D"]:
         """Keys or values in these columns, in `operand_dtype`; a column past S reads any."""
         page = jnp.take(self.ids, column // self.size, mode="clip")
-        rows = jax.vmap(lambda pool, p, z: pool[p, z])(pool, page, column % self.size)
+        if isinstance(pool, Tiers):
+            head = jnp.arange(pool.shape[0])[:, None]
+            rows = pool.tokens(head, page, column % self.size)
+        else:
+            rows = jax.vmap(lambda pool, p, z: pool[p, z])(pool, page, column % self.size)
         return rows.astype(self.operand_dtype)
 
     @property
@@ -190,12 +199,12 @@ def on_cpu() -> bool:
     return current_target().platform == "cpu"
 
 
-def read_pages(pool: Array, ids: Array) -> Array:
+def read_pages(pool: Pool, ids: Array) -> Array:
     """Pages `ids` of a pool [K, P, ...]."""
-    return read_on_cpu(pool, ids) if on_cpu() else pool[:, ids]
+    return read_on_cpu(pool, ids) if on_cpu() or isinstance(pool, Tiers) else pool[:, ids]
 
 
-def read_on_cpu(pool: Array, ids: Array) -> Array:
+def read_on_cpu(pool: Pool, ids: Array) -> Array:
     """Pages `ids` of a pool [K, P, ...], copied as one slice if they are a run, else page by page.
 
     A gather is no faster, and the compiler would account for it as a read of the whole pool. The
@@ -204,20 +213,27 @@ def read_on_cpu(pool: Array, ids: Array) -> Array:
     heads, num_pages, *page_shape = pool.shape
     n = ids.shape[0]
 
-    def run() -> Array:
-        return lax.dynamic_slice_in_dim(pool, ids[0], n, axis=1)
+    def run(first: Array, n: int) -> Array:
+        if isinstance(pool, Tiers):
+            return pool.run(first, n)
+        return lax.dynamic_slice_in_dim(pool, first, n, axis=1)
 
     def page_by_page() -> Array:
         def copy(i: Array, tile: Array) -> Array:
-            page = lax.dynamic_slice_in_dim(pool, ids[i], 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(tile, page, i, axis=1)
+            return lax.dynamic_update_slice_in_dim(tile, run(ids[i], 1), i, axis=1)
 
         return lax.fori_loop(0, n, copy, jnp.zeros((heads, n, *page_shape), pool.dtype))
 
     if n > num_pages:  # a table wider than the pool repeats pages past a sequence's end
         return page_by_page()
-    is_run = jnp.all(ids == ids[0] + jnp.arange(n)) & (ids[0] + n <= num_pages)
-    return lax.cond(is_run, run, page_by_page)
+    is_run = jnp.all(ids == ids[0] + jnp.arange(n))
+    if isinstance(pool, Tiers):
+        if n > min(pool.device.shape[1], pool.host.shape[1]):
+            return page_by_page()
+        is_run &= pool.is_run(ids[0], n)
+    else:
+        is_run &= ids[0] + n <= num_pages
+    return lax.cond(is_run, lambda: run(ids[0], n), page_by_page)
 
 
 def products(q: Array, k: Array) -> Float[Array, "K G T S"]:
@@ -265,7 +281,7 @@ def reader(q: Array, pages: Pages, keys: KeyRange) -> tuple[Pages, Callable[[Any
     if not few or keys.gap_low is not None or pages.tile_pages > pages.k.shape[1]:
         return pages, by(pages.read)
 
-    def as_tokens(pool: Array, tile: Array) -> Array:
+    def as_tokens(pool: Pool, tile: Array) -> Array:
         run = pages.read_run(pool, tile)
         return run.reshape(run.shape[0], -1, run.shape[3]).astype(jnp.float32)
 

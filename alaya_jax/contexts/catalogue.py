@@ -7,16 +7,19 @@ evict    the pages of the one that was used longest ago
 """
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from alaya_jax.cache.pool import PagedSequence, PagePool
+from alaya_jax.cache.tiers import HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
-from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.errors import CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
@@ -24,6 +27,9 @@ from alaya_jax.query.origin import Origin
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, Source, sampled
+
+Tier = Literal["device", "host"]
+"""Where a stored context's pages are read: in the pool, or where they lie in the store."""
 
 EXACT = Origin()
 """Of keys and values that were computed by attention to every key."""
@@ -172,37 +178,93 @@ class Catalogue:
             most = max(shared, default=0)
             return (having[shared.index(most)], most) if most else (None, 0)
 
-    def lock(self, context: Context, length: int) -> PagedSequence:
+    def lock(self, context: Context, length: int, tier: Tier | None = "device") -> PagedSequence:
         """A share of the pages of a context's first tokens: they stay until it is released.
 
-        Of a context of which less is in memory, the rest is read from the store.
+        Args:
+          context: which.
+          length: how many tokens.
+          tier: "device": in the pool, what is not there is read from the store; "host": where they
+            lie in the store, and nothing is read yet; None: in the pool if they fit, else where
+            they lie.
 
         Raises:
           ContextError: the stored context is damaged.
           CacheFullError: there is no room.
+          RequestError: this model's devices cannot read pages where they lie.
         """
         with self.pool.lock:
             self._touch(context)
+            if tier == "host":
+                return self._map(context, length)
             resident = context.resident
             if resident is None or resident.length < length:
-                resident = self._read_on(context, length)
+                try:
+                    resident = self._read_on(context, length)
+                except CacheFullError:
+                    if tier is not None or self._no_host is not None:
+                        raise
+                    return self._map(context, length)
             return self.pool.share(resident, length)
 
-    def open(self, rows: list[np.ndarray], *, exact: bool) -> tuple[Batch, list[Context | None]]:
+    def _map(self, context: Context, length: int) -> PagedSequence:
+        """The pages of a context's first tokens where they lie."""
+        if self._no_host is not None:
+            raise RequestError(f"tier='host': {self._no_host}")
+        mapped = self.store.mapped(context.id)
+        layers = range(self._model.config.num_hidden_layers)
+        try:
+            pages = tuple(HostPages(*map(jax.device_put, mapped.layer(layer))) for layer in layers)
+        except BaseException:
+            mapped.close()
+            raise
+
+        def verify(layer: int, some: np.ndarray) -> None:
+            try:
+                mapped.verify(layer, some)
+            except ContextError as error:
+                context.problem = str(error)
+                raise
+
+        host = HostPool(mapped.name, pages, mapped.pages, verify=verify, release=mapped.close)
+        return self.pool.mapped(host, length)
+
+    @functools.cached_property
+    def _no_host(self) -> str | None:
+        """Why pages cannot be read where they lie; None: they can."""
+        if self._model.mesh is not None:
+            return "over a mesh, pages are read into the pool; leave tier= out"
+        if self._model.target.platform != "cpu":
+            return f"a {self._model.target.platform} reads pages of its own pool; leave tier= out"
+        return None
+
+    def open(
+        self, rows: list[np.ndarray], *, exact: bool, tier: Tier | None = None
+    ) -> tuple[Batch, list[Context | None]]:
         """A batch of the longest stored prefixes of some prompts, and the contexts they are from.
 
         Args:
           rows: token ids of each prompt.
           exact: see `match`.
+          tier: see `lock`. Pages that lie in different files are not read in one batch: those that
+            lie in other files than the first sequence's come into the pool.
 
         Raises:
-          ContextError, CacheFullError: see `lock`.
+          ContextError, CacheFullError, RequestError: see `lock`.
         """
         sequences, found, origins = [], [], []
+        if tier is None and self._no_host is None:
+            pages = sum(-(-len(tokens) // self.pool.page_size) + 1 for tokens in rows)
+            if pages * self.pool.page_size > self.pool.capacity_tokens:
+                tier = "host"
         with self.pool.lock:
             try:
                 for tokens in rows:
-                    context, length, sequence = self._lock_prefix(tokens, exact=exact)
+                    context, length, sequence = self._lock_prefix(tokens, exact, tier)
+                    names = {s.host.name for s in (*sequences, sequence) if s.host is not None}
+                    if len(names) > 1:
+                        assert context is not None
+                        sequence = self.lock(context, length)
                     sequences.append(sequence)
                     found.append(context)
                     origins.append(context.origin.upto(length) if context else EXACT)
@@ -216,7 +278,7 @@ class Catalogue:
         return batch, found
 
     def _lock_prefix(
-        self, tokens: np.ndarray, *, exact: bool
+        self, tokens: np.ndarray, exact: bool, tier: Tier | None
     ) -> tuple[Context | None, int, PagedSequence]:
         """The context that shares most tokens, how many, and a share of their pages.
 
@@ -227,7 +289,7 @@ class Catalogue:
             if context is None:
                 return None, 0, PagedSequence()
             try:
-                return context, length, self.lock(context, length)
+                return context, length, self.lock(context, length, tier)
             except ContextError:
                 if self._is_there(context):
                     raise
@@ -320,7 +382,7 @@ class Catalogue:
     def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
         with self.pool.lock:
-            if context.resident is None:
+            if context.resident is None and sequence.host is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
 
@@ -334,7 +396,7 @@ class Catalogue:
         there = any(index.fits(built) for built in context.indexes)
         if there and not self.store.check_index(context.id, graphs.KIND):
             return
-        sequence = self.lock(context, context.num_tokens)
+        sequence = self.lock(context, context.num_tokens, None)
         try:
             layers = graphs.build_layers(
                 self.stack,

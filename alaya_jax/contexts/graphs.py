@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.errors import ContextError, GraphError, RequestError
-from alaya_jax.index import Graph, GraphLayer
+from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.graph import build as graph_build
 from alaya_jax.model import Model
 from alaya_jax.progress import progress_bar
@@ -99,7 +99,12 @@ def _asked(
     c = stack.frame.config
     group = c.num_attention_heads // c.num_key_value_heads
     step = max(1, math.ceil(group / index.queries))  # every head of a group asks
-    chain = stack.chain(Plan(Full()), None)
+    none, host = (None,) * c.num_hidden_layers, None
+    if sequence.host is not None:
+        for layer in range(c.num_hidden_layers):
+            sequence.host.verify(layer)
+        host = sequence.host.layers
+    chain = stack.chain(Plan(Full()), stack.put(Indexed(none, np.zeros(1, np.int32), host)))  # type: ignore[arg-type]
     for first in range(0, len(tokens), CHUNK):
         part = tokens[first : first + CHUNK]
         chunk = np.zeros((1, CHUNK), np.int32)

@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
-from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache import PageTable
+from alaya_jax.cache.tiers import Pool
 from alaya_jax.errors import RequestError
 from alaya_jax.explain.truth import Truth, truth
 from alaya_jax.index import Graphs, LayerIndex
@@ -185,7 +186,7 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
         full = functools.partial(attend, Plan(Full()), memory=plain)
         seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
         everywhere = whole(model.mesh)
-        pages, local = _on_one(pool.kv, layer, table, index, pool.num_pages, everywhere)
+        pages, local = _on_one(memory.pools, table, index, pool.num_pages, everywhere)
         true = truth(
             plan,
             q[layer][0, 0],
@@ -260,17 +261,17 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _on_one(
-    kv: PagedKV,
-    layer: int,
+    pools: tuple[Pool, Pool],
     table: PageTable,
     index: LayerIndex | Graphs | None,
     num_pages: int,
     everywhere: NamedSharding | None,
-) -> tuple[tuple[Array, Array, Array, Array | None], LayerIndex | Graphs | None]:
+) -> tuple[tuple[Pool, Pool, Array, Array | None], LayerIndex | Graphs | None]:
     """A layer's pages, and its index, as one device of the context axis would hold them all."""
-    k, v, ids = kv.k[layer], kv.v[layer], table.pages[0]
+    (k, v), ids = pools, table.pages[0]
     if table.start is None:
         return (k, v, ids, None), index
+    assert isinstance(k, jax.Array)  # mapped files are not read over a mesh
     # Entries count from the first page of the device that they lie on; order them by position.
     ids, start = map(np.asarray, _laid((ids, table.start[0]), everywhere))
     shards = _shards_of(k, num_pages)

@@ -48,6 +48,8 @@ class Explanation:
       choice: why, where `Auto` chose.
       analysis: one token's attention run again, where that was asked for.
       prefill: why a prefill did what it did, where `Auto` chose.
+      in_files: tokens of each sequence that are read where they lie in the database's files; None:
+        none are.
     """
 
     tokens: list[int]
@@ -59,12 +61,14 @@ class Explanation:
     choice: PlanChoice | None = None
     analysis: Analysis | None = None
     prefill: PrefillChoice | None = None
+    in_files: list[int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "tokens": self.tokens,
             "reused": self.reused,
+            "in_files": self.in_files,
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -156,6 +160,8 @@ class Explanation:
     def heading(self) -> str:
         """Which tokens this is about."""
         head = f"tokens {self.tokens}, of which from stored contexts {self.reused}"
+        if self.in_files is not None:
+            head += f"\nread where they lie in the database's files {self.in_files}"
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

@@ -39,6 +39,7 @@ def report(
     if choice is not None and not same_plans(choice.plans, plans):
         choice = None
     wanted = choice.auto.recovery if choice else WANTED
+    in_files = [batch.pool.in_files(sequence) for sequence in batch.sequences]
     rows = planned_rows(plans, batch.model, batch.pool.page_size, choice) if planned else None
     return Explanation(
         tokens=batch.lengths,
@@ -50,6 +51,7 @@ def report(
         choice=choice,
         prefill=_prefill_choice(account),
         analysis=None if analyzed is None else analyze(batch, plans, analyzed, wanted),
+        in_files=in_files if any(in_files) else None,
     )
 
 

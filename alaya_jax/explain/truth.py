@@ -14,6 +14,7 @@ from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Held, Rows
 from alaya_jax.attention.window import Split
+from alaya_jax.cache.tiers import Pool
 from alaya_jax.cache.views import KeyRange, Pages, score_range
 from alaya_jax.index import Graphs, LayerIndex, recover
 from alaya_jax.query import Full, Window
@@ -51,7 +52,7 @@ class Truth:
 def truth(
     plan: Plan,
     q: Float[Array, "H D"],
-    pages: tuple[Array, Array, Array, Array | None],
+    pages: tuple[Pool, Pool, Array, Array | None],
     length: Int[Array, ""],
     index: LayerIndex | Graphs | None,
     covered: Int[Array, ""],

@@ -25,6 +25,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Int
 
+from alaya_jax.cache.tiers import HostPages
 from alaya_jax.index.block import Block, BlockLayer
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.found import Found
@@ -39,16 +40,18 @@ from alaya_jax.index.sketch import MISS, Sketch, SketchLayer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-    """What indexes know of a batch's keys.
+    """What a batch's attention reads beside the pool.
 
     Attributes:
       layers: L, what the index of each layer holds; None for `Flat`; for `Graph` a graph of each
         sequence.
       covered: int32 [B], tokens of each sequence that the indexes cover, from the first on.
+      host: L, pages in mapped files that the batch's table names; None: there are none.
     """
 
     layers: "tuple[LayerIndex | Graphs | None, ...]"
     covered: Int[Array, " B"]
+    host: tuple[HostPages, ...] | None = None
 
 
 Index = Flat | Sketch | Block | Graph

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
 from alaya_jax.cache import page_zeros
+from alaya_jax.cache.tiers import Tiers
 from alaya_jax.cache.views import KeyRange, Pages, over_tiles
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.config import LlamaConfig
@@ -78,7 +79,9 @@ class BlockLayer:
         dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
         def visit(tile: Array, scores: Array) -> Array:
-            x = self.vectors[:, pages.tile_ids(tile)].astype(jnp.float32)
+            ids, pool = pages.tile_ids(tile), self.vectors
+            x = pool.pages(ids) if isinstance(pool, Tiers) else pool[:, ids]
+            x = x.astype(jnp.float32)
             if self.summary == "bounds":
                 new = dot("krd,knd->krn", jnp.maximum(rows, 0), x[:, :, 1])
                 new += dot("krd,knd->krn", jnp.minimum(rows, 0), x[:, :, 0])

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.tiers import HostPages, Pool, joined
 from alaya_jax.index import Graphs, Indexed, LayerIndex
 
 
@@ -19,6 +20,7 @@ class LayerMemory:
       table: pages of each sequence, and the lengths before the new tokens.
       index: what the plan's index holds of the layer; None: it scores all keys.
       covered: keys of each sequence that the index knows, from the first on; None: none.
+      host: pages that the table names behind the P of the pool; None: there are none.
     """
 
     k: Float[Array, "K P Z D"]
@@ -26,6 +28,13 @@ class LayerMemory:
     table: PageTable
     index: LayerIndex | Graphs | None = None
     covered: Int[Array, " B"] | None = None
+    host: HostPages | None = None
+
+    @property
+    def pools(self) -> tuple[Pool, Pool]:
+        """Keys and values that the table names pages of."""
+        host = self.host
+        return joined(self.k, host and host.k), joined(self.v, host and host.v)
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +45,8 @@ class Memory:
     Attributes:
       kv: the pool.
       table: pages of each sequence, and the lengths before the new tokens.
-      indexed: what the plans' indexes hold; None: nothing, and every key is scored.
+      indexed: what the plans' indexes hold, and pages in mapped files; None: nothing, and every key
+        is scored.
     """
 
     kv: PagedKV
@@ -45,7 +55,8 @@ class Memory:
 
     def layer(self, layer: int) -> LayerMemory:
         """Of one layer."""
-        index, covered = None, None
+        index, covered, host = None, None, None
         if self.indexed is not None:
             index, covered = self.indexed.layers[layer], self.indexed.covered
-        return LayerMemory(self.kv.k[layer], self.kv.v[layer], self.table, index, covered)
+            host = self.indexed.host[layer] if self.indexed.host is not None else None
+        return LayerMemory(self.kv.k[layer], self.kv.v[layer], self.table, index, covered, host)

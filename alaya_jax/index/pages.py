@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from alaya_jax import cache
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
+from alaya_jax.cache.tiers import HostPool, Tiers
 from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
+from alaya_jax.index.host import HostIndex
 from alaya_jax.sharding import ShardingRules
 
 INDEX_WIDTH = 8
@@ -30,6 +33,8 @@ class PageIndexes:
     def __init__(self, pool: PagePool):
         """Of this pool's pages; what was learnt of a page holds for its generation."""
         self.pool = pool
+        self._host: dict[str, dict[tuple[Index, int], HostIndex]] = {}
+        """Of pages in mapped files, by the files' name."""
         self._indexes: dict[tuple[Index, int], _LayerState] = {}
 
     def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
@@ -44,21 +49,41 @@ class PageIndexes:
         pool, size = self.pool, self.pool.page_size
         full = [s.pages[: s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
+        own, there = pool.own(pages), pages[pages >= pool.num_pages] - pool.num_pages
+        host = next((s.host for s in sequences if s.host is not None), None)  # all of one name
+        layers: list[Any] = []
         with pool.lock:
             for layer, index in enumerate(indexes):
                 if isinstance(index, Flat | Graph):
+                    layers.append(None)
                     continue
                 state = self._indexes.get((index, layer))
                 if state is None:
                     state = self._indexes[index, layer] = self._new_index(index)
-                missing = pages[state.built[pages] != pool.generations(pages)]
+                missing = own[state.built[own] != pool.generations(own)]
                 if len(missing):
                     self._build(state, layer, missing)
-            states = [self._indexes.get((index, i)) for i, index in enumerate(indexes)]
+                held = state.index
+                if host is not None:
+                    held = jax.tree.map(Tiers, held, self._host_index(host, index, layer, there))
+                layers.append(held)
             return Indexed(
-                tuple(state.index if state else None for state in states),
+                tuple(layers),
                 jax.device_put(np.asarray([len(p) * size for p in full], np.int32)),
             )
+
+    def _host_index(
+        self, host: HostPool, index: Block | Sketch, layer: int, pages: np.ndarray
+    ) -> LayerIndex:
+        """What an index knows of pages in mapped files, these among them."""
+        known = self._host.setdefault(host.name, {})
+        if (index, layer) not in known:
+            p = self.pool
+            few = index.create(p.config, 1, p.page_size, p.dtype)
+            known[index, layer] = HostIndex(few, host.num_pages)
+        held = known[index, layer]
+        held.build(host.layers[layer], pages)
+        return held.index
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":
         p = self.pool

@@ -144,10 +144,15 @@ class Batch:
         """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
 
         Raises:
-          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none; or pages
+            that are read where they lie are damaged.
         """
         rows = list(range(self.size)) if rows is None else rows
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        hosts = [host for b in rows if (host := self.sequences[b].host) is not None]
+        for host in hosts:
+            for layer in range(len(wanted)):
+                host.verify(layer)
         indexed = self.indexes.cover(wanted, [self.sequences[b] for b in rows])
         layers = (
             tuple(self.graphs.layer(b, index, i) for b in rows)
@@ -155,7 +160,8 @@ class Batch:
             else indexed.layers[i]
             for i, index in enumerate(wanted)
         )
-        return dataclasses.replace(indexed, layers=tuple(layers))
+        pages = hosts[0].layers if hosts else None  # all of one name
+        return dataclasses.replace(indexed, layers=tuple(layers), host=pages)
 
     def feed(
         self,

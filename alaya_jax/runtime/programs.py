@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alaya_jax.attention import engine
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PagedKV, PageTable
+from alaya_jax.cache.tiers import HostPages
 from alaya_jax.frame import Frame
 from alaya_jax.index.memory import LayerMemory, Memory
 from alaya_jax.models import llama
@@ -213,17 +214,20 @@ class Asked:
       plans: of each layer.
       indexes: of each layer; None: all keys are scored.
       covered: keys of each sequence that the indexes know; None: none.
+      host: of each layer, the pages in mapped files; None: none.
     """
 
     plans: tuple[Plan, ...]
     indexes: tuple[Any, ...]
     covered: Int[Array, " B"] | None
+    host: tuple[HostPages, ...] | None = None
 
     def memory(self, kv: PagedKV, table: PageTable) -> list[LayerMemory]:
         """What each of the layers reads."""
+        host = self.host or (None,) * len(self.plans)
         return [
-            LayerMemory(k, v, table, index, self.covered)
-            for k, v, index in zip(kv.k, kv.v, self.indexes, strict=True)
+            LayerMemory(k, v, table, index, self.covered, pages)
+            for k, v, index, pages in zip(kv.k, kv.v, self.indexes, host, strict=True)
         ]
 
 

@@ -128,8 +128,9 @@ class Stack:
         for group in groups(kinds, self._per_program):
             part = slice(group.first, group.first + group.layers)
             covered = None if indexed is None else indexed.covered
-            asked = Asked(tuple(each[part]), tuple(indexes[part]), covered)
-            key = group.layers, kinds[group.first]
+            host = indexed.host[part] if indexed is not None and indexed.host else None
+            asked = Asked(tuple(each[part]), tuple(indexes[part]), covered, host)
+            key = group.layers, kinds[group.first], _kind(host)
             links.append(_Link(group, tuple(self._blocks[part]), asked, key))
         return Chain(links)
 

@@ -189,6 +189,11 @@ class MappedContext(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """Of the files; those of one name hold the same pages."""
+        ...
+
+    @property
     def pages(self) -> np.ndarray:
         """The page of each Z tokens, i32 [ceil(n / Z)]: where they are on the axis P of `layer`."""
         ...

@@ -46,6 +46,11 @@ class MappedPages:
         self.close()
 
     @property
+    def name(self) -> str:
+        """See `MappedContext`."""
+        return str(self._segment.directory)
+
+    @property
     def pages(self) -> np.ndarray:
         """See `MappedContext`."""
         return self._listed.slots

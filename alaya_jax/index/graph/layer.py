@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from alaya_jax.cache.tiers import Tiers
 from alaya_jax.cache.views import Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index.found import Found, per_row, to_front
@@ -177,6 +178,8 @@ class GraphLayer:
 
         def read(head: Array, position: Array) -> Array:
             page = jnp.take(pages.ids, position // size, mode="clip")
+            if isinstance(pages.k, Tiers):
+                return pages.k.tokens(head, page, position % size).astype(dtype)
             return pages.k[head, page, position % size].astype(dtype)
 
         starts = self._starts(q, read, low, limit, walks)

@@ -1,0 +1,47 @@
+"""What an index knows of pages in mapped files is what it would know of them in the pool."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alaya_jax import configs
+from alaya_jax.cache.tiers import HostPages
+from alaya_jax.index import Block, Sketch
+from alaya_jax.index import host as host_index
+from alaya_jax.index.host import HostIndex
+from alaya_jax.models import LlamaConfig
+
+PAGES, SIZE = 40, 16
+
+
+@pytest.mark.parametrize(
+    "index", [Sketch(), Sketch(bits=2), Block("bounds"), Block("mean"), Block("leaders")], ids=repr
+)
+def test_the_same_as_in_the_pool(rng, monkeypatch, index):
+    monkeypatch.setattr(host_index, "AT_ONCE", 8)
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    shape = config.num_key_value_heads, PAGES, SIZE, config.head_dim
+    k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    pages = rng.permutation(np.arange(1, PAGES))[:21]
+    held = HostIndex(index.create(config, 1, SIZE), PAGES)
+    held.build(HostPages(k, v), pages[:5])
+    held.build(HostPages(k, v), pages)
+    filled = jnp.full(len(pages), SIZE, jnp.int32)
+    expected = index.create(config, PAGES, SIZE).build(k, v, jnp.asarray(pages, jnp.int32), filled)
+    for got, want in zip(jax.tree.leaves(held.index), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(got)[:, pages], np.asarray(want)[:, pages])
+        others = np.setdiff1d(np.arange(1, PAGES), pages)
+        assert not np.asarray(got)[:, others].any(), "memory of pages nobody asked for"
+
+
+def test_a_page_is_looked_at_once(rng, monkeypatch):
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    shape = config.num_key_value_heads, PAGES, SIZE, config.head_dim
+    k = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    held = HostIndex(Sketch().create(config, 1, SIZE), PAGES)
+    held.build(HostPages(k, k), np.arange(1, 9))
+    monkeypatch.setattr(host_index, "_of_pages", lambda *_: 1 / 0)
+    held.build(HostPages(k, k), np.arange(1, 9))
+    with pytest.raises(ZeroDivisionError):
+        held.build(HostPages(k, k), np.arange(1, 10))
