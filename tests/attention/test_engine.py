@@ -114,7 +114,7 @@ def test_equals_definition(query, lengths, t, rng, small_blocks):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     group=st.integers(1, 8),

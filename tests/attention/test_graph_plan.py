@@ -70,7 +70,7 @@ def flat(query, data, covered):
     return np.concatenate(outs, 1), np.concatenate(counts, 1)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**31),
     covered=st.integers(0, KEYS),

@@ -80,7 +80,7 @@ class SpreadPages(Pages):
 
 TestPages = Pages.TestCase
 TestSpreadPages = SpreadPages.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestPages.settings = settings(max_examples=60, stateful_step_count=25)
 TestSpreadPages.settings = TestPages.settings
 
 

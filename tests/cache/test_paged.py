@@ -36,7 +36,7 @@ def table_of(pages: list[list[int]], lengths: list[int]) -> PageTable:
 
 
 @pytest.mark.smoke
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=3, max_size=3),
     t=st.sampled_from([1, 3, 9]),
@@ -84,7 +84,7 @@ def append_in_parts(pool, k, table, count):
     return jnp.concatenate(parts, axis=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=3, max_size=3),
     t=st.sampled_from([1, 6]),

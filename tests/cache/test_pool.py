@@ -45,7 +45,7 @@ def test_a_table_is_as_wide_as_its_longest_sequence_needs(narrow, pages, width):
     assert table.length.tolist() == [sequences[0].length, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 90), st.booleans()), max_size=12),
 )

@@ -151,7 +151,7 @@ def test_walk_is_algorithm_1(odd, odd_graph, beta, low, limit):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     beta=st.floats(0, 60),
     low=st.integers(0, 301),

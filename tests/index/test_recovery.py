@@ -26,7 +26,7 @@ def by_definition(scores, window_lse, seed, target):
     raise AssertionError("all keys hold all mass")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     spread=st.floats(0.1, 60),
     window=st.one_of(st.none(), st.floats(-40, 40)),

@@ -71,7 +71,7 @@ def check_answer(asked, beta, seed):
     assert not np.any((asked.found > -np.inf) & (asked.true == -np.inf))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     beta=st.floats(0, 200),
     ends=st.tuples(st.integers(0, 120), st.integers(0, 120)),

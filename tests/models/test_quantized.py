@@ -141,7 +141,7 @@ def test_the_dense_matrix_never_exists(scheme, axis, method):
     assert plain.memory_analysis().temp_size_in_bytes >= dense  # what it is not
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3),
     st.integers(1, 5),

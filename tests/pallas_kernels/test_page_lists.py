@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from alaya_jax.pallas_kernels.page_lists import compact
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(hnp.arrays(bool, (2, 3, 9)), st.sampled_from([None, 4]))
 def test_entries_in_order_and_their_count(keep, capacity):
     found = compact(keep, capacity)

@@ -384,7 +384,7 @@ def cases(draw):
     return np.array(logits) / 4, sampling, draw(ids), draw(ids)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(cases())
 def test_distribution_holds_everywhere(case):
     """Equal to the float64 reference, but for an edge of top-p or min-p that float32 may round."""
@@ -401,7 +401,7 @@ def test_distribution_holds_everywhere(case):
     assert any(np.array_equal(got > 0, p > 0) and np.allclose(got, p, rtol=1e-5) for p in right)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(cases())
 def test_sampled_tokens_are_allowed(case):
     logits, sampling, prompt, _ = case
@@ -413,7 +413,7 @@ def test_sampled_tokens_are_allowed(case):
     assert (np.asarray(logprob) <= 0).all()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(cases())
 def test_top_k_one_is_greedy(case):
     logits, sampling, prompt, _ = case
@@ -500,7 +500,7 @@ def test_sampling_is_a_short_hashable_value():
     assert dataclasses.replace(sampling, ignore_eos=True).end_ids([2, 9]) == (3,)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     st.text("abc", max_size=20),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

@@ -200,7 +200,9 @@ pieces = st.one_of(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(pieces, max_size=5))
 def test_any_file_is_taken_or_refused_by_name(tmp_path, open_store, pieces):

@@ -253,7 +253,9 @@ def test_any_bytes_are_a_list_of_pages_or_not(data, count, slots):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.binary(max_size=200), at=st.integers(0, 20_000))
 def test_bytes_of_a_stranger_in_the_catalogue(tmp_path_factory, kit, data, at):

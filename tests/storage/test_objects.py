@@ -31,7 +31,7 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(lambda x: np.as
 
 
 @pytest.mark.smoke
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(headers, headers, tokens, tokens)
 def test_row_15_contexts_share_a_name_only_if_they_are_the_same(one, other, these, those):
     same = dataclasses.replace(one, title="", origin=()) == dataclasses.replace(
@@ -48,7 +48,7 @@ def test_row_15_contexts_share_a_name_only_if_they_are_the_same(one, other, thes
     assert (names[0] == names[1]) == same
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.binary(max_size=3), max_size=4), st.lists(st.binary(max_size=3), max_size=4))
 def test_a_digest_knows_where_its_parts_end(one, other):
     assert (objects.digest(*one) == objects.digest(*other)) == (one == other)
@@ -148,7 +148,7 @@ def test_records_that_contradict_themselves_are_refused(fields):
         objects.read_record(objects.write_plain(b"alaya record 1\n", told))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_by_name(data):
     for read in (

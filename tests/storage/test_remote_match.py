@@ -14,7 +14,7 @@ from alaya_jax.storage.remote import RemoteContexts
 CHUNK = 4
 numbers = itertools.count()
 texts = st.lists(st.integers(0, 1), min_size=1, max_size=14)
-fuzzed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture
