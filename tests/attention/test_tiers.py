@@ -74,3 +74,19 @@ def test_a_split_sequence_is_answered_as_one_that_is_not(rng, name, size):
         assert np.isfinite(expected).all()
         np.testing.assert_array_equal(got, expected)
         jax.tree.map(np.testing.assert_array_equal, read, counts)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_program_copies_what_it_reads(name):
+    """By the compiler's account: mapped files may be larger than memory."""
+    plan, t = PLANS[name]
+    pages, size = 2**14, 16
+    pool = jax.ShapeDtypeStruct((HEADS, 8, size, DIM), jnp.float32)
+    mapped = jax.ShapeDtypeStruct((HEADS, pages, size, DIM), jnp.float32)
+    table = PageTable(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 32), (1,))))
+    memory = LayerMemory(pool, pool, table, host=HostPages(mapped, mapped))
+    q = jax.ShapeDtypeStruct((1, t, HEADS * GROUP, DIM), jnp.float32)
+    count = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = attend.lower(plan, q, memory, count).compile()
+    one = HEADS * pages * size * DIM * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < one / 4
