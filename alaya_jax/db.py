@@ -78,6 +78,8 @@ class DB:
         read_only: bool = False,
         remote: str | None = None,
     ):
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(f"DB({path!r}, ...): the first argument is the path of a directory")
         if not isinstance(model, Model):
             raise RequestError(f"DB(model={model!r}): load it first, aj.DB(path, aj.load(...))")
         self.model = model
