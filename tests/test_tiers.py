@@ -222,3 +222,23 @@ def test_a_mapped_file_enters_a_program_as_it_is(open_db, document):
                 assert isinstance(array, jax.Array)
                 assert array.shape == there.shape
                 assert array.unsafe_buffer_pointer() == there.ctypes.data
+
+
+@pytest.mark.parametrize("name", ["sketch", "sketch, a promise", "block"])
+def test_what_was_learnt_of_a_page_ends_with_its_context(open_db, rng, name):
+    """Another context takes the same place in the files: its keys are looked at anew."""
+    db, slots = open_db(), []
+    for _ in range(2):
+        document = rng.integers(32, 126, 230)
+        context = db.import_context(document)
+        logits = []
+        for tier in ("device", "host"):
+            session, rest = db.create_session([*document, 40, 41], tier=tier)
+            with session:
+                logits.append(np.asarray(session.prefill(rest, PLANS[name])))
+                host = session.sequences[0].host
+        slots.append(host.pages.tolist())
+        np.testing.assert_array_equal(*logits)
+        del host
+        db.remove(context.id)
+    assert slots[0] == slots[1], "else nothing was shown"

@@ -38,6 +38,7 @@ class HostPool:
       name: of the files; pools of one name number the same pages.
       layers: of each layer; among the Q pages are those of other contexts.
       pages: int32 [n], the context's, in order.
+      births: int64 [n], which write made each: what was learnt of a page holds for its birth.
     """
 
     def __init__(
@@ -45,16 +46,17 @@ class HostPool:
         name: str,
         layers: tuple[HostPages, ...],
         pages: np.ndarray,
+        births: np.ndarray,
         *,
         verify: Callable[[int, np.ndarray], None] = lambda layer, pages: None,
         release: Callable[[], None] = lambda: None,
     ):
         """Args:
-        name, layers, pages: see the class.
+        name, layers, pages, births: see the class.
         verify: raises ContextError where pages of a layer are damaged.
         release: called when nobody holds the pool any more.
         """
-        self.name, self.layers, self.pages = name, layers, pages
+        self.name, self.layers, self.pages, self.births = name, layers, pages, births
         self._verify = verify
         self._verified = [False] * len(layers)
         self._end = weakref.finalize(self, release)
@@ -73,6 +75,12 @@ class HostPool:
         if not self._verified[layer]:
             self._verify(layer, self.pages)
             self._verified[layer] = True
+
+    def verified(self) -> tuple[HostPages, ...]:
+        """`layers`, all of them compared with their checksums; raises as `verify`."""
+        for layer in range(len(self.layers)):
+            self.verify(layer)
+        return self.layers
 
     def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copies of some pages of every layer, each [L, K, n, Z, D].

@@ -226,7 +226,8 @@ class Catalogue:
                 context.problem = str(error)
                 raise
 
-        host = HostPool(mapped.name, pages, mapped.pages, verify=verify, release=mapped.close)
+        listed = mapped.pages, mapped.births
+        host = HostPool(mapped.name, pages, *listed, verify=verify, release=mapped.close)
         return self.pool.mapped(host, length)
 
     @functools.cached_property

@@ -99,11 +99,8 @@ def _asked(
     c = stack.frame.config
     group = c.num_attention_heads // c.num_key_value_heads
     step = max(1, math.ceil(group / index.queries))  # every head of a group asks
-    none, host = (None,) * c.num_hidden_layers, None
-    if sequence.host is not None:
-        for layer in range(c.num_hidden_layers):
-            sequence.host.verify(layer)
-        host = sequence.host.layers
+    none = (None,) * c.num_hidden_layers
+    host = None if sequence.host is None else sequence.host.verified()
     chain = stack.chain(Plan(Full()), stack.put(Indexed(none, np.zeros(1, np.int32), host)))  # type: ignore[arg-type]
     for first in range(0, len(tokens), CHUNK):
         part = tokens[first : first + CHUNK]

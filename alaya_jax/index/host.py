@@ -36,22 +36,27 @@ class HostIndex:
         leaves, structure = jax.tree.flatten(empty)
         self._memory = [_zeros((x.shape[0], num_pages, *x.shape[2:]), x.dtype) for x in leaves]
         self.index: LayerIndex = jax.tree.unflatten(structure, map(jax.device_put, self._memory))
-        self._built = np.zeros(num_pages, bool)
+        self._built = np.full(num_pages, -1, np.int64)
+        """The birth of each page that it knows."""
 
-    def build(self, host: HostPages, pages: Int[np.ndarray, " n"]) -> None:
+    def build(
+        self, host: HostPages, pages: Int[np.ndarray, " n"], births: Int[np.ndarray, " n"]
+    ) -> None:
         """Has it know these pages, which are full and were verified.
 
-        Only pages that no program has been told of are written to.
+        What it knew of a page of another birth is gone: nobody reads that page any more. So only
+        pages that no program reads are written to.
         """
-        missing = pages[~self._built[pages]]
+        new = self._built[pages] != births
+        missing, births = pages[new], births[new]
         for first in range(0, len(missing), AT_ONCE):
             some = missing[first : first + AT_ONCE]
             ids = np.full(1 + AT_ONCE, some[0], np.int32)  # the first is lost: see `NO_PAGE`
             ids[1 : 1 + len(some)] = some
-            new = jax.tree.leaves(_of_pages(self._empty, host, ids))
-            for memory, part in zip(self._memory, new, strict=True):
+            found = jax.tree.leaves(_of_pages(self._empty, host, ids))
+            for memory, part in zip(self._memory, found, strict=True):
                 memory[:, some] = np.asarray(part)[:, 1 : 1 + len(some)]
-            self._built[some] = True
+            self._built[some] = births[first : first + AT_ONCE]
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -49,8 +49,12 @@ class PageIndexes:
         pool, size = self.pool, self.pool.page_size
         full = [s.pages[: s.length // size] for s in sequences]
         pages = np.unique(np.concatenate(full))
-        own, there = pool.own(pages), pages[pages >= pool.num_pages] - pool.num_pages
-        host = next((s.host for s in sequences if s.host is not None), None)  # all of one name
+        own = pool.own(pages)
+        in_files = [
+            (s.host, len(ids) - len(pool.own(ids)))
+            for s, ids in zip(sequences, full, strict=True)
+            if s.host is not None
+        ]
         layers: list[Any] = []
         with pool.lock:
             for layer, index in enumerate(indexes):
@@ -64,8 +68,8 @@ class PageIndexes:
                 if len(missing):
                     self._build(state, layer, missing)
                 held = state.index
-                if host is not None:
-                    held = jax.tree.map(Tiers, held, self._host_index(host, index, layer, there))
+                if in_files:
+                    held = jax.tree.map(Tiers, held, self._host_index(index, layer, in_files))
                 layers.append(held)
             return Indexed(
                 tuple(layers),
@@ -73,16 +77,20 @@ class PageIndexes:
             )
 
     def _host_index(
-        self, host: HostPool, index: Block | Sketch, layer: int, pages: np.ndarray
+        self, index: Block | Sketch, layer: int, in_files: list[tuple[HostPool, int]]
     ) -> LayerIndex:
-        """What an index knows of pages in mapped files, these among them."""
-        known = self._host.setdefault(host.name, {})
+        """What an index knows of pages in mapped files: of each context, the first so many among
+        them. The contexts' files are of one name.
+        """
+        first, _ = in_files[0]
+        known = self._host.setdefault(first.name, {})
         if (index, layer) not in known:
             p = self.pool
             few = index.create(p.config, 1, p.page_size, p.dtype)
-            known[index, layer] = HostIndex(few, host.num_pages)
+            known[index, layer] = HostIndex(few, first.num_pages)
         held = known[index, layer]
-        held.build(host.layers[layer], pages)
+        for host, count in in_files:
+            held.build(host.layers[layer], host.pages[:count], host.births[:count])
         return held.index
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":

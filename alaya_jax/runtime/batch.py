@@ -149,19 +149,17 @@ class Batch:
         """
         rows = list(range(self.size)) if rows is None else rows
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
-        hosts = [host for b in rows if (host := self.sequences[b].host) is not None]
-        for host in hosts:
-            for layer in range(len(wanted)):
-                host.verify(layer)
-        indexed = self.indexes.cover(wanted, [self.sequences[b] for b in rows])
+        sequences = [self.sequences[b] for b in rows]
+        pages = [s.host.verified() for s in sequences if s.host is not None]
+        indexed = self.indexes.cover(wanted, sequences)
         layers = (
             tuple(self.graphs.layer(b, index, i) for b in rows)
             if isinstance(index, Graph)
             else indexed.layers[i]
             for i, index in enumerate(wanted)
         )
-        pages = hosts[0].layers if hosts else None  # all of one name
-        return dataclasses.replace(indexed, layers=tuple(layers), host=pages)
+        host = pages[0] if pages else None  # all of one name
+        return dataclasses.replace(indexed, layers=tuple(layers), host=host)
 
     def feed(
         self,

@@ -198,6 +198,11 @@ class MappedContext(Protocol):
         """The page of each Z tokens, i32 [ceil(n / Z)]: where they are on the axis P of `layer`."""
         ...
 
+    @property
+    def births(self) -> np.ndarray:
+        """Which write made each of `pages`, i64: a page of another birth holds something else."""
+        ...
+
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a layer, each [K, P, Z, D], read-only and mapped.
 

@@ -55,6 +55,11 @@ class MappedPages:
         """See `MappedContext`."""
         return self._listed.slots
 
+    @property
+    def births(self) -> np.ndarray:
+        """See `MappedContext`."""
+        return self._listed.births
+
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """See `MappedContext`."""
         self._require(layer)

@@ -71,9 +71,8 @@ def test_mapped_pages_are_verified_once_and_let_go_with_their_last_holder(rng):
             raise ContextError("layer 1 is damaged")
 
     layers = tuple(HostPages(jnp.asarray(k + i), jnp.asarray(k - i)) for i in range(2))
-    host = HostPool(
-        "here", layers, np.array([4, 2]), verify=verify, release=lambda: released.append(1)
-    )
+    listed = np.array([4, 2]), np.array([7, 7])
+    host = HostPool("here", layers, *listed, verify=verify, release=lambda: released.append(1))
     assert host.num_pages == Q
     host.verify(0)
     host.verify(0)
@@ -87,7 +86,8 @@ def test_mapped_pages_are_verified_once_and_let_go_with_their_last_holder(rng):
     del host
     gc.collect()
     assert released == [1]
-    host = HostPool("here", layers, np.array([4, 2]))
+    host = HostPool("here", layers, *listed)
+    assert host.verified() is layers
     keys, values = host.read(np.array([2, 4]))
     np.testing.assert_array_equal(keys, np.stack([k[:, [2, 4]], k[:, [2, 4]] + 1]))
     np.testing.assert_array_equal(values, np.stack([k[:, [2, 4]], k[:, [2, 4]] - 1]))
