@@ -24,7 +24,7 @@ import jax
 import jaxlib.version
 
 from alaya_jax.checkpoint.bundled import cache_directory
-from alaya_jax.settings import own_settings
+from alaya_jax.settings import for_other_threads
 
 VARIABLE = "ALAYA_COMPILATION_CACHE"
 """Environment variable: "off", or the directory that compiled programs are kept in."""
@@ -181,17 +181,14 @@ class Ahead:
         self._starts = time.monotonic() + delay
 
     def add(self, make: Callable[[], object]) -> "Coming":
-        """One that is to be made ready; what `make` raises is left to whoever calls the program.
-
-        JAX's settings are the library's own, and the default device is the calling thread's.
-        """
-        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+        """One that is to be made ready; what `make` raises is left to whoever calls the program."""
+        make = for_other_threads(make)
 
         def run() -> int:
             if self._ended.wait(max(0, self._starts - time.monotonic())):
                 return 0
             before = _thread.programs
-            with contextlib.suppress(Exception), own_settings(), jax.default_device(device):
+            with contextlib.suppress(Exception):
                 make()
             return _thread.programs - before
 

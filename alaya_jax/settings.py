@@ -55,6 +55,19 @@ def under_own_settings[F: Callable[..., Any]](function: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def for_other_threads[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    """The function, for whichever thread: under `own_settings`, and with this thread's default
+    device. What `jax.default_device` and its like set holds for one thread.
+    """
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with own_settings(), jax.default_device(device):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def methods_under_own_settings[C: type](cls: C) -> C:
     """The class, with every public method, `__init__` and `__next__` run under `own_settings`."""
     for name, method in list(vars(cls).items()):

@@ -6,6 +6,7 @@ pages; whoever writes must own the page alone (see `allocator.py` for copy on wr
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,20 @@ class PagedKV:
         dtype: jax.typing.DTypeLike,
         mesh: jax.sharding.Mesh | None = None,
         rules: ShardingRules | None = None,
+        *,
+        each: Callable[..., Iterable[Array]] = map,
     ) -> "PagedKV":
-        """An empty cache of `num_pages` pages; on a mesh, kv heads and pages sharded by `rules`."""
+        """An empty cache of `num_pages` pages; on a mesh, kv heads and pages sharded by `rules`.
+
+        `each` makes the arrays, as `map` does, one after another.
+        """
         shape = (page_size, config.head_dim)
-        zeros = tuple(
-            page_zeros(config, num_pages, mesh, rules, shape, dtype)
-            for _ in range(2 * config.num_hidden_layers)
-        )
-        return cls(zeros[::2], zeros[1::2])
+
+        def zeros(_: int) -> Array:
+            return page_zeros(config, num_pages, mesh, rules, shape, dtype)
+
+        made = tuple(each(zeros, range(2 * config.num_hidden_layers)))
+        return cls(made[::2], made[1::2])
 
     @property
     def num_pages(self) -> int:

@@ -23,12 +23,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import cache
-from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable, page_zeros
+from alaya_jax.cache import UNUSED, PageAllocator, PagedKV, PageTable
 from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.cache.tiers import HostPool, Pool, joined
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.settings import own_settings
+from alaya_jax.settings import for_other_threads
 from alaya_jax.sharding import ShardingRules, laid, whole
 
 TRANSFER_WIDTH = 64
@@ -47,11 +47,9 @@ def _let_programs_end() -> None:
             array.block_until_ready()
 
 
-def _in_thread[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    thread = ThreadPoolExecutor(1)
-    future = thread.submit(function, *args, **kwargs)
-    thread.shutdown(wait=False)
-    return future
+def _in_two_threads(function: Callable[[int], jax.Array], items: range) -> list[jax.Array]:
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(for_other_threads(function), items))
 
 
 @contextlib.contextmanager
@@ -181,24 +179,13 @@ class PagePool:
         """
         with self.lock:
             if self._kv is None and self._coming is None and self.mesh is None:
-                device = jax.config.jax_default_device  # type: ignore[attr-defined]  # this thread's
-                self._coming = _in_thread(self._create, device)
+                thread = ThreadPoolExecutor(1)
+                self._coming = thread.submit(for_other_threads(self._create), _in_two_threads)
+                thread.shutdown(wait=False)
 
-    def _create(self, device: Any = None) -> PagedKV:
-        shape = self.page_size, self.config.head_dim
-        place = self.config, self.num_pages, self.mesh, self.rules, shape, self.dtype
-
-        def zeros(_: int) -> jax.Array:
-            with own_settings(), jax.default_device(device):
-                return page_zeros(*place)
-
-        arrays = range(2 * self.config.num_hidden_layers)
-        if self.mesh is not None:
-            made = [page_zeros(*place) for _ in arrays]
-        else:
-            with ThreadPoolExecutor(2) as threads:
-                made = list(threads.map(zeros, arrays))
-        return PagedKV(tuple(made[::2]), tuple(made[1::2]))
+    def _create(self, each: Any = map) -> PagedKV:
+        where = self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
+        return PagedKV.create(self.config, *where, each=each)
 
     @property
     def capacity_tokens(self) -> int:

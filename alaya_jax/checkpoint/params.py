@@ -14,6 +14,7 @@ from alaya_jax.checkpoint.quantization import is_quantizable, quantized_kernel
 from alaya_jax.checkpoint.source import Source, StoredTensor, refuse
 from alaya_jax.models.quantized import Scheme
 from alaya_jax.progress import progress_bar
+from alaya_jax.settings import for_other_threads
 from alaya_jax.sharding import ShardingRules
 
 Memory = Literal["device", "pinned_host"]
@@ -163,6 +164,7 @@ def load_params(
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`map`, with so many of the next results under way as there are threads."""
+    function = for_other_threads(function)
     with ThreadPoolExecutor(_READERS) as threads:
         coming: collections.deque[Future[Any]] = collections.deque()
         try:

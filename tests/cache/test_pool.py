@@ -331,7 +331,7 @@ def test_memory_that_is_not_there(db, rng, monkeypatch, what):
     def refuse(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    taken = "cache.pool.page_zeros" if what == "pages" else "index.Sketch.create"
+    taken = "cache.paged.page_zeros" if what == "pages" else "index.Sketch.create"
     monkeypatch.setattr(f"alaya_jax.{taken}", refuse)
     session, rest = db.create_session(rng.integers(3, 256, 37))
     with pytest.raises(CacheFullError, match=r"lower Budget\(device=532480\)"):

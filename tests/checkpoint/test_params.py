@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+import alaya_jax as aj
+from alaya_jax.checkpoint import save
 from alaya_jax.checkpoint.params import _ahead, copy_as
 
 
@@ -49,3 +51,18 @@ def test_what_one_raises_ends_the_rest():
     with pytest.raises(ValueError, match="the third"):
         list(_ahead(work, range(100)))
     assert len(done) < 8
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_threads_place_parameters_where_the_caller_has_its_default(tiny_model, tmp_path, quantize):
+    save(tmp_path / "model", tiny_model.config, tiny_model.params, to="hf", progress=False)
+    device = jax.local_devices()[3]
+    with jax.default_device(device), jax.enable_x64(True):
+        model = aj.load(tmp_path / "model", quantize=quantize, progress=False)
+    assert {d for leaf in jax.tree.leaves(model.params) for d in leaf.devices()} == {device}
+    plain = aj.load(tmp_path / "model", quantize=quantize, progress=False)
+    for there, here in zip(
+        jax.tree.leaves(model.params), jax.tree.leaves(plain.params), strict=True
+    ):
+        assert there.dtype == here.dtype
+        np.testing.assert_array_equal(there, here)
