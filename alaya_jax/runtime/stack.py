@@ -196,14 +196,16 @@ class Stack:
         self, kv: PagedKV, chain: "Chain", table: PageTable, tokens: int
     ) -> Iterator[tuple["_Link", Any, Callable[[], object]]]:
         """The programs that `layers` will compile: their first layers, shapes, and how to do it."""
-        if self.frame.mesh is not None:
-            return
         batch = table.length.shape[0]
         x = jax.ShapeDtypeStruct((batch, tokens, self.frame.config.hidden_size), self.dtype)
+        shapes = x.shape, table.pages.shape
+        if self.frame.mesh is not None or all(
+            _key("layers", link, shapes) in self._known for link in chain.links
+        ):
+            return
         one = np.zeros((batch, tokens), np.int32), np.zeros(batch, np.int32)
         fed = Fed(*one, table)  # type: ignore[arg-type]
         passed = jax.eval_shape(lambda: self.start(batch))
-        shapes = x.shape, table.pages.shape
         for link in chain.links:
             key = _key("layers", link, shapes)
             if key not in self._known and key not in self._coming:

@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from alaya_jax.storage import checksums
 from alaya_jax.storage.files import flush_directory, make_directory, opened
 from alaya_jax.storage.interface import DTYPES
 from alaya_jax.storage.rows import Layout, PageList
-from alaya_jax.storage.slots import runs
+from alaya_jax.storage.slots import located, runs
 
 KINDS = "kv"
 NAMES = ("keys", "values")
@@ -95,12 +95,8 @@ class Segment:
             for job in under_way:
                 job.result()
         with self._open(CHECKSUMS, os.O_RDWR) as fd:
-            width = found[0].nbytes if len(found) else 0
-            done = 0
-            for start, stop in runs(pages.slots):
-                part = found[done : done + stop - start]
-                _write(fd, part.astype("<u4").tobytes(), start * width)
-                done += stop - start
+            for part, start in located(pages.slots):
+                _write(fd, found[part].astype("<u4").tobytes(), start * found[0].nbytes)
             os.fsync(fd)
 
     def read(
@@ -223,10 +219,8 @@ class Segment:
         """The checksums of pages, u32 [m, L, 2], as they were stored."""
         found = np.empty((len(pages), self.layout.num_layers, 2), "<u4")
         with self._open(CHECKSUMS, os.O_RDONLY) as fd:
-            width, done = 8 * self.layout.num_layers, 0
-            for start, stop in runs(pages.slots):
-                _read(fd, found[done : done + stop - start], start * width)
-                done += stop - start
+            for part, start in located(pages.slots):
+                _read(fd, found[part], start * found[0].nbytes)
         return found
 
     def _paged(self, half: np.ndarray, count: int) -> np.ndarray:
@@ -243,24 +237,21 @@ class Segment:
 
     def _write_pages(self, name: str, pages: PageList, data: np.ndarray) -> None:
         with self._open(name, os.O_RDWR) as fd:
-            for head in range(len(data)):
-                done = 0
-                for start, stop in runs(pages.slots):
-                    part = data[head, done : done + stop - start]
-                    offset = (head * self.layout.num_pages + start) * self.layout.piece
-                    _write(fd, memoryview(part.reshape(-1).view(np.uint8)), offset)
-                    done += stop - start
+            for part, offset in self._pieces(pages):
+                _write(fd, memoryview(data[part].reshape(-1).view(np.uint8)), offset)
             os.fsync(fd)
 
     def _read_pages(self, name: str, pages: PageList, into: np.ndarray) -> None:
         with self._open(name, os.O_RDONLY) as fd:
-            for head in range(len(into)):
-                done = 0
-                for start, stop in runs(pages.slots):
-                    part = into[head, done : done + stop - start]
-                    offset = (head * self.layout.num_pages + start) * self.layout.piece
-                    _read(fd, part, offset)
-                    done += stop - start
+            for part, offset in self._pieces(pages):
+                _read(fd, into[part], offset)
+
+    def _pieces(self, pages: PageList) -> Iterator[tuple[tuple[int, slice], int]]:
+        """Stretches of pages [K, m, Z, D] that lie together in a file, and where."""
+        for head in range(self.layout.num_kv_heads):
+            for part, start in located(pages.slots):
+                first = head * self.layout.num_pages + start
+                yield (head, part), first * self.layout.piece
 
     def _open(self, name: str, flags: int) -> Any:
         return opened(self.directory / name, flags, self._sizes[name])

@@ -29,6 +29,14 @@ def chosen(free: np.ndarray, count: int) -> np.ndarray:
     return np.arange(start, start + count, dtype=np.int32)
 
 
+def located(slots: np.ndarray) -> Iterator[tuple[slice, int]]:
+    """Of each stretch of `runs`: where in the list it is, and its first slot."""
+    done = 0
+    for start, stop in runs(slots):
+        yield slice(done, done + stop - start), start
+        done += stop - start
+
+
 def runs(slots: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, one past the last) of each stretch of slots that follow one another, as listed."""
     if len(slots):

@@ -10,7 +10,7 @@ import pytest
 
 from alaya_jax.contexts.context import Context
 from alaya_jax.errors import ContextError, RequestError
-from alaya_jax.storage import ContextHeader, ContextRecord, PoolStore
+from alaya_jax.storage import ContextHeader, PoolStore
 
 
 @pytest.fixture
@@ -33,9 +33,7 @@ def make(tmp_path):
         written = store.write(
             header, tokens, lambda start: [np.zeros((2, 1, len(tokens) - start, 2), np.float32)]
         )
-        name = written.id if isinstance(written, ContextRecord) else written
-        (record,) = [record for record in store.list() if record.id == name]
-        return Context(record, store)
+        return Context(written, store)
 
     yield made
     store.close()

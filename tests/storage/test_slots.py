@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alaya_jax.storage.slots import chosen, free_slots, runs
+from alaya_jax.storage.slots import chosen, free_slots, located, runs
 
 SLOTS = st.lists(st.integers(0, 30), unique=True, max_size=20).map(lambda x: np.array(x, np.int32))
 
@@ -35,3 +35,6 @@ def test_chosen_slots_are_free_and_in_one_run_where_one_is_long_enough(slots, co
 def test_runs_are_the_slots_in_their_order(slots):
     listed = [s for start, stop in runs(slots) for s in range(start, stop)]
     assert listed == slots.tolist()
+    for part, start in located(slots):
+        assert slots[part].tolist() == list(range(start, start + part.stop - part.start))
+    assert np.concatenate([slots[:0], *(slots[p] for p, _ in located(slots))]).tolist() == listed
