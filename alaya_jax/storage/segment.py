@@ -199,11 +199,6 @@ class Segment:
                             return False
         return True
 
-    def allocated_bytes(self) -> int:
-        """What the files take on the disk."""
-        paths = (self.directory / name for name in self._sizes)
-        return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
-
     def check_files(self, layer: int | None = None) -> None:
         """Raises ContextError when a file, or one of a layer, is missing or has a wrong length."""
         one = [_name(kind, layer) for kind in (0, 1)] if layer is not None else None
