@@ -361,6 +361,7 @@ class _Request:
                 under_way, left = decoding.step(), left - 1
             if finished is not None:
                 token, logprob, alternatives, length, count = read(finished)
+                self.session.batch.verify(finished.counts)
                 if count.any():
                     self.session.account.count(
                         "decode", self._attention, finished.counts, length.tolist(), count

@@ -1,10 +1,11 @@
 """What attention read, query token by query token."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -21,6 +22,8 @@ class Counts:
         not estimated.
       widened: int32 [B, T, H], 1 where an approximate search had no room for what it met, and the
         scan of all keys answered instead.
+      met: uint8 [B, K, N], of the pages in the table those that the answer came from, keys (1) and
+        values (2); see `met`. None: not kept account of.
     """
 
     attended: Int[Array, "B T H"]
@@ -28,6 +31,12 @@ class Counts:
     read: Int[Array, "B T H"]
     mass: Float[Array, "B T H"]
     widened: Int[Array, "B T H"]
+    met: UInt8[Array, "B K N"] | None = None
+
+    def by_row(self, function: Callable[[Array], Array]) -> "Counts":
+        """With the numbers of query rows changed; pages that were met stay."""
+        rows = dataclasses.replace(self, met=None)
+        return dataclasses.replace(jax.tree.map(function, rows), met=self.met)
 
     @classmethod
     def of(
@@ -38,7 +47,8 @@ class Counts:
         read: Array | int = 0,
         mass: Array | float = jnp.nan,
         widened: Array | int = 0,
+        met: Array | None = None,
     ) -> "Counts":
-        """The counts, each broadcast to the shape of the rows."""
+        """The counts, each broadcast to the shape of the rows; `met` as it is."""
         each = (attended, scored, read, mass, widened)
-        return cls(*(jnp.broadcast_to(x, shape) for x in each))
+        return cls(*(jnp.broadcast_to(x, shape) for x in each), met=met)

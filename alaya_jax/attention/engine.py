@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alaya_jax import cache
-from alaya_jax.attention import kernels
+from alaya_jax.attention import kernels, met
 from alaya_jax.attention.counts import Counts
 from alaya_jax.attention.gradient import computed_by, not_reversed
 from alaya_jax.attention.graph import attend_graph
@@ -222,7 +222,7 @@ def _by_xla(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], C
         # One sequence after another: each costs its own length, whatever the others' lengths are.
         out, counts = lax.map(one, each)
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
-    counts = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads), counts)
+    counts = counts.by_row(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads))
     return out.astype(q.dtype), counts
 
 
@@ -253,6 +253,7 @@ def _attend_rows(
     plan: Plan, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
+    account = met.kept_account(plan, held.pages)
     zero, end = jnp.zeros_like(positions), positions + 1
     query, pages, index, axis = plan.query, held.pages, held.index, held.axes.pages
     counts = functools.partial(Counts.of, q.shape[:-1])
@@ -266,14 +267,16 @@ def _attend_rows(
     inside, best = attend_range(q, pages, split.inside)
     inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
     in_window = split.size
+    of_window = met.of_window(pages, split) if account else None
     if isinstance(query, Window):
-        return inside.out, counts(in_window, in_window)
+        return inside.out, counts(in_window, in_window, met=of_window)
 
     rows = Rows(q, held, split.outside, inside, best)
     if isinstance(index, GraphLayer):
         found = attend_graph(plan, rows)
         attended, scored = found.attended + in_window, found.scored + in_window
-        total = counts(attended, scored, found.read, widened=found.widened)
+        of_all = None if of_window is None else of_window | found.met
+        total = counts(attended, scored, found.read, widened=found.widened, met=of_all)
         return merge(inside, found.partial).out, total
     found = retrieve(plan, rows)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
@@ -287,4 +290,5 @@ def _attend_rows(
     read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
-    return merge(*parts).out, counts(attended + in_window, end, read, mass)
+    of_all = None if of_window is None else of_window | met.bits(found.met)
+    return merge(*parts).out, counts(attended + in_window, end, read, mass, met=of_all)

@@ -8,8 +8,9 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
+from alaya_jax.attention import met
 from alaya_jax.attention.kept import attend_kept
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Held, Rows
@@ -34,6 +35,7 @@ class Searched:
       scored: keys scored, by the walk and, where it overflowed, by the flat scan.
       read: keys whose K was read for all heads of the group.
       widened: 1 where the walk overflowed and the flat scan answers.
+      met: pages that it came to; None: not kept account of.
     """
 
     partial: Partial
@@ -41,6 +43,7 @@ class Searched:
     scored: Int[Array, "K G T"]
     read: Int[Array, "K G T"]
     widened: Int[Array, "K G T"]
+    met: UInt8[Array, "K N"] | None = None
 
 
 def attend_graph(plan: Plan, rows: Rows) -> Searched:
@@ -79,6 +82,7 @@ def attend_graph(plan: Plan, rows: Rows) -> Searched:
         found.visited + jnp.where(over, every, 0),
         read + flat_read,
         over.astype(jnp.int32),
+        met.of_search(pages, found) if met.kept_account(plan, pages) else None,
     )
 
 

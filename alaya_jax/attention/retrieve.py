@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from alaya_jax.attention import met
 from alaya_jax.attention.custom import select_custom
 from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
 from alaya_jax.attention.rows import Rows
@@ -39,12 +40,14 @@ class Retrieved:
       unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other keys that
         might have been kept, of all devices, as expected; None where it was not estimated.
       weights: of all keys, estimated, for the tail; None without one.
+      met: pages that the choice was made from, or that are kept; None: not kept account of.
     """
 
     kept: Kept
     floor: Float[Array, "K G T"] | None = None
     unread: Float[Array, "K G T"] | None = None
     weights: Weights | None = None
+    met: Bool[Array, "K N"] | None = None
 
     def share_read(self, read: Partial) -> Float[Array, "K G T"] | None:
         """The share of the attention mass that was read, at least; None where nothing says so."""
@@ -63,20 +66,31 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
     query = plan.query
     assert isinstance(query, DIPR | TopK | Custom)
     rows = rows.before(query.before)
-    if plan.by == "page":
-        return _by_page(plan, rows)
+    found = _by_page(plan, rows) if plan.by == "page" else _by_key(plan, rows)
+    if not met.kept_account(plan, rows.pages):
+        return found
+    kept = met.of_mask(rows.pages, found.kept.mask) | met.behind(rows.pages, rows.held.covered)
+    return dataclasses.replace(found, met=kept if found.met is None else kept | found.met)
+
+
+def _by_key(plan: Plan, rows: Rows) -> Retrieved:
+    """`met` has the pages, beside those of kept keys, that the choice was made from."""
+    query = plan.query
     pages, keys, axis = rows.pages, rows.keys, rows.axis
     rows = dataclasses.replace(rows, q=rows.q.astype(pages.operand_dtype))
     q, best = rows.q, rows.best
     scan = _scan(rows)
-    floor, unread, weights = None, None, None
+    floor, unread, weights, looked_at = None, None, None, None
+    account = met.kept_account(plan, pages)
     if isinstance(query, Custom):
         mask = select_custom(query, rows, scan.estimate)
     elif isinstance(query, TopK):
         if scan.exact:
             scores, column = largest(_shared(plan, scan.estimate), min(query.k, pages.columns))
         else:
-            scores, column = _best_exact(plan, rows, scan)
+            may_be = _may_be_top(query.k, rows, scan)
+            scores, column = _best_exact(plan, rows, may_be)
+            looked_at = met.of_mask(pages, may_be) if account else None
         chosen = largest_of_all(scores, pages.position_of(column), axis)
         mask = as_mask(column, chosen, pages.columns)
     elif query.recovery is not None:
@@ -92,6 +106,7 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
             least = best
         else:
             sure = across(lax.pmax, pivot(q, pages, scan, axis), axis)
+            looked_at = met.of_best(pages, scan.estimate) if account else None
             least = jnp.maximum(best, sure - _rounding(sure))
         mask = in_range(upper, least, query.beta)
         if not scan.exact and not plan.tail:
@@ -109,7 +124,7 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
-    return Retrieved(Kept(pages, keys, mask), floor, unread, weights)
+    return Retrieved(Kept(pages, keys, mask), floor, unread, weights, looked_at)
 
 
 def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:
@@ -173,7 +188,7 @@ def _shared(plan: Plan, scores: Float[Array, "K G T M"]) -> Array:
     return jnp.max(scores, axis=1, keepdims=True) if plan.share == "group" else scores
 
 
-def _best_exact(plan: Plan, rows: Rows, scan: Scan) -> tuple[Array, Array]:
+def _best_exact(plan: Plan, rows: Rows, may_be: Bool[Array, "K G T S"]) -> tuple[Array, Array]:
     """The k best exact scores among keys that may be so, and their columns.
 
     Those keys are few, and put side by side; where they are more than there is room for, all
@@ -181,7 +196,7 @@ def _best_exact(plan: Plan, rows: Rows, scan: Scan) -> tuple[Array, Array]:
     """
     query, q, width = plan.query, rows.q, rows.pages.columns
     assert isinstance(query, TopK)
-    kept = Kept(rows.pages, rows.keys, _may_be_top(query.k, rows, scan))
+    kept = Kept(rows.pages, rows.keys, may_be)
     k = min(query.k, width)
     room = min(width, max(_ROOM, 4 * k * q.shape[1] * q.shape[2]))
 

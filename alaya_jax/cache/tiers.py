@@ -9,13 +9,13 @@ copy: of a context on disk only the pages that are read come into memory.
 import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +29,16 @@ class HostPages:
 
     k: Float[Array, "K Q Z D"]
     v: Float[Array, "K Q Z D"]
+
+
+class Verify(Protocol):
+    """Compares pages of a layer with their checksums."""
+
+    def __call__(self, layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> None:
+        """Raises ContextError where one is damaged; of `asked`, bool [2, K, n], only keys (0) and
+        values (1) of heads and pages that are true.
+        """
+        ...
 
 
 class HostPool:
@@ -48,17 +58,19 @@ class HostPool:
         pages: np.ndarray,
         births: np.ndarray,
         *,
-        verify: Callable[[int, np.ndarray], None] = lambda layer, pages: None,
+        verify: Verify = lambda layer, pages, asked=None: None,
         release: Callable[[], None] = lambda: None,
     ):
         """Args:
         name, layers, pages, births: see the class.
-        verify: raises ContextError where pages of a layer are damaged.
+        verify: see `Verify`.
         release: called when nobody holds the pool any more.
         """
         self.name, self.layers, self.pages, self.births = name, layers, pages, births
         self._verify = verify
-        self._verified = [False] * len(layers)
+        pieces = len(layers), 2, layers[0].k.shape[0], len(pages)
+        self._verified = np.zeros(pieces, bool)
+        """Of each layer, of keys and values, each head and page."""
         self._end = weakref.finalize(self, release)
 
     @property
@@ -72,9 +84,26 @@ class HostPool:
         Raises:
           ContextError: one is damaged.
         """
-        if not self._verified[layer]:
+        if not self._verified[layer].all():
             self._verify(layer, self.pages)
             self._verified[layer] = True
+
+    def verify_met(self, layer: int, met: UInt8[np.ndarray, "K N"]) -> None:
+        """Compares pages that an answer came from with their checksums, once.
+
+        Args:
+          layer: which.
+          met: of the first N pages, whether keys (1) and values (2) were read.
+
+        Raises:
+          ContextError: one is damaged.
+        """
+        known = self._verified[layer][..., : met.shape[1]]
+        missing = np.stack([met & 1, met & 2]).astype(bool) & ~known
+        pages = np.flatnonzero(missing.any(axis=(0, 1)))
+        if len(pages):
+            self._verify(layer, self.pages[pages], missing[..., pages])
+            known |= missing
 
     def verified(self) -> tuple[HostPages, ...]:
         """`layers`, all of them compared with their checksums; raises as `verify`."""

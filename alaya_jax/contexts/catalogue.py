@@ -219,9 +219,9 @@ class Catalogue:
             mapped.close()
             raise
 
-        def verify(layer: int, some: np.ndarray) -> None:
+        def verify(layer: int, some: np.ndarray, asked: np.ndarray | None = None) -> None:
             try:
-                mapped.verify(layer, some)
+                mapped.verify(layer, some, asked)
             except ContextError as error:
                 context.problem = str(error)
                 raise

@@ -161,6 +161,7 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
             f"{len(tokens)} are known; update() is not told them"
         )
     pool, model = batch.pool, batch.model
+    batch.verify()  # the truth is of all keys
     indexed = batch.cover(plans, [sequence])
     table = pool.table([held])
     before = dataclasses.replace(table, length=table.length - 1)

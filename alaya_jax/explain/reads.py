@@ -1,5 +1,6 @@
 """What plans read, phase by phase and layer by layer: accounts for `Explanation`."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Reads:
 
     def add(self, counts: Counts, visible: int, queries: int) -> None:
         """Adds [L, B, H] sums of one program call; does not wait for it."""
-        self._pending.append(counts)
+        self._pending.append(dataclasses.replace(counts, met=None))
         self.visible += visible
         self.queries += queries
         if len(self._pending) > 64:

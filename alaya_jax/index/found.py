@@ -18,12 +18,14 @@ class Found:
       visited: int32 [K, G, T], keys that were scored for this row.
       overflow: bool [K, G, T], the list was full and something was left out: the caller has to
         answer this row by an exact plan.
+      met: bool [K, N, T], pages whose keys the search read; None: not kept account of.
     """
 
     positions: Int[Array, "K G T C"]
     scores: Float[Array, "K G T C"]
     visited: Int[Array, "K G T"]
     overflow: Bool[Array, "K G T"]
+    met: Bool[Array, "K N T"] | None = None
 
     @property
     def count(self) -> Int[Array, "K G T"]:

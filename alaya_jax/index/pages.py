@@ -90,6 +90,7 @@ class PageIndexes:
             known[index, layer] = HostIndex(few, first.num_pages)
         held = known[index, layer]
         for host, count in in_files:
+            host.verify(layer)
             held.build(host.layers[layer], host.pages[:count], host.births[:count])
         return held.index
 

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.met import tells
 from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin, Way
-from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.query.plan import Plans, indexes_of, of_layer
 from alaya_jax.runtime.programs import Fed, Passed
 from alaya_jax.runtime.stack import Stack
 
@@ -143,6 +144,9 @@ class Batch:
     def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
         """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
 
+        Pages in mapped files that a layer may read without saying so are verified; of the others
+        those that it met are to be, behind it (`verify`).
+
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none; or pages
             that are read where they lie are damaged.
@@ -150,7 +154,11 @@ class Batch:
         rows = list(range(self.size)) if rows is None else rows
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
         sequences = [self.sequences[b] for b in rows]
-        pages = [s.host.verified() for s in sequences if s.host is not None]
+        hosts = [s.host for s in sequences if s.host is not None]
+        for host in hosts:
+            for layer in range(len(wanted)):
+                if not tells(of_layer(plans, layer)):
+                    host.verify(layer)
         indexed = self.indexes.cover(wanted, sequences)
         layers = (
             tuple(self.graphs.layer(b, index, i) for b in rows)
@@ -158,8 +166,31 @@ class Batch:
             else indexed.layers[i]
             for i, index in enumerate(wanted)
         )
-        host = pages[0] if pages else None  # all of one name
+        host = hosts[0].layers if hosts else None  # all of one name
         return dataclasses.replace(indexed, layers=tuple(layers), host=host)
+
+    def verify(self, counts: Counts | None = None, layer: int = 0) -> None:
+        """Compares pages in mapped files with their checksums: those that were met, before what
+        came of them is used; waits for the program.
+
+        Args:
+          counts: what some layers read, [L', B, ...]; None: all pages, of all layers.
+          layer: the first of them.
+
+        Raises:
+          ContextError: one is damaged.
+        """
+        met = None if counts is None or counts.met is None else np.asarray(counts.met)
+        for b, sequence in enumerate(self.sequences):
+            host = sequence.host
+            if host is None:
+                continue
+            if counts is None:
+                host.verified()
+            elif met is not None:
+                there = len(sequence.pages) - len(self.pool.own(sequence.pages))
+                for i, one in enumerate(met):
+                    host.verify_met(layer + i, one[b, :, :there])
 
     def feed(
         self,
@@ -192,14 +223,15 @@ class Batch:
                 chunk[b, : len(part)], new[b] = part, len(part)
             if x is None or x.shape[1] != width:
                 x = stack.between(self.size, width)
-            passed = stack.start(self.size, passed)
             fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
             with self.pool.lock:
                 chain = stack.chain(plans, stack.put(self.cover(plans)))
+                passed = stack.start(self.size, passed, chain.account(fed.table))
                 if not self.pool.allocated:  # that goes on in another thread
                     stack.compile(self.pool.abstract, chain, fed.table, width)
                 with self.pool.lend() as lent:
                     x, passed = stack.layers(lent, chain, x, passed, fed)
+            self.verify(passed.counts)
             on_read(stack.counts(passed), self.lengths, new, width)
             with uninterrupted():
                 for b, count in enumerate(new):

@@ -78,8 +78,10 @@ class Decoding:
             fed.count,
             self._sampler,
         )
-        self._passed, self._going = self._stack.start(batch, passed), self._stack.put(going)
-        self._table = self._stack.put(table)
+        with self._pool.lock:
+            account = self._current().account(table)
+        self._passed = self._stack.start(batch, passed, account)
+        self._going, self._table = self._stack.put(going), self._stack.put(table)
         self._x = self._stack.between(batch, 1)
         return self._end()
 

@@ -109,6 +109,9 @@ def attention(
             mesh=batch.model.mesh,
             rules=batch.model.rules,
         )
+    if counts.met is not None:
+        batch.verify(dataclasses.replace(counts, met=counts.met[None]), layer)
+        counts = dataclasses.replace(counts, met=None)
     way = Way.of(of_layer(plans, layer))
     for b, length in enumerate(batch.lengths):
         end, origin = length + int(batch.ahead[layer]), batch.origins[b]

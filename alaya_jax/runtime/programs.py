@@ -69,7 +69,8 @@ def step(
         each = [of_layer(plans, i) for i in layers]
         x = llama.embed(params, config, tokens)
         made = _run(frame, blocks, x, each, [memory.layer(i) for i in layers], count)
-        counts = jax.tree.map(lambda *x: jnp.stack(x), *made.counts)
+        rows = [dataclasses.replace(counts, met=None) for counts in made.counts]
+        counts = jax.tree.map(lambda *x: jnp.stack(x), *rows)
         return llama.head(params, config, _last(made.x, count)), made.kv, counts
 
     plans = plan_for(plans, frame.config, 0)
@@ -164,7 +165,7 @@ def _layer(
             held = engine.append(held, 0, k, v, table, count, **where)
         read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
         out, new = engine.attend(plan, q, read, count, **where)
-        new = jax.tree.map(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1), new)
+        new = new.by_row(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1))
         return out, (held.k[0], held.v[0], new, q)
 
     x, made = llama.run_layers([block], frame.config, x, rotary, attend)
@@ -269,9 +270,9 @@ def layers(
         made = _run(frame, blocks, x, asked.plans, memory, fed.count)
         x, kv = made.x.astype(x.dtype), made.kv
         counts = jax.tree.map(
-            lambda all, *some: lax.dynamic_update_slice(all, jnp.stack(some), (passed.layer, 0, 0)),
+            functools.partial(_put, passed.layer),
             passed.counts,
-            *made.counts,
+            *_alike(passed.counts, made.counts),
         )
         last = jnp.where((fed.count > 0)[:, None], _last(x, fed.count), passed.last)
         x, last, layer = laid((x, last, passed.layer + len(blocks)), whole(frame.mesh))
@@ -282,6 +283,22 @@ def layers(
     of_kv = jax.tree.map(lambda _: pool and pool.spec, kv)
     places = (everywhere, of_kv, _spec_of_passed(frame))
     return _by_the_compiler(run, frame, places, outer, blocks, kv, x, passed, fed, asked)
+
+
+def _put(first: Array, all: Array, *some: Array) -> Array:
+    """Of all layers [L, ...], with what some of them made, from layer `first` on."""
+    at = (first, *(0 for _ in some[0].shape))
+    return lax.dynamic_update_slice(all, jnp.stack(some), at)
+
+
+def _alike(all: Counts, some: Sequence[Counts]) -> list[Counts]:
+    """What some layers read, with account of the pages they met where that is kept for any layer:
+    a layer that does not say it met none that were not verified before.
+    """
+    if all.met is None:
+        return [dataclasses.replace(one, met=None) for one in some]
+    none = jnp.zeros(all.met.shape[1:], all.met.dtype)
+    return [dataclasses.replace(one, met=none) if one.met is None else one for one in some]
 
 
 def by_heads(frame: Frame) -> NamedSharding | None:

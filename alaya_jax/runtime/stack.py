@@ -13,6 +13,7 @@ from jax.api_util import shaped_abstractify
 from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.attention.met import tells
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.pool import Lent
 from alaya_jax.compilation import Ahead, Coming, compiling
@@ -85,15 +86,23 @@ class Stack:
 
         return spread(jax.tree.map(put, tree), self.frame.mesh)
 
-    def start(self, batch: int, passed: Passed | None = None) -> Passed:
+    def start(
+        self, batch: int, passed: Passed | None = None, account: tuple[int, ...] | None = None
+    ) -> Passed:
         """What layer 0 is passed; of an earlier step, what it made of sequences that are not fed
         now.
+
+        Args:
+          batch: B.
+          passed: of that step.
+          account: see `Chain.account`.
         """
         c = self.frame.config
         shape = c.num_hidden_layers, batch, c.num_attention_heads
         zero: Any = np.zeros(shape, np.int32)
         mass: Any = np.zeros(shape, np.float32)
-        counts = Counts(zero, zero, zero, mass, zero)
+        met: Any = None if account is None else np.zeros((shape[0], *account), np.uint8)
+        counts = Counts(zero, zero, zero, mass, zero, met)
         place = programs.by_heads(self.frame)
         if place is None:
             counts = self.put(counts)
@@ -205,7 +214,8 @@ class Stack:
             return
         one = np.zeros((batch, tokens), np.int32), np.zeros(batch, np.int32)
         fed = Fed(*one, table)  # type: ignore[arg-type]
-        passed = jax.eval_shape(lambda: self.start(batch))
+        account = chain.account(table)
+        passed = jax.eval_shape(lambda: self.start(batch, None, account))
         for link in chain.links:
             key = _key("layers", link, shapes)
             if key not in self._known and key not in self._coming:
@@ -325,6 +335,17 @@ class Chain:
 
     links: list[_Link]
     called: set[Any] = dataclasses.field(default_factory=set)
+
+    def account(self, table: PageTable) -> tuple[int, ...] | None:
+        """[B, K, N], the pages of a table of which layers say whether they met them; None: no layer
+        says it.
+        """
+        for link in self.links:
+            host = link.asked.host
+            if host is not None and any(map(tells, link.asked.plans)):
+                batch, width = table.pages.shape
+                return batch, host[0].k.shape[0], width
+        return None
 
 
 class _Kinds:

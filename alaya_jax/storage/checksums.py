@@ -1,7 +1,8 @@
-"""Checksums of pages: XXH3, one number for all kv heads of a page of one layer and kind.
+"""Checksums of pages: XXH3, one number for a page of one layer, kind and kv head, so that what is
+read on its own is verified on its own.
 
-They find accidents, not forgeries. Each is salted with the page's slot, layer and kind, and with
-the write that made it: what is right in itself but lies in a wrong place, or is what lay there
+They find accidents, not forgeries. Each is salted with the page's slot, layer, kind and head, and
+with the write that made it: what is right in itself but lies in a wrong place, or is what lay there
 before, is noticed too.
 """
 
@@ -17,27 +18,35 @@ def of_bytes(data: bytes | memoryview, salt: int = 0) -> int:
 
 
 def of_pages(
-    data: np.ndarray, slots: np.ndarray, births: np.ndarray, layer: int, kind: int
+    data: np.ndarray,
+    slots: np.ndarray,
+    births: np.ndarray,
+    layer: int,
+    kind: int,
+    first_head: int = 0,
 ) -> np.ndarray:
-    """Checksums of pages as they lie in a file, u32 [m].
+    """Checksums of pages as they lie in a file, u32 [m, K].
 
     Args:
       data: the pages' keys or values [K, m, Z, D], of any dtype; each head's are one run of bytes.
       slots, births: of each page, i32 and i64 [m].
       layer, kind: which; kind 0 are keys, 1 values.
+      first_head: the kv head that `data` begins with.
     """
     heads, count = data.shape[:2]
-    total = np.zeros(count, np.uint64)
-    size = data[0, 0].nbytes if count else 0
+    found = np.zeros((count, heads), np.uint64)
+    size = data[0, 0].nbytes if heads and count else 0
     for head in range(heads if count else 0):
         piece = memoryview(data[head].reshape(-1).view(np.uint8))
-        found = [xxh3_64_intdigest(piece[i : i + size]) for i in range(0, count * size, size)]
-        # Another odd number a head: heads that change places change the sum.
-        total += np.array(found, np.uint64) * np.uint64((2 * head + 1) * _ODD % 2**64)
+        found[:, head] = [
+            xxh3_64_intdigest(piece[i : i + size]) for i in range(0, count * size, size)
+        ]
     place = _mixed(births.astype(np.uint64))
     place = _mixed(place ^ slots.astype(np.uint64))
     place = _mixed(place ^ np.uint64(2 * layer + kind))
-    return (_mixed(total ^ place) >> np.uint64(32)).astype(np.uint32)
+    of_head = np.arange(first_head, first_head + heads, dtype=np.uint64)
+    place = _mixed(place[:, None] ^ of_head)
+    return (_mixed(found ^ place) >> np.uint64(32)).astype(np.uint32)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

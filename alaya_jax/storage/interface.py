@@ -211,8 +211,14 @@ class MappedContext(Protocol):
         """
         ...
 
-    def verify(self, layer: int, pages: Any) -> None:
-        """Compares pages [m] of a layer with their checksums, each once in the life of a process.
+    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> None:
+        """Compares pages of a layer with their checksums, each once in the life of a process.
+
+        Args:
+          layer: which.
+          pages: of this context, [m].
+          asked: of keys (0) and values (1), each kv head and page, whether it is to be compared,
+            bool [2, K, m]; None: all are.
 
         Raises:
           ContextError: one is damaged; it names context, layer, page and file.

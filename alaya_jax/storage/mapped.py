@@ -11,9 +11,6 @@ from alaya_jax.storage.lock import Lease
 from alaya_jax.storage.rows import PageList
 from alaya_jax.storage.segment import Segment
 
-_AT_ONCE = 256
-"""Pages that are copied to be verified."""
-
 
 class MappedPages:
     """See `MappedContext`. Threads may share it.
@@ -65,31 +62,24 @@ class MappedPages:
         self._require(layer)
         return self._segment.mapped(layer)
 
-    def verify(self, layer: int, pages: Any) -> None:
+    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> None:
         """See `MappedContext`."""
         self._require(layer)
         index = self._index(pages)
-        asked = PageList(self._listed.slots[index], self._listed.births[index])
-        index = index[self._segment.unverified(asked, layer)]
-        if len(index):
-            self._segment.check_files(layer)  # a page that a file no longer has would end us
-        for first in range(0, len(index), _AT_ONCE):
-            part = index[first : first + _AT_ONCE]
-            some = PageList(self._listed.slots[part], self._listed.births[part])
-            if wrong := self._segment.wrong(some, layer):
-                raise self._damaged(layer, [(int(part[i]), kind) for i, kind in wrong])
-            self._segment.now_verified(some, layer)
+        some = PageList(self._listed.slots[index], self._listed.births[index])
+        if wrong := self._segment.verify(some, layer, asked):
+            raise self._damaged(layer, [(int(index[i]), kind) for i, kind in wrong])
 
     def read_ahead(self, layer: int, pages: Any) -> None:
         """See `MappedContext`."""
         self._require(layer)
-        slots = self._listed.slots[self._index(pages)]
+        slots = self._listed.slots[np.unique(self._index(pages))]
         self._segment.advise(layer, slots, mmap.MADV_WILLNEED)
 
     def let_go(self, layer: int, pages: Any) -> None:
         """See `MappedContext`."""
         self._require(layer)
-        slots = self._listed.slots[self._index(pages)]
+        slots = self._listed.slots[np.unique(self._index(pages))]
         self._segment.advise(layer, slots, mmap.MADV_DONTNEED)
 
     def resident_bytes(self) -> int:
@@ -101,8 +91,8 @@ class MappedPages:
         self._lease.release()
 
     def _index(self, pages: Any) -> np.ndarray:
-        """Where pages are in the context's list, each once, ascending by page."""
-        asked = np.unique(np.asarray(pages, np.int64))
+        """Where pages are in the context's list."""
+        asked = np.asarray(pages, np.int64)
         at = np.searchsorted(self._sorted, asked)
         found = at < len(self._sorted)
         found[found] = self._sorted[at[found]] == asked[found]

@@ -12,7 +12,7 @@ from alaya_jax.storage.files import flush_directory, make_directory, replace_fil
 from alaya_jax.storage.lock import writers_turn
 
 MARK = "alaya_db.json"
-MARK_TEXT = {"format": "alaya_jax database", "store": "pool", "version": 2}
+MARK_TEXT = {"format": "alaya_jax database", "store": "pool", "version": 3}
 BEFORE = {"format": "alaya_jax database", "store": "directory", "version": 1}
 
 _FOLDERS = ("segments", "indexes", "leases")

@@ -1,7 +1,7 @@
 """A segment: files of pages of one layout, in `segments/<number>/`.
 
     k.000, v.000, ...   [K, P, Z, D] of each layer: as the engine has them, to be mapped as they are
-    checksums           u32 [P, L, 2], see `checksums`
+    checksums           u32 [L, P, 2, K], see `checksums`
 
 All are sparse: a page that nobody holds takes no room. A page that a context holds is never
 written again.
@@ -30,6 +30,9 @@ KINDS = "kv"
 NAMES = ("keys", "values")
 CHECKSUMS = "checksums"
 
+_AT_ONCE = 256
+"""Pages of one head that are copied to be verified."""
+
 _BEHIND = 2
 """Layers that are on their way to the disk while the next one is asked for."""
 
@@ -50,10 +53,16 @@ class Segment:
         self._maps: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
         self._guard = threading.Lock()
         self._sizes = dict.fromkeys(_file_names(layout), layout.file_bytes)
-        self._sizes[CHECKSUMS] = 8 * layout.num_layers * layout.num_pages
+        self._sizes[CHECKSUMS] = layout.num_layers * layout.num_pages * self._sums_bytes
         self._births = np.zeros(layout.num_pages, np.int64)
         """Of the pages that `_verified` speaks of."""
-        self._verified = np.zeros((layout.num_layers, layout.num_pages), bool)
+        pieces = layout.num_layers, len(KINDS), layout.num_kv_heads, layout.num_pages
+        self._verified = np.zeros(pieces, bool)
+
+    @property
+    def _sums_bytes(self) -> int:
+        """Of a page's checksums in one layer."""
+        return 4 * len(KINDS) * self.layout.num_kv_heads
 
     def create(self) -> None:
         """Makes the files, which take no room yet."""
@@ -80,7 +89,9 @@ class Segment:
           layers: keys and values [K, t, D] of L layers, (m - 1) Z < t <= m Z; the rest of the last
             page becomes zeros.
         """
-        found = np.zeros((len(pages), self.layout.num_layers, 2), np.uint32)
+        layout = self.layout
+        shape = layout.num_layers, len(pages), len(KINDS), layout.num_kv_heads
+        found = np.zeros(shape, "<u4")
         with ThreadPoolExecutor(_BEHIND) as disk:
             under_way: list[Future[None]] = []
             for layer, halves in enumerate(layers):
@@ -89,14 +100,15 @@ class Segment:
                     name = _name(kind, layer)
                     under_way.append(disk.submit(self._write_pages, name, pages, paged))
                     sums = checksums.of_pages(paged, pages.slots, pages.births, layer, kind)
-                    found[:, layer, kind] = sums
+                    found[layer, :, kind] = sums
                 while len(under_way) > 2 * _BEHIND:
                     under_way.pop(0).result()
             for job in under_way:
                 job.result()
         with self._open(CHECKSUMS, os.O_RDWR) as fd:
-            for part, start in located(pages.slots):
-                _write(fd, found[part].astype("<u4").tobytes(), start * found[0].nbytes)
+            for layer, sums in enumerate(found):
+                for part, start in located(pages.slots):
+                    _write(fd, sums[part].tobytes(), self._sums_at(layer, start))
             os.fsync(fd)
 
     def read(
@@ -109,13 +121,13 @@ class Segment:
           ContextError: a file is missing or cut.
         """
         shape = (self.layout.num_kv_heads, len(pages), self.layout.page_size, self.layout.head_dim)
-        stored = self._stored(pages)
+        stored = self._stored(pages, layer)
 
         def half(kind: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
             data = np.empty(shape, DTYPES[self.layout.dtype])
             self._read_pages(_name(kind, layer), pages, data)
             found = checksums.of_pages(data, pages.slots, pages.births, layer, kind)
-            wrong = np.flatnonzero(found != stored[:, layer, kind])
+            wrong = np.flatnonzero((found != stored[:, kind]).any(axis=1))
             return data, [(int(i), kind) for i in wrong]
 
         # Of one kind the checksums, while the other is on its way from the disk.
@@ -123,32 +135,64 @@ class Segment:
             (k, wrong_k), (v, wrong_v) = both.map(half, (0, 1))
         return (k, v), wrong_k + wrong_v
 
-    def wrong(self, pages: PageList, layer: int) -> list[tuple[int, int]]:
-        """(index in `pages`, kind) of mapped pages of a layer that are not what was stored."""
-        stored, found = self._stored(pages), []
+    def verify(
+        self, pages: PageList, layer: int, asked: np.ndarray | None = None
+    ) -> list[tuple[int, int]]:
+        """Compares mapped pages of a layer with their checksums, each once in a process.
+
+        Args:
+          pages: which, [m].
+          layer: which.
+          asked: of each kind, head and page whether it is, bool [2, K, m]; None: all are.
+
+        Returns:
+          (index in `pages`, kind) of those that are not what was stored.
+
+        Raises:
+          ContextError: a file is missing or cut.
+        """
+        missing = self._unverified(pages, layer)
+        if asked is not None:
+            missing &= asked
+        if not missing.any():
+            return []
+        self.check_files(layer)  # a page that a file no longer has would end us
+        listed = np.flatnonzero(missing.any(axis=(0, 1)))
+        stored = self._stored(PageList(pages.slots[listed], pages.births[listed]), layer)
+        place = np.zeros(len(pages), np.int64)
+        place[listed] = np.arange(len(listed))
+        wrong: set[tuple[int, int]] = set()
         for kind, mapped in enumerate(self.mapped(layer)):
-            data = mapped[:, pages.slots]
-            now = checksums.of_pages(data, pages.slots, pages.births, layer, kind)
-            found += [(int(i), kind) for i in np.flatnonzero(now != stored[:, layer, kind])]
-        return found
+            for head in range(self.layout.num_kv_heads):
+                index = np.flatnonzero(missing[kind, head])
+                for first in range(0, len(index), _AT_ONCE):
+                    part = index[first : first + _AT_ONCE]
+                    slots, births = pages.slots[part], pages.births[part]
+                    data = mapped[head : head + 1, slots]
+                    now = checksums.of_pages(data, slots, births, layer, kind, head)[:, 0]
+                    right = now == stored[place[part], kind, head]
+                    wrong.update((int(i), kind) for i in part[~right])
+                    self._now_verified(slots[right], births[right], (layer, kind, head))
+        return sorted(wrong)
 
     def mapped(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a layer, each [K, P, Z, D], read-only and mapped."""
         return self._map(_name(0, layer))[1], self._map(_name(1, layer))[1]
 
-    def unverified(self, pages: PageList, layer: int) -> np.ndarray:
-        """Indices in `pages` of those that this process has not found right in this layer."""
+    def _unverified(self, pages: PageList, layer: int) -> np.ndarray:
+        """What this process has not found right of these pages, bool [2, K, m]."""
         with self._guard:
             stale = pages.slots[self._births[pages.slots] != pages.births]
-            self._verified[:, stale] = False
+            self._verified[..., stale] = False
             self._births[pages.slots] = pages.births
-            return np.flatnonzero(~self._verified[layer, pages.slots])
+            return ~self._verified[layer][..., pages.slots]
 
-    def now_verified(self, pages: PageList, layer: int) -> None:
-        """Remembers that pages of a layer were found right."""
+    def _now_verified(
+        self, slots: np.ndarray, births: np.ndarray, where: tuple[int, int, int]
+    ) -> None:
+        """Remembers that pages of a layer, kind and head were found right."""
         with self._guard:
-            same = self._births[pages.slots] == pages.births
-            self._verified[layer, pages.slots[same]] = True
+            self._verified[where][slots[self._births[slots] == births]] = True
 
     def advise(self, layer: int, slots: np.ndarray, advice: int) -> None:
         """`madvise` for pages of a layer, of keys and values."""
@@ -187,14 +231,13 @@ class Segment:
         cannot be done.
         """
         layout = self.layout
-        width = 8 * layout.num_layers
         for name in self._sizes:
             is_sums = name == CHECKSUMS
-            piece = width if is_sums else layout.piece
+            piece = self._sums_bytes if is_sums else layout.piece
             with self._open(name, os.O_RDWR) as fd:
-                for head in range(1 if is_sums else layout.num_kv_heads):
+                for row in range(layout.num_layers if is_sums else layout.num_kv_heads):
                     for start, stop in runs(slots):
-                        begin = (head * layout.num_pages + start) * piece
+                        begin = (row * layout.num_pages + start) * piece
                         if not _punched(fd, begin, (stop - start) * piece):
                             return False
         return True
@@ -210,13 +253,17 @@ class Segment:
         """Where the keys (0) or values (1) of a layer are."""
         return self.directory / _name(kind, layer)
 
-    def _stored(self, pages: PageList) -> np.ndarray:
-        """The checksums of pages, u32 [m, L, 2], as they were stored."""
-        found = np.empty((len(pages), self.layout.num_layers, 2), "<u4")
+    def _stored(self, pages: PageList, layer: int) -> np.ndarray:
+        """The checksums of pages of a layer, u32 [m, 2, K], as they were stored."""
+        found = np.empty((len(pages), len(KINDS), self.layout.num_kv_heads), "<u4")
         with self._open(CHECKSUMS, os.O_RDONLY) as fd:
             for part, start in located(pages.slots):
-                _read(fd, found[part], start * found[0].nbytes)
+                _read(fd, found[part], self._sums_at(layer, start))
         return found
+
+    def _sums_at(self, layer: int, slot: int) -> int:
+        """Where the checksums of a page of a layer are."""
+        return (layer * self.layout.num_pages + slot) * self._sums_bytes
 
     def _paged(self, half: np.ndarray, count: int) -> np.ndarray:
         """Tokens [K, t, D] as whole pages [K, m, Z, D]; without a copy where they are that."""

@@ -19,14 +19,17 @@ def of(data, slots=SLOTS, births=BIRTHS, layer=1, kind=0):
     return checksums.of_pages(data, np.array(slots, np.int32), np.array(births), layer, kind)
 
 
-def test_one_number_a_page_whatever_is_beside_it(data):
-    both = of(data)
-    assert both.shape == (PAGES,)
-    assert both.dtype == np.uint32
+def test_one_number_a_page_and_head_whatever_is_beside_it(data):
+    all = of(data)
+    assert all.shape == (PAGES, HEADS)
+    assert all.dtype == np.uint32
     for page in range(PAGES):
         some = slice(page, page + 1)
         alone = of(np.ascontiguousarray(data[:, some]), SLOTS[some], BIRTHS[some])
-        assert alone == both[page]
+        assert (alone == all[page]).all()
+    for head in range(HEADS):
+        where = np.array(SLOTS, np.int32), np.array(BIRTHS), 1, 0, head
+        assert (checksums.of_pages(data[head : head + 1], *where)[:, 0] == all[:, head]).all()
 
 
 def test_every_bit_counts(data, rng):
@@ -36,15 +39,17 @@ def test_every_bit_counts(data, rng):
         flat = changed.reshape(-1).view(np.uint8)
         at = rng.integers(flat.size)
         flat[at] ^= 1 << rng.integers(8)
-        page = at // (flat.size // HEADS // PAGES) % PAGES
+        head, page = divmod(at // (flat.size // HEADS // PAGES), PAGES)
         differ = of(changed) != before
-        assert differ[page]
+        assert differ[page, head]
         assert differ.sum() == 1
 
 
 def test_heads_and_pages_that_change_places_are_noticed(data):
     before = of(data)
-    assert (of(np.ascontiguousarray(data[::-1])) != before).all()
+    middle = HEADS // 2  # of an odd number of heads it stays where it was
+    differ = of(np.ascontiguousarray(data[::-1])) != before
+    assert (differ == (np.arange(HEADS) != middle)).all()
     assert (of(np.ascontiguousarray(data[:, ::-1])) != before).all()
 
 
@@ -72,4 +77,4 @@ def test_zeros_of_a_hole_are_no_page():
 
 
 def test_no_pages():
-    assert of(np.zeros((HEADS, 0, SIZE, DIM)), (), np.zeros(0, np.int64)).shape == (0,)
+    assert of(np.zeros((HEADS, 0, SIZE, DIM)), (), np.zeros(0, np.int64)).shape == (0, HEADS)

@@ -69,13 +69,30 @@ def test_a_damaged_page_is_named_and_the_others_are_not(kit, store, made, whole)
                 mapped.verify(1, mapped.pages[[5, 3]])
 
 
+def test_only_what_is_asked_is_verified(kit, store, made):
+    """Of keys or values, of one head: a search that read no more asks for no more."""
+    id, _, _ = made
+    kit.flip_page(store, id, layer=1, kind=1, token=50, head=1)
+    with store.mapped(id) as mapped:
+        asked = np.ones((2, kit.HEADER.num_kv_heads, len(mapped.pages)), bool)
+        asked[1, 1, 3] = False
+        mapped.verify(1, mapped.pages, asked)
+        order = [5, 3, 3, 0]
+        mapped.verify(1, mapped.pages[order], asked[..., order])
+        some = np.zeros((2, kit.HEADER.num_kv_heads, len(order)), bool)
+        mapped.verify(1, mapped.pages[order], some)
+        some[1, 1, 2] = True
+        with pytest.raises(ContextError, match=r"the values of tokens 48 to 63 of layer 1"):
+            mapped.verify(1, mapped.pages[order], some)
+
+
 def test_a_page_is_verified_once(kit, store, made, monkeypatch):
     """By a process, for all contexts that share it; and again when another write made it."""
     id, tokens, _ = made
     shorter = store.write(kit.HEADER, tokens[:64], kit.must_not_run).id
     with store.mapped(id) as mapped, store.mapped(shorter) as other:
         mapped.verify(0, mapped.pages)
-        monkeypatch.setattr("alaya_jax.storage.segment.Segment.wrong", None)
+        monkeypatch.setattr("alaya_jax.storage.checksums.of_pages", None)
         mapped.verify(0, mapped.pages[::-1])
         other.verify(0, other.pages)
         with pytest.raises(TypeError):

@@ -53,8 +53,8 @@ def test_other_marks_are_refused_by_what_they_say(tmp_path):
     PoolStore(path).close()
     mark = path / "alaya_db.json"
     text = mark.read_text()
-    mark.write_text(text.replace("2", "3"))
-    with pytest.raises(DatabaseError, match=r"alaya_db.json says .*'version': 3.* use the release"):
+    mark.write_text(text.replace("3", "4"))
+    with pytest.raises(DatabaseError, match=r"alaya_db.json says .*'version': 4.* use the release"):
         PoolStore(path)
     mark.write_text("[1")
     with pytest.raises(DatabaseError, match=r"alaya_db.json says None"):

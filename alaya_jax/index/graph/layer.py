@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.cache.tiers import Tiers
 from alaya_jax.cache.views import Pages
@@ -202,7 +202,22 @@ class GraphLayer:
             scores.reshape(heads, group, capacity),
             of_row(walked.visited),
             of_row(walked.overflow),
+            self._met(walked.met, terrain, pages) if isinstance(pages.k, Tiers) else None,
         )
+
+    def _met(self, met: Bool[Array, "W n"], terrain: Terrain, pages: Pages) -> Array:
+        """Pages whose keys the walks read, bool [K, N]; the starts too, also those not gone on
+        from.
+        """
+        heads, n, _ = self.neighbours.shape
+        keys = met.reshape(heads, -1, n).any(axis=1) & terrain.eligible(jnp.arange(n))
+        keys = keys[:, : pages.columns]
+        keys = jnp.pad(keys, ((0, 0), (0, pages.columns - keys.shape[1])))
+        in_pages = keys.reshape(heads, -1, pages.size).any(axis=-1)
+        first = jnp.minimum(terrain.low, n - 1)
+        starts = jnp.where(terrain.eligible(self.starts), self.starts, first) // pages.size
+        in_pages = in_pages.at[:, first // pages.size].set(True)
+        return in_pages.at[jnp.arange(heads)[:, None], starts].set(True)
 
     def _starts(self, q: Array, read: Read, low: Array, limit: Array, walks: int) -> Array:
         """Start nodes of each walk [W, E + 1], best first; the first eligible key is one."""

@@ -139,6 +139,7 @@ class Walked:
       best: float32 [W, G], best score met, or the seed.
       visited: int32 [W], keys scored.
       overflow: bool [W], the list of C was full, or the queue.
+      met: bool [W, N], nodes that the walk came to: those that are eligible were read.
     """
 
     positions: Int[Array, "W C"]
@@ -146,6 +147,7 @@ class Walked:
     best: Float[Array, "W G"]
     visited: Int[Array, " W"]
     overflow: Bool[Array, " W"]
+    met: Bool[Array, "W N"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +295,7 @@ def search(
         end.best,
         end.visited,
         end.overflow,
+        (end.seen != unseen).reshape(walks, n),
     )
 
 
