@@ -208,6 +208,53 @@ def test_a_damaged_page_is_refused_by_name(open_db, document, tmp_path):
     assert session.reused == [0]
 
 
+@pytest.fixture
+def flip(tmp_path):
+    """Changes a bit of a page's keys or values, of every layer."""
+
+    def flip(host, page, name, dim_bytes=4 * 16):
+        for path in sorted((tmp_path / "db" / "segments").rglob(f"{name}.*")):
+            with open(path, "r+b") as file:
+                at = int(host.pages[page]) * 16 * dim_bytes + 3
+                file.seek(at)
+                byte = file.read(1)
+                assert byte
+                file.seek(at)
+                file.write(bytes([byte[0] ^ 1]))
+
+    return flip
+
+
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_only_what_an_answer_came_from_is_verified(open_db, document, flip, kind):
+    """A window's pages, in a prefill and in steps that follow it: the others are left alone until
+    somebody reads them; then they are refused, before a token comes of them.
+    """
+    db = open_db()
+    context = db.import_context(document)
+    db.close()
+    db = open_db()
+    prompt = [*document, 40]
+    options = {"max_new_tokens": 6, "attention": WINDOW, "prefill": WINDOW}
+    session, rest = db.create_session(prompt, tier="device")
+    with session:
+        expected = [t.id for t in aj.generate(session, rest, **options)]
+    db.close()
+    db = open_db()
+    session, rest = db.create_session(prompt, tier="host")
+    host = session.sequences[0].host
+    flip(host, 5, kind, dim_bytes=host.layers[0].k.dtype.itemsize * host.layers[0].k.shape[3])
+    with session:
+        assert [t.id for t in aj.generate(session, rest, **options)] == expected
+        seen = host._verified.any(axis=(0, 1, 2))
+        assert seen[[0, 12, 13]].all()
+        assert not seen[3:10].any()
+        assert len(list(aj.generate(session, [41], **options))) == 6
+        with pytest.raises(ContextError, match=f"context {context.id} in .*tokens 80 to 95"):
+            session.prefill([42])
+    del host
+
+
 def test_a_mapped_file_enters_a_program_as_it_is(open_db, document):
     """No copy: else a context would have to fit into memory."""
     db = open_db()

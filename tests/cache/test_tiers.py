@@ -61,11 +61,39 @@ def test_a_list_of_pages_may_cross_from_one_to_the_other(pools, rng, n):
         np.testing.assert_array_equal(jax.jit(read_pages)(tiers, ids), both[:, ids])
 
 
+def test_what_was_met_is_verified_once_piece_by_piece(rng):
+    k = jnp.asarray(rng.standard_normal((2, Q, 4, 3)), jnp.float32)
+    seen = []
+
+    def verify(layer, pages, asked=None):
+        seen.append((layer, pages.tolist(), asked.astype(int).tolist()))
+        if layer == 1:
+            raise ContextError("layer 1 is damaged")
+
+    layers = (HostPages(k, k),) * 2
+    host = HostPool("here", layers, np.array([4, 2, 0]), np.array([7, 7, 7]), verify=verify)
+    met = np.zeros((2, 2), np.uint8)
+    host.verify_met(0, met)
+    assert seen == []
+    met[0, 1], met[1, 1] = 1, 3
+    host.verify_met(0, met)
+    assert seen.pop() == (0, [2], [[[1], [1]], [[0], [1]]])
+    host.verify_met(0, met)
+    assert seen == []
+    met[0] = 3
+    host.verify_met(0, met)
+    assert seen.pop() == (0, [4, 2], [[[1, 0], [0, 0]], [[1, 1], [0, 0]]])
+    for _ in range(2):  # what is damaged stays so
+        with pytest.raises(ContextError, match="layer 1 is damaged"):
+            host.verify_met(1, met)
+
+
 def test_mapped_pages_are_verified_once_and_let_go_with_their_last_holder(rng):
     k = rng.standard_normal((2, Q, 4, 3)).astype(np.float32)
     seen, released = [], []
 
-    def verify(layer, pages):
+    def verify(layer, pages, asked=None):
+        assert asked is None
         seen.append((layer, list(pages)))
         if layer == 1:
             raise ContextError("layer 1 is damaged")
