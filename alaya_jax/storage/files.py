@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from alaya_jax.errors import ContextError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,6 +83,20 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while len(view):
         done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def read_at(fd: int, into: np.ndarray, offset: int) -> None:
+    """Fills an array that lies in one piece.
+
+    Raises:
+      ContextError: the file ends before.
+    """
+    view = memoryview(into.reshape(-1).view(np.uint8))
+    while len(view):
+        done = os.preadv(fd, [view], offset)
+        if not done:
+            raise ContextError("a file of the database ended while it was read")
         view, offset = view[done:], offset + done
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from alaya_jax.errors import ContextError
 from alaya_jax.storage import checksums, identity
-from alaya_jax.storage.files import make_directory, punched, replace_file, write_at
+from alaya_jax.storage.files import make_directory, punched, read_at, replace_file, write_at
 from alaya_jax.storage.interface import DTYPES
 from alaya_jax.storage.lock import alone
 from alaya_jax.storage.rows import Layout, PageList
@@ -138,7 +138,6 @@ class LeafFile:
         self._fd = _opened(path, self._size, read_only=read_only)
         weakref.finalize(self, os.close, self._fd)
         mapped = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._side = np.ndarray(layout.num_pages, _SIDE, mapped)
         rows = layout.num_kv_heads, layout.num_pages
         self.arrays = tuple(
             np.ndarray((*rows, *shape), _DTYPES[dtype], mapped, start)
@@ -147,9 +146,7 @@ class LeafFile:
 
     def claimed(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
         """Of which pages it says, right or wrong, that they are known: bool [n]."""
-        if os.fstat(self._fd).st_size != self._size:  # a part that is gone would end us
-            return np.zeros(len(pages), bool)
-        return self._side["birth"][pages] == births
+        return self._side(pages)["birth"] == births
 
     def known(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
         """Which pages `arrays` hold the leaves of, by their checksums: bool [n].
@@ -157,12 +154,18 @@ class LeafFile:
         Args:
           pages, births: i32 and i64 [n]; who asks holds a lease on them.
         """
-        found = self.claimed(pages, births)
+        side = self._side(pages)
+        found = side["birth"] == births
         there = np.flatnonzero(found)
         for part in (there[i : i + _AT_ONCE] for i in range(0, len(there), _AT_ONCE)):
             some = pages[part]
-            now = self._sums([array[:, some] for array in self.arrays], some, births[part])
-            found[part] = now == self._side["sum"][some]
+            # Not by the mapping: a part that cannot be read would end us.
+            arrays = zip(self._regions[1:], self.arrays, strict=True)
+            try:
+                held = [self._read(region, some, x.shape[2:], x.dtype) for region, x in arrays]
+                found[part] = self._sums(held, some, births[part]) == side["sum"][part]
+            except (OSError, ContextError):
+                found[part] = False
         return found
 
     def write(self, pages: np.ndarray, births: np.ndarray, parts: Sequence[np.ndarray]) -> bool:
@@ -177,6 +180,7 @@ class LeafFile:
             return False
         try:
             with alone(self._fd):
+                self._require_whole()
                 new = np.flatnonzero(~self.known(pages, births))
                 some, parts = pages[new], [np.asarray(part)[:, new] for part in parts]
                 try:
@@ -188,6 +192,34 @@ class LeafFile:
         except OSError as error:
             _log.debug("leaves are kept in memory: %s", error)
             return False
+
+    def _require_whole(self) -> None:
+        """Raises OSError where a part that programs may read is gone."""
+        if os.fstat(self._fd).st_size != self._size:
+            raise OSError("the file was cut")
+
+    def _side(self, pages: np.ndarray) -> np.ndarray:
+        """Births and checksums of pages, [n] of `_SIDE`."""
+        try:
+            self._require_whole()
+            return self._read(self._regions[0], pages, (), _SIDE)[0]
+        except (OSError, ContextError):
+            return np.zeros(len(pages), _SIDE)
+
+    def _read(
+        self,
+        region: tuple[int, int, int],
+        pages: np.ndarray,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+    ) -> np.ndarray:
+        start, heads, piece = region
+        into = np.empty((heads, len(pages), *shape), dtype)
+        for head in range(heads):
+            first = start + head * self._layout.num_pages * piece
+            for some, slot in located(pages):
+                read_at(self._fd, into[head, some], first + slot * piece)
+        return into
 
     def _write(self, pages: np.ndarray, births: np.ndarray, parts: list[np.ndarray]) -> None:
         if not len(pages):

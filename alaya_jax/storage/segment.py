@@ -20,9 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.errors import ContextError
 from alaya_jax.storage import checksums, leaves
-from alaya_jax.storage.files import flush_directory, make_directory, opened, punched, write_at
+from alaya_jax.storage.files import (
+    flush_directory,
+    make_directory,
+    opened,
+    punched,
+    read_at,
+    write_at,
+)
 from alaya_jax.storage.interface import DTYPES
 from alaya_jax.storage.rows import Layout, PageList
 from alaya_jax.storage.slots import located, runs
@@ -215,7 +221,7 @@ class Segment:
         found = np.empty((len(pages), self.layout.num_layers, 2), "<u4")
         with self._open(CHECKSUMS, os.O_RDONLY) as fd:
             for part, start in located(pages.slots):
-                _read(fd, found[part], start * found[0].nbytes)
+                read_at(fd, found[part], start * found[0].nbytes)
         return found
 
     def _paged(self, half: np.ndarray, count: int) -> np.ndarray:
@@ -239,7 +245,7 @@ class Segment:
     def _read_pages(self, name: str, pages: PageList, into: np.ndarray) -> None:
         with self._open(name, os.O_RDONLY) as fd:
             for part, offset in self._pieces(pages):
-                _read(fd, into[part], offset)
+                read_at(fd, into[part], offset)
 
     def _pieces(self, pages: PageList) -> Iterator[tuple[tuple[int, slice], int]]:
         """Stretches of pages [K, m, Z, D] that lie together in a file, and where."""
@@ -269,12 +275,3 @@ def _file_names(layout: Layout) -> list[str]:
 
 def _name(kind: int, layer: int) -> str:
     return f"{KINDS[kind]}.{layer:03d}"
-
-
-def _read(fd: int, into: np.ndarray, offset: int) -> None:
-    view = memoryview(into.reshape(-1).view(np.uint8))
-    while len(view):
-        done = os.preadv(fd, [view], offset)
-        if not done:
-            raise ContextError("a file of the database ended while it was read")
-        view, offset = view[done:], offset + done
