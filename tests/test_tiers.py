@@ -271,9 +271,7 @@ def looked(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sketch", "block"])
-def test_what_an_index_knows_is_found_by_the_next_process(
-    open_db, document, tmp_path, looked, name
-):
+def test_what_an_index_knows_is_found_by_the_next(open_db, document, tmp_path, looked, name):
     """No page is looked at for it; and whatever is wrong with it, the answer is the pool's."""
     prompt, plan = [*document, 40, 41], PLANS[name]
     db = open_db()
