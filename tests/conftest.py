@@ -176,7 +176,7 @@ def llama3(
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=600,
+            vocab_size=599,  # and one more below: even, so that two devices can share it
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[AddedToken(n, special=True, normalized=False) for n in names],
             show_progress=False,

@@ -62,6 +62,18 @@ def test_the_files_and_names_that_pages_mention_are_there():
             assert find(name) is not None, f"{page.name}: {name}"
 
 
+def test_the_scripts_that_pages_run_have_the_options_given_to_them():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(p.read_text("utf-8") for p in pages if p.name != "decisions.md")
+    commands = re.findall(r"python3?`? ((?:benchmarks|examples)/\w+\.py)([^`#\n]*)", text)
+    assert len(commands) > 10
+    for script, arguments in commands:
+        source = (ROOT / script).read_text("utf-8")
+        for option in re.findall(r"--[a-z][a-z-]*", arguments):
+            typers = rf"^    {option[2:].replace('-', '_')}: "  # an argument of typer's function
+            assert f'"{option}"' in source or re.search(typers, source, re.M), f"{script} {option}"
+
+
 def test_between_generate_and_a_kernel_are_at_most_eight_modules():
     """As docs/architecture.md lists them; each, but for the model, imports the next."""
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")

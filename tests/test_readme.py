@@ -5,12 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import alaya_jax as aj
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = "tests/data/declaration.txt"
+OWN_TESTS = ("add-a-policy.md", "pure-core.md")
+"""Pages whose code is run as printed, on the bundled model or none."""
 
 
 def python_blocks(markdown: str) -> list[str]:
@@ -98,6 +103,73 @@ def test_the_tour_passes_the_type_checker(tmp_path):
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def pages() -> list[str]:
+    """Pages with code that runs elsewhere on a tiny model, by their names below docs/."""
+    docs = ROOT / "docs"
+    found = [p for p in sorted(docs.rglob("*.md")) if python_blocks(p.read_text("utf-8"))]
+    return [str(p.relative_to(docs)) for p in found if p.name not in OWN_TESTS]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, llama3) -> Iterator[Path]:
+    """A working directory with the tour's document, and models where the pages say that they are.
+
+    All of them are one tiny Llama 3. The directory keeps one database for all pages.
+    """
+    from alaya_jax import checkpoint
+    from alaya_jax.optimizer.cost import Machine
+
+    place = tmp_path_factory.mktemp("pages")
+    (place / DOCUMENT).parent.mkdir(parents=True)
+    shutil.copy(ROOT / DOCUMENT, place / DOCUMENT)
+    models = place / "models"
+    models.mkdir()
+    llama3(path=models / "smollm2-135m")
+    checkpoint.convert(
+        models / "smollm2-135m", models / "Llama-3.2-1B-Instruct-Q4_K_M.gguf", to="gguf-f32"
+    )
+    for name in ("Llama-3.2-1B-Instruct", "Meta-Llama-3-8B-Instruct"):
+        (models / name).symlink_to(models / "smollm2-135m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("ALAYA_CACHE", str(place / "cache"))
+        paper = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 5e-6, 1e-6, 1e-9, 1e-6)
+        patch.setattr("alaya_jax.optimizer.situation.machine_for", lambda *_, **__: paper)
+        yield place
+
+
+SMALLER = {
+    "make_mesh(data=1, tensor=8)": "make_mesh(data=1, tensor=2)",
+    "make_mesh(tensor=8)": "make_mesh(tensor=2)",
+    'device="200GiB"': 'device="2MiB"',
+    "file:///shared/": "file://{place}/shared/",
+    '"/models/': '"{place}/models/',
+    '"/data/': '"{place}/data/',
+    '"smollm2-135m"': '"{place}/models/smollm2-135m"',
+}
+"""Hardware and paths that pages name, and what stands for them here."""
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_code_of_a_page_runs_on_a_tiny_model(page, small):
+    """But for blocks that begin with "# Needs", which say what is not here: those compile."""
+    names: dict = {}
+    for block in python_blocks((ROOT / "docs" / page).read_text("utf-8")):
+        code = block
+        for printed, here in SMALLER.items():
+            code = code.replace(printed, here.format(place=small))
+        program = compile(code, page, "exec")
+        if not code.startswith("# Needs "):
+            exec(program, names)
+    if isinstance(db := names.get("db"), aj.DB):
+        db.close()
+
+
+def test_what_stands_for_hardware_is_still_printed_somewhere():
+    printed = "".join((ROOT / "docs" / page).read_text("utf-8") for page in pages())
+    assert [name for name in SMALLER if name not in printed] == []
 
 
 @pytest.mark.slow

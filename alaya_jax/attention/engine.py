@@ -275,7 +275,7 @@ def _attend_rows(
     if isinstance(index, GraphLayer):
         found = attend_graph(plan, rows)
         attended, scored = found.attended + in_window, found.scored + in_window
-        of_all = None if of_window is None else of_window | found.met
+        of_all = None if of_window is None or found.met is None else of_window | found.met
         total = counts(attended, scored, found.read, widened=found.widened, met=of_all)
         return merge(inside, found.partial).out, total
     found = retrieve(plan, rows)
@@ -290,5 +290,6 @@ def _attend_rows(
     read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
-    of_all = None if of_window is None else of_window | met.bits(found.met)
+    bits = None if found.met is None else met.bits(found.met)
+    of_all = None if of_window is None or bits is None else of_window | bits
     return merge(*parts).out, counts(attended + in_window, end, read, mass, met=of_all)

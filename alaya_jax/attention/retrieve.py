@@ -76,6 +76,7 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
 def _by_key(plan: Plan, rows: Rows) -> Retrieved:
     """`met` has the pages, beside those of kept keys, that the choice was made from."""
     query = plan.query
+    assert isinstance(query, DIPR | TopK | Custom)
     pages, keys, axis = rows.pages, rows.keys, rows.axis
     rows = dataclasses.replace(rows, q=rows.q.astype(pages.operand_dtype))
     q, best = rows.q, rows.best

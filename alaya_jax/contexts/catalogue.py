@@ -6,6 +6,7 @@ insert   a new context, stored whole or not at all
 evict    the pages of the one that was used longest ago
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Iterator
@@ -19,7 +20,7 @@ from alaya_jax.cache.tiers import HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
-from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.errors import AlayaError, CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
@@ -214,20 +215,27 @@ class Catalogue:
         mapped = self.store.mapped(context.id)
         layers = range(self._model.config.num_hidden_layers)
         try:
-            pages = tuple(HostPages(*map(jax.device_put, mapped.layer(layer))) for layer in layers)
+            there = tuple(HostPages(*map(jax.device_put, mapped.layer(layer))) for layer in layers)
         except BaseException:
             mapped.close()
             raise
 
-        def verify(layer: int, some: np.ndarray, asked: np.ndarray | None = None) -> None:
+        def verify(layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> None:
             try:
-                mapped.verify(layer, some, asked)
+                mapped.verify(layer, pages, asked)
             except ContextError as error:
                 context.problem = str(error)
                 raise
 
         listed = mapped.pages, mapped.births
-        host = HostPool(mapped.name, pages, *listed, verify=verify, release=mapped.close)
+        host = HostPool(
+            mapped.name,
+            there,
+            *listed,
+            verify=verify,
+            leaves=mapped.leaves,
+            release=mapped.close,
+        )
         return self.pool.mapped(host, length)
 
     @functools.cached_property
@@ -381,11 +389,19 @@ class Catalogue:
                 self._contexts[record.id] = Context(record, self.store)
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
-        """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
+        """Keeps a context in memory, in the pages of a sequence that holds its tokens; and what
+        indexes know of these in the store, for processes that read it where it lies.
+        """
         with self.pool.lock:
             if context.resident is None and sequence.host is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
+        if self._no_host is None and self.indexes.nbytes():
+            # Not needed: it may have been removed meanwhile, or there is no memory left to map it.
+            with contextlib.suppress(AlayaError, OSError):
+                host = self._map(context, sequence.length).host
+                assert host is not None
+                self.indexes.share_leaves(sequence, host)
 
     def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
         """Builds a graph and stores it with its context, unless an equal one is there, undamaged.

@@ -320,7 +320,8 @@ def test_an_interrupted_answer_is_kept(tiny_model, cache):
 
 def test_compiled_programs_are_kept_for_the_next_process(tiny_model, cache, monkeypatch):
     """The second process finds the model's, says nothing of it, and gives the same answer."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # what other tests compiled
+    for setting in ("JAX_COMPILATION_CACHE_DIR", "ALAYA_COMPILATION_CACHE"):
+        monkeypatch.delenv(setting, raising=False)  # what other tests compiled
     kept, answers = [], []
     for _ in range(2):
         arguments = ("generate", "--model", tiny_model, "--max-new-tokens", 4, "We the", "--json")
