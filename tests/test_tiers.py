@@ -1,11 +1,14 @@
 """Contexts that are read where they lie give the answers of contexts in the pool."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
 
 import alaya_jax as aj
 from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.index import host as host_index
 
 WINDOW = aj.Window(8, 24)
 PLANS = {
@@ -242,3 +245,83 @@ def test_what_was_learnt_of_a_page_ends_with_its_context(open_db, rng, name):
         del host
         db.remove(context.id)
     assert slots[0] == slots[1], "else nothing was shown"
+
+
+def asked(db, prompt, tier, plan):
+    """Ids, and the logits of the last prompt token, all by a plan."""
+    session, rest = db.create_session(prompt, tier=tier)
+    with session:
+        with session.fork() as fork:
+            logits = np.asarray(fork.prefill(rest, plan))
+        ids = [t.id for t in aj.generate(session, rest, max_new_tokens=4, attention=plan)]
+    return ids, logits
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Pages of mapped files that an index was made of."""
+    real, looked = host_index._of_pages, []
+
+    def of_pages(empty, host, ids):
+        looked.extend(np.asarray(ids)[1:].tolist())
+        return real(empty, host, ids)
+
+    monkeypatch.setattr(host_index, "_of_pages", of_pages)
+    return looked
+
+
+@pytest.mark.parametrize("name", ["sketch", "block"])
+def test_what_an_index_knows_is_found_by_the_next(open_db, document, tmp_path, looked, name):
+    """No page is looked at for it; and whatever is wrong with it, the answer is the pool's."""
+    prompt, plan = [*document, 40, 41], PLANS[name]
+    db = open_db()
+    db.import_context(document)
+    expected, logits = asked(db, prompt, "device", plan)
+    assert db.stats().bytes_leaves == 0
+    db.close()
+    for damaged in (None, False, True):
+        if damaged:
+            for path in (tmp_path / "db").glob("segments/*/leaves/*/0*"):
+                harm(path)
+        db = open_db()
+        looked.clear()
+        ids, at = asked(db, prompt, "host", plan)
+        assert ids == expected
+        np.testing.assert_array_equal(at, logits)
+        assert bool(looked) == (damaged is not False)
+        assert db.stats().bytes_leaves > 0
+        db.close()
+
+
+def harm(path):
+    """Overwrites a part of each piece of data in a file with what makes floats NaN."""
+    with path.open("r+b") as file:
+        at, size = 0, path.stat().st_size
+        while at < size:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            if start:  # births and checksums come first: they stay, and no longer match
+                os.pwrite(file.fileno(), b"\xff" * min(2000, at - start), start)
+
+
+def test_what_a_session_learnt_is_stored_with_its_context(open_db, document, looked):
+    """For processes that read the context where it lies."""
+    db, plan = open_db(), PLANS["sketch"]
+    session, rest = db.create_session(document)
+    with session:
+        list(aj.generate(session, rest, max_new_tokens=2, attention=plan))
+        context = db.store(session)
+    config = db.model.config
+    page = plan.index.page_bytes(config, 16, np.float32) * config.num_hidden_layers
+    assert db._catalogue.store.leaves(context.id) == {repr(plan.index): 14 * page}
+    assert db.check(context) == []
+    expected, logits = asked(db, [*document, 40], "device", plan)
+    db.close()
+    db = open_db()
+    ids, at = asked(db, [*document, 40], "host", plan)
+    assert ids == expected
+    np.testing.assert_array_equal(at, logits)
+    assert looked == []

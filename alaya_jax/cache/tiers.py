@@ -8,8 +8,8 @@ copy: of a context on disk only the pages that are read come into memory.
 
 import dataclasses
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,26 @@ class HostPages:
     v: Float[Array, "K Q Z D"]
 
 
+class Leaves(Protocol):
+    """What an index knows of the pages of one layer, in a file beside them.
+
+    Who asks or writes holds the pages of these births; other processes may do so at the same time.
+    """
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """[K, Q, ...] each, mapped, to be read only."""
+        ...
+
+    def known(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
+        """Of which of some pages [n] `arrays` hold right leaves: bool [n]."""
+        ...
+
+    def write(self, pages: np.ndarray, births: np.ndarray, parts: Sequence[np.ndarray]) -> bool:
+        """Puts leaves, [K, n, ...] of each array, into the file; whether `arrays` hold them now."""
+        ...
+
+
 class HostPool:
     """A context's pages in mapped files, of all layers. They stay as long as this object lives.
 
@@ -49,15 +69,20 @@ class HostPool:
         births: np.ndarray,
         *,
         verify: Callable[[int, np.ndarray], None] = lambda layer, pages: None,
+        leaves: Callable[
+            [int, Mapping[str, Any], Sequence[tuple[tuple[int, ...], str]]], Leaves | None
+        ] = lambda layer, made, arrays: None,
         release: Callable[[], None] = lambda: None,
     ):
         """Args:
         name, layers, pages, births: see the class.
         verify: raises ContextError where pages of a layer are damaged.
+        leaves: opens the file of what an index knows of a layer: (layer, all that it depends on
+          beside the pages, shape and dtype of each array); None where there is none.
         release: called when nobody holds the pool any more.
         """
         self.name, self.layers, self.pages, self.births = name, layers, pages, births
-        self._verify = verify
+        self._verify, self.leaves = verify, leaves
         self._verified = [False] * len(layers)
         self._end = weakref.finalize(self, release)
 
@@ -66,13 +91,17 @@ class HostPool:
         """Q."""
         return self.layers[0].k.shape[1]
 
-    def verify(self, layer: int) -> None:
-        """Compares a layer's pages with their checksums, once.
+    def verify(self, layer: int, pages: np.ndarray | None = None) -> None:
+        """Compares a layer's pages, or some of them, with their checksums, once.
 
         Raises:
           ContextError: one is damaged.
         """
-        if not self._verified[layer]:
+        if self._verified[layer]:
+            return
+        if pages is not None:
+            self._verify(layer, pages)
+        else:
             self._verify(layer, self.pages)
             self._verified[layer] = True
 

@@ -53,6 +53,7 @@ def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Jso
     with open_store(db, read_only=True) as store:
         (record,) = chosen(store.list(), [id], store.path)
         data = _row(store, record)
+        data["leaves"] = {} if record.header is None else dict(store.leaves(record.id))
     if json:
         report({"database": str(store.path), "context": data})
         return
@@ -99,6 +100,7 @@ def check(
             record.id: sum(
                 len(store.check_index(record.id, kind)) for kind in _indexes(store, record)
             )
+            + (len(store.check_leaves(record.id)) if record.header is not None else 0)
             for record in records
         }
     lost = [id for id in damaged if len(problems[id]) > of_indexes[id]]
@@ -322,6 +324,7 @@ def _stats(path: Path, found: "StoreStats") -> str:
         "held": f"{nbytes(found.bytes_held)} of keys and values",
         "shared": f"{nbytes(found.bytes_shared)} of them are stored once for several",
         "indexes": nbytes(found.bytes_indexes),
+        "leaves": f"{nbytes(found.bytes_leaves)} of sketches and summaries of pages",
         "on disk": nbytes(found.bytes_on_disk),
         "free": f"{nbytes(found.bytes_free)} in segments, which take no room",
     }

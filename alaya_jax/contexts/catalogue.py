@@ -6,6 +6,7 @@ insert   a new context, stored whole or not at all
 evict    the pages of the one that was used longest ago
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Iterator
@@ -227,7 +228,14 @@ class Catalogue:
                 raise
 
         listed = mapped.pages, mapped.births
-        host = HostPool(mapped.name, pages, *listed, verify=verify, release=mapped.close)
+        host = HostPool(
+            mapped.name,
+            pages,
+            *listed,
+            verify=verify,
+            leaves=mapped.leaves,
+            release=mapped.close,
+        )
         return self.pool.mapped(host, length)
 
     @functools.cached_property
@@ -381,11 +389,18 @@ class Catalogue:
                 self._contexts[record.id] = Context(record, self.store)
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
-        """Keeps a context in memory, in the pages of a sequence that holds its tokens."""
+        """Keeps a context in memory, in the pages of a sequence that holds its tokens; and what
+        indexes know of these in the store, for processes that read it where it lies.
+        """
         with self.pool.lock:
             if context.resident is None and sequence.host is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
+            if self._no_host is None and self.indexes.nbytes():
+                with contextlib.suppress(ContextError):  # removed by another process
+                    mapped = self._map(context, sequence.length)
+                    assert mapped.host is not None
+                    self.indexes.share_leaves(sequence, mapped.host)
 
     def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
         """Builds a graph and stores it with its context, unless an equal one is there, undamaged.

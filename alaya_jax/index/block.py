@@ -11,7 +11,7 @@ leaders  the best score of a few keys that stand for the page, those that lie fa
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from alaya_jax.cache.views import KeyRange, Pages, over_tiles
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.sharding import ShardingRules
+
+VERSION = 1
+"""Of how summaries are made, to be raised when they come out otherwise."""
 
 Summary = Literal["bounds", "mean", "leaders"]
 SUMMARIES: dict[Summary, int] = {"bounds": 2, "mean": 1, "leaders": 4}
@@ -122,6 +125,11 @@ class Block:
         shape = (self._vectors(page_size), config.head_dim)
         zeros = page_zeros(config, num_pages, mesh, rules, shape, dtype)
         return BlockLayer(zeros, self.summary)
+
+    def formula(self, config: LlamaConfig) -> dict[str, Any]:
+        """All that summaries depend on beside the page: see `Sketch.formula`."""
+        del config
+        return {"block": VERSION, **dataclasses.asdict(self)}
 
     def page_bytes(self, config: LlamaConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
         """Bytes of one page, one layer."""

@@ -5,6 +5,7 @@ See `sketch.py` for what is made of it, and why.
 
 import dataclasses
 import functools
+import hashlib
 import math
 
 import jax.numpy as jnp
@@ -90,6 +91,11 @@ def _rotation(dim: int) -> np.ndarray:
     """
     q, r = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))
     return (q * np.sign(np.diag(r))).astype(np.float32)
+
+
+def rotation_digest(dim: int) -> str:
+    """Names the matrix that `rotate` multiplies with: another numpy may draw another one."""
+    return hashlib.blake2b(_rotation(dim).tobytes(), digest_size=8).hexdigest()
 
 
 def rotate(x: Float[Array, "K N D"]) -> Float[Array, "K N D"]:

@@ -1,6 +1,11 @@
-"""What an index knows of pages in mapped files.
+"""What an index knows of pages in mapped files: its leaves.
 
-It is numbered as they are, over all of the files: memory that is never touched takes no room.
+They lie in a file beside the pages, mapped as these are, so that a process that finds them there
+reads no key and no value. What is not there is made of the pages, which are verified for it, and
+written there; where that cannot be, all is held in this process's memory.
+
+Either way it is numbered as the pages are, over all of the files: what is never touched takes no
+room.
 """
 
 import functools
@@ -11,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from alaya_jax.cache.tiers import HostPages
+from alaya_jax.cache.tiers import HostPages, HostPool, Leaves
 from alaya_jax.index import LayerIndex
 
 AT_ONCE = 256
@@ -27,36 +32,92 @@ class HostIndex:
       index: arrays [K, Q, ...], which programs read where they are.
     """
 
-    def __init__(self, empty: LayerIndex, num_pages: int):
+    def __init__(self, empty: LayerIndex, num_pages: int, leaves: Leaves | None = None):
         """Args:
         empty: such an index, of any number of pages.
         num_pages: Q.
+        leaves: the file; None: it is held in memory.
         """
-        self._empty = empty
-        leaves, structure = jax.tree.flatten(empty)
-        self._memory = [_zeros((x.shape[0], num_pages, *x.shape[2:]), x.dtype) for x in leaves]
-        self.index: LayerIndex = jax.tree.unflatten(structure, map(jax.device_put, self._memory))
+        self._empty, self._leaves = empty, leaves
+        self._memory: list[np.ndarray] | None = None
+        """In place of what is mapped."""
         self._built = np.full(num_pages, -1, np.int64)
-        """The birth of each page that it knows."""
+        """The birth of each page that `index` knows."""
+        self.index: LayerIndex
+        if leaves is None:
+            self._hold()
+        else:
+            self._show(leaves.arrays)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is held in this process's memory."""
+        return self._memory is not None
 
     def build(
-        self, host: HostPages, pages: Int[np.ndarray, " n"], births: Int[np.ndarray, " n"]
+        self,
+        host: HostPool,
+        layer: int,
+        pages: Int[np.ndarray, " n"],
+        births: Int[np.ndarray, " n"],
     ) -> None:
-        """Has it know these pages, which are full and were verified.
+        """Has it know these pages, which are full.
 
         What it knew of a page of another birth is gone: nobody reads that page any more. So only
         pages that no program reads are written to.
+
+        Raises:
+          ContextError: a page that has to be read is damaged.
         """
-        new = self._built[pages] != births
-        missing, births = pages[new], births[new]
-        for first in range(0, len(missing), AT_ONCE):
-            some = missing[first : first + AT_ONCE]
-            ids = np.full(1 + AT_ONCE, some[0], np.int32)  # the first is lost: see `NO_PAGE`
-            ids[1 : 1 + len(some)] = some
-            found = jax.tree.leaves(_of_pages(self._empty, host, ids))
-            for memory, part in zip(self._memory, found, strict=True):
-                memory[:, some] = np.asarray(part)[:, 1 : 1 + len(some)]
-            self._built[some] = births[first : first + AT_ONCE]
+        missing = np.flatnonzero(self._built[pages] != births)
+        if self._leaves is not None and len(missing):
+            self._take(pages[missing], births[missing])
+        while len(missing := np.flatnonzero(self._built[pages] != births)):
+            some = missing[:AT_ONCE]
+            parts = self._made(host, layer, pages[some])
+            self._keep(pages[some], births[some], parts)
+
+    def _made(self, host: HostPool, layer: int, pages: np.ndarray) -> list[np.ndarray]:
+        """Leaves of at most `AT_ONCE` pages, made of their keys and values."""
+        host.verify(layer, pages)
+        ids = np.full(1 + AT_ONCE, pages[0], np.int32)  # the first is lost: see `NO_PAGE`
+        ids[1 : 1 + len(pages)] = pages
+        found = jax.tree.leaves(_of_pages(self._empty, host.layers[layer], ids))
+        return [np.asarray(part)[:, 1 : 1 + len(pages)] for part in found]
+
+    def _take(self, pages: np.ndarray, births: np.ndarray) -> None:
+        """Knows those of some pages whose leaves the file has."""
+        assert self._leaves is not None
+        known = self._leaves.known(pages, births)
+        pages, births = pages[known], births[known]
+        for array, mapped in zip(self._memory or (), self._leaves.arrays, strict=False):
+            array[:, pages] = mapped[:, pages]
+        self._built[pages] = births
+
+    def _keep(self, pages: np.ndarray, births: np.ndarray, parts: list[np.ndarray]) -> None:
+        """Keeps leaves in the file for all, if that can be, else in memory."""
+        written = self._leaves is not None and self._leaves.write(pages, births, parts)
+        if not written and self._memory is None:
+            self._hold()
+        for array, part in zip(self._memory or (), parts, strict=False):
+            array[:, pages] = part
+        self._built[pages] = births
+
+    def _hold(self) -> None:
+        """Goes on in memory, with what the file has of the pages it knows."""
+        leaves = jax.tree.leaves(self._empty)
+        num_pages = len(self._built)
+        self._memory = [_zeros((x.shape[0], num_pages, *x.shape[2:]), x.dtype) for x in leaves]
+        known = np.flatnonzero(self._built != -1)
+        births = self._built[known]
+        self._built[known] = -1
+        if self._leaves is not None:
+            self._take(known, births)
+        self._show(self._memory)
+
+    def _show(self, arrays: "tuple[np.ndarray, ...] | list[np.ndarray]") -> None:
+        structure = jax.tree.structure(self._empty)
+        self.index = jax.tree.unflatten(structure, map(jax.device_put, arrays))
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from alaya_jax import cache
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
-from alaya_jax.cache.tiers import HostPool, Tiers
+from alaya_jax.cache.tiers import HostPool, Leaves, Tiers
 from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
-from alaya_jax.index.host import HostIndex
+from alaya_jax.index.host import AT_ONCE, HostIndex
 from alaya_jax.sharding import ShardingRules
 
 INDEX_WIDTH = 8
@@ -33,9 +33,9 @@ class PageIndexes:
     def __init__(self, pool: PagePool):
         """Of this pool's pages; what was learnt of a page holds for its generation."""
         self.pool = pool
-        self._host: dict[str, dict[tuple[Index, int], HostIndex]] = {}
+        self._host: dict[str, dict[tuple[Block | Sketch, int], HostIndex]] = {}
         """Of pages in mapped files, by the files' name."""
-        self._indexes: dict[tuple[Index, int], _LayerState] = {}
+        self._indexes: dict[tuple[Block | Sketch, int], _LayerState] = {}
 
     def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
         """Has the indexes know the full pages of these sequences.
@@ -87,11 +87,46 @@ class PageIndexes:
         if (index, layer) not in known:
             p = self.pool
             few = index.create(p.config, 1, p.page_size, p.dtype)
-            known[index, layer] = HostIndex(few, first.num_pages)
+            leaves = self._leaves(index, layer, first, few)
+            known[index, layer] = HostIndex(few, first.num_pages, leaves)
         held = known[index, layer]
         for host, count in in_files:
-            held.build(host.layers[layer], host.pages[:count], host.births[:count])
+            held.build(host, layer, host.pages[:count], host.births[:count])
         return held.index
+
+    def _leaves(
+        self, index: Block | Sketch, layer: int, host: HostPool, of_one: LayerIndex
+    ) -> Leaves | None:
+        """The file of what an index knows of a layer of mapped pages."""
+        arrays = [(x.shape[2:], x.dtype.name) for x in jax.tree.leaves(of_one)]
+        made = {"index": repr(index), **index.formula(self.pool.config)}
+        return host.leaves(layer, made, arrays)
+
+    def share_leaves(self, sequence: PagedSequence, host: HostPool) -> None:
+        """Puts what is known of a sequence's pages into the files of a context of the same tokens,
+        for processes to come; what cannot be written there is left.
+
+        Args:
+          sequence: in the pool.
+          host: the context's pages.
+        """
+        pool = self.pool
+        count = min(len(host.pages), sequence.length // pool.page_size)
+        with pool.lock:
+            own = np.flatnonzero(sequence.pages[:count] < pool.num_pages)
+            for (index, layer), state in self._indexes.items():
+                ids = sequence.pages[own]
+                known = state.built[ids] == pool.generations(ids)
+                ids, at = ids[known], own[known]
+                if (
+                    not len(ids)
+                    or (leaves := self._leaves(index, layer, host, state.index)) is None
+                ):
+                    continue
+                for first in range(0, len(ids), AT_ONCE):
+                    some = slice(first, first + AT_ONCE)
+                    parts = [np.asarray(x)[:, ids[some]] for x in jax.tree.leaves(state.index)]
+                    leaves.write(host.pages[at[some]], host.births[at[some]], parts)
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":
         p = self.pool

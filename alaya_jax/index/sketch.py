@@ -50,6 +50,7 @@ from alaya_jax.index.codes import (
     fields,
     length,
     quantize,
+    rotation_digest,
     round_query,
     to_half,
     to_half_above,
@@ -64,6 +65,9 @@ MISS = 1e-4
 
 SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
+
+VERSION = 1
+"""Of how sketches are made, to be raised when they come out otherwise."""
 
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
 _EPSILON = 2.0**-20  # of |k|: what float32 sums may differ by
@@ -242,9 +246,9 @@ class SketchLayer:
             first, ids = pages.first_page(tile), pages.tile_ids(tile)
             w = lax.dynamic_slice_in_dim(by_page, first, pages.tile_pages, -1)
             fresh = pages.fresh(tile).reshape(-1, pages.size)[:, 0]
-            w = jnp.where(fresh, w, 0.0) * read_pages(self.value_scale, ids).astype(
-                jnp.float32
-            ).reshape(heads, 1, -1)
+            # Beside the pages that are seen, files may hold anything.
+            scale = read_pages(self.value_scale, ids).astype(jnp.float32).reshape(heads, 1, -1)
+            w = jnp.where(fresh & (w > 0), w * scale, 0.0)
             value = read_pages(self.value, ids).astype(jnp.float32)
             return acc + jnp.einsum("krn,knd->krd", w, value)
 
@@ -302,6 +306,13 @@ class Sketch:
             value=zeros((dim,), jnp.int8),
             value_scale=zeros((), jnp.float16),
         )
+
+    def formula(self, config: LlamaConfig) -> dict[str, Any]:
+        """All that sketches depend on beside the page, as plain data: they are kept in files under
+        it, and read by nobody who would make others.
+        """
+        turned = rotation_digest(config.head_dim)
+        return {"sketch": VERSION, **dataclasses.asdict(self), "rotation": turned}
 
     def page_bytes(self, config: LlamaConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
         """Bytes of one page, one layer."""

@@ -40,6 +40,24 @@ def of_pages(
     return (_mixed(total ^ place) >> np.uint64(32)).astype(np.uint32)
 
 
+def of_rows(rows: np.ndarray, slots: np.ndarray, births: np.ndarray, salt: int) -> np.ndarray:
+    """Checksums of what is known of pages, u64 [m].
+
+    Args:
+      rows: bytes of each page, u8 [m, n].
+      slots, births: of each page, i32 and i64 [m].
+      salt: 64 bits, another one for each place that such a page has.
+    """
+    seeds = _mixed(births.astype(np.uint64) ^ np.uint64(salt))
+    seeds = _mixed(seeds ^ slots.astype(np.uint64))
+    data, size = memoryview(rows.reshape(-1)), rows.shape[1]
+    found = [
+        xxh3_64_intdigest(data[i * size : (i + 1) * size], int(seed))
+        for i, seed in enumerate(seeds)
+    ]
+    return np.array(found, np.uint64)
+
+
 def _mixed(x: np.ndarray) -> np.ndarray:
     """A permutation of 64 bits in which each bit moves all others (splitmix64's last step)."""
     x = x + np.uint64(_ODD)

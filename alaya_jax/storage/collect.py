@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from alaya_jax.errors import ContextError
+from alaya_jax.storage import leaves
 from alaya_jax.storage.catalogue import CatalogueFile, Snapshot
 from alaya_jax.storage.interface import Collected, StoreStats
 from alaya_jax.storage.lock import lease_file, unused
@@ -66,6 +67,13 @@ def everything(pool: Pool) -> Collected:
         with unused(lease) as free:
             if free:
                 lease.unlink(missing_ok=True)
+    for number in used.intersection(snapshot.segments):
+        segment = pool.segment(number, snapshot)
+        for path in leaves.others(segment.directory, segment.layout):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     holes = free_space(pool)
     catalogue.tidy()
     return Collected(
@@ -106,6 +114,7 @@ def stats(pool: Pool, bytes_indexes: int) -> StoreStats:
         bytes_held=bytes_held,
         bytes_shared=bytes_shared,
         bytes_indexes=bytes_indexes,
+        bytes_leaves=sum(map(on_disk, pool.path.glob(f"segments/*/{leaves.FOLDER}"))),
         bytes_free=bytes_free,
         bytes_on_disk=on_disk(pool.path),
         removed=sum(entry.removed for entry in snapshot.contexts.values()),

@@ -1,12 +1,18 @@
 """Files and directories that only their owner may look into, and that survive a power cut."""
 
 import contextlib
+import ctypes
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from alaya_jax.errors import ContextError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 
 def make_directory(path: Path) -> None:
@@ -70,3 +76,35 @@ def opened(path: Path, flags: int, size: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of it there."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def read_at(fd: int, into: np.ndarray, offset: int) -> None:
+    """Fills an array that lies in one piece.
+
+    Raises:
+      ContextError: the file ends before.
+    """
+    view = memoryview(into.reshape(-1).view(np.uint8))
+    while len(view):
+        done = os.preadv(fd, [view], offset)
+        if not done:
+            raise ContextError("a file of the database ended while it was read")
+        view, offset = view[done:], offset + done
+
+
+def punched(fd: int, start: int, length: int) -> bool:
+    """Gives a part of a file back to the file system, which then holds zeros; False where it
+    cannot.
+    """
+    if not hasattr(_libc, "fallocate"):
+        return False
+    numbers = ctypes.c_int64(start), ctypes.c_int64(length)
+    return _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(_PUNCH), *numbers) == 0

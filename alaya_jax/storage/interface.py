@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from alaya_jax.errors import RequestError
 from alaya_jax.storage import identity
+
+if TYPE_CHECKING:
+    from alaya_jax.cache.tiers import Leaves
 
 Source = Callable[[int], Iterable[tuple[Any, Any]]]
 """Keys and values to be stored: called with the first token that is wanted, it gives (k, v) of the
@@ -144,6 +147,8 @@ class StoreStats:
       bytes_shared: of these, those that are stored once for several; so much more it would be
         without sharing.
       bytes_indexes: of stored indexes.
+      bytes_leaves: what the files of sketches and summaries of pages take: made again where they
+        are lost.
       bytes_free: in segments, for contexts to come, in pages that no context holds; they take no
         room on the disk once `gc` ran.
       bytes_on_disk: what the files of the store really take.
@@ -155,6 +160,7 @@ class StoreStats:
     bytes_held: int
     bytes_shared: int
     bytes_indexes: int
+    bytes_leaves: int
     bytes_free: int
     bytes_on_disk: int
     removed: int
@@ -217,6 +223,19 @@ class MappedContext(Protocol):
         Raises:
           ContextError: one is damaged; it names context, layer, page and file.
           RequestError: one is not of this context.
+        """
+        ...
+
+    def leaves(
+        self, layer: int, made: Mapping[str, Any], arrays: Sequence[tuple[tuple[int, ...], str]]
+    ) -> "Leaves | None":
+        """The file of what an index knows of the pages of a layer; None where there can be none.
+
+        Args:
+          layer: which.
+          made: the index, as "index", and all else that its numbers depend on beside the page;
+            plain data. Others never see what is written under it.
+          arrays: shape and name of the dtype of each array, without the axes [K, P].
         """
         ...
 
@@ -350,6 +369,18 @@ class ContextStore(Protocol):
 
     def check_index(self, id: str, kind: str) -> Sequence[str]:
         """Reads all of an index; every problem found, in words."""
+        ...
+
+    def leaves(self, id: str) -> Mapping[str, int]:
+        """Bytes that are stored of what sketches and summaries know of a context's pages, by index;
+        its share of pages included.
+        """
+        ...
+
+    def check_leaves(self, id: str) -> Sequence[str]:
+        """Reads all of these; every problem found, in words. Nothing is lost: they are made again
+        when they are next asked for.
+        """
         ...
 
     def check(self, id: str) -> Sequence[str]:

@@ -1,12 +1,13 @@
 """A stored context whose pages are read where they lie."""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from alaya_jax.errors import ContextError, RequestError
+from alaya_jax.storage.leaves import Form, LeafFile, Leaves
 from alaya_jax.storage.lock import Lease
 from alaya_jax.storage.rows import PageList
 from alaya_jax.storage.segment import Segment
@@ -24,6 +25,7 @@ class MappedPages:
       segment: where they lie.
       lease: held until `close`.
       damaged: makes the error of what is wrong with (layer, [(index in the pages, kind)]).
+      read_only: write no leaves.
     """
 
     def __init__(
@@ -33,7 +35,10 @@ class MappedPages:
         segment: Segment,
         lease: Lease,
         damaged: Callable[[int, list[tuple[int, int]]], ContextError],
+        *,
+        read_only: bool,
     ):
+        self._read_only = read_only
         self.id, self._listed, self._segment = id, listed, segment
         self._lease, self._damaged = lease, damaged
         self._order = np.argsort(listed.slots)
@@ -79,6 +84,14 @@ class MappedPages:
             if wrong := self._segment.wrong(some, layer):
                 raise self._damaged(layer, [(int(part[i]), kind) for i, kind in wrong])
             self._segment.now_verified(some, layer)
+
+    def leaves(
+        self, layer: int, made: Mapping[str, Any], arrays: Sequence[tuple[tuple[int, ...], str]]
+    ) -> LeafFile | None:
+        """See `MappedContext`."""
+        self._require(layer)
+        found = Leaves(self._segment.directory, self._segment.layout, Form(made, tuple(arrays)))
+        return found.file(layer, read_only=self._read_only)
 
     def read_ahead(self, layer: int, pages: Any) -> None:
         """See `MappedContext`."""

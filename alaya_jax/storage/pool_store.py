@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
-from alaya_jax.storage import collect
+from alaya_jax.storage import collect, leaves
 from alaya_jax.storage.catalogue import NAME, RemovedError, Snapshot
 from alaya_jax.storage.files import flush_directory, make_directory
 from alaya_jax.storage.given import token_ids
@@ -41,6 +41,7 @@ from alaya_jax.storage.mapped import MappedPages
 from alaya_jax.storage.opening import prepare
 from alaya_jax.storage.pool import UNREADABLE, Pool
 from alaya_jax.storage.rows import Entry, IndexEntry, PageList
+from alaya_jax.storage.segment import Segment
 from alaya_jax.storage.writing import intact, write_context
 
 _CHECKED_AT_ONCE = 1024
@@ -182,7 +183,7 @@ class PoolStore:
         def damaged(layer: int, wrong: Any) -> ContextError:
             return self._pool.wrong(entry, pages, segment, layer, wrong)
 
-        return MappedPages(id, pages, segment, lease, damaged)
+        return MappedPages(id, pages, segment, lease, damaged, read_only=self.read_only)
 
     def check(self, id: str) -> Sequence[str]:
         """See `ContextStore.check`."""
@@ -220,12 +221,44 @@ class PoolStore:
             problems.append(str(error))
         for kind in self.indexes(id):
             problems += self.check_index(id, kind)
-        return problems
+        return problems + list(self.check_leaves(id))
 
     def check_index(self, id: str, kind: str) -> Sequence[str]:
         """See `ContextStore.check_index`."""
         index = self._stored_indexes(id).get(kind)
         return [f"there is no {kind} index"] if index is None else index.check()
+
+    def leaves(self, id: str) -> Mapping[str, int]:
+        """See `ContextStore.leaves`."""
+        found: dict[str, int] = {}
+        segment, pages = self._pages(id)
+        for one in leaves.found(segment.directory, segment.layout):
+            found[one.index] = found.get(one.index, 0) + one.nbytes(pages)
+        return {index: nbytes for index, nbytes in found.items() if nbytes}
+
+    def check_leaves(self, id: str) -> Sequence[str]:
+        """See `ContextStore.check_leaves`."""
+        try:
+            segment, pages = self._pages(id)
+        except ContextError:
+            return []  # of a context that is damaged itself
+        problems = []
+        for one in leaves.found(segment.directory, segment.layout):
+            for layer, wrong in one.wrong(pages):
+                problems.append(
+                    f"what {one.index} knows of page {wrong[0]} of context {id} in layer {layer}"
+                    f"{f', and of {len(wrong) - 1} more,' if len(wrong) > 1 else ''} does not match"
+                    " its checksum; nothing is lost, it is made again when it is next asked for"
+                )
+        for path in leaves.others(segment.directory, segment.layout):
+            problems.append(
+                f"{path.relative_to(self.path)} holds no leaves of an index; nothing is lost, "
+                "alaya db gc takes it away"
+            )
+        return problems
+
+    def _pages(self, id: str) -> tuple[Segment, PageList]:
+        return self._settled(lambda: self._pool.pages(*self._entry(id)))
 
     def check_catalogue(self) -> Sequence[str]:
         """Every problem of the catalogue's file as a whole, in words."""

@@ -2,6 +2,7 @@
 
     k.000, v.000, ...   [K, P, Z, D] of each layer: as the engine has them, to be mapped as they are
     checksums           u32 [P, L, 2], see `checksums`
+    leaves/             what indexes know of the pages, see `leaves`
 
 All are sparse: a page that nobody holds takes no room. A page that a context holds is never
 written again.
@@ -19,9 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.errors import ContextError
-from alaya_jax.storage import checksums
-from alaya_jax.storage.files import flush_directory, make_directory, opened
+from alaya_jax.storage import checksums, leaves
+from alaya_jax.storage.files import (
+    flush_directory,
+    make_directory,
+    opened,
+    punched,
+    read_at,
+    write_at,
+)
 from alaya_jax.storage.interface import DTYPES
 from alaya_jax.storage.rows import Layout, PageList
 from alaya_jax.storage.slots import located, runs
@@ -34,7 +41,6 @@ _BEHIND = 2
 """Layers that are on their way to the disk while the next one is asked for."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PUNCH = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 
 class Segment:
@@ -96,7 +102,7 @@ class Segment:
                 job.result()
         with self._open(CHECKSUMS, os.O_RDWR) as fd:
             for part, start in located(pages.slots):
-                _write(fd, found[part].astype("<u4").tobytes(), start * found[0].nbytes)
+                write_at(fd, found[part].astype("<u4").tobytes(), start * found[0].nbytes)
             os.fsync(fd)
 
     def read(
@@ -195,9 +201,9 @@ class Segment:
                 for head in range(1 if is_sums else layout.num_kv_heads):
                     for start, stop in runs(slots):
                         begin = (head * layout.num_pages + start) * piece
-                        if not _punched(fd, begin, (stop - start) * piece):
+                        if not punched(fd, begin, (stop - start) * piece):
                             return False
-        return True
+        return all(one.punch(slots) for one in leaves.found(self.directory, layout))
 
     def check_files(self, layer: int | None = None) -> None:
         """Raises ContextError when a file, or one of a layer, is missing or has a wrong length."""
@@ -215,7 +221,7 @@ class Segment:
         found = np.empty((len(pages), self.layout.num_layers, 2), "<u4")
         with self._open(CHECKSUMS, os.O_RDONLY) as fd:
             for part, start in located(pages.slots):
-                _read(fd, found[part], start * found[0].nbytes)
+                read_at(fd, found[part], start * found[0].nbytes)
         return found
 
     def _paged(self, half: np.ndarray, count: int) -> np.ndarray:
@@ -233,13 +239,13 @@ class Segment:
     def _write_pages(self, name: str, pages: PageList, data: np.ndarray) -> None:
         with self._open(name, os.O_RDWR) as fd:
             for part, offset in self._pieces(pages):
-                _write(fd, memoryview(data[part].reshape(-1).view(np.uint8)), offset)
+                write_at(fd, memoryview(data[part].reshape(-1).view(np.uint8)), offset)
             os.fsync(fd)
 
     def _read_pages(self, name: str, pages: PageList, into: np.ndarray) -> None:
         with self._open(name, os.O_RDONLY) as fd:
             for part, offset in self._pieces(pages):
-                _read(fd, into[part], offset)
+                read_at(fd, into[part], offset)
 
     def _pieces(self, pages: PageList) -> Iterator[tuple[tuple[int, slice], int]]:
         """Stretches of pages [K, m, Z, D] that lie together in a file, and where."""
@@ -269,26 +275,3 @@ def _file_names(layout: Layout) -> list[str]:
 
 def _name(kind: int, layer: int) -> str:
     return f"{KINDS[kind]}.{layer:03d}"
-
-
-def _punched(fd: int, start: int, length: int) -> bool:
-    if not hasattr(_libc, "fallocate"):
-        return False
-    numbers = ctypes.c_int64(start), ctypes.c_int64(length)
-    return _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(_PUNCH), *numbers) == 0
-
-
-def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
-def _read(fd: int, into: np.ndarray, offset: int) -> None:
-    view = memoryview(into.reshape(-1).view(np.uint8))
-    while len(view):
-        done = os.preadv(fd, [view], offset)
-        if not done:
-            raise ContextError("a file of the database ended while it was read")
-        view, offset = view[done:], offset + done

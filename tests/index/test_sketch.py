@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import alaya_jax as aj
 from alaya_jax import cache, configs
-from alaya_jax.cache.views import KeyRange
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index import MISS, Sketch, SketchLayer
+from alaya_jax.index.recovery import Weights
 from alaya_jax.index.select import in_range
 from alaya_jax.models import LlamaConfig
 
@@ -263,3 +264,33 @@ def test_query_of_zeros_and_no_key_in_range(rng, make_keys):
     assert np.all(paged.ask(layer, 5.0, low=20, high=20).found == -np.inf)
     zeros = dataclasses.replace(paged, q=np.zeros_like(paged.q)).ask(layer)
     np.testing.assert_array_equal(zeros.found[..., : paged.length], 0)  # all are best
+
+
+def test_what_lies_beside_the_pages_that_are_seen_is_of_no_effect(rng):
+    """In files it may be anything: other contexts', damaged, not a number."""
+    config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+    heads, dim, size = config.num_key_value_heads, config.head_dim, 16
+    shape = heads, 8, size, dim
+    k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((heads, 2, 1, dim)), jnp.float32)
+    ids = jnp.asarray([3, 5, 1, 2], jnp.int32)  # the last one only fills the table
+    pages, keys = Pages(k, v, ids), KeyRange(jnp.zeros(1, jnp.int32), jnp.full(1, 3 * size))
+
+    def spoilt(array):
+        raw = np.array(array)
+        raw.reshape(heads, 8, -1)[:, [2, 4, 6, 7]] = np.frombuffer(b"\xff" * 8, raw.dtype)[0]
+        return jnp.asarray(raw)
+
+    def answers(layer):
+        scan = layer.scan(q, pages, keys)
+        seen = jnp.where(jnp.isneginf(scan.estimate), 0.0, scan.estimate)
+        weights = Weights.of(scan, jnp.max(scan.estimate, -1), dim)
+        means = layer.attend_means(q, pages, weights, seen > 1.0)
+        return scan.estimate, *means
+
+    layer = Sketch().create(config, 8, size).build(k, v, ids, jnp.full(4, size, jnp.int32))
+    wrong = jax.tree.map(spoilt, layer)
+    assert np.isnan(np.asarray(wrong.value_scale, np.float32)).any()
+    for one, other in zip(answers(layer), answers(wrong), strict=True):
+        assert np.isfinite(np.asarray(one)[..., : 3 * size]).all()
+        np.testing.assert_array_equal(one, other)

@@ -96,7 +96,7 @@ def test_row_25_killed_at_any_moment(tmp_path, kit, whole, rounds):
 
 
 FAILING = {
-    "a page": "alaya_jax.storage.segment._write",
+    "a page": "alaya_jax.storage.segment.write_at",
     "the disk's word": "os.fsync",
     "the row": "alaya_jax.storage.catalogue.Change.put_lists",
     "its making": "alaya_jax.storage.writing.Entry.new",
