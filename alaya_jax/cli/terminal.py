@@ -53,10 +53,11 @@ class Commands(TyperGroup):
                 note("\nInterrupted.")
                 raise typer.Exit(130) from error
             except Exception as error:
-                if not hasattr(error, "show"):
+                usage: Any = error
+                if not hasattr(usage, "show"):
                     raise
-                error.show(file=sys.stderr)  # what was not understood; see `_print`
-                raise typer.Exit(error.exit_code) from error
+                usage.show(file=sys.stderr)  # the command was not understood; see `_print`
+                raise typer.Exit(usage.exit_code) from error
 
 
 @contextmanager
