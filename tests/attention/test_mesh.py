@@ -169,7 +169,7 @@ def check(got, want, case):
         assert (attended < visible).any()
 
 
-@pytest.mark.parametrize("case", map(unless_long, CASES))
+@pytest.mark.parametrize("case", [unless_long(case) for case in CASES])
 def test_every_plan_on_eight_shards_of_the_context(answer, case):
     check(answer(case, (1, 1, 8)), answer(case), case)
 
