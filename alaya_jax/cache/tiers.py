@@ -42,6 +42,10 @@ class Leaves(Protocol):
         """[K, Q, ...] each, mapped, to be read only."""
         ...
 
+    def claimed(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
+        """Of which of some pages [n] the file says, rightly or not, to have leaves: bool [n]."""
+        ...
+
     def known(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
         """Of which of some pages [n] `arrays` hold right leaves: bool [n]."""
         ...

@@ -20,7 +20,7 @@ from alaya_jax.cache.tiers import HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
-from alaya_jax.errors import CacheFullError, ContextError, RequestError
+from alaya_jax.errors import AlayaError, CacheFullError, ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
@@ -396,11 +396,12 @@ class Catalogue:
             if context.resident is None and sequence.host is None:
                 context.resident = self.pool.share(sequence, sequence.length)
                 self._touch(context)
-            if self._no_host is None and self.indexes.nbytes():
-                with contextlib.suppress(ContextError):  # removed by another process
-                    mapped = self._map(context, sequence.length)
-                    assert mapped.host is not None
-                    self.indexes.share_leaves(sequence, mapped.host)
+        if self._no_host is None and self.indexes.nbytes():
+            # Not needed: it may have been removed meanwhile, or there is no memory left to map it.
+            with contextlib.suppress(AlayaError, OSError):
+                host = self._map(context, sequence.length).host
+                assert host is not None
+                self.indexes.share_leaves(sequence, host)
 
     def build_graph(self, context: Context, index: Graph, *, progress: bool) -> None:
         """Builds a graph and stores it with its context, unless an equal one is there, undamaged.

@@ -112,21 +112,20 @@ class PageIndexes:
         """
         pool = self.pool
         count = min(len(host.pages), sequence.length // pool.page_size)
-        with pool.lock:
-            own = np.flatnonzero(sequence.pages[:count] < pool.num_pages)
-            for (index, layer), state in self._indexes.items():
-                ids = sequence.pages[own]
-                known = state.built[ids] == pool.generations(ids)
-                ids, at = ids[known], own[known]
-                if (
-                    not len(ids)
-                    or (leaves := self._leaves(index, layer, host, state.index)) is None
-                ):
-                    continue
-                for first in range(0, len(ids), AT_ONCE):
-                    some = slice(first, first + AT_ONCE)
-                    parts = [np.asarray(x)[:, ids[some]] for x in jax.tree.leaves(state.index)]
-                    leaves.write(host.pages[at[some]], host.births[at[some]], parts)
+        own = np.flatnonzero(sequence.pages[:count] < pool.num_pages)
+        for (index, layer), state in list(self._indexes.items()):
+            leaves = self._leaves(index, layer, host, state.index)
+            if leaves is None:
+                continue
+            new = own[~leaves.claimed(host.pages[own], host.births[own])]
+            for first in range(0, len(new), AT_ONCE):
+                at = new[first : first + AT_ONCE]
+                with pool.lock:  # not while it is written: others would wait for the disk
+                    ids = sequence.pages[at]
+                    known = state.built[ids] == pool.generations(ids)
+                    ids, at = ids[known], at[known]
+                    parts = [np.asarray(x)[:, ids] for x in jax.tree.leaves(state.index)]
+                leaves.write(host.pages[at], host.births[at], parts)
 
     def _new_index(self, index: Block | Sketch) -> "_LayerState":
         p = self.pool

@@ -2,7 +2,7 @@
 
     leaves/<name>/meta.json   which index made them, of what form; <name> is a digest of it
     leaves/<name>/003         of one layer: birth and checksum of each page [P], then arrays
-                              [K, P, ...] as programs read them, each from a system page on
+                              [K, P, ...] as programs read them, each from a multiple of 4 KiB on
 
 They are made of keys and values and can be made again. So nothing that is wrong with them is an
 error for who asks: what is not found right is not known. A page's are written under a lock, by
@@ -42,6 +42,7 @@ _AT_ONCE = 256
 
 _SIDE = np.dtype([("birth", "<i8"), ("sum", "<u8")])
 _DTYPES = {**DTYPES, "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
+_ALIGNED = 4096
 _MOST = 1 << 46
 """Bytes of a file that is believed."""
 
@@ -106,7 +107,7 @@ class Form:
         for heads, piece in ((1, _SIDE.itemsize), *arrays):
             found.append((end, heads, piece))
             end += heads * layout.num_pages * piece
-            end += -end % mmap.PAGESIZE
+            end += -end % _ALIGNED
         return found, end
 
 
@@ -277,9 +278,13 @@ class Leaves:
     def _make(self) -> None:
         for directory in (self.directory.parent, self.directory):
             make_directory(directory)
-        meta = self.directory / META
-        if _read(meta) != self.form.to_bytes():
-            replace_file(meta, self.form.to_bytes())
+        meta, said = self.directory / META, self.form.to_bytes()
+        try:
+            if _read(meta) != said:
+                replace_file(meta, said)
+        except OSError:
+            if _read(meta) != said:  # another thread was faster
+                raise
 
     def punch(self, slots: np.ndarray) -> bool:
         """Gives the space of pages that nobody holds back; False where that cannot be done."""
@@ -309,6 +314,10 @@ class Leaves:
             if len(bad):
                 yield layer, bad
 
+    def unusable(self) -> list[Path]:
+        """Files that are none of this form; they are made anew when they are next asked for."""
+        return [p for p in self._files() if self.file(int(p.name), read_only=True) is None]
+
     def _open(self) -> Iterator[tuple[int, LeafFile]]:
         for path in self._files():
             if (one := self.file(int(path.name), read_only=True)) is not None:
@@ -318,7 +327,7 @@ class Leaves:
         return (
             path
             for layer in range(self.layout.num_layers)
-            if (path := self.directory / f"{layer:03d}").exists()
+            if os.path.lexists(path := self.directory / f"{layer:03d}")
         )
 
 

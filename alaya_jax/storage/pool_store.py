@@ -230,11 +230,15 @@ class PoolStore:
 
     def leaves(self, id: str) -> Mapping[str, int]:
         """See `ContextStore.leaves`."""
-        found: dict[str, int] = {}
-        segment, pages = self._pages(id)
+        self._entry(id)
+        try:
+            segment, pages = self._pages(id)
+        except ContextError:
+            return {}  # it is damaged, which `check` says
+        sizes: dict[str, int] = {}
         for one in leaves.found(segment.directory, segment.layout):
-            found[one.index] = found.get(one.index, 0) + one.nbytes(pages)
-        return {index: nbytes for index, nbytes in found.items() if nbytes}
+            sizes[one.index] = sizes.get(one.index, 0) + one.nbytes(pages)
+        return {index: nbytes for index, nbytes in sizes.items() if nbytes}
 
     def check_leaves(self, id: str) -> Sequence[str]:
         """See `ContextStore.check_leaves`."""
@@ -249,6 +253,11 @@ class PoolStore:
                     f"what {one.index} knows of page {wrong[0]} of context {id} in layer {layer}"
                     f"{f', and of {len(wrong) - 1} more,' if len(wrong) > 1 else ''} does not match"
                     " its checksum; nothing is lost, it is made again when it is next asked for"
+                )
+            for path in one.unusable():
+                problems.append(
+                    f"{path.relative_to(self.path)} is no file of what {one.index} knows of pages;"
+                    " nothing is lost, it is made again when it is next asked for"
                 )
         for path in leaves.others(segment.directory, segment.layout):
             problems.append(

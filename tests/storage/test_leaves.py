@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -204,6 +205,88 @@ def test_who_is_second_keeps_what_the_first_wrote(store, id, monkeypatch):
         assert mine.write(pages, births + 1, made(pages))
 
 
+WRITER = """
+    import random
+    kind, seed = sys.argv[3], int(sys.argv[4])
+    rng = random.Random(seed)
+    arrays = [((64,), "uint8"), ((8, 4), "int8"), ((), "float16")]
+    with PoolStore(path) as store, store.mapped(sys.argv[2]) as mapped:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        mine = 0
+        for i in range(10_000 if kind == "forever" else 40):
+            file = mapped.leaves(0, {"index": "x", "number": i // 4}, arrays)
+            some = np.array(sorted(rng.sample(range(62), rng.randrange(1, 40))))
+            parts = [np.full((2, len(some), *shape), seed, dtype) for shape, dtype in arrays]
+            assert file.write(mapped.pages[some], mapped.births[some], parts)
+            known = file.known(mapped.pages, mapped.births)
+            assert known[some].all()
+            for page in mapped.pages[known]:
+                held = [np.unique(array[:, page]) for array in file.arrays]
+                assert len({tuple(one.tolist()) for one in held}) == 1, held
+                assert len(held[0]) == 1 and held[0][0] in (1, 2, 3, 4), held
+                mine += held[0][0] == seed
+        print(mine, flush=True)
+"""
+FORMED = [((64,), "uint8"), ((8, 4), "int8"), ((), "float16")]
+
+
+def test_processes_that_write_the_same_pages_mix_nothing(store, kit):
+    """Kind: four processes, each with bits of its own; whoever is first has the page as a whole."""
+    id = kit.put(store, 1000)
+    running = [
+        kit.run_python(WRITER, store.path, id, "some", seed, stdin=subprocess.PIPE)
+        for seed in (1, 2, 3, 4)
+    ]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    counts = [int(process.communicate()[0] or -1) for process in running]
+    assert [process.returncode for process in running] == [0] * 4
+    assert sum(count > 0 for count in counts) > 1, "else nobody met another"
+    assert store.check(id) == []
+
+
+def test_row_25_killed_while_it_writes(store, kit):
+    """Kind: kill -9 at random moments; what is known afterwards is whole."""
+    id, rng = kit.put(store, 1000), np.random.default_rng(0)
+    for _ in range(6):
+        with kit.run_python(WRITER, store.path, id, "forever", 1, stdin=subprocess.PIPE) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            time.sleep(0.05 + 0.3 * rng.random())
+            process.kill()
+    seen = 0
+    with store.mapped(id) as mapped:
+        for number in range(len(list(store.path.glob("segments/*/leaves/*")))):
+            file = mapped.leaves(0, {"index": "x", "number": number}, FORMED)
+            for page in mapped.pages[file.known(mapped.pages, mapped.births)]:
+                assert all((array[:, page] == 1).all() for array in file.arrays)
+                seen += 1
+    assert seen > 100
+    assert len(store.leaves(id)) == 1
+
+
+def test_random_flips(store, id, kit):
+    """Whatever bit turns, what is known is right."""
+    with store.mapped(id) as mapped:
+        put(mapped)
+    path, rng, missed = path_of(store), np.random.default_rng(1), 0
+    with path.open("rb") as file:
+        data = file.read()
+    used = np.flatnonzero(np.frombuffer(data, np.uint8))
+    for at in rng.choice(used, 60, replace=False):
+        bit = int(rng.integers(8))
+        kit.flip(path, int(at), bit)
+        with PoolStore(store.path, read_only=True) as reader, reader.mapped(id) as mapped:
+            missed += known(mapped) == 6
+        kit.flip(path, int(at), bit)
+    assert missed == 0
+
+
 def test_a_disk_that_is_full_is_no_error(store, id, monkeypatch):
     real, calls = leaves_module.write_at, []
 
@@ -289,6 +372,9 @@ def test_no_file_of_the_right_length_is_no_leaf(store, id, harm):
     harm(path_of(store))
     with PoolStore(store.path, read_only=True) as reader, reader.mapped(id) as mapped:
         assert mapped.leaves(1, MADE, ARRAYS) is None
+        (problem,) = reader.check(id)
+        assert "001 is no file of what Sketch(bits=4) knows of pages; nothing is lost" in problem
+        assert reader.leaves(id) == {}
     with store.mapped(id) as mapped:
         file = mapped.leaves(1, MADE, ARRAYS)
         if harm is a_directory:
