@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -247,4 +248,6 @@ def _tell(what: str) -> None:
         return
     place = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     kept = f"; kept in {place}" if place else ""
-    print(f"compiling {what}, once{kept}", file=sys.stderr, flush=True)
+    line = f"compiling {what}, once{kept}"
+    line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr, flush=True)

@@ -87,20 +87,15 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        def drawn(part: Table) -> RichTable:
-            caption = Text("\n".join(part.notes)) if part.notes else None
-            table = RichTable(
-                title=Text(part.title) if part.title else None,
-                caption=caption,
-                box=box.SIMPLE_HEAD,
-                title_justify="left",
-                caption_justify="left",
-            )
+        def drawn(part: Table) -> Group:
+            table = RichTable(box=box.SIMPLE_HEAD)
             for column, name in zip(part.columns, part.headings, strict=True):
                 table.add_column(name, justify="left" if column.startswith("<") else "right")
             for row in part.rows:
                 table.add_row(*map(Text, row))  # brackets in it are no markup
-            return table
+            # Not as the table's own title and caption, which are folded to its width.
+            notes = [Text(note, style="italic") for note in part.notes]
+            return Group(*([Text(part.title, style="italic")] if part.title else []), table, *notes)
 
         return Group(*map(drawn, self.parts(width - _MARGIN)))
 

@@ -1,1 +1,1 @@
-"""Pallas kernels of alaya_jax, one folder for each operation."""
+"""The Pallas kernels of alaya_jax, one folder per operation."""

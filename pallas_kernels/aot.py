@@ -1,11 +1,11 @@
-"""Compiles every kernel at every shape of its table for a GPU that is not there.
+"""Compiles every kernel, at every shape of its table, for a GPU that need not be there.
 
     python -m alaya_jax.pallas_kernels.aot [--json] [--only NAME] [--target h100] [--jobs 2]
 
 Prints registers, spills and shared memory from the assembler's report, how many blocks a
-multiprocessor holds, and the roofline. Fails on a spill, on local memory, on shared memory that
-does not fit, and where a kernel lacks the wgmma or TMA instructions that are claimed of it. Needs
-the packages of constraints/cuda.txt, and no GPU: times are predictions from public peak rates.
+multiprocessor holds, and the roofline. Fails if a kernel spills, uses local memory, needs more
+shared memory than there is, or lacks the wgmma or TMA instructions that its case claims. It needs
+the packages of constraints/cuda.txt but no GPU; times are predictions from public peak rates.
 """
 
 import argparse
@@ -35,11 +35,11 @@ class Compiled:
     """The outcome of one case.
 
     Attributes:
-      case: its name.
-      kernels: reports, in no order; empty when compilation failed.
-      faults: what is wrong; empty when all is well.
-      seconds: tracing and compiling.
-      roofline_us: predicted, at the device's peak rates.
+      case: name of the case.
+      kernels: reports of its kernels, in no particular order; empty if compilation failed.
+      faults: what is wrong; empty if nothing is.
+      seconds: time to trace and compile.
+      roofline_us: predicted time at the device's peak rates, in microseconds.
     """
 
     case: str
@@ -50,7 +50,7 @@ class Compiled:
 
 
 def all_cases() -> list[CompileCase]:
-    """The table of every operation: what `cases()` of its `compile_cases` module gives."""
+    """The cases of every operation, from `cases()` of its `compile_cases` module."""
     found = []
     for package in pkgutil.iter_modules(pallas_kernels.__path__):
         name = f"{pallas_kernels.__name__}.{package.name}.compile_cases"
@@ -60,7 +60,7 @@ def all_cases() -> list[CompileCase]:
 
 
 def compile_case(case: CompileCase, mesh: Any, device: Device) -> Compiled:
-    """Compiles one case for one device of a mesh on paper, and reads the reports."""
+    """Compiles one case for one device of a mesh that exists on paper, and reads the reports."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -75,7 +75,7 @@ def compile_case(case: CompileCase, mesh: Any, device: Device) -> Compiled:
         try:
             with _quiet_stderr(), jax.set_mesh(mesh):
                 jax.jit(case.call).lower(*arguments).compile()
-        except Exception as e:  # whatever it is, it is this case's fault; the others go on
+        except Exception as e:  # any error counts against this case alone
             said = (str(e).strip() or repr(e)).splitlines()[0]
             faults.append(f"does not compile: {said[:300]}")
         finally:
@@ -97,14 +97,14 @@ def compile_case(case: CompileCase, mesh: Any, device: Device) -> Compiled:
 
 
 def compile_named(name: str, target: str) -> Compiled:
-    """`compile_case` in a process of its own: a case cannot travel there, its name can."""
+    """`compile_case` in a worker process: cases cannot be pickled, but their names can."""
     targets.prepare()
     (case,) = [case for case in all_cases() if case.name == name and target in case.targets]
     return compile_case(case, targets.mesh(target, x=1), DEVICES[target])
 
 
 class _quiet_stderr:
-    """Keeps C++ code from writing to stderr: the dump complains that there is no disassembler."""
+    """Silences what C++ code writes to stderr: the dump warns that it has no disassembler."""
 
     def __enter__(self) -> None:
         sys.stderr.flush()
@@ -122,7 +122,7 @@ HEAD = "registers  spill    SMEM blocks/SM   grid  wgmma  TMA"
 
 
 def lines(result: Compiled, device: Device) -> list[str]:
-    """One case, for people."""
+    """The report of one case as text."""
     told = [f"{result.case}   (roofline {result.roofline_us:.1f} us, predicted)"]
     for k in result.kernels:
         told.append(
@@ -133,7 +133,7 @@ def lines(result: Compiled, device: Device) -> list[str]:
 
 
 def main() -> int:
-    """Compiles the table; 1 if anything is wrong."""
+    """Compiles the table and returns the exit code: 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="alaya_jax.pallas_kernels.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -141,14 +141,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     options = parser.parse_args()
     targets.prepare()
-    targets.mesh(options.target, x=1)  # raises here, and once, where a package is missing
+    targets.mesh(options.target, x=1)  # a missing package raises here, once
     device = DEVICES[options.target]
     cases = [case for case in all_cases() if options.only in case.name]
     names = [case.name for case in cases if options.target in case.targets]
     if not options.json:
         print(f"compiled for {options.target}, no GPU used\n  {'kernel':24} {HEAD}")
     bad = 0
-    context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+    context = multiprocessing.get_context("spawn")  # a fork would lose the threads of JAX
     with concurrent.futures.ProcessPoolExecutor(options.jobs, context) as pool:
         one = functools.partial(compile_named, target=options.target)
         for result in pool.map(one, names):

@@ -1,4 +1,4 @@
-"""What `aot` compiles: a call of an operation at one shape, what is claimed of it, its roofline."""
+"""What `aot` compiles: an operation's call at one shape, the claims about it, its roofline."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a call must do at least.
+    """The least work that a call has to do.
 
     Attributes:
-      bytes: read from and written to device memory, each once.
-      flops: of its matmuls, those of padding left out.
+      bytes: read from or written to device memory, each counted once.
+      flops: of its matmuls, without those of padding.
     """
 
     bytes: float
@@ -20,12 +20,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Public peak rates and sizes of a device; what a prediction is made from.
+    """Public peak rates and sizes of a device, from which predictions are made.
 
     Attributes:
-      bandwidth: bytes a second of device memory.
-      matmul: bf16 FLOP a second, dense.
-      cores, registers, shared_memory, threads, blocks: multiprocessors, and what one holds.
+      bandwidth: of device memory, in bytes per second.
+      matmul: dense bf16 FLOP per second.
+      cores: number of multiprocessors.
+      registers, shared_memory, threads, blocks: how many (bytes, for memory) one of them holds.
     """
 
     bandwidth: float
@@ -37,7 +38,7 @@ class Device:
     blocks: int = 32
 
     def seconds(self, work: Work) -> float:
-        """The roofline: time of the slower of memory and matmuls, at peak rates."""
+        """The roofline: the time that memory or matmuls take at peak rates, whichever is longer."""
         return max(work.bytes / self.bandwidth, work.flops / self.matmul)
 
 
@@ -53,14 +54,13 @@ class CompileCase:
     """One call to compile.
 
     Attributes:
-      name: operation and shape, for people.
-      call: function of arrays, to be jitted; it names the implementation, so that another one
-        cannot step in.
-      arguments: pytree of `jax.ShapeDtypeStruct`, positional arguments of `call`.
-      kernels: names of the Mosaic kernels it must contain.
-      claims: of "wgmma", "tma" and "fences", what the first of the kernels must contain.
-      work: for the roofline.
-      targets: names of the devices that the kernel is made for.
+      name: the operation and the shape, for people.
+      call: the function to jit. It names the implementation, so no other one can take its place.
+      arguments: pytree of `jax.ShapeDtypeStruct`, the positional arguments of `call`.
+      kernels: names of the Mosaic kernels that it must contain.
+      claims: which of "wgmma", "tma" and "fences" the first kernel must contain.
+      work: the least work, for the roofline.
+      targets: names of the devices that the kernel is written for.
     """
 
     name: str

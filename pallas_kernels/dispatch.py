@@ -1,12 +1,12 @@
 """Which implementation of an operation runs, and why not the others.
 
-An operation is a list of candidates, fastest first. Each says of a request (shapes, dtypes, target)
-why it cannot run it, or that it can. The first that can is chosen; a caller may name one instead.
-Nothing falls back in silence: `Op.choose` gives the choice with the reasons against what was passed
-over, without running anything, and where nothing can run one error holds every reason.
+An operation is a list of candidates, fastest first. Given a request (shapes, dtypes, target), each
+says whether it can run it, and if not, why. The first that can is chosen, unless the caller names
+one. Nothing falls back in silence: `Op.choose` returns the choice and the reason against each
+faster candidate without running anything, and if none can run, one error lists every reason.
 
-Choosing needs shapes only, so it works while jax traces: under jit, inside shard_map, and for a
-device that is not there (ahead-of-time compilation).
+Only shapes are needed, so choosing works while JAX traces: under jit, inside shard_map, and when
+compiling ahead of time for a device that is not there.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 from alaya_jax.errors import KernelError
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference")
-"""Every name that may be asked for; not every operation has all."""
+"""All names of implementations. An operation need not have every one."""
 
 _CAPABILITIES = {
     "B300": (10, 3),
@@ -35,13 +35,13 @@ _CAPABILITIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is traced for.
+    """The device that a program is traced for.
 
     Attributes:
-      platform: as jax names it: "cpu", "gpu", "tpu".
-      capability: compute capability of a GPU, (9, 0) for Hopper; None where unknown.
-      interpret: Mosaic GPU kernels are simulated on the CPU, with race detection: a proof, not a
-        way to run.
+      platform: JAX's name of it: "cpu", "gpu" or "tpu".
+      capability: compute capability of a GPU, (9, 0) for Hopper; None if unknown.
+      interpret: simulate Mosaic GPU kernels on the CPU, with race detection. This is for proving
+        them correct; it is far too slow to use.
     """
 
     platform: str
@@ -63,10 +63,10 @@ INTERPRET = Target("cpu", interpret=True)
 
 
 def current_target() -> Target:
-    """The device of the mesh in context (`jax.set_mesh`, shard_map), else of the default backend.
+    """The device of the current mesh (`jax.set_mesh`, shard_map), or of the default backend.
 
-    Both belong to the key under which jax keeps a traced program, so a program traced for one
-    target is not taken for another.
+    JAX keys its cache of traced programs by both, so a program that was traced for one target is
+    not reused for another.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -80,7 +80,7 @@ def current_target() -> Target:
 
 
 def target_of(device: Any) -> Target:
-    """What a program for a `jax.Device` is traced for."""
+    """The target that a `jax.Device` is."""
     return _target_of(device.platform, device.device_kind)
 
 
@@ -97,12 +97,12 @@ class Candidate:
 
     Attributes:
       name: one of `IMPLEMENTATIONS`.
-      unfit: `(target, *args, **kwargs) -> reason` why it cannot run the call, or None; looks at
-        nothing but shapes, dtypes and static arguments. None: it runs every call.
-      run: the function; takes the arguments of the operation, and `target=` as well if
-        `wants_target`.
-      automatic: whether it is chosen when none is named.
-      wants_target: whether `run` is told the target.
+      unfit: a function `(target, *args, **kwargs)` that returns why it cannot run the call, or
+        None if it can. It looks only at shapes, dtypes and static arguments. None: it can run
+        every call.
+      run: the function. It takes the arguments of the operation, and `target=` if `wants_target`.
+      automatic: whether it may be chosen without being named.
+      wants_target: whether `run` takes the target.
     """
 
     name: str
@@ -114,13 +114,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs, and why not what was passed over.
+    """The implementation that runs, and why no faster one does.
 
     Attributes:
       op: name of the operation.
       implementation: name of the chosen candidate.
-      target: what it was chosen for.
-      passed_over: (name, reason) of each candidate that comes before it.
+      target: the device that it was chosen for.
+      passed_over: (name, reason) of each faster candidate.
     """
 
     op: str
@@ -147,11 +147,11 @@ class Op:
         target: Target | None = None,
         **kwargs: Any,
     ) -> Choice:
-        """What `run` would run for these arguments; arrays or `jax.ShapeDtypeStruct`s.
+        """The implementation that `run` would use. Arrays may be `jax.ShapeDtypeStruct`s.
 
         Raises:
-          KernelError: the named implementation, or without a name every one, cannot run; holds
-            each reason.
+          KernelError: the named implementation cannot run, or without a name none can. The message
+            has every reason.
         """
         return self._choose(args, kwargs, implementation, target)[1]
 
@@ -165,9 +165,9 @@ class Op:
         """Runs the operation.
 
         Args:
-          *args, **kwargs: the operation's own.
-          implementation: None: the first that can; else its name.
-          target: default `current_target()`.
+          *args, **kwargs: the arguments of the operation.
+          implementation: which one, by name; None: the first that can run.
+          target: the device; None: `current_target()`.
 
         Raises:
           KernelError: as in `choose`.
@@ -209,7 +209,7 @@ class Op:
 
 
 def not_a_hopper(target: Target) -> str | None:
-    """Why a kernel made of TMA and wgmma cannot run on a target; None if it can."""
+    """Why a kernel that uses TMA and wgmma cannot run on a target; None if it can."""
     if target.interpret:
         return None
     if target.platform != "gpu":

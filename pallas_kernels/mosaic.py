@@ -1,6 +1,6 @@
-"""What every Mosaic GPU kernel here needs to say to Pallas, said once.
+"""What all Mosaic GPU kernels here share of their calls to Pallas.
 
-Import it only where a kernel is built: Pallas's GPU part takes a quarter of a second to load.
+Import it only where a kernel is built: the GPU part of Pallas takes a quarter of a second to load.
 """
 
 import math
@@ -13,15 +13,15 @@ from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels.dispatch import Target
 
 ALIGNMENT = 128
-"""Bytes: where in shared memory a TMA copy may begin."""
+"""Alignment, in bytes, of a TMA copy's destination in shared memory."""
 
 
 def swizzled(swizzle: int, itemsize: int) -> tuple[Any, ...]:
     """Transforms of a shared-memory matrix that wgmma reads and TMA writes.
 
     Args:
-      swizzle: bytes, 32, 64 or 128; the minor axis is a multiple of it.
-      itemsize: bytes of an element.
+      swizzle: 32, 64 or 128 bytes; the minor axis must be a multiple of it.
+      itemsize: bytes per element.
     """
     return (
         plgpu.TilingTransform((8, swizzle // itemsize)),  # pyright: ignore[reportAbstractUsage]
@@ -35,11 +35,11 @@ def interpret(target: Target) -> Any:
 
 
 def bring(source: Any, target: Any, arrived: Any) -> None:
-    """Starts a TMA copy from global to shared memory; `arrived` is told when it is there.
+    """Starts a TMA copy from global to shared memory; its completion arrives at a barrier.
 
-    The device stops at a copy that begins off a multiple of `ALIGNMENT`; neither the simulator nor
-    the compiler reports it. Copies that share a buffer lie one behind another, so each must fill
-    whole units.
+    A copy that does not begin at a multiple of `ALIGNMENT` stops the device, and neither the
+    simulator nor the compiler reports it. Copies that share a buffer follow one another, so each
+    must fill whole units of that size.
 
     Raises:
       KernelError: the copy does not fill whole units.
@@ -54,9 +54,10 @@ def bring(source: Any, target: Any, arrived: Any) -> None:
 
 
 def store_part(ref: Any, value: Any) -> None:
-    """Writes to global memory what does not fill its cache lines.
+    """Writes to global memory without filling whole cache lines.
 
-    JAX 0.12 refuses that unless it is told so; 0.11 has no way to say it, and asks for none.
+    JAX 0.12 refuses such a write unless it is allowed explicitly; 0.11 has no option for it and
+    needs none.
     """
     store = getattr(plgpu, "store", None)
     if store is None:

@@ -1,4 +1,4 @@
-"""Reads what the Mosaic GPU compiler leaves of a kernel: registers, spills, shared memory, PTX."""
+"""Reads what the Mosaic GPU compiler dumps: registers, spills, shared memory, PTX."""
 
 import dataclasses
 import re
@@ -13,15 +13,16 @@ class KernelReport:
     """One compiled kernel.
 
     Attributes:
-      name: of the kernel.
-      registers: of a thread.
-      spill_bytes: stored and loaded for want of registers.
-      stack_bytes: local memory of a thread.
-      shared_memory: bytes a block.
-      threads: of a block.
+      name: name of the kernel.
+      registers: per thread.
+      spill_bytes: bytes stored and loaded because registers ran out.
+      stack_bytes: local memory per thread, in bytes.
+      shared_memory: bytes per block.
+      threads: per block.
       grid: number of blocks.
-      wgmma, tma: such instructions in the PTX.
-      fences: between what threads write to shared memory and what wgmma and TMA see of it.
+      wgmma, tma: how many of these instructions the PTX has.
+      fences: how many fences it has that make what threads write to shared memory visible to wgmma
+        and TMA.
     """
 
     name: str
@@ -36,8 +37,8 @@ class KernelReport:
     fences: int
 
     def blocks_a_core(self, device: Device) -> int:
-        """Occupancy: how many blocks a multiprocessor holds at a time."""
-        # A warp gets registers in units of 256; the system keeps 1 KB of a block's shared memory.
+        """Occupancy: how many blocks a multiprocessor holds at once."""
+        # Warps get registers in units of 256; the system takes 1 KB of shared memory per block.
         warp = -(-self.registers * 32 // 256) * 256
         return min(
             device.registers // (warp * (self.threads // 32)),
@@ -47,7 +48,7 @@ class KernelReport:
         )
 
     def faults(self, claims: frozenset[str]) -> list[str]:
-        """What is wrong with it."""
+        """What is wrong with the kernel; empty if nothing is."""
         found = []
         if self.spill_bytes:
             found.append(f"{self.name} spills {self.spill_bytes} bytes of registers")
@@ -60,7 +61,7 @@ class KernelReport:
 
 
 def read_reports(folder: Path) -> list[KernelReport]:
-    """The kernels dumped into a folder (`MOSAIC_GPU_DUMP_TO`)."""
+    """The kernels that were dumped into a folder (`MOSAIC_GPU_DUMP_TO`)."""
     return [_read(path) for path in sorted(folder.glob("*.ptxas"))]
 
 

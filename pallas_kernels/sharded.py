@@ -1,4 +1,4 @@
-"""What a loop inside shard_map needs: a carry that varies over the mesh axes of its inputs."""
+"""Loops inside shard_map need a carry that varies over the mesh axes of their inputs."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ from jax import lax
 
 
 def vary_like(start: Any, *inputs: Any) -> Any:
-    """A pytree of arrays, typed as varying over every mesh axis that one of the inputs varies over.
+    """Types a pytree of arrays as varying over every mesh axis that some input varies over.
 
-    shard_map types values by the axes they differ along, and a loop's carry must keep its type. A
-    constant to start from differs along none. Outside shard_map nothing changes.
+    shard_map types a value by the mesh axes along which it differs, and the carry of a loop must
+    keep its type. A constant that a loop starts from differs along none of them. Outside shard_map
+    this changes nothing.
     """
     axes: set[Any] = set()
     for leaf in jax.tree.leaves(inputs):

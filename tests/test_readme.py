@@ -112,6 +112,12 @@ def pages() -> list[str]:
     return [str(p.relative_to(docs)) for p in found if p.name not in OWN_TESTS]
 
 
+def with_the_long_one_slow() -> list:
+    """`pages`; that on planning runs five plans."""
+    slow = pytest.mark.slow
+    return [pytest.param(p, marks=slow if p == "planning.md" else []) for p in pages()]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, llama3) -> Iterator[Path]:
     """A working directory with the tour's document, and models where the pages say that they are.
@@ -152,7 +158,7 @@ SMALLER = {
 """Hardware and paths that pages name, and what stands for them here."""
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", with_the_long_one_slow())
 def test_the_code_of_a_page_runs_on_a_tiny_model(page, small):
     """But for blocks that begin with "# Needs", which say what is not here: those compile."""
     names: dict = {}
@@ -165,6 +171,12 @@ def test_the_code_of_a_page_runs_on_a_tiny_model(page, small):
             exec(program, names)
     if isinstance(db := names.get("db"), aj.DB):
         db.close()
+
+
+def test_the_code_of_every_page_compiles():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for block in python_blocks(page.read_text("utf-8")):
+            compile(block, page.name, "exec")
 
 
 def test_what_stands_for_hardware_is_still_printed_somewhere():

@@ -1,4 +1,4 @@
-"""What attention read, query token by query token."""
+"""How many keys attention read, for each query token."""
 
 import dataclasses
 
@@ -10,17 +10,18 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What attention read, for each new token and query head.
+    """How many keys attention read, for each new token and query head.
 
     Attributes:
-      attended: int32 [B, T, H], keys that the output is a mean of.
-      scored: int32 [B, T, H], keys (by page: of pages) that an index scored, and the window's.
-      read: int32 [B, T, H], keys outside the window whose K was read, once for a block of tokens
-        and the heads of a kv head: the sum over T and over the kv heads is what was read.
-      mass: float32 [B, T, H], estimated share of the attention mass attended to; NaN where it was
-        not estimated.
-      widened: int32 [B, T, H], 1 where an approximate search had no room for what it met, and the
-        scan of all keys answered instead.
+      attended: int32 [B, T, H], keys whose values the output averages.
+      scored: int32 [B, T, H], keys that the index scored (by page: keys of the pages it scored),
+        plus those of the window.
+      read: int32 [B, T, H], keys outside the window whose K was read. A block of tokens and the
+        heads of one kv head share a read, so what was read is the sum over T and over kv heads.
+      mass: float32 [B, T, H], estimated share of the attention mass that these keys hold; NaN
+        where nothing was estimated.
+      widened: int32 [B, T, H], 1 where an approximate search found more than it had room for, so
+        that a scan of all keys answered instead.
     """
 
     attended: Int[Array, "B T H"]
@@ -39,6 +40,6 @@ class Counts:
         mass: Array | float = jnp.nan,
         widened: Array | int = 0,
     ) -> "Counts":
-        """The counts, each broadcast to the shape of the rows."""
+        """Counts of this shape, [B, T, H]; each argument is broadcast to it."""
         each = (attended, scored, read, mass, widened)
         return cls(*(jnp.broadcast_to(x, shape) for x in each))

@@ -1,4 +1,4 @@
-"""The keys that a user's function keeps (`Custom`)."""
+"""Selection by a function of the user (`Custom`)."""
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,19 @@ from alaya_jax.query.functions import function_name, optional_arguments
 def select_custom(
     query: Custom, rows: Rows, scores: Float[Array, "K G T S"]
 ) -> Bool[Array, "K G T S"]:
-    """The mask of the query's function, as a mask of this device's heads.
+    """The keys that the query's function keeps, for the heads of this device.
 
     Args:
       query: holds the function.
-      rows: which ask it.
-      scores: exact raw scores, -inf out of range.
+      rows: the query rows to select for.
+      scores: exact raw scores, -inf for keys out of range.
+
+    Returns:
+      the function's mask, without keys that are out of range.
 
     Raises:
-      RequestError: the pages are split over devices, or the function gives no mask.
+      RequestError: pages are spread over devices, or the function did not return a bool mask of
+        the scores' shape.
     """
     name, axes = query.name or function_name(query.select), rows.held.axes
     if axes.pages is not None:
@@ -35,7 +39,7 @@ def select_custom(
     given = {"window_best": rows.best, "window_lse": rows.window.lse}
     asked = {name: given[name] for name in optional_arguments(query.select)}
     heads = scores.shape[0]
-    if axes.heads is not None:  # it may look from one head at another
+    if axes.heads is not None:  # the function sees all heads at once
         scores, asked = jax.tree.map(
             lambda x: lax.all_gather(x, axes.heads, axis=0, tiled=True), (scores, asked)
         )

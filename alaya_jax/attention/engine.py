@@ -2,14 +2,14 @@
 
 Full          every key
 Window        first and last keys
-DIPR, TopK    window keys, and the retrieved ones: scored through the index, selected, attended;
-              the two partial attentions are merged
-Tiles         blocks of keys for blocks of queries, of a prefill
+DIPR, TopK    the window, and the keys retrieved outside it: score through the index, select,
+              attend, then merge the two partial attentions
+Tiles         blocks of keys for each block of queries, in a prefill
 
-On a mesh each device works on the sequences (data), the heads (tensor) and the pages (context) that
-it holds. What crosses the context axis does not grow with the context: the best score, the partial
-attentions' log-sum-exp and sum, for `TopK` each device's k best scores, for `DIPR(recovery)` the
-mass above some thresholds.
+On a mesh each device works on the sequences (data), heads (tensor) and pages (context) that it
+holds. What crosses the context axis does not grow with the context: the best score, log-sum-exp and
+sum of the partial attentions, each device's k best scores for `TopK`, and the mass above a few
+thresholds for `DIPR(recovery)`.
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, across
 
 QUERY_BLOCK = 128
-"""Query tokens worked on at once: bounds the scores held, [H, QUERY_BLOCK, tile or context]."""
+"""Query tokens per step. It bounds the scores in memory, [H, QUERY_BLOCK, tile or context]."""
 
 SCORES = 2**26
-"""Scores held at once, at most, where a query needs those of all keys: fewer query tokens then."""
+"""At most so many scores in memory: a query that scores all keys takes fewer tokens per step."""
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rules"))  # traced once, not once a layer
@@ -64,18 +64,23 @@ def attend(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B T H D"], Counts]:
-    """Attention of the last `count[b]` tokens of each sequence over its keys, causal.
+    """Causal attention of the last `count[b]` tokens of each sequence over its keys.
 
     Args:
-      plan: which keys to attend to, and how they are found.
-      q: rotated, unscaled queries of T tokens; those past `count` give zeros.
-      memory: the layer's pages, the new tokens already written; its table has the lengths *before*
-        the new tokens. A graph says itself which keys it covers.
-      count: new tokens of each sequence, at most T.
-      mesh, rules: where all that lies.
+      plan: which keys to attend to, and how to find them.
+      q: queries of T tokens, rotated and unscaled; the output of tokens past `count` is zero.
+      memory: pages of the layer, with the new tokens already written. The lengths in its table do
+        *not* include them. `covered` is not used with a graph, which knows what it covers.
+      count: int32 [B], new tokens of each sequence, at most T.
+      mesh, rules: how the arrays are laid out; None: on one device.
 
     Returns:
-      the attention output, in q's dtype, and what was read.
+      the attention output in q's dtype, and how many keys were read.
+
+    Raises:
+      RequestError: the plan asks a graph and none was given, pages are spread over the mesh
+        without `PageTable.start`, or the pages do not suit the query.
+      KernelError: the plan names an implementation that cannot run it.
     """
     batch = LayerQueries(q, memory, count)
     if mesh is None:
@@ -95,7 +100,11 @@ def append(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> cache.PagedKV:
-    """`cache.append`, each device writing to the pages that it holds."""
+    """`cache.append` on a mesh: each device writes to the pages that it holds.
+
+    Raises:
+      RequestError: pages are spread over the mesh without `PageTable.start`.
+    """
     rules = rules or ShardingRules()
     if rules.axis("pages", mesh) is None or mesh is None:
         return cache.append(kv, layer, k, v, table, count)
@@ -112,7 +121,7 @@ def append(
 
 
 def _page_axis(mesh: Mesh, rules: ShardingRules, table: PageTable) -> str | None:
-    """The mesh axis of pages; the table must fit it."""
+    """The mesh axis that pages are spread over, checked against the table."""
     axis = rules.axis("pages", mesh)
     if axis is not None and mesh.shape[axis] > 1 and table.start is None:
         raise RequestError(
@@ -131,13 +140,14 @@ def _table_spec(table: PageTable, batch: str | None, pages: str | None) -> Any:
 
 def _on_mesh(plan: Plan, batch: LayerQueries, mesh: Mesh, rules: ShardingRules) -> Any:
     memory = batch.memory
-    # A plan checks itself when it is made, also of what shard_map puts in its numbers' place.
+    # Only the plan's numbers go through shard_map: a plan that is rebuilt from the specs or tracers
+    # that shard_map puts in their place would refuse them.
     numbers, structure = jax.tree.flatten(plan)
     spec: Any = PartitionSpec
     heads, pages = rules.axis("kv_heads", mesh), _page_axis(mesh, rules, memory.table)
     data = rules.axis("batch", mesh)
     if data is not None and (len(batch.q) % mesh.shape[data] or isinstance(memory.index, tuple)):
-        data = None  # each device of that axis does the same
+        data = None  # every device of that axis does all sequences
     by_head, pool = spec(data, None, heads), spec(heads, pages)
     places = LayerQueries(
         by_head,
@@ -169,7 +179,7 @@ def _on_mesh(plan: Plan, batch: LayerQueries, mesh: Mesh, rules: ShardingRules) 
 
 def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str | None) -> Any:
     spec = PartitionSpec
-    if isinstance(index, tuple):  # a graph is of one kv head, and not of pages
+    if isinstance(index, tuple):  # per kv head, and not laid out by pages
         return jax.tree.map(lambda x: spec(heads) if x.ndim else spec(), index)
     return jax.tree.map(lambda x: spec(heads, pages), index)
 
@@ -213,13 +223,13 @@ def _by_xla(plan: Plan, asked: LayerQueries) -> tuple[Float[Array, "B T H D"], C
         return over_query_blocks(lambda q, p: _attend_rows(plan, q, p, held), row, position, block)
 
     each = (rows, positions, table.pages, table.start, asked.covered)
-    if isinstance(index, tuple):  # graphs, each of its own size
+    if isinstance(index, tuple):  # graphs differ in size, so no loop can stack them
         done = [one(_sequence(each, b), graph) for b, graph in enumerate(index)]
         out, counts = jax.tree.map(lambda *x: jnp.stack(x), *done)
     elif batch == 1:
         out, counts = jax.tree.map(lambda x: x[None], one(_sequence(each, 0)))
     else:
-        # One sequence after another: each costs its own length, whatever the others' lengths are.
+        # One sequence at a time, so that each costs its own length and not that of the longest.
         out, counts = lax.map(one, each)
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, t, heads, dim)
     counts = jax.tree.map(lambda x: jnp.transpose(x, (0, 3, 1, 2)).reshape(batch, t, heads), counts)
@@ -233,7 +243,7 @@ def _sequence(arrays: Any, b: int) -> Any:
 def _attend_tiles(
     rule: Tiles, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
-    """One sequence, by blocks of queries and of keys."""
+    """Attention of one sequence over listed blocks of keys, for `Tiles`."""
     t, pages, axis = q.shape[2], held.pages, held.axes.pages
     tiles = select_tiles(q, pages, positions, rule)
     partial, attended, _ = attend_list(q, pages, positions, tiles, rule.beta)
@@ -243,7 +253,7 @@ def _attend_tiles(
     scored, read = (jnp.broadcast_to(x, attended.shape) for x in (listed, listed * first))
     attended, scored, read = (across(lax.psum, x, axis) for x in (attended, scored, read))
     mass = tiles.mass[:, :, block] if rule.recovery is not None else jnp.full(q.shape[:-1], jnp.nan)
-    # Each device's share is of its own mass: the least of them is a bound for the whole.
+    # Each device estimates a share of its own mass; the lowest bounds the share of the whole.
     mass = across(lax.pmin, mass, axis)
     none = jnp.zeros_like(attended)
     return merge_across(partial, axis).out, Counts(attended, scored, read, mass, none)
@@ -252,7 +262,7 @@ def _attend_tiles(
 def _attend_rows(
     plan: Plan, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
-    """One sequence. A query at position p sees the keys 0..p; p = -1 sees none."""
+    """Attention of one sequence. A query at position p sees keys 0..p; at p = -1 it sees none."""
     zero, end = jnp.zeros_like(positions), positions + 1
     query, pages, index, axis = plan.query, held.pages, held.index, held.axes.pages
     counts = functools.partial(Counts.of, q.shape[:-1])
@@ -283,7 +293,7 @@ def _attend_rows(
         unread = merge_across(found.tail(rows), axis)
         mass = share_read(merge(*parts).lse, unread.lse + BOUND) if mass is None else mass
         parts.append(unread)
-    # What was read is read for the block: it is put down to its first token.
+    # A block of tokens shares one read of its keys: count it for the first token.
     read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass

@@ -1,10 +1,10 @@
-"""Derivatives of attention: what `Full` and `Window` differentiate by, and the others' refusal.
+"""Derivatives of attention: a rule for `Full` and `Window`, a refusal for all other queries.
 
-The forward loops run as many tiles as there are keys, which reverse mode cannot take back. Where a
-derivative is asked for, and only there, it is computed by a loop over all tiles of the page table,
-from the output and the log-sum-exp that the forward loop found: weights are computed again tile by
-tile and never kept (FlashAttention's backward pass, arXiv 2205.14135). The rule is one of forward
-mode, so that `jax.jvp`, `jax.grad` and derivatives of derivatives all go by it.
+The forward loops visit as many tiles as there are keys, a number that reverse mode would need to
+know when tracing. So the derivative, and only the derivative, loops over all tiles of the page
+table. It starts from the output and log-sum-exp of the forward pass and recomputes the weights
+tile by tile, without storing them (FlashAttention's backward pass, arXiv 2205.14135). The rule is a
+forward-mode one (`custom_jvp`), so `jax.jvp`, `jax.grad` and higher derivatives all use it.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _Answer = tuple[Partial, Float[Array, "K G T"]]
 
 
 def differentiable(forward: Callable[[Array, Pages, KeyRange], _Answer]) -> Any:
-    """`forward(q, pages, keys)`, attention to a range of keys, with a derivative.
+    """Adds the derivative rule to `forward(q, pages, keys)`, attention over a range of keys.
 
-    The output and the log-sum-exp have one, in the queries and in the pool's keys and values. The
-    best score, which only decides what is read, has none.
+    Output and log-sum-exp are differentiable in the queries and in the pool's keys and values. The
+    best score, which only decides what is read, is not.
     """
 
     def plain(arrays: Any, table: Any, keys: Any, tile: int | None) -> _Answer:
@@ -73,7 +73,7 @@ def _tangent(
     dk: Float[Array, "K P Z D"] | None,
     dv: Float[Array, "K P Z D"] | None,
 ) -> Partial:
-    """How attention moves with queries, keys and values; None: they do not move. In float32."""
+    """The attention's tangent in float32, from those of queries, keys and values (None: zero)."""
     scale = q.shape[-1] ** -0.5
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     lse = jnp.where(jnp.isneginf(found.lse), 0.0, found.lse)
@@ -82,7 +82,7 @@ def _tangent(
 
     def some(at: Array, tile: dict[str, Array]) -> tuple[Array, Array]:
         seen = keys.mask(at)
-        # What no row sees may hold anything: 0 * NaN must not reach a sum.
+        # Slots that no row sees may hold anything, and 0 * NaN must not reach a sum.
         x = {
             name: jnp.where(seen.any(0)[:, None], pool.astype(jnp.float32), 0)
             for name, pool in tile.items()
@@ -104,7 +104,7 @@ def _tangent(
         del at, tile
         return jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32)
 
-    @jax.checkpoint  # keeps what it is called with, and computes the weights again
+    @jax.checkpoint  # stores only its inputs and recomputes the weights
     def visit(at: Array, tile: dict[str, Array]) -> tuple[Array, Array]:
         return lax.cond(keys.mask(at).any(), some, none, at, tile)
 
@@ -118,7 +118,7 @@ def _tangent(
 
 
 def _tiles(pages: Pages, pool: Float[Array, "K P Z D"]) -> Float[Array, "N K S D"]:
-    """All tiles of a table, read at once: the derivative of one gather is one scatter."""
+    """All tiles of a table in one gather, whose derivative is one scatter."""
     count, n = pages.num_tiles, pages.tile_pages
     ids = jnp.pad(pages.ids, (0, count * n - pages.ids.shape[0]), mode="edge")
     read = jnp.take(pool, ids, axis=1, mode="clip")
@@ -127,7 +127,7 @@ def _tiles(pages: Pages, pool: Float[Array, "K P Z D"]) -> Float[Array, "N K S D
 
 
 def _positions(pages: Pages) -> Int[Array, "N S"]:
-    """Of the tokens of these tiles; past every range where there is none."""
+    """Positions of the tokens in these tiles; beyond every range where a slot holds none."""
     count, n = pages.num_tiles, pages.tile_pages
     start = pages.starts()
     start = jnp.pad(start, (0, count * n - start.shape[0]), constant_values=UNUSED)
@@ -136,7 +136,7 @@ def _positions(pages: Pages) -> Int[Array, "N S"]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def computed_by(forward: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
-    """`forward(*args)`; where it is differentiated, `otherwise(*args)`, which computes the same."""
+    """`forward(*args)`, with the derivative of `otherwise(*args)`, which computes the same."""
     del otherwise
     return forward(*args)
 
@@ -151,7 +151,7 @@ def _computed_by_rule(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def not_reversed(x: Array, what: str) -> Array:
-    """x; reverse mode through it is refused, with what it is (a plan) in the words."""
+    """Returns x, and refuses reverse mode through it with an error that names `what` (a query)."""
     del what
     return x
 

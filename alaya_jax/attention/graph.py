@@ -1,7 +1,7 @@
-"""Attention over the keys that a search of a graph found (AlayaDB, sections 6.1.3 and 7.2).
+"""Attention over the keys that a graph search found (AlayaDB, sections 6.1.3 and 7.2).
 
-Scores are exact: of what was found only V is read. A search that had no room for all it met is
-answered by the flat scan of all keys instead, and counted.
+The search computes exact scores, so only the values of what it found are read here. Where a search
+found more than it had room for, a flat scan of all keys answers instead; such queries are counted.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from alaya_jax.query import DIPR, TopK
 from alaya_jax.query.plan import Plan
 
 _HELD = 2**16
-"""Values read at once, over all rows, at most; of each row at least 16."""
+"""At most so many values are read at once over all rows, but at least 16 for each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """What a search came to, and what it cost; of each query row.
+    """The result of a search and its cost, for each query row.
 
     Attributes:
       partial: attention over the keys found.
-      attended: how many those are.
-      scored: keys scored, by the walk and, where it overflowed, by the flat scan.
-      read: keys whose K was read for all heads of the group.
-      widened: 1 where the walk overflowed and the flat scan answers.
+      attended: how many there are.
+      scored: keys scored, by the walk and, where that overflowed, by the flat scan.
+      read: keys whose K was read; the heads of a group share them.
+      widened: 1 where the walk overflowed and the flat scan answered.
     """
 
     partial: Partial
@@ -44,16 +44,17 @@ class Searched:
 
 
 def attend_graph(plan: Plan, rows: Rows) -> Searched:
-    """Attention over the keys in range that the plan's query keeps, as far as the graph finds them.
+    """Attention over those keys, among the ones that the query wants, that the graph finds.
 
     Args:
-      plan: a DIPR by beta, or a TopK; its index is a `Graph`.
-      rows: the sequence's pages are all on this device; its graph knows all of `keys`.
+      plan: a DIPR with a beta, or a TopK; its index is a `Graph`.
+      rows: all pages of the sequence must be on this device, and the graph must know all of
+        `rows.keys`.
     """
     q, pages, keys = rows.q, rows.pages, rows.keys
     found = find(plan, rows)
-    read = found.visited  # by one walk for the heads of a group
-    if isinstance(plan.query, TopK):  # or by one for each
+    read = found.visited  # DIPR: one walk for all heads of a group
+    if isinstance(plan.query, TopK):  # one walk for each head
         read = jnp.broadcast_to(jnp.sum(read, axis=1, keepdims=True), q.shape[:-1])
     partial, attended = attend_found(q, pages, found)
     over = found.overflow
@@ -61,7 +62,7 @@ def attend_graph(plan: Plan, rows: Rows) -> Searched:
     def by_flat() -> tuple[Partial, Array, Array]:
         flat = retrieve(plan, dataclasses.replace(rows, held=Held(pages)))
         wide, count, keys_read = attend_kept(q, flat.kept, flat.floor)
-        first = jnp.arange(q.shape[2]) == 0  # read once for the block
+        first = jnp.arange(q.shape[2]) == 0  # one read for the block
         by_row = jnp.where(first, keys_read[:, None, None], 0)
         return wide, count, jnp.broadcast_to(by_row, read.shape)
 
@@ -83,13 +84,13 @@ def attend_graph(plan: Plan, rows: Rows) -> Searched:
 
 
 def find(plan: Plan, rows: Rows) -> Found:
-    """What the graph finds of the keys that a plan wants; arguments as in `attend_graph`."""
+    """The keys that the graph finds for a plan; arguments as in `attend_graph`."""
     query, index, graph = plan.query, plan.index, rows.held.index
     assert isinstance(graph, GraphLayer)
     assert isinstance(query, DIPR | TopK)
     assert isinstance(index, Graph)
     q, pages, limit = rows.q, rows.pages, rows.before(query.before).keys.high
-    # Behind the sink, where `keys` begins (but for a query within the sink).
+    # From the end of the sink on: that is where `keys` begins, except for a query inside the sink.
     low = jnp.asarray(query.window.sink, jnp.int32)
     if isinstance(query, TopK):
         ef = max(2 * query.k, index.l0)
@@ -102,8 +103,9 @@ def find(plan: Plan, rows: Rows) -> Found:
 def attend_found(
     q: Float[Array, "K G T D"], pages: Pages, found: Found
 ) -> tuple[Partial, Int[Array, "K G T"]]:
-    """Softmax attention over what a search found: the values are read in blocks, as many as the
-    longest list fills.
+    """Softmax attention over the keys that a search found.
+
+    Values are read block by block, as many blocks as the longest list fills.
 
     Returns:
       the partial attention, and how many keys each row attends to.
@@ -122,7 +124,7 @@ def attend_found(
             lax.dynamic_slice_in_dim(x, i * width, width, axis=-1) for x in (positions, scores)
         )
         v = pages.gather(pages.v, at.reshape(heads, -1)).reshape(*at.shape, -1)
-        # An unused slot names any key, whose page may hold anything.
+        # Unused slots name an arbitrary key, whose page may hold anything.
         v = jnp.where((here > -jnp.inf)[..., None], v, 0)
 
         def weigh(p: Array) -> Array:

@@ -1,7 +1,7 @@
-"""Attention over the few keys that a selection kept, at a cost that follows how many there are.
+"""Attention over the few keys that a selection kept, at a cost proportional to their number.
 
-Kept keys are counted off by prefix sums over pages and read in blocks, each once for all queries of
-its kv head. The loops run as many blocks as are filled: no buffer could overflow.
+Prefix sums over pages give each kept key a rank. Keys are read in blocks by rank, each key once for
+all queries of its kv head. The loops run for as many blocks as are filled, so no buffer overflows.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from alaya_jax.attention.softmax import Partial, Running, finish, fold, lse_of, 
 from alaya_jax.cache.views import KeyRange, Pages
 
 BLOCK = 256
-"""Keys read at once, of each kv head."""
+"""Keys of each kv head that are read at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Which keys, or whole pages, each query row wants.
+    """Which keys, or which whole pages, each query row keeps.
 
     Attributes:
-      pages: of the sequence.
-      keys: positions that a row may see; of a page that is kept, only those count.
+      pages: those of the sequence.
+      keys: positions that a row may see; keys of a kept page outside them do not count.
       mask: bool [K, G, T, S] by key, or [K, G, T, N] by page.
-      by_page: which of the two.
+      by_page: whether the mask is by page.
     """
 
     pages: Pages
@@ -37,7 +37,7 @@ class Kept:
     by_page: bool = False
 
     def blocks(self) -> tuple["Walk", Int[Array, " K"]]:
-        """Blocks of the keys that any row of a kv head wants, and how many keys that are."""
+        """Blocks of the keys that any row of a kv head keeps, and the number of these keys."""
         wanted = jnp.any(self.mask, axis=(1, 2))
         size = self.pages.size
         if self.by_page:
@@ -48,7 +48,7 @@ class Kept:
         return Walk(slots, ends), ends[:, -1]
 
     def rows(self, column: Int[Array, "K C"], valid: Bool[Array, "K C"]) -> Bool[Array, "K G T C"]:
-        """Which rows want the keys in these columns."""
+        """Which rows keep the keys in these columns."""
         at = column // self.pages.size if self.by_page else column
         at = jnp.minimum(at, self.mask.shape[-1] - 1)
         chosen = jax.vmap(lambda mask, i: mask[..., i])(self.mask, at)
@@ -60,18 +60,18 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The wanted keys of each kv head, by rank.
+    """The kept keys of each kv head, by rank.
 
     Attributes:
-      slots: bool [K, N, Z], wanted.
-      ends: int32 [K, N], wanted keys up to and with each page.
+      slots: bool [K, N, Z], whether the key is kept.
+      ends: int32 [K, N], kept keys up to the end of each page.
     """
 
     slots: Bool[Array, "K N Z"]
     ends: Int[Array, "K N"]
 
     def block(self, i: Array) -> tuple[Int[Array, "K C"], Bool[Array, "K C"]]:
-        """Columns of the wanted keys from rank i * BLOCK on, and which of them there are."""
+        """Columns of the BLOCK kept keys from rank i * BLOCK on, and which of these exist."""
         rank = i * BLOCK + jnp.arange(BLOCK)
         size = self.slots.shape[-1]
 
@@ -89,7 +89,13 @@ class Walk:
 def _walk(
     q: Float[Array, "K G T D"], kept: Kept, visit: Callable[..., Any], start: Any
 ) -> tuple[Any, Int[Array, " K"]]:
-    """Folds `visit(columns, valid, raw scores (-inf: not wanted) [K, G, T, C], carry)`."""
+    """Folds `visit(columns, valid, scores, carry)` over the blocks of kept keys.
+
+    The scores are raw, [K, G, T, C], and -inf where a row does not keep the key.
+
+    Returns:
+      the last carry, and the number of keys read for each kv head.
+    """
     walk, count = kept.blocks()
     pages = kept.pages
     rows = q.astype(pages.operand_dtype)
@@ -109,7 +115,7 @@ def _walk(
 
 
 def best_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
-    """The largest raw score of a row's kept keys, -inf where there is none."""
+    """The largest raw score among a row's kept keys; -inf for a row without any."""
 
     def visit(column: Array, valid: Array, scores: Array, best: Array) -> Array:
         del column, valid
@@ -119,7 +125,7 @@ def best_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
 
 
 def lse_kept(q: Float[Array, "K G T D"], kept: Kept) -> Float[Array, "K G T"]:
-    """Log of the sum of exp(score / sqrt(D)) over a row's kept keys, -inf where there is none."""
+    """Log of the sum of exp(score / sqrt(D)) over a row's kept keys; -inf for a row without any."""
     scale = q.shape[-1] ** -0.5
 
     def visit(column: Array, valid: Array, scores: Array, running: Running) -> Running:
@@ -135,7 +141,7 @@ def attend_kept(
     """Softmax attention over the kept keys whose raw score is at least `floor`.
 
     Returns:
-      the partial attention; keys attended to by each row; keys read for each kv head.
+      the partial attention, the keys that each row attends to, and the keys read for each kv head.
     """
     scale = q.shape[-1] ** -0.5
     rows = q.shape[:-1]
@@ -144,7 +150,7 @@ def attend_kept(
         running, attended = carry
         if floor is not None:
             scores = jnp.where(scores >= floor[..., None], scores, -jnp.inf)
-        # A block past the last key repeats any key, whose page may hold anything.
+        # The last block is filled up with arbitrary keys, whose pages may hold anything.
         v = jnp.where(valid[..., None], kept.pages.gather(kept.pages.v, column), 0)
 
         def weigh(p: Array) -> Array:
@@ -163,13 +169,16 @@ def attend_kept(
 def scores_listed(
     q: Float[Array, "K G T D"], kept: Kept, room: int
 ) -> tuple[Float[Array, "K G T M"], Int[Array, "K M"]]:
-    """Raw scores of the kept keys and their columns, ascending.
+    """Raw scores and columns of the kept keys, in ascending order of columns.
 
     Args:
-      room: of these keys, any row's, of one kv head; there must not be more. Static.
+      q: query rows.
+      kept: which keys.
+      room: static; no kv head may have more keys than this that any of its rows keeps.
 
     Returns:
-      scores, -inf for keys that the row does not want and where there is none; columns.
+      the scores, -inf for keys that the row does not keep and for entries past the last key; and
+      the columns.
     """
     room = -(-room // BLOCK) * BLOCK
 
@@ -189,7 +198,7 @@ def scores_listed(
 def scores_at(
     q: Float[Array, "K G T D"], pages: Pages, column: Int[Array, "K G T C"]
 ) -> Float[Array, "K G T C"]:
-    """Raw inner products of each row with the keys in its own columns."""
+    """Raw inner products of each row with the keys in the columns given for that row."""
     heads = q.shape[0]
     k = pages.gather(pages.k, column.reshape(heads, -1)).reshape(*column.shape, -1)
     return jnp.einsum("kgtd,kgtcd->kgtc", q.astype(k.dtype), k, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""What attention of one layer takes, of all sequences of a batch."""
+"""The arguments of one layer's attention, for all sequences of a batch."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from alaya_jax.index.memory import LayerMemory
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerQueries:
-    """One layer's queries, and what they may read.
+    """The queries of one layer, and what they may read.
 
     Attributes:
-      q: [B, T, H, D], rotated, unscaled.
-      memory: pages of all sequences, the new tokens already written.
+      q: [B, T, H, D], rotated and unscaled.
+      memory: pages of all sequences, with the new tokens already written.
       count: int32 [B], new tokens of each sequence, at most T.
-      axes: inside `shard_map`, what is split over which devices. Static.
+      axes: inside `shard_map`, the mesh axes that pages and heads are split over; static.
     """
 
     q: Float[Array, "B T H D"]
@@ -29,13 +29,13 @@ class LayerQueries:
 
     @property
     def covered(self) -> Int[Array, " B"]:
-        """Keys of each sequence that the index knows."""
+        """How many keys of each sequence the index knows."""
         length = self.memory.table.length
         return jnp.zeros_like(length) if self.memory.covered is None else self.memory.covered
 
     @property
     def starts(self) -> Int[Array, "B N"]:
-        """Position of the first token of each page."""
+        """Position of each page's first token."""
         table = self.memory.table
         if table.start is not None:
             return table.start

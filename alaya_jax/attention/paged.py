@@ -1,6 +1,6 @@
 """Softmax attention over a range of a sequence's keys, tile by tile, in XLA.
 
-For one sequence, with query rows `[K, G, T]`; how pages are read is in `cache.views`.
+Query rows are [K, G, T], of one sequence; `cache.views` reads the pages.
 """
 
 import jax.numpy as jnp
@@ -19,18 +19,18 @@ def _weigh(p: Array, v: Array) -> Float[Array, "K G T D"]:
 def attend_range(
     q: Float[Array, "K G T D"], pages: Pages, keys: KeyRange
 ) -> tuple[Partial, Float[Array, "K G T"]]:
-    """Softmax attention over the keys in range; differentiable, see `gradient`.
+    """Softmax attention over the keys in range. It is differentiable (see `gradient`).
 
     Returns:
-      the partial attention [K, G, T], and the best raw (unscaled) score, -inf where no key is in
-      range.
+      the partial attention [K, G, T], and the best raw (unscaled) score, -inf for a row that has no
+      key in range.
     """
     scale = q.shape[-1] ** -0.5
 
     def visit(read: Read, tile: Array, running: Running) -> Running:
         seen = keys.mask(pages.positions(tile)) & pages.fresh(tile)
         scores = jnp.where(seen, products(q, read(pages.k, tile)), -jnp.inf)
-        # Pages hold whatever was there before: 0 * NaN must not reach the sum.
+        # Slots out of range may hold anything, and 0 * NaN must not reach the sum.
         v = jnp.where(seen.any(0)[:, None], read(pages.v, tile), 0)
         return fold(running, scores, scale, lambda p: _weigh(p, v))
 

@@ -1,5 +1,7 @@
-"""What a plan keeps of the keys outside the window: scan, select, and the exact scores where the
-index only estimates (AlayaDB, section 6).
+"""Which keys outside the window a plan keeps (AlayaDB, section 6).
+
+Keys are scored through the index and selected; where the index only estimates scores, exact ones
+decide among the candidates.
 """
 
 import dataclasses
@@ -23,10 +25,10 @@ from alaya_jax.query.plan import Plan
 from alaya_jax.sharding import across
 
 _ROUNDING = 2.0**-18
-"""Of a score, what sums in another order may differ by."""
+"""Relative rounding error of a score: what another order of summation may change."""
 
 _ROOM = 2048
-"""Keys that may be among the best, of a kv head, for which there is always room."""
+"""Candidates for the k best keys that each kv head has room for, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Retrieved:
 
     Attributes:
       kept: by key or by page.
-      floor: attend only to kept keys that score at least this; None: to all.
-      unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other keys that
-        might have been kept, of all devices, as expected; None where it was not estimated.
-      weights: of all keys, estimated, for the tail; None without one.
+      floor: attend only to kept keys that score at least this; None: to all of them.
+      unread: float32 [K, G, T], expected log of the sum of exp(score / sqrt(D)) over the keys in
+        range that are not kept, on all devices; None where it was not estimated.
+      weights: estimated weights of all keys, for the tail; None for a plan without one.
     """
 
     kept: Kept
@@ -47,11 +49,11 @@ class Retrieved:
     weights: Weights | None = None
 
     def share_read(self, read: Partial) -> Float[Array, "K G T"] | None:
-        """The share of the attention mass that was read, at least; None where nothing says so."""
+        """A lower bound on the share of the attention mass that was read; None if not estimated."""
         return None if self.unread is None else share_read(read.lse, self.unread)
 
     def tail(self, rows: Rows) -> Partial:
-        """An estimate of the attention over the keys that are not read, by page means of values."""
+        """Estimated attention over the keys that are not read, from the page means of values."""
         index = rows.held.index
         assert isinstance(index, SketchLayer)
         assert self.weights is not None
@@ -59,7 +61,7 @@ class Retrieved:
 
 
 def retrieve(plan: Plan, rows: Rows) -> Retrieved:
-    """Keys in range that the plan's query, a DIPR, TopK or Custom, keeps."""
+    """The keys outside the window that the plan's query (DIPR, TopK or Custom) keeps."""
     query = plan.query
     assert isinstance(query, DIPR | TopK | Custom)
     rows = rows.before(query.before)
@@ -95,13 +97,13 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
             least = jnp.maximum(best, sure - _rounding(sure))
         mask = in_range(upper, least, query.beta)
         if not scan.exact and not plan.tail:
-            # The best of all keys is among those that may be in range: none other can beat it.
+            # The best of all keys may be in range, so it is among those kept: their best is it.
             exact = across(lax.pmax, best_kept(q, Kept(pages, keys, mask)), axis)
             top = jnp.maximum(best, exact)
             floor = top - _rounding(top) - by_row(query.beta, q)
-    if plan.tail:  # what the index does not cover has no mean value
+    if plan.tail:  # keys that the index does not cover have no mean value: read them
         if weights is None:
-            # Once the choice is made, weights may take the estimates' place.
+            # Compute the weights after the selection, so that they can reuse the estimates' memory.
             estimate, mask = lax.optimization_barrier((scan.estimate, mask))
             left = dataclasses.replace(scan, estimate=estimate)
             weights = Weights.of(left, jnp.max(estimate, axis=-1), q.shape[-1])
@@ -113,7 +115,7 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
 
 
 def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:
-    """What `recover` counts its first look with."""
+    """A function from a mask to the exact log-sum-exp of its keys and the window, for `recover`."""
     q = rows.q
 
     def held(mask: Bool[Array, "K G T M"]) -> Float[Array, "K G T"]:
@@ -127,7 +129,7 @@ def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:
 
 
 def _scan(rows: Rows) -> Scan:
-    """Estimates of all scores in range; those that the index does not cover are exact."""
+    """Estimated scores of all keys in range; exact ones of keys that the index does not cover."""
     index = rows.held.index
     if not isinstance(index, SketchLayer):
         assert index is None
@@ -139,7 +141,7 @@ def _scan(rows: Rows) -> Scan:
 
 
 def _by_index(rows: Rows) -> tuple[KeyRange, KeyRange]:
-    """The keys that the index covers, and those behind them."""
+    """The keys in range that the index covers, and those after them."""
     keys, covered = rows.keys, rows.held.covered
     known = KeyRange(keys.low, jnp.minimum(keys.high, covered))
     return known, KeyRange(jnp.maximum(keys.low, covered), keys.high)
@@ -148,36 +150,39 @@ def _by_index(rows: Rows) -> tuple[KeyRange, KeyRange]:
 def pivot(
     q: Float[Array, "K G T D"], pages: Pages, scan: Scan, axis: str | None = None
 ) -> Float[Array, "K G T"]:
-    """The exact raw score of the key of best estimate; -inf where no key is in range, and on those
-    devices along `axis` that do not hold it.
+    """The exact raw score of the key with the best estimate.
 
-    One key read for each query, and a best score that is surely attained. It stands in for
-    `max(estimate - error)`, which is lower, and above the true maximum if any bound fails.
+    It costs one key read for each query and gives a score that some key really has. The
+    alternative, `max(estimate - error)`, is lower, and exceeds the true maximum if any bound fails.
+
+    Returns:
+      the score; -inf where no key is in range, and on the devices along `axis` that do not hold
+      that key.
     """
-    # The first of the largest, its page before its slot. XLA's CPU backend vectorises a maximum and
-    # a minimum, and argmax not; a minimum over all columns would write them out first.
+    # Find the first largest by page, then by slot: XLA's CPU backend vectorises max and min but not
+    # argmax, and a min over all columns would write them to memory first.
     in_pages = scan.estimate.reshape(*q.shape[:-1], -1, pages.size)
     by_page = jnp.max(in_pages, axis=-1)
     best, entry = jnp.max(by_page, axis=-1), jnp.arange(by_page.shape[-1])
     page = jnp.min(jnp.where(by_page == best[..., None], entry, entry[-1]), axis=-1)
     slot = jnp.argmax(jnp.take_along_axis(in_pages, page[..., None, None], axis=-2)[..., 0, :], -1)
     exact = scores_at(q, pages, (page * pages.size + slot)[..., None])[..., 0]
-    # The best of several devices' own would be a tighter bound, but what is read would depend on
-    # the mesh.
+    # Each device's own best key would give a tighter bound, but then the keys that are read would
+    # depend on the mesh.
     here = (best > -jnp.inf) & (best == across(lax.pmax, best, axis))
     return jnp.where(here, exact, -jnp.inf)
 
 
 def _shared(plan: Plan, scores: Float[Array, "K G T M"]) -> Array:
-    """Scores that a choice for the whole group goes by, [K, 1, T, M]; else as they are."""
+    """The scores to choose by: the best of each group, [K, 1, T, M], if it shares a selection."""
     return jnp.max(scores, axis=1, keepdims=True) if plan.share == "group" else scores
 
 
 def _best_exact(plan: Plan, rows: Rows, scan: Scan) -> tuple[Array, Array]:
-    """The k best exact scores among keys that may be so, and their columns.
+    """The k best exact scores and their columns, chosen among the keys that may be among them.
 
-    Those keys are few, and put side by side; where they are more than there is room for, all
-    columns are.
+    These candidates are few and are copied into one dense array; where they exceed its room, all
+    columns are used instead.
     """
     query, q, width = plan.query, rows.q, rows.pages.columns
     assert isinstance(query, TopK)
@@ -197,8 +202,10 @@ def _best_exact(plan: Plan, rows: Rows, scan: Scan) -> tuple[Array, Array]:
 
 
 def _may_be_top(k: int, rows: Rows, scan: Scan) -> Bool[Array, "K G T S"]:
-    """Keys that may be among the k best: those of best estimate, and those no worse, by their error
-    bars, than the least exact score of these.
+    """Keys that may be among the k best.
+
+    These are the k with the best estimates, and every other key whose estimate plus error reaches
+    the lowest exact score among those k.
     """
     q, pages, axis = rows.q, rows.pages, rows.axis
     estimate, column = largest(scan.estimate, min(k, pages.columns))
@@ -214,8 +221,9 @@ def _may_be_top(k: int, rows: Rows, scan: Scan) -> Bool[Array, "K G T S"]:
 
 
 def _rounding(score: Array) -> Array:
-    """What a score may differ by from the same one summed in another order: a key that is scored
-    exactly has no error bar that would cover it.
+    """How much a score may differ from the same score summed in another order.
+
+    A key that is scored exactly has no error bar to cover that.
     """
     return jnp.where(jnp.isfinite(score), _ROUNDING * jnp.abs(score), 0.0)
 
@@ -249,7 +257,7 @@ def _by_page(plan: Plan, rows: Rows) -> Retrieved:
         mask = as_mask(page, chosen, eligible.shape[-1]) & eligible
     else:
         assert query.beta is not None
-        # The best key scores at least what some key surely does.
+        # The best score is at least the largest lower bound of any key.
         sure = across(lax.pmax, attained.max(-1), axis)
         mask = in_range(upper, jnp.maximum(rows.best, sure), query.beta)
     if plan.share == "group":
@@ -258,7 +266,7 @@ def _by_page(plan: Plan, rows: Rows) -> Retrieved:
 
 
 def _by_page_recovered(plan: Plan, rows: Rows, scan: Scan) -> Retrieved:
-    """Pages that hold a share of the mass: each head's own, then those of all that share them."""
+    """Pages that hold the wanted share of the mass, found for each head, then joined by `share`."""
     query, q, pages, dim = plan.query, rows.q, rows.pages, rows.q.shape[-1]
     assert isinstance(query, DIPR)
     assert query.recovery is not None

@@ -1,4 +1,4 @@
-"""Query rows of one sequence, and what they may read: the arguments of a retrieval."""
+"""The arguments of a retrieval: query rows of one sequence, and what they may read."""
 
 import dataclasses
 
@@ -13,11 +13,11 @@ from alaya_jax.index import GraphLayer, LayerIndex
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Mesh axes, inside `shard_map`; None: not split.
+    """The mesh axes that attention is split over, for use inside `shard_map`; None: not split.
 
     Attributes:
-      pages: what a sequence's pages are split over.
-      heads: what the heads are split over.
+      pages: the axis that the pages of a sequence are spread over.
+      heads: the axis that the heads are split over.
     """
 
     pages: str | None = None
@@ -30,9 +30,10 @@ class Held:
 
     Attributes:
       pages: keys and values.
-      index: what the plan's index holds; None: every key is scored.
-      covered: the index knows the keys at positions below this; a graph says that itself.
-      axes: what is split over which devices.
+      index: the index's data for this layer; None: every key is scored.
+      covered: int32 scalar, the index knows the keys at positions below it. Not used with a graph,
+        which knows what it covers.
+      axes: the mesh axes that pages and heads are split over.
     """
 
     pages: Pages
@@ -43,14 +44,14 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Query rows that have their window, and look for more.
+    """Query rows whose attention over the window is known.
 
     Attributes:
-      q: rotated, unscaled.
-      held: where they look.
-      keys: positions outside the window.
-      window: attention over the window, of all devices.
-      best: best raw score there; -inf if it is empty.
+      q: queries, rotated and unscaled.
+      held: the memory to search.
+      keys: the positions outside the window.
+      window: attention over the window, of all devices together.
+      best: the best raw score in the window; -inf if it is empty.
     """
 
     q: Float[Array, "K G T D"]
@@ -70,7 +71,7 @@ class Rows:
         return self.held.axes.pages
 
     def before(self, position: int | jax.Array | None) -> "Rows":
-        """The same rows, looking only at keys before a position; None: at all."""
+        """The same rows, limited to keys at positions below `limit`; None: no limit."""
         if position is None:
             return self
         high = jnp.minimum(self.keys.high, position)

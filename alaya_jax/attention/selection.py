@@ -1,10 +1,10 @@
-"""Which blocks of keys a block of queries attends to: lists that a kernel can follow.
+"""Which blocks of keys each block of queries attends to, as lists that a kernel can follow.
 
-The estimate. A few queries of a block, evenly spread, are scored against all keys, and the mass
-that they give to a block of keys stands for what their neighbours give. It costs samples / q_block
-of the scores of full attention, and no V. On real keys it is nearly as good as the true masses of
-all queries; antidiagonal sums (XAttention, arXiv 2503.16428) and means of queries and keys
-(FlexPrefill, arXiv 2502.20766) keep less mass with more keys (benchmarks/sparse_prefill.py).
+A few evenly spaced queries of each block are scored against all keys, and the mass that they put on
+a block of keys is taken as an estimate for the whole block of queries. This costs samples / q_block
+of the scores of full attention, and reads no V. On real keys it is nearly as good as the true
+masses of all queries; antidiagonal sums (XAttention, arXiv 2503.16428) and means of queries and
+keys (FlexPrefill, arXiv 2502.20766) keep less mass with more keys (benchmarks/sparse_prefill.py).
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from alaya_jax.query import Tiles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileList:
-    """For each kv head and block of queries, the blocks of keys to visit, in order.
+    """The blocks of keys to visit for each kv head and block of queries, in order.
 
     Attributes:
-      blocks: int32 [K, QB, N]; block b is the columns b * kv_block ... (b + 1) * kv_block - 1 (see
-        `Pages`). Each once. What is past `count` is a block too, but not one to visit.
-      count: int32 [K, QB].
-      kept: int32 [K, QB], how many come first that no rule may skip: the window's.
-      mass: float32 [K, G, QB], estimated share of attention mass in the listed blocks; 1 without an
-        estimate.
-      q_block, kv_block: queries and keys a block; static.
+      blocks: int32 [K, QB, N], each block once. Block b covers columns b * kv_block to
+        (b + 1) * kv_block - 1 (see `Pages`). Entries from `count` on are not to be visited.
+      count: int32 [K, QB], blocks to visit.
+      kept: int32 [K, QB], how many of them, at the front, no rule may skip: those of the window.
+      mass: float32 [K, G, QB], estimated share of the attention mass in the listed blocks; 1
+        without an estimate.
+      q_block, kv_block: queries and keys per block; static.
     """
 
     blocks: Int[Array, "K QB N"]
@@ -46,7 +46,7 @@ class TileList:
 def select_tiles(
     q: Float[Array, "K G T D"], pages: Pages, positions: Int[Array, " T"], rule: Tiles
 ) -> TileList:
-    """The blocks that a rule scores; `beta` has no part in it.
+    """The blocks that a rule scores. Its `beta` plays no part here.
 
     Args:
       q, positions: as in `attend_tiles`.
@@ -80,7 +80,7 @@ def select_tiles(
     always = visible & ((start < rule.window.sink) | recent)
 
     def listed(mass: Float[Array, "... QB N"]) -> Int[Array, "... QB N"]:
-        # The window's in order of position, then falling; of equal ones the earlier.
+        # The window's blocks by position, then the others by falling mass, earlier ones first.
         key = jnp.where(always, 2.0, jnp.where(visible, mass, -1.0))
         return jnp.argsort(-key, axis=-1, stable=True).astype(jnp.int32)
 
@@ -102,7 +102,7 @@ def select_tiles(
     recovery = jnp.asarray(rule.recovery, jnp.float32)
     short = jnp.where(valid[..., None], held < recovery, False)
     needed = 1 + jnp.max(jnp.sum(short, axis=-1, dtype=jnp.int32), axis=(1, 3))
-    # A sum of shares may round to 1 before the last of them.
+    # A running sum of shares may round to 1 before its last term.
     needed = jnp.where(recovery >= 1, every, jnp.minimum(needed, every))
     count = jnp.maximum(needed, kept)
     reached = jnp.take_along_axis(held, jnp.maximum(count - 1, 0)[:, None, :, None, None], axis=-1)
@@ -111,7 +111,7 @@ def select_tiles(
 
 
 def whole_blocks(pages: Pages, block: int) -> Pages:
-    """The table with entries added, at no position, until their number is a multiple of `block`."""
+    """The table, padded to a multiple of `block` entries with ones that hold no position."""
     pad = (0, -pages.ids.shape[0] % block)
     return dataclasses.replace(
         pages,
@@ -123,11 +123,11 @@ def whole_blocks(pages: Pages, block: int) -> Pages:
 def _spread(
     real: Bool[Array, "QB T"], samples: int
 ) -> tuple[Int[Array, "QB N"], Bool[Array, "QB N"]]:
-    """Of each block, rows evenly spread among the real ones, the last of them included."""
+    """Evenly spaced rows among the real ones of each block, including the last."""
     rank = jnp.cumsum(real, axis=-1)
     n = rank[:, -1:]
     wanted = (jnp.arange(1, samples + 1) * n + samples - 1) // samples
-    # The row of rank r is the first with that rank.
+    # The row of rank r is the first row that has this rank.
     index = jnp.sum(rank[:, None, :] < wanted[..., None], axis=-1)
     return jnp.minimum(index, real.shape[1] - 1), jnp.broadcast_to(n > 0, index.shape)
 
@@ -135,17 +135,17 @@ def _spread(
 def block_mass(
     q: Float[Array, "K G T D"], pages: Pages, positions: Int[Array, " T"], kv_block: int
 ) -> Float[Array, "K G T N"]:
-    """The share of each query's attention mass in each block of keys, exactly; V is not read.
+    """The exact share of each query's attention mass in each block of keys. V is not read.
 
     Args:
-      q, positions: queries; one at position -1 has no mass.
-      pages: keys.
-      kv_block: keys a block; a multiple of the page size that divides a tile.
+      q, positions: queries and their positions; a query at -1 has no mass.
+      pages: the keys.
+      kv_block: keys per block, a multiple of the page size that divides a tile.
     """
     size = pages.size
     scale = q.shape[-1] ** -0.5
     blocks = -(-pages.columns // kv_block)
-    # Whole tiles, so that none reaches back and each holds whole blocks.
+    # Pad to whole tiles, so that none overlaps the one before and each holds whole blocks.
     step = max(views.TILE_TOKENS // size, 1)
     pages = whole_blocks(pages, step if pages.ids.shape[0] > step else kv_block // size)
     keys = KeyRange(jnp.zeros_like(positions), positions + 1)

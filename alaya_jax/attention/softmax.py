@@ -1,12 +1,12 @@
-"""Softmax over keys that come in parts, one part after another or each for itself.
+"""Softmax attention over keys that come in parts.
 
-One after another (`start`, `fold`, `finish`): the running maximum may rise with each part, and what
-was summed until then fades by that much, as in FlashAttention (arXiv 2205.14135).
+In sequence (`start`, `fold`, `finish`): the online softmax of FlashAttention (arXiv 2205.14135),
+which rescales what it has summed whenever the running maximum rises.
 
-Each for itself (`Partial`, `merge`): `out` is the softmax-weighted mean of the values of one
-disjoint set of keys, `lse` the log of the sum of their exponentiated scores. Any number of parts
-merge to exactly the attention over their union (RetrievalAttention, arXiv 2409.10516, appendix
-B.1). Window and retrieved keys, shards of a mesh, tiers and chunks all merge by this.
+Separately (`Partial`, `merge`): `out` is the softmax-weighted mean of the values of one set of
+keys, and `lse` is the log of the sum of their exponentiated scores. Parts over disjoint sets merge
+to exactly the attention over the union (RetrievalAttention, arXiv 2409.10516, appendix B.1). The
+window and the retrieved keys, shards of a mesh, tiers and chunks are all merged like this.
 
 Scores are raw, `q . k`; the factor 1/sqrt(D) is applied in the exponent.
 """
@@ -24,12 +24,12 @@ _LOW = float(jnp.finfo(jnp.float32).min)  # finite, so that differences stay def
 
 
 class Running(NamedTuple):
-    """The softmax of the keys met so far.
+    """The state of an online softmax.
 
     Attributes:
-      top: float32 [...], the best raw score.
-      total: float32 [...], sum of `exp(scale * (score - top))`.
-      acc: float32 [..., D], the same sum with the values; None if no values are summed.
+      top: float32 [...], the best raw score so far.
+      total: float32 [...], the sum of `exp(scale * (score - top))`.
+      acc: float32 [..., D], the sum of the values with these weights; None if none are summed.
     """
 
     top: Float[Array, "..."]
@@ -38,7 +38,7 @@ class Running(NamedTuple):
 
 
 def start(rows: tuple[int, ...], dim: int | None = None) -> Running:
-    """Before the first key. `dim` is the values' width; None if only scores will come."""
+    """The state before the first key; `dim` is the width of the values, None for scores alone."""
     acc = None if dim is None else jnp.zeros((*rows, dim))
     return Running(jnp.full(rows, _LOW), jnp.zeros(rows), acc)
 
@@ -50,14 +50,14 @@ def fold(
     weigh: Callable[[Array], Float[Array, "... D"]] | None = None,
     best: Float[Array, "..."] | None = None,
 ) -> Running:
-    """Adds some keys.
+    """Adds a part of the keys.
 
     Args:
-      running: of the keys before them.
-      scores: raw; -inf for keys that do not count.
-      scale: of a score.
-      weigh: from the weights of these keys to the sum of their values so weighted.
-      best: the largest of the scores, where it is known already.
+      running: the state so far.
+      scores: raw scores of the new keys, [..., S]; -inf for keys that do not count.
+      scale: factor of the scores, 1/sqrt(D).
+      weigh: takes the weights of these keys and returns the weighted sum of their values.
+      best: the largest of the scores, if it is already known.
     """
     best = jnp.max(scores, axis=-1) if best is None else best
     top = jnp.maximum(running.top, best)
@@ -70,12 +70,12 @@ def fold(
 
 
 def best_of(running: Running) -> Float[Array, "..."]:
-    """The best raw score; -inf where no key was met."""
+    """The best raw score so far; -inf without any key."""
     return jnp.where(running.total > 0, running.top, -jnp.inf)
 
 
 def lse_of(running: Running, scale: float) -> Float[Array, "..."]:
-    """Log of the sum of exponentiated scores; -inf where no key was met."""
+    """Log of the sum of exponentiated, scaled scores; -inf without any key."""
     return _log(scale * running.top, running.total)
 
 
@@ -94,7 +94,7 @@ class Partial:
 
 
 def finish(running: Running, scale: float) -> Partial:
-    """Attention over the keys met."""
+    """The attention over all keys that were added."""
     assert running.acc is not None
     return Partial(running.acc / _safe(running.total)[..., None], lse_of(running, scale))
 
@@ -110,10 +110,10 @@ def merge(*parts: Partial) -> Partial:
 
 
 def merge_across(part: Partial, axis: str | None) -> Partial:
-    """Attention over the keys of all devices along a mesh axis, each of which holds a part."""
+    """Attention over the keys of all devices along a mesh axis, from each device's part."""
     if axis is None:
         return part
-    top = lax.pmax(lax.stop_gradient(part.lse), axis)  # cancels; a pmax has no derivative
+    top = lax.pmax(lax.stop_gradient(part.lse), axis)  # it cancels out, and pmax has no derivative
     weight = _weight(part.lse, top)
     total = lax.psum(weight, axis)
     out = lax.psum(weight[..., None] * part.out, axis)
@@ -121,13 +121,13 @@ def merge_across(part: Partial, axis: str | None) -> Partial:
 
 
 def share_read(read: Float[Array, "..."], unread: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The share of the mass that was read, from the log-sum-exp of what was and what was not."""
-    none = jnp.isneginf(unread)  # and there may be no key at all
+    """The share of the mass that was read, from the log-sum-exps of read and unread keys."""
+    none = jnp.isneginf(unread)  # also where there is no key at all
     return jnp.where(none, 1.0, 1 / (1 + jnp.exp(jnp.where(none, 0.0, unread - read))))
 
 
 def _weight(lse: Array, top: Array) -> Array:
-    """Of a part; an empty set everywhere would be -inf - -inf."""
+    """The weight of a part; 0 where all sets are empty, which would otherwise be -inf - -inf."""
     return jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
 
 

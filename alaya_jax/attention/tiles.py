@@ -1,20 +1,20 @@
-"""Attention of many queries of one sequence over blocks of its keys, at a cost that falls with what
-is left out.
+"""Attention of many queries of one sequence over listed blocks of its keys.
 
-Queries are taken in blocks. Each block has, for each kv head, a list of key blocks (`TileList`):
-the ones that must be attended first, then the others by falling estimate. `attend_list` visits a
-list some blocks at a time, gathered to one tile of scores; its loop runs as often as the list is
-long, so that keys which are not listed cost nothing, and a visit whose scores are hopeless ends
-before the softmax and V.
+Queries are taken in blocks. Each block has a list of key blocks for each kv head (`TileList`):
+those that must be attended to come first, then the others by falling estimate. `attend_list`
+gathers a few listed blocks at a time into one tile of scores. Its loop is as long as the list, so
+keys that are not listed cost nothing, and a tile whose scores are all out of range skips the
+softmax and V.
 
-One list for the G heads of a kv head: keys are read once, the matmuls have G times the rows, and on
-real keys it needs no more blocks than lists of their own for the same mass
+The G heads of a kv head share one list: keys are read once, the matmuls have G times the rows, and
+on real keys a shared list needs no more blocks for the same mass than one for each head
 (benchmarks/sparse_prefill.py).
 
-The loops take one kv head after another. On a mesh call this inside `shard_map`, so that each
-device has its own heads. Where pages are spread too, each device lists and attends to its own, and
-the partial attentions merge. Both rules hold then: a share of each device's mass is a share of the
-whole, and a device's best is not above the best of all. They keep more than one device would.
+The loops take one kv head at a time. On a mesh, call this inside `shard_map`, so that each device
+has its own heads. Where pages are spread as well, each device lists and attends to its own pages
+and the partial attentions are merged. Both rules still hold, since a share of every device's mass
+is that share of the whole, and no device's best score exceeds the best of all; but more is kept
+than on a single device.
 """
 
 import jax
@@ -30,20 +30,20 @@ from alaya_jax.cache.views import Pages, on_cpu
 from alaya_jax.query import Tiles
 
 VISIT_TOKENS = 256
-"""Keys a visit: many make large matmuls, few waste little where a list ends inside a visit
+"""Keys per tile. More make larger matmuls; fewer waste less where a list ends inside a tile
 (`python benchmarks/sparse_prefill.py --parts visits`)."""
 
 
 def attend_tiles(
     q: Float[Array, "K G T D"], pages: Pages, positions: Int[Array, " T"], rule: Tiles
 ) -> tuple[Partial, Int[Array, "K G T"]]:
-    """Attention by a rule. A query at position p sees the keys 0..p; p = -1 sees none.
+    """Attention by a rule. A query at position p sees keys 0..p; at p = -1 it sees none.
 
     Args:
-      q: rotated, unscaled queries of one sequence.
-      pages: its keys and values, those of the queries among them.
-      positions: of the queries, in any order; cheapest where neighbours are near.
-      rule: which keys.
+      q: queries of one sequence, rotated and unscaled.
+      pages: the keys and values of the sequence, including those of the queries.
+      positions: positions of the queries, in any order; cheapest if neighbours are close.
+      rule: which keys to attend to.
 
     Returns:
       the partial attention [K, G, T], and how many keys each query attended to.
@@ -63,10 +63,10 @@ def attend_list(
     tiles: TileList,
     beta: float | jax.Array,
 ) -> tuple[Partial, Int[Array, "K G T"], Int[Array, "K QB"]]:
-    """Attention over listed blocks of keys, less those that the range `beta` rules out.
+    """Attention over the listed blocks of keys, except those that the range `beta` rules out.
 
     Returns:
-      as `attend_tiles`; and how many of a list's blocks were scored and then skipped.
+      as `attend_tiles`, and how many blocks of each list were scored and then skipped.
     """
     heads, group, t, dim = q.shape
     pages = whole_blocks(pages, tiles.kv_block // pages.size)
@@ -103,7 +103,7 @@ def _attend_block(
     block: Array,
     beta: Float[Array, "G 1"],
 ) -> tuple[Float[Array, "G T D"], Float[Array, "G T"], Int[Array, " T"], Int[Array, ""]]:
-    """One block of queries of one kv head. Scores are raw, as DIPR's range is."""
+    """Attention of one block of queries of one kv head. Scores are raw, as in DIPR's range."""
     group, t, dim = q.shape
     scale = dim**-0.5
     entries = tiles.kv_block // pages.size
@@ -127,7 +127,7 @@ def _attend_block(
 
         def add() -> tuple[Running, Array, Array]:
             v = _read(pages.v, head, ids)
-            # Pages hold whatever was there before: 0 * NaN must not reach the sum.
+            # Slots out of range may hold anything, and 0 * NaN must not reach the sum.
             v = jnp.where(seen.any(0)[:, None], v, 0)
 
             def weigh(p: Array) -> Array:
@@ -136,9 +136,9 @@ def _attend_block(
             more = jnp.sum(seen, axis=-1, dtype=jnp.int32)
             return fold(running, scores, scale, weigh, best), attended + more, skipped
 
-        # By row, and all rows must agree: a row's range hangs on its own best. The tile's maximum
-        # against the least of the thresholds would be cheaper by nothing, as the softmax wants the
-        # rows' maxima anyway, and would skip less. An infinite beta skips nothing.
+        # Every row must rule the tile out, each by its own best score. Comparing the tile's maximum
+        # with the lowest threshold would skip less and save nothing, because the softmax needs the
+        # maxima of the rows anyway. An infinite beta skips nothing.
         hopeless = jnp.all(best < running.top - beta) & (i * at_once >= kept)
         blocks_here = jnp.minimum(count - i * at_once, at_once)
         return lax.cond(hopeless, lambda: (running, attended, skipped + blocks_here), add)
@@ -154,7 +154,7 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
 
 
 def _read(pool: Pool, head: Array, ids: Int[Array, " N"]) -> Array:
-    """Pages of one kv head, [N * Z, D]; on CPU one by one and in float32, see `Pages.read`."""
+    """Pages of one kv head, [N * Z, D]; on CPUs one at a time and in float32, see `Pages.read`."""
     size, dim = pool.shape[2:]
     if not on_cpu() and not isinstance(pool, Tiers):
         return pool[head, ids].reshape(-1, dim)

@@ -1,4 +1,4 @@
-"""Which positions are the window of a query: the first tokens and the last, each counted once."""
+"""Which positions belong to a query's window: the first and the last tokens, each counted once."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from alaya_jax.query import Window
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The keys `0 <= j < end` that a query sees, split into its window and the others.
+    """The keys `0 <= j < end` that a query sees, split into the window and the rest.
 
     Attributes:
-      end: int32 [...], keys that each query sees.
-      sink_end: int32 [...], the window's first part ends here.
-      recent_start: int32 [...], and its second begins here; never before `sink_end`.
+      end: int32 [...], how many keys each query sees.
+      sink_end: int32 [...], where the first part of the window ends.
+      recent_start: int32 [...], where its second part begins; never below `sink_end`.
     """
 
     end: Int[Array, "..."]
@@ -27,7 +27,7 @@ class Split:
     def of(
         cls, window: Window, end: Int[Array, "..."], known: Int[Array, ""] | None = None
     ) -> "Split":
-        """Splits by a window's sizes; keys from `known` on, which no index knows, are in it."""
+        """Splits by the sizes of a window. Keys from `known` on, in no index, belong to it too."""
         sink_end = jnp.minimum(window.sink, end)
         recent_start = jnp.maximum(sink_end, end - window.recent)
         if known is not None:
@@ -36,7 +36,7 @@ class Split:
 
     @property
     def size(self) -> Int[Array, "..."]:
-        """Keys in the window."""
+        """How many keys the window holds."""
         return self.sink_end + self.end - self.recent_start
 
     @property

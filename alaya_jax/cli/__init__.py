@@ -50,9 +50,9 @@ def alaya(
     first question reads the text; all later ones start from what is stored, in any process.
 
     Begin with:
-      alaya demo                                     a small Llama answers questions on this machine
+      alaya demo           a small Llama answers questions on this machine
       alaya ask --context contract.txt "Who signed it?"
-      alaya ask --help                               every command explains itself
+      alaya ask --help     every command explains itself
 
     Answers and reports go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 it could
     not be done (stderr says why, and the way out), 2 the command was not understood, 130

@@ -46,8 +46,8 @@ def ask(
 
     Examples:
       alaya ask --context contract.txt "Who is the registered agent?"
-      alaya ask --context contract.txt --attention dipr:50 "What is the notice period?"
-      alaya ask --context contract.txt --model ~/models/Llama-3.2-1B-Instruct --json "Who signs?"
+      alaya ask --context contract.txt --attention dipr:50 "What is the notice?"
+      alaya ask --context contract.txt --model ~/models/Llama-3.2-1B --json "Who?"
       pdftotext paper.pdf - | alaya ask --context - "What is the main result?"
 
     Document and question become one user's message in the model's chat template. Names of control

@@ -36,14 +36,15 @@ def calibrate(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Measure how many keys each layer and head of a model needs, and keep that for attention=auto.
+    """Measure how many keys the heads of a model need.
 
-    Of sampled query tokens: the fewest keys that hold 90, 95 and 99% of the attention. The result
-    is a file beside the model, or in the cache directory for a model that is a single file.
+    Of sampled query tokens: the fewest keys that hold 90, 95 and 99% of the attention, for each
+    layer and head. attention=auto predicts from the result, which is a file beside the model, or in
+    the cache directory for a model that is a single file.
 
     Examples:
       alaya calibrate contract.txt
-      alaya calibrate --model ~/models/Llama-3.2-1B-Instruct --length 8k reports/*.txt
+      alaya calibrate --model ~/models/Llama-3.2-1B --length 8k reports/*.txt
       alaya calibrate --json contract.txt
       alaya calibrate --machine --model llama-3.1-8b
     """

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options, runtime
-from alaya_jax.cli.terminal import note, on_interrupt, report
+from alaya_jax.cli.terminal import note, on_interrupt, report, say
 from alaya_jax.units import nbytes
 
 
@@ -116,11 +116,11 @@ def convert(
         data = done.to_dict()
         report(data if found is None else data | {"verification": found.to_dict()})
     else:
-        typer.echo(
+        say(
             f"{path}: {done.tensors} tensors, {nbytes(done.nbytes)} in {done.dtype} as {done.to}, "
             f"{done.seconds:.1f} s ({nbytes(done.nbytes / done.seconds)}/s)"
         )
         if found is not None:
-            typer.echo(str(found))
+            say(str(found))
     if found is not None and not found.same:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import help_text, note, on_interrupt, report
+from alaya_jax.cli.terminal import help_text, note, on_interrupt, report, say
 from alaya_jax.errors import ContextError
 from alaya_jax.units import nbytes
 
@@ -28,7 +28,9 @@ _IDS = typer.Argument(metavar="ID...", help="Ids, or beginnings that only one co
 
 
 def ls(db: options.Database = None, json: options.Json = False) -> None:
-    """List the contexts of a database: id, tokens, size, when stored, title.
+    """List the contexts of a database.
+
+    Of each: id, tokens, size, when it was stored, title, and the model that made it.
 
     Examples:
       alaya db ls
@@ -39,7 +41,7 @@ def ls(db: options.Database = None, json: options.Json = False) -> None:
     if json:
         report(data)
     else:
-        typer.echo(table(data))
+        say(table(data))
 
 
 def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Json = False) -> None:
@@ -57,7 +59,7 @@ def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Jso
         return
     for name, value in data.items():
         shown = _when(value) if name in ("created", "used") else value
-        typer.echo(f"{name + ':':<12}{shown}")
+        say(f"{name + ':':<12}{shown}")
 
 
 def stats(db: options.Database = None, json: options.Json = False) -> None:
@@ -72,7 +74,7 @@ def stats(db: options.Database = None, json: options.Json = False) -> None:
     if json:
         report({"database": str(store.path), **dataclasses.asdict(found)})
     else:
-        typer.echo(_stats(store.path, found))
+        say(_stats(store.path, found))
 
 
 def check(
@@ -113,11 +115,11 @@ def check(
         )
     else:
         for id, found in problems.items():
-            typer.echo(f"{id}  {'damaged' if found else 'intact'}")
+            say(f"{id}  {'damaged' if found else 'intact'}")
             for problem in found:
-                typer.echo(f"  {problem}")
+                say(f"  {problem}")
         for problem in whole:
-            typer.echo(problem)
+            say(problem)
         if not problems:
             note(f"There is no context in {store.path}.")
     if damaged or whole:
@@ -182,7 +184,7 @@ def gc(db: options.Database = None, json: options.Json = False) -> None:
         report({"database": str(store.path), **dataclasses.asdict(found)})
         return
     given = max(0, found.bytes_before - found.bytes_after)
-    typer.echo(f"{nbytes(given)} given back; {nbytes(found.bytes_after)} are in use.")
+    say(f"{nbytes(given)} given back; {nbytes(found.bytes_after)} are in use.")
     if found.in_use:
         note(f"Of removed contexts {found.in_use} are still read; run it again later.")
     if not found.holes:
@@ -194,10 +196,11 @@ def migrate(
     db: options.Database = None,
     json: options.Json = False,
 ) -> None:
-    """Bring a database over that an earlier version wrote: contexts and their graphs.
+    """Bring over a database that an earlier version wrote.
 
-    Each context is read back before the old files go. If it is interrupted, or killed, give the
-    same command again. It needs as much free space as the contexts take.
+    Contexts and their graphs are written anew, and each context is read back before the old files
+    go. If it is interrupted, or killed, give the same command again. It needs as much free space as
+    the contexts take.
 
     Examples:
       alaya db migrate
@@ -216,7 +219,7 @@ def migrate(
     if json:
         report({"database": str(place), **dataclasses.asdict(done)})
     else:
-        typer.echo(f"{len(done.contexts)} contexts and {done.indexes} graphs are over.")
+        say(f"{len(done.contexts)} contexts and {done.indexes} graphs are over.")
         for id, problem in done.lost.items():
             note(f"{id}: {problem}")
         for id, problem in done.damaged.items():
@@ -234,7 +237,7 @@ def index(
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
-    """Build an index over a context's keys and keep it with the context.
+    """Build an index over the keys of a context, and keep it.
 
     The model runs over the context once more. Afterwards, attention through Graph() finds the keys
     it wants without looking at all of them.
@@ -353,13 +356,15 @@ def table(data: dict[str, Any]) -> str:
     lines = [f"{data['path']}: {count}, {nbytes(data['bytes'])}"]
     for row in rows:
         when = _when(row["created"])
-        model = f"model {row['model'][:12]}" if row["model"] else ""
         lines.append(
-            f"  {row['id']}  {row['tokens']:>9,} tokens  {nbytes(row['bytes']):>9}  {when}  {model}"
-            f"  {row['title']}{'  (pinned)' if row['pinned'] else ''}".rstrip()
+            f"  {row['id']}  {row['tokens']:>9,} tokens  {nbytes(row['bytes']):>9}  {when}"
         )
+        model = f"model {row['model'][:12]}" if row["model"] else ""
+        facts = ", ".join(filter(None, [row["title"], model]))
+        if facts or row["pinned"]:
+            lines.append(f"    {facts}{' (pinned)' if row['pinned'] else ''}")
         for run in row["origin"]:
-            plan = textwrap.shorten(run["plan"], 50)
+            plan = textwrap.shorten(run["plan"], 40)
             lines.append(f"    not exact: from token {run['from']:,} on by {plan}")
         lines += [f"    {kind} index, {nbytes(n)}" for kind, n in row["indexes"].items()]
         if row["problem"]:

@@ -77,7 +77,7 @@ def demo(
         bool, typer.Option(hidden=True, help="Only answer, from the database at --db.")
     ] = False,
 ) -> None:
-    """Let a small real Llama answer questions about a legal text, on this machine.
+    """Let a small real Llama answer questions on this machine.
 
     SmolLM2-135M-Instruct reads the articles of the U.S. Constitution once, into a database. Then it
     is asked, each question twice: attending to every key (Full), and only to the keys that matter

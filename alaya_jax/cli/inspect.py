@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from alaya_jax.cli import database, options
-from alaya_jax.cli.terminal import report
+from alaya_jax.cli.terminal import report, say
 from alaya_jax.units import nbytes
 
 
@@ -44,7 +44,7 @@ def inspect(
     if json:
         report(data)
     else:
-        typer.echo(text)
+        say(text)
 
 
 def _table(data: dict[str, Any]) -> str:

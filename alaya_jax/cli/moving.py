@@ -40,10 +40,10 @@ def push(
     dry_run: Annotated[bool, _DRY_RUN] = False,
     json: options.Json = False,
 ) -> None:
-    """Give contexts of a database to a shared store, from which others pull them.
+    """Give contexts of a database to a shared store.
 
-    What is there is not written again: equal beginnings are stored once. A push that is
-    interrupted goes on where it was.
+    Other databases pull them from there. What is there is not written again: equal beginnings are
+    stored once. A push that is interrupted goes on where it was.
 
     Examples:
       alaya db push file:///shared/contexts/
@@ -61,9 +61,9 @@ def pull(
     dry_run: Annotated[bool, _DRY_RUN] = False,
     json: options.Json = False,
 ) -> None:
-    """Take contexts from a shared store into a database, which is made if it is not there.
+    """Take contexts from a shared store into a database.
 
-    What the database has is not read again.
+    A database that is not there is made. What the database has is not read again.
 
     Examples:
       alaya db pull file:///shared/contexts/ --dry-run
@@ -98,7 +98,9 @@ def export(
     db: options.Database = None,
     json: options.Json = False,
 ) -> None:
-    """Write a context and its indexes to one file, for `alaya db import` elsewhere.
+    """Write a context and its indexes to one file.
+
+    `alaya db import` takes it into another database.
 
     Examples:
       alaya db export 3f2a91 document.alaya
@@ -127,9 +129,9 @@ def import_(
     db: options.Database = None,
     json: options.Json = False,
 ) -> None:
-    """Take the contexts of a file into a database, which is made if it is not there.
+    """Take the contexts of a file into a database.
 
-    The file is verified before anything of it is taken.
+    A database that is not there is made. The file is verified before anything of it is taken.
 
     Examples:
       alaya db import document.alaya

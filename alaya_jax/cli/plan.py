@@ -54,16 +54,17 @@ def plan(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Show the plan that attention=auto takes, with predicted time and memory; no weights are read.
+    """Show the plan that attention=auto takes, and what it costs.
 
-    The first run on a machine measures it for the model's shape of layer, some seconds. How many
-    keys the model needs comes from `alaya calibrate`, if that has been run on the model.
+    Time and memory are predicted; no weights are read. The first run on a machine measures it for
+    the model's shape of layer, some seconds. How many keys the model needs comes from
+    `alaya calibrate`, if that has been run on the model.
 
     Examples:
       alaya plan smollm2-135m --length 8k
       alaya plan llama-3.1-8b --length 32k
-      alaya plan ~/models/Llama-3.1-8B-Instruct --length 128k --tpot 0.24 --memory 8GiB
-      alaya plan ~/models/Llama-3.2-1B-Instruct --recovery 0.9 --batch 4 --json
+      alaya plan ~/models/Llama-3.1-8B --length 128k --tpot 0.24 --memory 8GiB
+      alaya plan ~/models/Llama-3.2-1B --recovery 0.9 --batch 4 --json
     """
     tokens = None if length is None else options.length(length)
     if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -7,8 +7,10 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -50,6 +52,12 @@ class Commands(TyperGroup):
                 # A module in C that is interrupted while it is loaded makes such an error of it.
                 note("\nInterrupted.")
                 raise typer.Exit(130) from error
+            except Exception as error:
+                usage: Any = error
+                if not hasattr(usage, "show"):
+                    raise
+                usage.show(file=sys.stderr)  # the command was not understood; see `_print`
+                raise typer.Exit(usage.exit_code) from error
 
 
 @contextmanager
@@ -95,7 +103,7 @@ def _fail(message: str) -> None:
     if os.environ.get("ALAYA_DEBUG"):
         traceback.print_exc()
     error = typer.style("error:", fg="red", bold=True) if _colours(sys.stderr) else "error:"
-    typer.echo(f"{error} {message}", err=True)
+    _print(f"{error} {message}", sys.stderr)
     raise typer.Exit(1)
 
 
@@ -105,13 +113,46 @@ def _colours(stream: Any) -> bool:
 
 def note(text: str) -> None:
     """Says something beside the answer: on stderr, dim on a terminal."""
-    typer.echo(typer.style(text, dim=True) if _colours(sys.stderr) else text, err=True)
+    _print(text, sys.stderr, dim=_colours(sys.stderr))
+
+
+def say(text: str) -> None:
+    """Prints a part of a report on stdout."""
+    _print(text, sys.stdout)
+
+
+def _print(text: str, stream: Any, *, dim: bool = False) -> None:
+    """Prints whole lines, on a terminal folded between words.
+
+    Not by `typer.echo`: where a stream takes ASCII only, that writes UTF-8 all the same.
+    """
+    if stream is not None and stream.isatty():
+        width = os.get_terminal_size(stream.fileno()).columns or 80
+        text = "\n".join(_folded(line, width) for line in text.split("\n"))
+    print(typer.style(text, dim=True) if dim else text, file=stream, flush=True)
+
+
+def _folded(line: str, width: int) -> str:
+    """A line in lines of a width, the later ones indented to where the first one's text begins.
+
+    That is behind the name in a row of a name and a value. Words, such as paths, stay whole.
+    """
+    name = re.match(r" *\S[^:]{0,16}:?  +(?=\S)| *", line)
+    indent = " " * len(name.group() if name else "")
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def report(data: dict[str, Any]) -> None:
     """Prints the one JSON object of --json."""
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    typer.echo(json.dumps(data, ensure_ascii=encoding != "utf8"))
+    print(json.dumps(data, ensure_ascii=encoding != "utf8"))
 
 
 def speak_plainly() -> None:
@@ -124,7 +165,7 @@ def speak_plainly() -> None:
 def show(found: Any) -> None:
     """Prints a table on stdout: drawn by rich on a terminal, plain text elsewhere."""
     if not sys.stdout.isatty():
-        typer.echo(str(found))
+        say(str(found))
         return
     from rich.console import Console
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alaya_jax.cli import options, runtime
-from alaya_jax.cli.terminal import on_interrupt, report
+from alaya_jax.cli.terminal import on_interrupt, report, say
 
 if TYPE_CHECKING:
     from alaya_jax.checkpoint.peer import PeerVerification
@@ -61,7 +61,7 @@ def verify(
 
     Examples:
       alaya verify ~/models/Llama-3.1-8B llama.orbax
-      alaya verify llama-hf --against transformers --peer-python ~/torch/bin/python
+      alaya verify llama-hf --against transformers --peer-python ~/env/bin/python
       alaya verify ~/models/Llama-3.1-8B --quantize int4
     """
     from alaya_jax import checkpoint
@@ -83,6 +83,6 @@ def verify(
     if json:
         report(found.to_dict())
     else:
-        typer.echo(str(found))
+        say(str(found))
     if not found.same:
         raise typer.Exit(1)

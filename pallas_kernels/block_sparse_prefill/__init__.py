@@ -1,7 +1,7 @@
-"""Prefill: a chunk of new tokens attends to what is cached before it and to itself.
+"""Prefill: a chunk of new tokens attends to the cached tokens before it and to itself.
 
-Dense, or to listed blocks of keys, and with or without a rule that skips tiles while they are
-visited. Queries are causal: the query at position n sees the keys at positions up to n.
+Attention is dense or over listed blocks of keys, and may skip tiles by a rule as it visits them. It
+is causal: the query at position n sees the keys at positions 0 to n.
 """
 
 from typing import Any
@@ -75,38 +75,41 @@ def block_sparse_prefill(
     implementation: str | None = None,
     target: Target | None = None,
 ) -> Prefill:
-    """Attention of T new tokens, whose keys and values are in the pages already.
+    """Attention of T new tokens, whose keys and values are already in the pages.
 
-    Without `blocks` a query attends to every key up to its own. With them, the queries of block i
-    (`QUERY_BLOCK` of them) attend to the keys up to their own in the listed blocks, and to no
-    other: list the blocks around the queries' own positions too. They are visited in the order of
-    the list; without lists, from the queries' own block down to the first.
+    Without `blocks`, a query attends to every key up to its own. With them, the queries of block i
+    (`QUERY_BLOCK` queries) attend to those keys, up to their own, that lie in the listed blocks.
+    The blocks around the queries' own positions are no exception and have to be listed. Blocks are
+    visited in the order of the list; without lists, from the queries' own block down to the first.
 
-    With `beta`, a tile (`ROWS` queries of one head, one block of keys) is skipped if, in every row,
-    its largest raw score is below the largest raw score that this row has met before it, minus
-    beta. A row's largest so far is at most its largest, so no key of DIPR's answer, `{j : q.k_j >=
-    max_s q.k_s - beta}`, is lost (the tile-skip of Block-Sparse FlashAttention, arXiv 2512.07011,
-    with DIPR's threshold in place of a calibrated one). A tile that holds a key at or after its
-    first query's position, or a row without a query, is never skipped; nor are the first
-    `block_kept` of a list.
+    With `beta`, a tile (`ROWS` queries of one head, one block of keys) is skipped if in every row
+    its largest raw score is more than beta below the largest raw score that the row has met so far.
+    That is at most the largest of all, so no key of DIPR's answer, `{j : q.k_j >= max_s q.k_s -
+    beta}`, is lost. This is the tile skipping of Block-Sparse FlashAttention (arXiv 2512.07011),
+    with DIPR's threshold in place of a calibrated one. A tile is never skipped if it has a key at
+    or after the position of its first query, or a row without a query; nor are the first
+    `block_kept` blocks of a list.
 
     Args:
       q: queries after RoPE, unscaled.
-      k_pages, v_pages: the pool. What lies behind a sequence's end may be anything, NaN too.
-      pages: which pages a sequence has, in order. Those behind its end are not read.
-      lengths: tokens of a sequence before the chunk.
-      count: its new tokens, at most T; the other rows give zeros, and -inf.
-      blocks: ids of blocks of `block_kv` keys, each at most once, for each kv head or each query
-        head (J is K or H); block j has the keys from position `j * block_kv`. Not read past its
-        count.
+      k_pages, v_pages: the pool. Slots past the end of a sequence may hold anything, even NaN.
+      pages: the pages of each sequence, in order. Those past its end are not read.
+      lengths: tokens of each sequence before the chunk.
+      count: new tokens of each sequence, at most T. Rows past them give zeros and an lse of -inf.
+      blocks: numbers of blocks of `block_kv` keys, each at most once, for each kv head or each
+        query head (J is K or H). Block j holds the keys from position `j * block_kv` on. Entries
+        past `block_counts` are not read.
       block_counts: how many blocks each list has.
-      block_kept: how many of them, from the first on, `beta` does not skip; default none.
-      beta: range below the best raw score, >= 0; for all heads or each.
-      block_kv: keys of a block; a multiple of the page size.
-      scale: of the scores in the softmax; default `D ** -0.5`.
-      implementation: None: the first that can run of "mosaic_gpu", "xla"; or one by name, also
-        "reference".
-      target: what is compiled for; default: what jax traces for.
+      block_kept: how many of these, from the first on, `beta` may not skip; default none.
+      beta: range below the best raw score, at least 0; one for all heads or one for each.
+      block_kv: keys per block, a multiple of the page size.
+      scale: factor of the scores in the softmax; default `D ** -0.5`.
+      implementation: one by name, "mosaic_gpu", "xla" or "reference"; None: the first of
+        "mosaic_gpu" and "xla" that can run.
+      target: the device to compile for; None: the one that JAX traces for.
+
+    Returns:
+      the output, its log-sum-exp, and how many tiles were skipped; see `Prefill`.
 
     Raises:
       KernelError: shapes contradict each other, or the named implementation cannot run.
@@ -131,12 +134,12 @@ def block_sparse_prefill(
 def choose(
     *args: Any, implementation: str | None = None, target: Target | None = None, **options: Any
 ) -> Choice:
-    """What `block_sparse_prefill` would run for these arguments, without running it.
+    """The implementation that `block_sparse_prefill` would run, without running it.
 
-    Takes what `block_sparse_prefill` takes; arrays may be `jax.ShapeDtypeStruct`s.
+    It takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-      KernelError: as `block_sparse_prefill` would.
+      KernelError: as `block_sparse_prefill`.
     """
     args, options = _request(*args, **options)
     return OP.choose(*args, **options, implementation=implementation, target=target)
@@ -157,7 +160,7 @@ def _request(
     block_kv: int = 128,
     scale: float | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the implementations, checked."""
+    """Checks the arguments and brings them into the form that the implementations take."""
     lists = None
     if blocks is not None and block_counts is not None:
         kept = jnp.zeros(block_counts.shape, jnp.int32) if block_kept is None else block_kept
@@ -187,7 +190,7 @@ def _wrong_shapes(
     lists: Lists | None,
     block_kv: int,
 ) -> str | None:
-    """What contradicts what; None if nothing does."""
+    """Which shapes contradict each other; None if none do."""
     batch, tokens, heads, dim = q.shape
     kv_heads, _, page, of_keys = k_pages.shape
     if k_pages.shape != v_pages.shape or of_keys != dim:

@@ -1,4 +1,4 @@
-"""Shapes at which `aot` compiles `block_sparse_prefill`: Llama 3, and one of each feature."""
+"""The shapes at which `aot` compiles `block_sparse_prefill`: Llama 3's, and each feature once."""
 
 import functools
 from typing import Any
@@ -29,7 +29,7 @@ def case(
     beta: bool = False,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> CompileCase:
-    """A chunk behind `cached` tokens; `listed`: blocks of keys each block of queries attends to."""
+    """A chunk after `cached` tokens; each block of queries attends to `listed` blocks of keys."""
 
     def array(*shape: int, kind: jax.typing.DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind)
@@ -63,7 +63,7 @@ def _call(*arguments: Any, block_kv: int) -> Prefill:
 def work(
     tokens: int, cached: int, kv_heads: int, groups: int, dim: int, listed: int | None
 ) -> Work:
-    """Two matmuls over the causal pairs, or over the listed keys; keys, values, q and out once."""
+    """Two matmuls over the causal pairs or the listed keys; keys, values, q and out once each."""
     heads = kv_heads * groups
     pairs = tokens * listed if listed else tokens * cached + tokens * (tokens + 1) / 2
     return Work(
@@ -73,7 +73,7 @@ def work(
 
 
 def cases() -> list[CompileCase]:
-    """The table."""
+    """The cases to compile."""
     return [
         case("dense", tokens=16384),
         case("dense chunk", tokens=4096, cached=126976),

@@ -1,4 +1,4 @@
-"""What every implementation agrees on: sizes, and the order in which tiles are visited."""
+"""What all implementations share: sizes, and the order in which tiles are visited."""
 
 import dataclasses
 
@@ -7,21 +7,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 QUERY_BLOCK = 128
-"""Queries that share a list of key blocks."""
+"""Queries per block; they share a list of key blocks."""
 
 ROWS = 64
-"""Queries of a tile, of one head: the unit that is skipped."""
+"""Queries per tile, all of one head. A tile is the unit that is skipped."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Which blocks of keys are attended, in which order.
+    """The blocks of keys to attend to, in the order in which they are visited.
 
     Attributes:
-      blocks: int32 [B, J, QB, M], ids, for each kv head or each query head (J is K or H).
-      count: int32 [B, J, QB], how many of them.
-      kept: int32 [B, J, QB], how many come first that are never skipped.
+      blocks: int32 [B, J, QB, M], their numbers for each kv head or each query head (J is K or H).
+      count: int32 [B, J, QB], how many blocks each list has.
+      kept: int32 [B, J, QB], how many of them, at the front, are never skipped.
     """
 
     blocks: Int[Array, "B J QB M"]
@@ -35,10 +35,10 @@ class Prefill:
     """Attention of a chunk of queries.
 
     Attributes:
-      out: [B, T, H, D] of the queries' dtype; zeros where no key is attended.
-      lse: float32 [B, H, T], natural log of the sum of exp(scale * score); -inf where no key is
-        attended.
-      skipped: int32 [B, H, ceil(T / 64)], tiles that were listed and skipped for `beta`.
+      out: [B, T, H, D] in the queries' dtype; zeros for a query that attends to no key.
+      lse: float32 [B, H, T], natural log of the sum of exp(scale * score); -inf for a query that
+        attends to no key.
+      skipped: int32 [B, H, ceil(T / 64)], tiles that were listed but skipped because of `beta`.
     """
 
     out: Float[Array, "B T H D"]
@@ -47,14 +47,14 @@ class Prefill:
 
 
 def pad_queries(q: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
-    """Whole blocks of queries, zeros behind the last."""
+    """The queries, padded with zeros to whole blocks."""
     return jnp.pad(q, ((0, 0), (0, -q.shape[1] % QUERY_BLOCK), (0, 0), (0, 0)))
 
 
 def visible_blocks(
     lengths: Int[Array, " B"], count: Int[Array, " B"], q_blocks: int, block_kv: int
 ) -> Int[Array, "B QB"]:
-    """Key blocks up to the last that some query of a block may see; 0 if it holds no query."""
+    """How many key blocks the queries of a block may see, from the first on; 0 without a query."""
     start = jnp.arange(q_blocks) * QUERY_BLOCK
     last = lengths[:, None] + jnp.minimum(start + QUERY_BLOCK, count[:, None])
     return jnp.where(start < count[:, None], -(-last // block_kv), 0)

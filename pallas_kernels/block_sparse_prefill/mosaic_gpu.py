@@ -1,8 +1,8 @@
 """Prefill attention over pages, for Hopper.
 
-One CTA has 128 queries of one head, and three warpgroups: two compute, 64 queries each, and one
-that brings keys and values. A tile of keys is 128 (or 64) tokens, gathered from several pages: one
-TMA copy a page, all counted by one barrier.
+One CTA handles 128 queries of one head with three warpgroups: two compute, for 64 queries each, and
+one copies keys and values. A tile of keys is 128 (or 64) tokens, gathered from several pages by one
+TMA copy per page; one barrier counts them all.
 
     pages in GMEM    [Z,D] [Z,D] [Z,D] ...           q [64,D]   q [64,D]
                        |     |     |                    |          |
@@ -10,19 +10,20 @@ TMA copy a page, all counted by one barrier.
     SMEM             k[slot] [keys,D]  tiles ahead   ---+----------+--- S = q k'   wgmma
                      v[slot] [keys,D]                   |          |    softmax    registers
                                                      ---+----------+--- O += P v   wgmma
-    warpgroups 0, 1: each for itself; a slot is free when both have arrived at its barrier
+    warpgroups 0 and 1 work independently; a slot is free once both have arrived at its barrier
 
-For each tile a compute warpgroup multiplies, masks (only where the tile reaches a query's own
-position or the chunk's end), and takes the rows' maxima. With `beta`, the tile is skipped if every
-row's maximum is below that row's running maximum - beta: then neither the exponentials nor P v are
-computed. Its values come in all the same, since the other warpgroup may want them.
+For each tile a compute warpgroup multiplies, masks (only if the tile reaches the position of a
+query or the end of the chunk), and takes the maximum of each row. With `beta`, the tile is skipped
+if every row's maximum is below that row's running maximum - beta: then neither the exponentials nor
+P v are computed. Its values are copied anyway, since the other warpgroup may need them.
 
-Tokens behind a sequence's end may hold anything, NaN too. So the page that is not full is read
-from `tail`, a copy with zeros there that XLA makes; and again where a tile goes on behind it, since
-those keys have no weight whatever they are.
+Slots past the end of a sequence may hold anything, even NaN. So the last page, if it is not full,
+is read from `tail`, a copy by XLA that has zeros there. Where a tile continues past that page, the
+same copy is read again: those keys have no weight, whatever they are.
 
-P goes through SMEM: the simulator knows no register operand of wgmma, and what runs is what was
-proven. `Tuning(p_in_registers=True)` saves that way where a device has shown it to be right.
+P goes through SMEM because the simulator does not support a register operand of wgmma, and what
+runs should be what was proven. `Tuning(p_in_registers=True)` avoids this step; use it on a device
+where its results have been checked.
 """
 
 import dataclasses
@@ -48,18 +49,18 @@ from alaya_jax.pallas_kernels.block_sparse_prefill.layout import (
 )
 from alaya_jax.pallas_kernels.dispatch import Target
 
-_LOW = float(jnp.finfo(jnp.float32).min)  # a running maximum below every score; finite
+_LOW = float(jnp.finfo(jnp.float32).min)  # a running maximum below every score, but finite
 _COMPUTE = 2  # warpgroups
-_SWIZZLE = 128  # bytes: rows of 64 two-byte numbers
+_SWIZZLE = 128  # bytes: a row of 64 two-byte numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What may differ between devices; nothing of it changes the result beyond rounding.
+    """Choices that may differ between devices. They change results by rounding at most.
 
     Attributes:
-      stages: tiles of keys and values in SMEM.
-      p_in_registers: P as a register operand of wgmma; else through SMEM.
+      stages: tiles of keys and values in SMEM at once.
+      p_in_registers: pass P to wgmma in registers, not through SMEM.
     """
 
     stages: int = 2
@@ -67,7 +68,7 @@ class Tuning:
 
 
 def tuning_of(head_dim: int) -> Tuning:
-    """As many stages as shared memory holds with tiles of 128 keys."""
+    """As many stages of 128-key tiles as fit in shared memory."""
     return Tuning(stages=2 if head_dim > 64 else 4)
 
 
@@ -86,7 +87,7 @@ def prefill(
     target: Target,
     tuning: Tuning | None = None,
 ) -> Prefill:
-    """See `block_sparse_prefill`."""
+    """As `block_sparse_prefill`."""
     tokens = q.shape[1]
     q = pad_queries(q)
     batch, padded, heads, dim = q.shape
@@ -114,7 +115,7 @@ def prefill(
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernel is compiled for."""
+    """The static sizes that the kernel is compiled for."""
 
     batch: int
     heads: int
@@ -130,17 +131,17 @@ class _Shape:
 
     @property
     def tile_pages(self) -> int:
-        """Pages a tile of keys."""
+        """Pages per tile of keys."""
         return self.block_kv // self.page
 
     @property
     def to_log2(self) -> float:
-        """From a raw score to a power of two."""
+        """Factor from a raw score to an exponent of 2."""
         return self.scale * math.log2(math.e)
 
 
 class _Given(NamedTuple):
-    """What the kernel reads of GMEM; `beta` and `lists` may be None."""
+    """The kernel's inputs in GMEM; `beta` and `lists` may be None."""
 
     q: Any
     k: Any
@@ -156,7 +157,7 @@ class _Given(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """What it writes to GMEM."""
+    """The kernel's outputs in GMEM."""
 
     out: Any
     lse: Any
@@ -164,7 +165,7 @@ class _Made(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """SMEM, and the barriers that say what is in it; a slot of `k` and `v` is one tile of keys."""
+    """SMEM and the barriers that guard it. A slot of `k` and `v` holds one tile of keys."""
 
     q: Any
     k: Any
@@ -176,7 +177,7 @@ class _Scratch(NamedTuple):
     v_ready: Any
     k_free: Any
     v_free: Any
-    p: Any  # None: P goes through registers
+    p: Any  # None: P stays in registers
 
 
 def _scratch(shape: _Shape) -> _Scratch:
@@ -229,7 +230,7 @@ def _body(
     shape: _Shape, given: _Given, out: Any, lse: Any, skipped: Any, scratch: _Scratch
 ) -> None:
     head = lax.axis_index("head")
-    block = shape.q_blocks - 1 - lax.axis_index("block")  # the longest first
+    block = shape.q_blocks - 1 - lax.axis_index("block")  # longest blocks first
     b = lax.axis_index("batch")
     wg = lax.axis_index("wg")
     cta = _of_block(shape, given, head, block, b)
@@ -239,14 +240,14 @@ def _body(
 
 @dataclasses.dataclass(frozen=True)
 class _Cta:
-    """What one CTA is about: a block of queries of one head, and the tiles of keys it visits.
+    """The work of one CTA: a block of queries of one head, and the tiles of keys that it visits.
 
     Attributes:
-      b, head, kv_head, block: where in the batch.
-      length, new: the sequence's tokens before the chunk, and those of the chunk.
-      start: the block's first query, counted from the chunk's first.
-      tiles: how many tiles are visited; `tile_at` says which.
-      always: how many of them come first that are never skipped.
+      b, head, kv_head, block: which block of queries.
+      length, new: tokens of the sequence before the chunk, and in the chunk.
+      start: the block's first query, counted from the start of the chunk.
+      tiles: how many tiles it visits; `tile_at` says which.
+      always: how many of them, at the front, are never skipped.
     """
 
     shape: _Shape
@@ -262,7 +263,7 @@ class _Cta:
     tile_at: Callable[[Any], Any]
 
     def slot(self, i: Any) -> Any:
-        """Where in SMEM the tile of visit i is."""
+        """The slot of SMEM that holds the tile of visit i."""
         return lax.rem(i, jnp.int32(self.shape.stages))
 
 
@@ -270,8 +271,8 @@ def _of_block(shape: _Shape, given: _Given, head: Any, block: Any, b: Any) -> _C
     kv_head = lax.div(head, jnp.int32(shape.heads // shape.kv_heads))
     length, new = given.lengths[b], given.count[b]
     start = block * QUERY_BLOCK
-    # Tiles that hold a key some query of the block may see, the last first: the query's own
-    # neighbourhood gives the running maximum that later tiles are judged by.
+    # Visit the tiles that some query of the block may see, from the last to the first: the queries'
+    # own neighbourhood gives a running maximum that later tiles are compared with.
     last = length + jnp.minimum(start + QUERY_BLOCK, new) - 1
     visible = jnp.where(start < new, lax.div(last, jnp.int32(shape.block_kv)) + 1, 0)
     lists = given.lists
@@ -292,10 +293,10 @@ def _of_block(shape: _Shape, given: _Given, head: Any, block: Any, b: Any) -> _C
 
 
 def _load(cta: _Cta, given: _Given, scratch: _Scratch) -> None:
-    """The warpgroup that copies: `stages` tiles ahead of those that compute."""
+    """The warpgroup that copies, `stages` tiles ahead of those that compute."""
     plgpu.set_max_registers(24, action="decrease")
     shape = cta.shape
-    full = given.whole[cta.b]  # whole pages; the next is the tail
+    full = given.whole[cta.b]  # full pages; the one after them is the tail
 
     def bring(pool: Any, tail: Any, tile: Any, smem: Any, ready: Any) -> None:
         for j in range(shape.tile_pages):
@@ -320,7 +321,7 @@ def _load(cta: _Cta, given: _Given, scratch: _Scratch) -> None:
             pl.when(i >= shape.stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             bring(pool, tail, tile, smem.at[slot], ready.at[slot])
 
-    # Whoever waits at a barrier has to see all its phases.
+    # Whoever waits at a barrier must not miss any of its phases.
     @pl.loop(jnp.maximum(cta.tiles - shape.stages, 0), cta.tiles)
     def _drain(i: Any) -> None:
         slot = cta.slot(i)
@@ -329,7 +330,7 @@ def _load(cta: _Cta, given: _Given, scratch: _Scratch) -> None:
 
 
 def _compute(cta: _Cta, given: _Given, made: _Made, scratch: _Scratch, wg: Any) -> None:
-    """A warpgroup that computes: its 64 queries, over all tiles."""
+    """A warpgroup that computes attention of its 64 queries over all tiles."""
     plgpu.set_max_registers(240, action="increase")
     shape = cta.shape
     first = cta.start + wg * ROWS  # the warpgroup's first query
@@ -383,7 +384,7 @@ def _compute(cta: _Cta, given: _Given, made: _Made, scratch: _Scratch, wg: Any) 
 
 
 def _product(left: Any, right: Any, size: tuple[int, int]) -> Any:
-    """A product by wgmma, in registers, in float32."""
+    """A product by wgmma, accumulated in float32 registers."""
 
     def multiply(ref: Any) -> Any:
         plgpu.wgmma(ref, left, right)
@@ -393,7 +394,7 @@ def _product(left: Any, right: Any, size: tuple[int, int]) -> Any:
 
 
 def _masked(cta: _Cta, first: Any, tile: Any, s: Any) -> Any:
-    """The scores of a tile that reaches a query's own position, or the chunk's end."""
+    """Masks the scores of a tile that reaches a query's own position or the chunk's end."""
 
     def iota(axis: int) -> Any:
         return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
@@ -403,17 +404,17 @@ def _masked(cta: _Cta, first: Any, tile: Any, s: Any) -> Any:
 
 
 def _any_row(wanted: Any, smem: Any) -> Any:
-    """Whether it is true of any of the warpgroup's rows.
+    """Whether a condition holds for any row of the warpgroup.
 
-    A maximum over warps, through SMEM of the warpgroup's own: the compiler's scratch for it is one
-    for both warpgroups. Each warp reads all rows.
+    The maximum over warps goes through SMEM that belongs to this warpgroup, because the scratch
+    space that the compiler would use is shared by both. Each warp reads all rows.
     """
     smem[...] = jnp.where(wanted, 1.0, 0.0)
     return jnp.max(plgpu.load(smem, layout=plgpu.Layout.WGMMA.reduce(0))) > 0
 
 
 def _nothing(shape: _Shape) -> tuple[Any, Any, Any]:
-    """The softmax of no key: running maximum, sum of exponentials, weighted sum of values."""
+    """The state before the first key: running maximum, sum of exponentials, sum of values."""
     wgmma = plgpu.Layout.WGMMA
 
     def full(size: tuple[int, ...], value: float, layout: Any) -> Any:
@@ -430,11 +431,11 @@ def _nothing(shape: _Shape) -> tuple[Any, Any, Any]:
 def _fold(
     shape: _Shape, running: Any, s: Any, tile_top: Any, p_smem: Any, v_ready: Any, v: Any
 ) -> tuple[Any, Any, Any]:
-    """One step of the softmax: a tile's scores, and its values once they are there."""
+    """One step of the online softmax: adds a tile's scores, and its values once they arrive."""
     top, total, acc = running
     new_top = jnp.maximum(top, tile_top)
     fade = jnp.exp2((top - new_top) * shape.to_log2)
-    # Rows without a key yet have p = exp2(-inf).
+    # Rows that have met no key yet get p = exp2(-inf) = 0.
     p = jnp.exp2((s - _over_columns(new_top, s.shape)) * shape.to_log2)
     total = total * fade + p.sum(axis=1)
     p = p.astype(shape.dtype)
@@ -448,7 +449,7 @@ def _fold(
 
 
 def _finish(shape: _Shape, top: Any, total: Any, acc: Any) -> tuple[Any, Any]:
-    """Attention, and log-sum-exp; of rows without a key 0 and -inf."""
+    """The attention and its log-sum-exp; 0 and -inf for rows without a key."""
     some = total > 0
     total = jnp.where(some, total, 1.0)
     lse = jnp.where(some, top * shape.scale + jnp.log(total), -jnp.inf)
@@ -461,8 +462,10 @@ def _over_columns(x: Any, size: tuple[int, ...]) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _tails(k_pages, v_pages, pages, length):
-    """For each sequence the number of its whole pages, and keys and values [K, B, Z, D] of the next
-    page as far as it is filled, zeros behind.
+    """How many full pages each sequence has, and the keys and values of the page after them.
+
+    Returns:
+      int32 [B]; keys and values [K, B, Z, D], zero past the end of the sequence.
     """
     page = k_pages.shape[2]
     whole = length // page

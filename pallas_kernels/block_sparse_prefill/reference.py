@@ -1,4 +1,4 @@
-"""The meaning of block-sparse prefill: compute every score, then cut what is not attended."""
+"""Defines block-sparse prefill: compute every score, then mask what is not attended to."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,7 +27,7 @@ def prefill(
     block_kv: int,
     scale: float,
 ) -> Prefill:
-    """See `block_sparse_prefill`."""
+    """As `block_sparse_prefill`."""
     tokens, dtype = q.shape[1], q.dtype
     q = pad_queries(q)
     batch, padded, heads, dim = q.shape
@@ -48,7 +48,7 @@ def prefill(
     seen = (key <= lengths[:, None, None] + row) & (row < count[:, None, None])  # [B, T, S]
     score = jnp.where(seen[:, None], score, -jnp.inf)
 
-    # Which blocks are visited, in which order: [B, J, QB, M], and how many of them.
+    # The blocks in the order in which they are visited, [B, J, QB, M], and how many there are.
     visible = visible_blocks(lengths, count, q_blocks, block_kv)
     if lists is None:
         order = (visible[..., None] - 1 - jnp.arange(blocks))[:, None]
@@ -62,7 +62,7 @@ def prefill(
         for x in (order, n, always)
     )
 
-    # A tile is judged by the maximum that its rows have reached when it is visited.
+    # A tile is compared with the maxima that its rows have reached when it is visited.
     tops = score.reshape(batch, heads, q_tiles, ROWS, blocks, block_kv).max(axis=-1)
     tile, block = jnp.arange(q_tiles)[:, None], jnp.arange(blocks)
     first = lengths[:, None, None] + tile * ROWS

@@ -1,4 +1,4 @@
-"""Block-sparse prefill in XLA: a loop over the tiles that are listed, and no work for others."""
+"""Block-sparse prefill in XLA: a loop over the listed tiles, with no work for any other."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,15 +32,15 @@ def prefill(
     scale: float,
     target: Target,
 ) -> Prefill:
-    """See `block_sparse_prefill`. One block of queries at a time, with all heads of its list."""
+    """As `block_sparse_prefill`: one block of queries at a time, all heads that share a list."""
     tokens, dtype = q.shape[1], q.dtype
     q = pad_queries(q)
     batch, padded, heads, dim = q.shape
     kv_heads, _, page, _ = k_pages.shape
     q_blocks = padded // QUERY_BLOCK
-    lead = kv_heads if lists is None else lists.blocks.shape[1]  # heads with a list of their own
+    lead = kv_heads if lists is None else lists.blocks.shape[1]  # heads with their own list
     sharing = heads // lead
-    # Other matmuls are slow on CPU.
+    # Matmuls in other types are slow on CPUs.
     dot_dtype = jnp.float32 if target.platform == "cpu" else k_pages.dtype
     visible = visible_blocks(lengths, count, q_blocks, block_kv)
 
@@ -60,7 +60,7 @@ def prefill(
         def read(pool: Array, tile: Array) -> Array:
             which = tile * (block_kv // page) + jnp.arange(block_kv // page)
             rows = pool[kv_head, jnp.take(ids, which, mode="clip")].reshape(block_kv, dim)
-            # A page holds whatever was there before.
+            # Slots past the end may hold anything.
             used = tile * block_kv + jnp.arange(block_kv) < length + new
             return jnp.where(used[:, None], rows, 0).astype(dot_dtype)
 

@@ -1,8 +1,8 @@
-"""Attention of one query token a sequence over listed pages: the decode step's read of the cache.
+"""Attention of one query token per sequence over listed pages: how a decode step reads the cache.
 
-Dense decode lists all pages of a sequence (one list for all kv heads); sparse decode lists what
-retrieval selected for each kv head. The result is a partial attention `(out, lse)`, so that what
-lies elsewhere (another shard, another tier, the window) can be merged with it.
+Dense decoding lists all pages of a sequence, in one list for all kv heads; sparse decoding lists
+the pages that retrieval selected for each kv head. The result is a partial attention `(out, lse)`,
+to be merged with the attention over keys elsewhere: another shard, another tier, the window.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 """That the Hopper kernel takes."""
 
 PAGE_SIZES = (16, 32, 64)
-"""That the Hopper kernel takes: whole pages fill a tile of 64 keys."""
+"""Page sizes that the Hopper kernel takes: whole pages fill a tile of 64 keys."""
 
 
 def _unfit_for_mosaic_gpu(
@@ -79,28 +79,32 @@ def paged_decode(
     implementation: str | None = None,
     target: Target | None = None,
 ) -> PagedDecode:
-    """Softmax attention of one query token of each sequence over the keys of the listed pages.
+    """Softmax attention of one query token per sequence over the keys of the listed pages.
 
     Args:
-      q: rotated, unscaled queries.
-      k_pages, v_pages: pool of one layer, float; or int8 or fp8, with scales.
-      page_ids: pages each sequence and kv head reads; J is K, or 1: one list for all kv heads.
-        Entries past `count` are never read. Where a page is not seen it may hold anything, NaN too.
-      count: how many entries are real.
+      q: queries, rotated and unscaled.
+      k_pages, v_pages: the pool of one layer: float, or int8 or fp8 with scales. Keys that are not
+        seen may hold anything, even NaN.
+      page_ids: the pages that each kv head of each sequence reads. J is K, or 1 if all kv heads
+        share a list. Entries past `count` are never read.
+      count: how many entries each list has.
       length: positions `low <= p < length` are seen.
-      starts: position of the first token of each listed page; None: entry n of a list holds the
-        sequence's page n.
-      low: default 0.
-      gap_low, gap_high: positions `gap_low <= p < gap_high` belong to another part, and are not
-        seen.
-      threshold: keys whose raw score `q.k` is below it are not seen (DIPR, exact inside a page).
-      key_mask: which keys of each listed page each query head sees.
-      k_scale, v_scale: float32, what each token's 8-bit numbers are multiplied with.
-      scale: of the scores under softmax; default `D ** -0.5`.
+      starts: position of the first token of each listed page; None: entry n of a list is page n of
+        the sequence.
+      low: see `length`; None: 0.
+      gap_low, gap_high: positions `gap_low <= p < gap_high` are not seen, because another part
+        covers them; None: there is no gap.
+      threshold: keys whose raw score `q.k` is below it are not seen: DIPR, exact within a page.
+      key_mask: which keys of each listed page a query head sees; None: all.
+      k_scale, v_scale: float32 factors of each token's 8-bit keys and values.
+      scale: factor of the scores in the softmax; default `D ** -0.5`.
       want_kept: count the keys attended to.
-      implementation: None: the first that can run of "mosaic_gpu", "xla"; or one by name, also
-        "reference".
-      target: what is compiled for; default: what jax traces for.
+      implementation: one by name, "mosaic_gpu", "xla" or "reference"; None: the first of
+        "mosaic_gpu" and "xla" that can run.
+      target: the device to compile for; None: the one that JAX traces for.
+
+    Returns:
+      the partial attention, the best score, and the count if it is wanted; see `PagedDecode`.
 
     Raises:
       KernelError: shapes contradict each other, or the named implementation cannot run.
@@ -129,12 +133,12 @@ def paged_decode(
 def choose(
     *args: Any, implementation: str | None = None, target: Target | None = None, **options: Any
 ) -> Choice:
-    """What `paged_decode` would run for these arguments, without running it.
+    """The implementation that `paged_decode` would run, without running it.
 
-    Takes what `paged_decode` takes; arrays may be `jax.ShapeDtypeStruct`s.
+    It takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-      KernelError: as `paged_decode` would.
+      KernelError: as `paged_decode`.
     """
     args, options = _request(*args, **options)
     return OP.choose(*args, **options, implementation=implementation, target=target)
@@ -159,7 +163,7 @@ def _request(
     scale: float | None = None,
     want_kept: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the implementations, checked."""
+    """Checks the arguments and brings them into the form that the implementations take."""
     keys = Keys(page_ids, count, starts, low, length, gap_low, gap_high, threshold, key_mask)
     args = (q, k_pages, v_pages, keys, k_scale, v_scale)
     wrong = wrong_shapes(*args)

@@ -1,4 +1,4 @@
-"""Shapes at which `aot` compiles `paged_decode`: those of Llama 3, and one of each feature."""
+"""The shapes at which `aot` compiles `paged_decode`: Llama 3's, and each feature once."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ def case(
     features: tuple[str, ...] = (),
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> CompileCase:
-    """A call over a context of `keys` tokens, of which a share is listed; 1.0 is dense decode."""
+    """A call over a context of `keys` tokens, a share of which is listed; 1.0: dense decoding."""
     i32, f32 = jnp.int32, jnp.float32
 
     def array(shape: tuple[int, ...], kind: jax.typing.DTypeLike = i32) -> jax.ShapeDtypeStruct:
@@ -72,7 +72,7 @@ def _call(*arguments: Any, want_kept: bool) -> PagedDecode:
 
 
 def work(batch: int, kv_heads: int, groups: int, dim: int, keys: int, width: int) -> Work:
-    """Keys and values once; two matmuls. Queries, lists and results are a thousandth of that."""
+    """Keys and values once, and two matmuls. Queries, lists and results are a thousandth of it."""
     scales = 4 if width == 1 else 0
     return Work(
         bytes=2.0 * batch * kv_heads * keys * (dim * width + scales),
@@ -84,7 +84,7 @@ _ALL = ("starts", "low", "gap_low", "gap_high", "threshold")
 
 
 def cases() -> tuple[CompileCase, ...]:
-    """The table."""
+    """The cases to compile."""
     return (
         case("dense", 8192),
         case("dense", 8192, batch=4),

@@ -1,4 +1,4 @@
-"""The arguments of `paged_decode` that all implementations read alike."""
+"""Arguments and result of `paged_decode`, in the form that all implementations share."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 LOWEST = -3.0e38
-"""A running maximum below every score; finite, so that differences stay defined."""
+"""A running maximum below every score, but finite, so that differences stay defined."""
 
 
 class PagedDecode(NamedTuple):
-    """Attention of one query token of each sequence over the listed keys.
+    """Attention of one query token per sequence over the listed keys.
 
     Attributes:
       out: float32 [B, H, D]; zeros for an empty set.
       lse: float32 [B, H], natural log-sum-exp of the scaled scores; -inf for an empty set.
-      best: float32 [B, H], the largest raw score attended to; -inf for an empty set.
-      kept: int32 [B, H], how many keys were attended to; None unless asked for.
+      best: float32 [B, H], the largest raw score of the keys attended to; -inf for an empty set.
+      kept: int32 [B, H], how many keys were attended to; None unless requested.
     """
 
     out: Float[Array, "B H D"]
@@ -30,16 +30,17 @@ class PagedDecode(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Which keys a query sees. J is K, or 1 where all kv heads of a sequence share one list.
+    """Which keys a query sees. J is K, or 1 if all kv heads of a sequence share a list.
 
     Attributes:
       page_ids: int32 [B, J, N], pages in the pool; entries past `count` are never read.
-      count: int32 [B, J], how many entries are real.
-      starts: int32 [B, J, N], position of the first token of each listed page; None: entry n holds
-        the sequence's page n.
-      low, high: int32 [B]; positions `low <= p < high` are seen; low None: 0.
-      gap_low, gap_high: int32 [B]; of those, `gap_low <= p < gap_high` are not; None: all are.
-      threshold: float32 [B, H], keys whose raw score `q.k` is below it are not seen; None: all are.
+      count: int32 [B, J], how many entries each list has.
+      starts: int32 [B, J, N], position of the first token of each listed page; None: entry n is
+        page n of the sequence.
+      low, high: int32 [B]; positions `low <= p < high` are seen; low may be None: 0.
+      gap_low, gap_high: int32 [B]; `gap_low <= p < gap_high` are not seen; None: there is no gap.
+      threshold: float32 [B, H]; keys whose raw score `q.k` is below it are not seen; None: no
+        threshold.
       mask: bool [B, H, N, Z], which keys of each listed page a query head sees; None: all.
     """
 
@@ -54,7 +55,7 @@ class Keys:
     mask: Bool[Array, "B H N Z"] | None
 
     def of_sequences(self, which: Int[Array, " R"]) -> "Keys":
-        """The same with the ranges of some sequences, row by row; for `seen`."""
+        """The same for a subset of the sequences, row by row, for use with `seen`."""
 
         def pick(x: Array | None) -> Array | None:
             return None if x is None else x[which]
@@ -68,7 +69,7 @@ class Keys:
         )
 
     def seen(self, positions: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
-        """Whether the key at each position of each sequence is in its range."""
+        """Whether each position of each sequence is in its range."""
 
         def row(x: Array) -> Array:
             return x.reshape(-1, *[1] * (positions.ndim - 1))
@@ -92,7 +93,7 @@ def all_starts(keys: Keys, page_size: int) -> Int[Array, "B J N"]:
 def wrong_shapes(
     q: Any, k_pages: Any, v_pages: Any, keys: Keys, k_scale: Any, v_scale: Any
 ) -> str | None:
-    """What contradicts what among the shapes of a call, or None."""
+    """Which shapes of a call contradict each other; None if none do."""
     batch, heads, dim = q.shape
     kv_heads, pages, size, kv_dim = k_pages.shape
     if v_pages.shape != k_pages.shape:

@@ -1,7 +1,7 @@
 r"""`paged_decode` for Hopper: Pallas, Mosaic GPU.
 
-Decoding reads each key once and does little with it, so the kernel is about bytes in flight, and
-about registers only as far as they keep a second block off a multiprocessor.
+Decoding reads each key once and computes little with it. So what matters is bytes in flight;
+registers matter only in that too many would keep a second block off a multiprocessor.
 
     grid: (row = sequence x kv head) x (split of the row's list of pages)      one warpgroup a block
 
@@ -11,26 +11,26 @@ about registers only as far as they keep a second block off a multiprocessor.
 
     GMEM    K page, V page              TMA, one copy a page, swizzled to what wgmma reads
               |
-    SMEM    K [stages][64 keys, D]      V [stages][64 keys, D]     stages - 1 tiles are under way
+    SMEM    K [stages][64 keys, D]      V [stages][64 keys, D]     stages - 1 tiles in flight
               |                           |
-    wgmma   S^T [64 keys, N heads] = K q^T      N = G padded to 8: keys are the 64 rows of wgmma, so
-              |                           |     that no row is wasted on heads that are not there
-    regs    mask, max over keys, p = 2^(..)     4 numbers a thread
+    wgmma   S^T [64 keys, N heads] = K q^T      N = G padded to 8. Keys are the 64 rows of wgmma, so
+              |                           |     no row is wasted on heads that do not exist
+    regs    mask, max over keys, p = 2^(..)     4 numbers per thread
               |                           |
     SMEM    P [N, 64]                     |     written transposed
                \__________  ____________/
-    wgmma   O^T [D, N] = V^T P^T                8 numbers a thread for D = 128
+    wgmma   O^T [D, N] = V^T P^T                8 numbers per thread for D = 128
               |
     GMEM    O^T, max, sum of each split   ->    merged in XLA (a few hundred KB at most)
 
     loop    wait K(i)  S  mask  max  P  commit | issue tile i + stages - 1 | wait V(i)  O += ...
                                                ^ every warp has read tile i - 1 by now
 
-Pages of 8 bits are widened to bf16 in SMEM between their arrival and wgmma, a tile at a time; the
-scale of a key multiplies its scores, that of a value its weights.
+8-bit pages are widened to bf16 in SMEM, tile by tile, before wgmma reads them. A key's scale
+multiplies its scores, a value's scale its weights.
 
-A tile with keys that are not seen (the end of a sequence, a hole) has their rows of V set to 0 in
-SMEM first: a page may hold NaN there, and 0 * NaN would reach the sum.
+In a tile with keys that are not seen (past the end of a sequence, in a gap), their rows of V are
+first set to 0 in SMEM: they may hold NaN, and 0 * NaN would reach the sum.
 """
 
 import dataclasses
@@ -50,23 +50,23 @@ from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode
 
 TILE = 64
-"""Keys a tile: the rows of one wgmma."""
+"""Keys per tile: the rows of one wgmma."""
 
 WIDENED = {"int8": jnp.bfloat16, "float8_e4m3fn": jnp.bfloat16}
-"""What 8-bit numbers become in shared memory: a type that holds each of them exactly, and weights
-times a small scale of V as well, which float16 does not."""
+"""Type of 8-bit numbers once they are widened in shared memory. It holds each of them exactly, and
+also weights times a small scale of V, which float16 does not."""
 
 _NOWHERE = 1 << 30  # a position that no sequence reaches
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What may differ between devices; nothing of it changes the result beyond rounding.
+    """Choices that may differ between devices. They change results by rounding at most.
 
     Attributes:
-      stages: tiles of K and of V in shared memory; one is worked on while the others arrive.
-      splits: blocks that share one row's keys; None: enough to fill the device.
-      blocks: blocks the device holds at a time; 132 multiprocessors x 2 on an H100.
+      stages: tiles of K and of V in shared memory; one is in use while the others arrive.
+      splits: blocks that share the keys of one row; None: enough to fill the device.
+      blocks: blocks that the device holds at once; 132 multiprocessors x 2 on an H100.
     """
 
     stages: int = 3
@@ -76,8 +76,9 @@ class Tuning:
     def splits_of(self, batch: int, kv_heads: int, tiles: int) -> int:
         """How many blocks share one row of at most `tiles` tiles.
 
-        A single sequence gets one round of equal blocks. Several differ in length, and which is
-        the longest is not known here: with two rounds, those of the short ones make room early.
+        A single sequence gets one round of equal blocks. Several sequences differ in length, and
+        which is the longest is not known here; with two rounds, the blocks of short ones make room
+        early.
         """
         rounds = 1 if batch == 1 else 2
         wanted = self.splits or max(1, rounds * self.blocks // (batch * kv_heads))
@@ -85,15 +86,15 @@ class Tuning:
 
 
 SIMULATED = Tuning(stages=2, splits=2)
-"""In the simulator: so that a few tiles are enough to use each slot again, and there is a merge."""
+"""For the simulator: a few tiles are then enough to reuse each slot, and splits are merged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernel is compiled for.
+    """The static sizes that the kernel is compiled for.
 
-    `lists` is J; `heads` is N, those of a kv head, padded; `dtype` is what wgmma multiplies,
-    `stored` what pages hold.
+    `lists` is J; `heads` is N, the heads of a kv head, padded; `dtype` is the type that wgmma
+    multiplies and `stored` that of the pages.
     """
 
     rows: int
@@ -114,21 +115,21 @@ class _Shape:
 
     @property
     def word_keys(self) -> int:
-        """Keys of a page whose bits of the mask fill one word."""
+        """How many keys of a page share one word of the mask."""
         return min(self.page_size, 32)
 
     @property
     def pages(self) -> int:
-        """Pages a tile."""
+        """Pages per tile."""
         return TILE // self.page_size
 
     @property
     def quantized(self) -> bool:
-        """Whether pages hold 8-bit numbers, widened in shared memory before wgmma."""
+        """Whether pages hold 8-bit numbers, to be widened in shared memory before wgmma."""
         return self.stored != self.dtype
 
     def smem(self, *size: int, stored: bool = False) -> Any:
-        """Shared memory of rows of head_dim, or of keys, with the widest swizzle that fits both."""
+        """Shared memory for rows of head_dim or of keys, with the widest swizzle that fits both."""
         dtype = jnp.dtype(self.stored if stored else self.dtype)
         width = self.dim * dtype.itemsize
         swizzle = next(s for s in (128, 64, 32) if width % s == 0)
@@ -136,7 +137,7 @@ class _Shape:
 
     @property
     def d_blocks(self) -> tuple[tuple[int, int], ...]:
-        """(first, size) of the rows of O^T that one wgmma makes; those of D = 96 overlap."""
+        """(first, size) of the rows of O^T that each wgmma computes; they overlap for D = 96."""
         return ((0, 64), (32, 64)) if self.dim == 96 else ((0, self.dim),)
 
 
@@ -153,7 +154,7 @@ def paged_decode(
     target: Target,
     tuning: Tuning | None = None,
 ) -> PagedDecode:
-    """See `paged_decode.paged_decode`."""
+    """As `paged_decode.paged_decode`."""
     tuning = tuning or (SIMULATED if target.interpret else Tuning())
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
@@ -196,11 +197,11 @@ def paged_decode(
     scales = [_scales(x, keys, shape) for x in (k_scale, v_scale) if x is not None]
     acc, top, total, kept = _kernel(shape, target)(*operands, *scales, k_pages, v_pages)
 
-    # The second stage: splits of one row are parts of one softmax.
+    # The second stage: merge the splits of a row, which are parts of one softmax.
     best = jnp.max(top, axis=1, keepdims=True)
     weight = jnp.exp(scale * (top - best))  # [R, splits, N]
     total = jnp.sum(weight * total, axis=1)[:, :groups]
-    # Not as a matmul, which a GPU would do in TF32.
+    # Not a matmul, because a GPU would compute it in TF32.
     acc = jnp.sum(weight[:, :, None] * acc, axis=1).swapaxes(1, 2)[:, :groups]
     safe = jnp.where(total > 0, total, 1.0)
     best = jnp.where(total > 0, best[:, 0, :groups], -jnp.inf)
@@ -216,7 +217,7 @@ def paged_decode(
 
 
 def _words(mask: Bool[Array, "B H N Z"], shape: _Shape) -> Int[Array, "R N W heads"]:
-    """A mask as bits, the first key's lowest; R rows, W words a page."""
+    """A mask as bits, lowest bit first: R rows, W words per page."""
     groups = mask.shape[0] * mask.shape[1] // shape.rows
     bits = mask.reshape(shape.rows, groups, mask.shape[2], -1, shape.word_keys)
     shifts = jnp.arange(shape.word_keys, dtype=jnp.uint32)
@@ -226,8 +227,9 @@ def _words(mask: Bool[Array, "B H N Z"], shape: _Shape) -> Int[Array, "R N W hea
 
 
 def _scales(scale: Float[Array, "K P Z"], keys: Keys, shape: _Shape) -> Float[Array, "R tokens"]:
-    """The scales of the listed pages, one list behind another: of a page of 16 keys they are 64
-    bytes, which is less than TMA places in shared memory.
+    """The scales of the listed pages, copied into the order of the lists.
+
+    Those of a page of 16 keys are 64 bytes, which is less than TMA can place in shared memory.
     """
     ids = jnp.pad(keys.page_ids, ((0, 0), (0, 0), (0, -keys.page_ids.shape[2] % shape.pages)))
     ids = jnp.broadcast_to(ids, (ids.shape[0], shape.kv_heads, ids.shape[2]))
@@ -298,13 +300,13 @@ def _body(
     gap_low, gap_high = (range_ref[batch, 2], range_ref[batch, 3]) if shape.gap else (0, 0)
 
     def page_ids(step: Any) -> list[Any]:
-        """The pages of one tile. Past the list's end its last page comes again."""
+        """The pages of one tile. Past the end of the list, its last page is repeated."""
         begin = (first + step) * shape.pages
         last = jnp.maximum(count - 1, 0)
         return [ids_ref[batch, which, jnp.minimum(begin + j, last)] for j in range(shape.pages)]
 
     def words(step: Any) -> list[Any]:
-        """The mask of one tile, a word for so many keys of each head."""
+        """The mask of one tile, in words for each head."""
         if word_ref is None:
             return []
         found = []
@@ -346,7 +348,7 @@ def _body(
         pages, masks, top, total, kept, acc = carry
         slot = lax.rem(step, shape.stages)
         tile = first + step
-        begins = []  # position of each page's first key; of a page that is not there, nowhere
+        begins = []  # position of each page's first key; `_NOWHERE` past the end of the list
         for j in range(shape.pages):
             entry = tile * shape.pages + j
             begin = entry * shape.page_size
@@ -373,7 +375,7 @@ def _body(
                 whole = whole & ((end <= gap_low) | (begin >= gap_high))
 
         def operand(name: str, tiles: Any) -> Any:
-            """The tile as wgmma reads it; numbers of 8 bits are widened, exactly."""
+            """The tile in the form that wgmma reads; 8-bit numbers are widened, exactly."""
             if not shape.quantized:
                 return tiles.at[slot]
             wide = scratch[f"{name}_wide"]
@@ -420,7 +422,7 @@ def _body(
             p_smem.transpose((1, 0))[...] = plgpu.layout_cast(p.astype(shape.dtype), wgmma)
         plgpu.barrier_wait(v_arrived.at[slot])
         v_tile = operand("v", v_smem)
-        if shape.quantized:  # a scale that is not seen may be NaN, too
+        if shape.quantized:  # the scale of a key that is not seen may be NaN too
             weight = jnp.where(keep, p * factors("v"), 0.0)
             p_smem.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(shape.dtype), wgmma)
 
@@ -431,10 +433,10 @@ def _body(
             v_tile[...] = jnp.where(keep_v, values, jnp.zeros_like(values))
 
         plgpu.commit_smem()
-        # Every warp is past its reads of the tile before this one: its slot is free.
+        # Every warp has read the previous tile, so its slot is free.
         ahead = step + (shape.stages - 1)
         pl.when(ahead < steps)(functools.partial(issue, ahead, pages))
-        pages = page_ids(ahead + 1)  # read a tile early: nothing waits for them
+        pages = page_ids(ahead + 1)  # read one tile ahead, so that nothing waits for them
         masks = words(step + 1)
         total = total * lax.broadcast_in_dim(fade, tile_shape, [1]) + p
         kept = kept + jnp.where(keep, 1.0, 0.0)

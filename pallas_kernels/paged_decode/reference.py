@@ -1,4 +1,4 @@
-"""The meaning of `paged_decode`, in plain jnp: every listed page is read and scored at once."""
+"""Defines `paged_decode` in plain jnp: reads and scores all listed pages at once."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,7 +17,7 @@ def paged_decode(
     scale: float,
     want_kept: bool,
 ) -> PagedDecode:
-    """See `paged_decode.paged_decode`; float32 throughout."""
+    """As `paged_decode.paged_decode`, in float32 throughout."""
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
     n = keys.page_ids.shape[2]
@@ -34,7 +34,7 @@ def paged_decode(
         if scales is not None:
             values *= scales[head, jnp.where(real, ids, 0)][..., None]
         values = values.reshape(batch, kv_heads, n * size, dim)
-        return jnp.where(in_range[..., None], values, 0.0)  # pages hold what was there before
+        return jnp.where(in_range[..., None], values, 0.0)  # unseen slots may hold anything
 
     rows = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bkgd,bksd->bkgs", rows, read(k_pages, k_scale))

@@ -1,8 +1,8 @@
-"""`paged_decode` in XLA: gathers the listed pages block by block, with a running softmax.
+"""`paged_decode` in XLA: gathers the listed pages block by block, with an online softmax.
 
-The loop's trip count follows the counts, so cost is that of what was selected, however long the
-list may be. On a CPU each list has a loop of its own, as long as it is. On a GPU all go together,
-as long as the longest.
+The loop runs for as many blocks as `count` fills, so the cost is that of what was selected, not
+that of the lists' capacity. On a CPU each list has its own loop; on a GPU all lists share one, as
+long as the longest.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from alaya_jax.pallas_kernels.paged_decode.keys import LOWEST, Keys, PagedDecode
 from alaya_jax.pallas_kernels.sharded import vary_like
 
 BLOCK_TOKENS = 512
-"""Keys a step: large enough for the loop's overhead, small enough to stay in a core's cache."""
+"""Keys per step: enough to amortize the loop, few enough to stay in a core's cache."""
 
 
 def paged_decode(
@@ -29,7 +29,7 @@ def paged_decode(
     want_kept: bool,
     target: Target,
 ) -> PagedDecode:
-    """See `paged_decode.paged_decode`. Matmuls in the pages' type; on CPU in float32, faster."""
+    """As `paged_decode.paged_decode`; matmuls in the pages' type, on CPUs in float32 (faster)."""
     batch, heads, dim = q.shape
     kv_heads, _, size, _ = k_pages.shape
     groups = heads // kv_heads
@@ -55,7 +55,7 @@ def paged_decode(
     floor = None if keys.threshold is None else keys.threshold.reshape(rows, groups, 1)
 
     def visit(which: Array, step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        """One block of pages of each of the rows `which` [R]."""
+        """Adds one block of pages of each row in `which` [R]."""
         top, total, acc, kept = carry
         head = (which % kv_heads)[:, None]
         entry = step * block + jnp.arange(block)
@@ -83,7 +83,7 @@ def paged_decode(
         fade = jnp.exp(scale * (top - new_top))
         total = total * fade + jnp.sum(p, axis=-1)
         kept = kept + jnp.sum(jnp.broadcast_to(seen, p.shape), axis=-1, dtype=jnp.int32)
-        # Pages hold whatever was there before: 0 * NaN must not reach the sum.
+        # Slots that are not seen may hold anything, and 0 * NaN must not reach the sum.
         v = jnp.where(seen.any(axis=1)[..., None], read(v_pages), 0).astype(dtype)
         if v_scale is not None:
             p = jnp.where(seen, p * read(v_scale)[:, None], 0.0)
@@ -103,7 +103,7 @@ def paged_decode(
 
     trips = -(-jnp.clip(count, 0, n) // block)
     if on_cpu:
-        together = kv_heads if keys.page_ids.shape[1] == 1 else 1  # heads with one list
+        together = kv_heads if keys.page_ids.shape[1] == 1 else 1  # kv heads that share a list
 
         def one(first: Array) -> tuple[Array, ...]:
             which = first + jnp.arange(together)

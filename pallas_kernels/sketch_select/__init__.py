@@ -1,9 +1,9 @@
-"""Which pages may hold keys in range of a query: a scan of the keys' 4-bit sketch.
+"""Which pages may hold keys in range of a query, by a scan of the keys' 4-bit sketch.
 
-One scan. It leaves the upper bound of each page, 4 G bytes where the page's sketch has Z D / 2 and
-more (16 beside 1,218 at Z 16, D 128, G 4), and the best lower bound; the threshold, known only when
-all is scanned, is then held against those. A second scan against the threshold would read
-everything again to save 3 percent; one scan that carries a running best would keep pages that the
+A single scan computes the best lower bound, and an upper bound for each page: 4 G bytes, beside
+more than Z D / 2 bytes of sketch (16 beside 1,218 at Z 16, D 128, G 4). The threshold is known only
+after the scan and is then compared with the upper bounds. A second scan against the threshold would
+read everything again to save 3 percent; one scan against a running best would keep pages that the
 final best rules out.
 """
 
@@ -64,7 +64,7 @@ OP = Op(
         Candidate("reference", None, reference.bounds, automatic=False),
     ),
 )
-"""The scan; what is made of its `Bounds` is XLA in every implementation."""
+"""The scan. What follows from its `Bounds` is XLA in every implementation."""
 
 
 def sketch_select(
@@ -81,23 +81,26 @@ def sketch_select(
     implementation: str | None = None,
     target: Target | None = None,
 ) -> Selected:
-    """The pages of which some key may score at least `best - beta` for some head of its group.
+    """The pages that may hold a key that scores at least the best score minus beta.
 
-    A key may score up to `estimate + error`. The best score is at least the largest `estimate -
-    error`, or `best` where that is larger: a score that is known to be attained, such as the
-    window's.
+    A page counts if this may be so for any head of the group. A key scores at most `estimate +
+    error`. The best score is at least the largest `estimate - error`, and at least `best`, a score
+    that some key is known to have, such as the best of the window.
 
     Args:
       query, keys: see `Query` and `Codes`.
-      pages: which pages a sequence has, in order.
-      low, high: only keys at positions `low <= p < high` count; others may be anything.
-      beta: range below the best raw score, >= 0; inf keeps every page with a key in range.
-      best: raw score of each head, -inf where there is none.
-      capacity: C, length of the lists; default N, which always suffices.
-      scale: if given, the log-sum-exp of `scale * estimate` of each page is returned.
-      implementation: None: the first that can run of "mosaic_gpu", "xla"; or one by name, also
-        "reference".
-      target: what is compiled for; default: what jax traces for.
+      pages: the pages of each sequence, in order.
+      low, high: only keys at positions `low <= p < high` count; others may hold anything.
+      beta: range below the best raw score, at least 0; inf keeps every page with a key that counts.
+      best: a raw score that each head is known to reach; -inf if none is.
+      capacity: C, the length of the lists; default N, which always suffices.
+      scale: if given, also return the log-sum-exp of `scale * estimate` over each page's keys.
+      implementation: one by name, "mosaic_gpu", "xla" or "reference"; None: the first of
+        "mosaic_gpu" and "xla" that can run.
+      target: the device to compile for; None: the one that JAX traces for.
+
+    Returns:
+      lists of pages, and the score that the range was measured from; see `Selected`.
 
     Raises:
       KernelError: shapes contradict each other, or the named implementation cannot run.
@@ -121,9 +124,7 @@ def bounds(
     implementation: str | None = None,
     target: Target | None = None,
 ) -> Bounds:
-    """The scan alone: what `sketch_select` chooses by; `wanted` and `select` take it.
-
-    Takes what `sketch_select` takes.
+    """The scan alone, for `wanted` and `select`; arguments as in `sketch_select`.
 
     Raises:
       KernelError: as `sketch_select`.
@@ -146,12 +147,12 @@ def choose(
     scale: float | None = None,
     **_: Any,
 ) -> Choice:
-    """What `sketch_select` would run for these arguments, without running it.
+    """The implementation that `sketch_select` would run, without running it.
 
-    Takes what `sketch_select` takes; arrays may be `jax.ShapeDtypeStruct`s.
+    It takes the same arguments; arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:
-      KernelError: as `sketch_select` would.
+      KernelError: as `sketch_select`.
     """
     _check(query, keys, pages, low, high)
     return OP.choose(

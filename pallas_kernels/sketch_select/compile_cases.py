@@ -1,4 +1,4 @@
-"""Shapes at which `aot` compiles `sketch_select`: those of Llama 3, and one of each feature."""
+"""The shapes at which `aot` compiles `sketch_select`: Llama 3's, and each feature once."""
 
 import functools
 from typing import Any
@@ -66,7 +66,7 @@ def _call(
 
 
 def work(batch: int, kv_heads: int, groups: int, dim: int, size: int, keys: int) -> Work:
-    """The sketch once; the bounds of pages are 4 G bytes a page beside it, and not counted."""
+    """The sketch once; the bounds, 4 G bytes per page, are small beside it and not counted."""
     page = size * (dim / 2 + 4) + dim + 2
     return Work(
         bytes=batch * kv_heads * (keys / size) * page,
@@ -75,7 +75,7 @@ def work(batch: int, kv_heads: int, groups: int, dim: int, size: int, keys: int)
 
 
 def cases() -> list[CompileCase]:
-    """The table."""
+    """The cases to compile."""
     return [
         case("scan", 8192),
         case("scan", 131072),

@@ -1,18 +1,18 @@
 """The scan of a sketch for Hopper: Pallas, Mosaic GPU.
 
-A scan reads much and computes little, so the kernel is about bytes in flight, and about what is
-done to a key on its way through shared memory.
+A scan reads much and computes little. So what matters is bytes in flight, and how little is done to
+each key on its way through shared memory.
 
-    grid: (split of the steps) x kv head x sequence    two compute warpgroups, and one that copies
+    grid: (split of the steps) x kv head x sequence    two warpgroups compute, one copies
 
-    A step is 32 pages of 16 tokens of a sequence (a longer page counts as several), 512 keys. The
-    compute warpgroups take steps by turns.
+    A step is 512 keys of a sequence: 32 pages of 16 tokens (a longer page counts as several). The
+    compute warpgroups take turns.
 
     GMEM    codes [16, D/2]  scale, spread [16]  centre [D]         of each page
-              |                   TMA: all of a step at once where its pages are neighbours in the
-              |                   pool; else codes page by page, and the rest, of which a page has
-              |                   less than TMA can place, from a copy in the sequence's order that
-              |                   XLA makes; `stages` steps are under way
+              |                   TMA: a whole step at once if its pages are neighbours in the pool.
+              |                   Else codes are copied page by page; the rest, of which a page has
+              |                   less than TMA can place, comes from a copy by XLA in the order of
+              |                   the sequence. `stages` steps are in flight
     SMEM    bytes [512, D/2]
               |                     64 keys at a time:
     regs    byte & 15 ^ 8, byte & 0xf0    the low field + 8, and 16 times the high field
@@ -25,10 +25,10 @@ done to a key on its way through shared memory.
               |
     SMEM    upper [8 x 8 heads, 64 keys]      read transposed: 16 columns are a page
               |
-    regs    max over each page             ->      GMEM: 4 bytes a page and head
+    regs    max over each page             ->      GMEM: 4 bytes per page and head
 
-No score is written to memory. The product of query and centre is a wgmma too, in the query's dtype,
-of the step's 32 centres (the other 32 of its rows are not used).
+No score is written to memory. The products of the query with the 32 centres of a step are a wgmma
+too, in the query's dtype (32 of its 64 rows are unused).
 """
 
 import dataclasses
@@ -49,29 +49,29 @@ from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
 
 TOKENS = 16
-"""Of a page, as the kernel counts pages."""
+"""Tokens per page, as the kernel counts pages."""
 
 PAGES = 32
-"""Of a step."""
+"""Pages per step."""
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 _KEYS = TOKENS * PAGES
-_ROWS = 64  # of wgmma
-_HEADS = 8  # of wgmma, at least
+_ROWS = 64  # rows of a wgmma
+_HEADS = 8  # smallest N of a wgmma
 _COMPUTE = 2  # warpgroups
-_BOX = 16  # pages of a copy, at most: 256 rows
+_BOX = 16  # pages per copy at most: 256 rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What may differ between devices; nothing of it changes the result beyond rounding.
+    """Choices that may differ between devices. They change results by rounding at most.
 
     Attributes:
-      stages: steps in shared memory.
-      blocks: blocks that the device holds at a time; one for each multiprocessor of an H100.
+      stages: steps in shared memory at once.
+      blocks: blocks that the device holds at once; one per multiprocessor on an H100.
     """
 
     stages: int = 3
@@ -89,14 +89,14 @@ def bounds(
     target: Target,
     tuning: Tuning | None = None,
 ) -> Bounds:
-    """See `Bounds`."""
+    """Computes `Bounds`."""
     batch, n = pages.shape
     kv_heads, pool, size, half = keys.codes.shape
     dim, dtype = 2 * half, query.q.dtype
     group = query.q.shape[1] // kv_heads
-    repeats = size // TOKENS  # pages of the kernel in a page
+    repeats = size // TOKENS  # pages of the kernel per page
     steps = -(-n * repeats // PAGES)
-    # Log-sum-exp needs a second buffer of estimates; with D = 128 one stage makes room for it.
+    # Log-sum-exp needs a second buffer of estimates; with D = 128 it takes the room of one stage.
     tuning = tuning or Tuning(stages=2 if scale is not None and dim > 64 else 3)
     stages = tuning.stages
     splits = max(1, min(tuning.blocks // (batch * kv_heads), -(-steps // _COMPUTE)))
@@ -105,7 +105,7 @@ def bounds(
         x = x.reshape(batch, kv_heads, group, *x.shape[2:])
         return jnp.pad(x, ((0, 0), (0, 0), (0, _HEADS - group)) + ((0, 0),) * (x.ndim - 3))
 
-    # What the kernel multiplies is 16 times the fields, plus 128 in the low halves; a level is 2
+    # The kernel multiplies 16 times the fields, plus 128 in the low halves; a level is 2
     # fields + 1.
     low_half, whole = (
         jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32)
@@ -125,7 +125,7 @@ def bounds(
     )
     integers = padded(query.integers)
     flat = (kv_heads, pool * size)
-    # The first row of each page of the kernel in the pool of rows, and its centre's factor.
+    # First row of each of the kernel's pages in the pool of rows, and the factor of its centre.
     table = jnp.pad(pages, ((0, 0), (0, -n % (PAGES // repeats))))
     some = jnp.arange(table.shape[1]) * size < high[:, None]
     table = jnp.where(some, table, table[:, :1])
@@ -137,7 +137,7 @@ def bounds(
         return jnp.moveaxis(x.at[:, ids].get(mode="clip"), 0, 1)
 
     unit = jnp.repeat(in_order(keys.unit, table).astype(jnp.float32), repeats, axis=2)
-    # Of a run these are read from the pool: any page will do, and one is quickest.
+    # A run reads these from the pool, so any page will do here, and one page is quickest.
     of_run = jnp.repeat(runs == 1, PAGES // repeats, axis=1)
     loose = jnp.where(of_run, 0, table)
     scales, spreads = (
@@ -203,7 +203,7 @@ def bounds(
 
 
 def _runs(first_row: Int[Array, "B M"], some: Bool[Array, "B M"], rows: int) -> Int[Array, "B C"]:
-    """1 where the pages of a step, as far as there are some, are neighbours in the pool."""
+    """1 for steps whose pages, as far as they exist, are neighbours in the pool."""
     steps = (first_row.shape[0], -1, PAGES)
     first_row = first_row.reshape(steps)
     begin = first_row[..., 0]
@@ -214,21 +214,21 @@ def _runs(first_row: Int[Array, "B M"], some: Bool[Array, "B M"], rows: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What the kernel is compiled for."""
+    """The static sizes that the kernel is compiled for."""
 
     splits: int
     stages: int
     repeats: int
     dim: int
     dtype: Any
-    to_log2: float | None  # of an estimate, if log-sum-exp is wanted
+    to_log2: float | None  # factor from an estimate to an exponent of 2; None: no log-sum-exp
 
 
 def _turns(stages: int) -> int:
-    """Steps after which both the slot and the warpgroup are the same again.
+    """After how many steps the same warpgroup uses the same slot again.
 
-    A thread knows the phase of a barrier by counting its own waits. So an arrival's barrier belongs
-    to one warpgroup, even where a slot does not.
+    A thread knows the phase of a barrier by counting its own waits. So each barrier for arrivals
+    belongs to one warpgroup, even if its slot does not.
     """
     return math.lcm(stages, _COMPUTE)
 
@@ -236,7 +236,7 @@ def _turns(stages: int) -> int:
 def _scratch(stages: int, half: int, dtype: Any, lse: bool) -> list[Any]:
     """Shared memory and barriers, in the order of `_kernel`'s arguments."""
 
-    def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # as wgmma reads it
+    def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # in the layout that wgmma reads
         itemsize = jnp.dtype(dtype).itemsize
         row = min(128, shape[-1] * itemsize)
         return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(row, itemsize))
@@ -281,7 +281,7 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
     low, high = low_ref[b], high_ref[b]
     begin = lax.div(low, jnp.int32(_KEYS))
     end = jnp.where(low < high, lax.div(high - 1, jnp.int32(_KEYS)) + 1, begin)
-    # Of the steps between begin and end, one in `splits` is this block's.
+    # One in `splits` of the steps from begin to end belongs to this block.
     mine = lax.div(jnp.maximum(end - begin - split, 0) + shape.splits - 1, jnp.int32(shape.splits))
 
     def step_at(i: Any) -> Any:
@@ -296,7 +296,7 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
     @pl.when(wg < _COMPUTE)
     def _compute() -> None:
         ready = query_ready.at[wg]
-        # Each of the two has copies of its own.
+        # Each of the two compute warpgroups has its own copies.
         mosaic.bring(q_ref.at[b, k], q_smem.at[wg], ready)
         mosaic.bring(integer_low_ref.at[b, k], integer_low.at[wg], ready)
         mosaic.bring(integer_high_ref.at[b, k], integer_high.at[wg], ready)
@@ -318,7 +318,7 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
             small = ((scale_smem, scale_ref, scales_ref), (spread_smem, spread_ref, spreads_ref))
 
             def in_order(ready: Any) -> None:
-                """What is in the sequence's order."""
+                """Copies what XLA has put into the order of the sequence."""
                 pairs = [(unit_ref, unit_smem)]
                 if ready is page_ready or shape.repeats > 1:
                     pairs.append((centres_ref, centre_smem))
@@ -346,7 +346,7 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
             @pl.when(jnp.logical_not(run))
             def _page_by_page() -> None:
                 ready = page_ready.at[turn]
-                # All are asked for before the first is needed.
+                # Request all of them before the first is needed.
                 firsts = [row_ref[b, step * PAGES + at] for at in range(PAGES)]
                 in_order(page_ready)
                 for at, to in zip(range(0, PAGES, _BOX), boxes, strict=True):
@@ -367,7 +367,7 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
 
             bring(i)
 
-        # Whoever waits at a barrier has to see all its phases.
+        # Whoever waits at a barrier must not miss any of its phases.
         @pl.loop(jnp.maximum(mine - shape.stages, 0), mine)
         def _drain(i: Any) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(shape.stages))])
@@ -378,12 +378,12 @@ class _Steps:
     """The steps of one block.
 
     Attributes:
-      where: sequence and kv head.
-      low, high: positions in range.
-      mine: how many steps there are.
-      step_at: which the i-th is.
-      arrived: waits until what the i-th needs is in its slot.
-      free: barriers that say that a slot was read.
+      where: the sequence and the kv head.
+      low, high: the positions in range.
+      mine: how many steps this block has.
+      step_at: the number of its i-th step.
+      arrived: waits until the data of the i-th step is in its slot.
+      free: barriers that signal that a slot has been read.
     """
 
     where: tuple[Any, Any]
@@ -398,7 +398,7 @@ class _Steps:
 def _compute_steps(
     shape: _Shape, query: Any, stage: Any, work: Any, outs: Any, steps: _Steps, wg: Any
 ) -> Array:
-    """What a compute warpgroup does with its steps; the best score of each row and head."""
+    """Runs the steps of a compute warpgroup; returns the best score of each row and head."""
     q_smem, integer_low, integer_high, factor_smem = query
     code_smem, scale_smem, spread_smem, centre_smem, unit_smem = stage
     low_smem, high_smem, wide_smem, score_smem, upper_smem, estimate_smem = work
@@ -448,7 +448,7 @@ def _compute_steps(
                 wide(load(x.at[slot, rows], of_key).astype(jnp.float32), 0)
                 for x in (scale_smem, spread_smem)
             )
-            # Four pages have 16 rows each.
+            # Four pages of 16 rows each.
             first = t * (_ROWS // TOKENS)
             centre = wide(load(score_smem.at[first], of_head), 1)
             for page in range(1, _ROWS // TOKENS):
@@ -466,9 +466,9 @@ def _compute_steps(
             return jnp.maximum(best, jnp.where(seen, estimate - error, -jnp.inf))
 
         best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
-        plgpu.commit_smem()  # reads by threads, before the next copy's writes
+        plgpu.commit_smem()  # the threads' reads come before the next copy's writes
         plgpu.barrier_arrive(steps.free.at[slot])
-        # A row for each head and 64 keys; 16 columns are a page.
+        # One row per head and 64 keys; 16 columns are a page.
         pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(_ROWS // TOKENS)]
         uppers = load(upper_smem.transpose((1, 0)), layout)
         for page, columns in enumerate(pages):

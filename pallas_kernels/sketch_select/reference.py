@@ -1,4 +1,4 @@
-"""The meaning of a scan: the estimate and error of every key, then the bounds of pages."""
+"""Defines the scan: estimate and error of every key, then the bounds of each page."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +10,7 @@ from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
 def estimates(
     query: Query, keys: Codes, pages: Int[Array, "B N"]
 ) -> tuple[Float[Array, "B K N Z G"], Float[Array, "B K N Z G"]]:
-    """Estimated raw score of each key of the listed pages, and by how much it may err."""
+    """The estimated raw score of each key of the listed pages, and its largest error."""
     kv_heads, dim = keys.codes.shape[0], query.q.shape[-1]
 
     def grouped(x: Array) -> Array:
@@ -46,7 +46,7 @@ def bounds(
     *,
     scale: float | None,
 ) -> Bounds:
-    """See `Bounds`; with the log-sum-exp of `scale * estimate` if there is a scale."""
+    """Computes `Bounds`, with the log-sum-exp of `scale * estimate` if a scale is given."""
     estimate, error = estimates(query, keys, pages)
     size = keys.codes.shape[2]
     position = jnp.arange(pages.shape[1] * size).reshape(-1, size)

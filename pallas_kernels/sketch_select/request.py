@@ -1,4 +1,4 @@
-"""What is asked of a scan, what comes back, and the step from bounds of pages to a list of them."""
+"""Arguments and results of a scan, and the step from the bounds of pages to lists of pages."""
 
 import dataclasses
 
@@ -14,15 +14,16 @@ from alaya_jax.pallas_kernels.page_lists import compact
 class Codes:
     """Keys of one layer at 4 bits a channel.
 
-    A key is estimated as its page's centre plus `scale` times its levels, in a rotated basis; the
-    level of a field c (two's complement) is 2 c + 1.
+    A key is estimated as the centre of its page plus, in a rotated basis, `scale` times its levels.
+    The level of a field c (two's complement) is 2 c + 1.
 
     Attributes:
-      codes: uint8 [K, P, Z, D / 2]; byte m holds channel m in its low half and m + D / 2 in its
-        high half.
-      scale: float16 [K, P, Z].
-      spread: float16 [K, P, Z], what a query's error is in proportion to; inf: nothing is known.
-      centre: int8 [K, P, D], not rotated, times `unit`.
+      codes: uint8 [K, P, Z, D / 2]; byte m holds channel m in its low half and channel m + D / 2
+        in its high half.
+      scale: float16 [K, P, Z], factor of a key's levels.
+      spread: float16 [K, P, Z], to which the error of a score is proportional; inf if nothing is
+        known of the key.
+      centre: int8 [K, P, D], the centre of the page in multiples of `unit`, not rotated.
       unit: float16 [K, P].
     """
 
@@ -36,15 +37,15 @@ class Codes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """One query token of each sequence, as a scan needs it.
+    """One query token per sequence, in the form that a scan takes.
 
     Attributes:
-      q: [B, H, D], for the centres; of the dtype of the keys.
-      integers: int8 [B, H, D], the rotated query over `step`, rounded.
+      q: [B, H, D], in the dtype of the keys, for the products with the centres.
+      integers: int8 [B, H, D], the rotated query in multiples of `step`, rounded.
       step: float32 [B, H].
       of_spread, of_scale: float32 [B, H]; the error of an estimate is `of_spread` times the key's
-        spread plus `of_scale` times its scale. Where `of_spread` is 0, the spread counts for
-        nothing, even if it is inf.
+        spread plus `of_scale` times its scale. If `of_spread` is 0, the spread does not count, even
+        if it is inf.
     """
 
     q: Float[Array, "B H D"]
@@ -57,14 +58,14 @@ class Query:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a scan says of each page. Heads are [K, G]: G query heads of one kv head.
+    """The result of a scan. Heads are [K, G]: the G query heads of each kv head.
 
     Attributes:
-      upper: float32 [B, K, N, G], max over the page's keys in range of estimate + error; anything
-        for pages without a key in range.
-      best: float32 [B, K, G], max over all keys in range of estimate - error; -inf without keys.
+      upper: float32 [B, K, N, G], the largest estimate + error of the page's keys in range;
+        undefined for pages without one.
+      best: float32 [B, K, G], the largest estimate - error of all keys in range; -inf without any.
       lse: float32 [B, K, N, G], log-sum-exp of scale * estimate over the page's keys in range;
-        anything for pages without one. None if it was not asked for.
+        undefined for pages without one. None unless requested.
     """
 
     upper: Float[Array, "B K N G"]
@@ -75,16 +76,16 @@ class Bounds:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """Pages that may hold a key in range of some head of the group.
+    """The pages that may hold a key in range of some head of the group.
 
     Attributes:
       page_ids: int32 [B, K, C], in the order of the sequence.
       starts: int32 [B, K, C], position of the first token of each.
-      count: int32 [B, K], how many there are: more than C if they did not fit, and then the lists
-        hold the first C. What lies past it in a list means nothing.
-      best: float32 [B, H], what the range was measured from.
-      page_lse: float32 [B, H, N], estimated log of the sum of exp(scale * score) over each page's
-        keys in range, -inf where there is none; if asked for.
+      count: int32 [B, K], how many there are. If they are more than C, the lists hold the first C;
+        entries past the count mean nothing.
+      best: float32 [B, H], the score from which the range was measured.
+      page_lse: float32 [B, H, N], estimated log of the sum of exp(scale * score) over the keys in
+        range of each page; -inf for pages without one. None unless requested.
     """
 
     page_ids: Int[Array, "B K C"]
@@ -104,7 +105,7 @@ def select(
     page_size: int,
     capacity: int,
 ) -> Selected:
-    """The pages whose upper bound reaches the best score, less beta, for a head of the group."""
+    """Lists the pages whose upper bound reaches the best score - beta for a head of the group."""
     batch, _, n, _ = bounds.upper.shape
     top = bounds.best.reshape(batch, -1)
     if best is not None:
@@ -132,7 +133,7 @@ def wanted(
     high: Int[Array, " B"],
     page_size: int,
 ) -> Bool[Array, "B K N"]:
-    """Which pages have a key in range that may reach the threshold of a head of the group."""
+    """Which pages have a key in range that may reach the threshold of some head of the group."""
     batch, kv_heads, n, group = bounds.upper.shape
     least = threshold.reshape(batch, kv_heads, 1, group)
     reaches = jnp.any((bounds.upper >= least) & (bounds.upper > -jnp.inf), axis=-1)
@@ -142,6 +143,6 @@ def wanted(
 def in_range(
     n: int, page_size: int, low: Int[Array, " B"], high: Int[Array, " B"]
 ) -> Bool[Array, "B N"]:
-    """Which of a sequence's pages hold a position `low <= p < high`."""
+    """Which pages of a sequence hold a position `low <= p < high`."""
     first = jnp.arange(n) * page_size
     return (first + page_size > low[:, None]) & (first < high[:, None]) & (low < high)[:, None]

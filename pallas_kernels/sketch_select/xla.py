@@ -1,4 +1,4 @@
-"""A scan in XLA: integers times integers, tile by tile, over the tiles that hold a key in range."""
+"""The scan in XLA: integer products, tile by tile, over the tiles that hold a key in range."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +18,7 @@ def bounds(
     *,
     scale: float | None,
 ) -> Bounds:
-    """See `Bounds`. One sequence at a time."""
+    """Computes `Bounds`, one sequence at a time."""
     kv_heads, _, size, _ = keys.codes.shape
     n = pages.shape[1]
     tile_pages = min(n, max(1, _TILE // size))

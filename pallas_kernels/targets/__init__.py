@@ -1,4 +1,4 @@
-"""Devices to compile for without having one: a description of each, as XLA's compiler reads it."""
+"""Devices to compile for without having one, each described as XLA's compiler reads it."""
 
 import os
 from importlib import resources
@@ -9,7 +9,7 @@ from alaya_jax.errors import KernelError
 NAMES = ("h100", "b200")
 
 OVERRIDES = {
-    # The plugin looks for a driver and for cuDNN, and neither is needed to compile.
+    # The plugin looks for a driver and for cuDNN; compiling needs neither.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_PLATFORMS": "cpu",
 }
@@ -17,14 +17,14 @@ OVERRIDES = {
 
 
 def prepare() -> None:
-    """Sets `OVERRIDES`; call it before jax is imported."""
+    """Sets `OVERRIDES` in the environment. Call it before jax is imported."""
     os.environ.update(OVERRIDES)
 
 
 def mesh(name: str, **axes: int) -> Any:
-    """A mesh of devices that exist on paper only; axes are of type Auto.
+    """A mesh of devices that exist only on paper. Its axes are of type Auto.
 
-    Lower under `jax.set_mesh(mesh)`, with arguments whose shardings lie on it, then compile.
+    Lower under `jax.set_mesh(mesh)` with arguments whose shardings are on this mesh, then compile.
 
     Args:
       name: one of `NAMES`.

@@ -99,6 +99,7 @@ def test_definition_in_float64(batch):
                 assert counts.attended[b, i, h] == keep.sum()
 
 
+@pytest.mark.slow
 def test_by_the_kernels_reference_too(batch):
     q, k, v, table = batch
     memory = LayerMemory(k, v, table)
@@ -205,6 +206,7 @@ def test_is_approximate_beyond_its_window():
     assert way.name != Way.of(Plan(aj.Custom(in_range, WINDOW))).name
 
 
+@pytest.mark.slow
 def test_generates_explains_and_is_marked(db, rng):
     prompt = rng.integers(32, 127, 300)
     db.import_context(prompt[:250])

@@ -197,8 +197,15 @@ def test_paged_kv_repr_says_its_size():
     assert "5 pages of 16 tokens" in repr(PagedKV.create(config, 5, 16, jnp.float32))
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-@pytest.mark.parametrize("room", [0, 2048])
+@pytest.mark.parametrize(
+    ("room", "share"),
+    [
+        (0, "head"),
+        (2048, "group"),
+        pytest.param(0, "group", marks=pytest.mark.slow),
+        pytest.param(2048, "head", marks=pytest.mark.slow),
+    ],
+)
 def test_the_best_keys_through_a_sketch_are_those_of_flat(share, room, rng, monkeypatch):
     """However many may be among the best: with no room for them put side by side, all are."""
     monkeypatch.setattr("alaya_jax.attention.retrieve._ROOM", room)

@@ -191,8 +191,8 @@ def test_forward_is_what_it_was(rng):
     ("query", "name"),
     [
         (aj.DIPR(beta=2.0, window=aj.Window(2, 4)), "DIPR"),
-        (aj.TopK(3, window=aj.Window(2, 4)), "TopK"),
-        (aj.Tiles(q_block=4, samples=2), "Tiles"),
+        pytest.param(aj.TopK(3, window=aj.Window(2, 4)), "TopK", marks=pytest.mark.slow),
+        pytest.param(aj.Tiles(q_block=4, samples=2), "Tiles", marks=pytest.mark.slow),
     ],
 )
 def test_other_plans_say_what_can_be_differentiated(query, name, rng):
@@ -214,6 +214,7 @@ def test_other_plans_say_what_can_be_differentiated(query, name, rng):
     assert np.isfinite(slope)
 
 
+@pytest.mark.slow
 def test_through_a_step_with_a_cached_prefix(tiny_model, rng):
     """Gradients of a loss on new tokens, in the parameters and in the cached keys and values."""
     config, params, n, t = tiny_model.config, tiny_model.params, 37, 5

@@ -110,7 +110,7 @@ def test_only_what_was_scored_is_counted(rng):
     assert np.isnan(counts.mass).all()
 
 
-@pytest.mark.parametrize("beta", [3.0, np.inf])
+@pytest.mark.parametrize("beta", [pytest.param(3.0, marks=pytest.mark.slow), np.inf])
 def test_overflow_gives_the_flat_answer_and_is_counted(beta, rng):
     """With room for 5 keys, some rows list more: those are answered by the scan of all keys."""
     data = pool(rng)
@@ -137,7 +137,9 @@ def test_top_k(rng):
     np.testing.assert_array_equal(counts.attended, attended)
 
 
-@pytest.mark.parametrize("query", [DIPR(beta=np.inf), TopK(k=30)])
+@pytest.mark.parametrize(
+    "query", [DIPR(beta=np.inf), pytest.param(TopK(k=30), marks=pytest.mark.slow)]
+)
 def test_before_is_a_limit(query, rng):
     """Of keys 2..39, those below 17 and the window from 40 on."""
     data = pool(rng)
@@ -149,6 +151,7 @@ def test_before_is_a_limit(query, rng):
     )
 
 
+@pytest.mark.slow
 def test_a_batch_has_a_graph_each_and_heads_are_split_over_a_mesh(rng):
     """Graphs of other sizes; on a mesh each device walks the graphs of its heads."""
     data = pool(rng, batch=2)

@@ -244,6 +244,7 @@ def test_auto_asks_the_graph_of_a_context(db, walks, calibrated, rng):
     assert context.indexes == (GRAPH,)
 
 
+@pytest.mark.slow
 def test_only_layers_that_ask_a_graph_have_it_in_memory(db, rng):
     document = rng.integers(3, 256, 90)
     context = db.build_index(db.import_context(document), GRAPH)
@@ -253,6 +254,7 @@ def test_only_layers_that_ask_a_graph_have_it_in_memory(db, rng):
     assert list(context._graph[1]) == [1]
 
 
+@pytest.mark.slow
 def test_a_prefill_by_auto(db, machine, monkeypatch, rng):
     prompt = rng.integers(3, 256, 100)
     fast = PrefillMachine("paper", full=1e-6, tile=1e-6, select=1e-9)

@@ -19,6 +19,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "WIDTHS", 2)
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured_once(tiny_model, monkeypatch, tmp_path):
     """Values are the device's; that all terms are there and finite is not."""
     found = machine.machine_for(tiny_model.config, np.float32, pages=True, graph=True)

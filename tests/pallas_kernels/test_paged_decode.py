@@ -62,6 +62,7 @@ def test_every_size(name, variant, rng):
     check(RUNS[name](arrays), truth(seen, sizes.lists), exact=name in ("reference", "xla"))
 
 
+@pytest.mark.slow
 def test_lists_in_one_order_or_another_split_or_not_give_the_same(rng):
     sizes = dataclasses.replace(Sizes(), batch=1, kv_heads=1, lists=1, features=("starts",))
     arrays, seen = rounded(make(sizes, "plain", rng), sizes)

@@ -15,6 +15,7 @@ from alaya_jax.pallas_kernels.dispatch import B200, CPU, H100, INTERPRET
 from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu, reference
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+SIMULATED_LONG = ("reference", "xla", pytest.param("mosaic_gpu", marks=pytest.mark.slow))
 KV_HEADS, HEADS = 1, 4
 
 
@@ -152,6 +153,7 @@ def test_every_page_with_a_key_in_range_is_within_an_infinite_range(rng):
         assert int(got.count[0, 0]) == 37 - 2
 
 
+@pytest.mark.slow
 def test_the_kernel_uses_its_slots_again(rng):
     low, high = [700], [160 * 16 - 3]  # five steps, less one, in two slots
     request = request_of(rng, low, high, table=160, run=True, pool=200)
@@ -183,7 +185,7 @@ def test_neighbours_in_the_pool_a_given_best_and_a_full_list(implementation, rng
     assert int(got.count[0, 0]) > 4  # what did not fit is counted
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SIMULATED_LONG)
 def test_long_pages_and_extreme_numbers(implementation, rng):
     query, keys, *rest = request_of(rng, low=[70], high=[300], table=10, page=32)
     spread = np.array(keys.spread)

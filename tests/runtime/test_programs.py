@@ -217,6 +217,7 @@ def test_numbers_do_not_compile_anew(filled):
     assert (programs.layers._cache_size(), programs.end._cache_size()) == sizes
 
 
+@pytest.mark.slow
 def test_a_step_takes_a_query_as_well_as_a_plan(tiny_model, rng):
     """As every other place does that asks for attention; what is none is refused by name."""
     c = Cache(tiny_model.config, tiny_model.params, [0])
@@ -251,7 +252,10 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plans", PLANS)
+@pytest.mark.parametrize(
+    "plans",
+    [pytest.param(p, marks=[] if p == "one plan a layer" else pytest.mark.slow) for p in PLANS],
+)
 def test_the_size_of_groups_changes_nothing(plans, rng):
     """Ragged chunks, then steps in which a sequence ends early; against one program for all."""
     params = llama.init_params(SEVEN, jax.random.key(1))

@@ -1,20 +1,20 @@
-"""Attention by the operations of `pallas_kernels`, for all sequences of a batch at once.
+"""Attention with the operations of `pallas_kernels`, for all sequences of a batch at once.
 
 One new token of each sequence
   Full                   paged_decode over the sequence's pages
   Window                 paged_decode over the window's pages
-  DIPR(beta) @ Sketch()  sketch_select finds the pages that may hold the best key, paged_decode its
-                         score; then the pages that may hold a key in range, attended to with the
-                         exact threshold
-  another DIPR or TopK   the scan and the selection are the engine's own (`retrieve`); paged_decode
+  DIPR(beta) @ Sketch()  sketch_select finds the pages that may hold the best key and paged_decode
+                         its score; then paged_decode attends, with the exact threshold, to the
+                         pages that may hold a key in range
+  other DIPR and TopK    scan and selection are the engine's own (`retrieve`); then paged_decode
                          over the pages that hold a kept key, with a mask of keys
 
 A chunk of new tokens
   Full                   block_sparse_prefill
   Tiles                  block_sparse_prefill with the lists of `select_tiles`
 
-What is selected and counted is what `engine` selects and counts without kernels, except `read`:
-here pages are read whole.
+Selection and counts are those of `engine` without kernels, except for `read`: here whole pages are
+read.
 """
 
 from jaxtyping import Array, Float
@@ -31,10 +31,10 @@ from alaya_jax.query.plan import Plan
 
 
 def choose(plan: Plan, batch: LayerQueries, target: Target | None = None) -> Choice:
-    """What answers a plan, and why not what is faster.
+    """The implementation that runs a plan, and why no faster one does.
 
     Raises:
-      KernelError: the plan names an implementation that cannot.
+      KernelError: the plan names an implementation that cannot run it.
     """
     target = target or current_target()
     named = plan.implementation
@@ -53,13 +53,13 @@ def choose(plan: Plan, batch: LayerQueries, target: Target | None = None) -> Cho
 
 
 def unfit(plan: Plan, batch: LayerQueries, implementation: str, target: Target) -> str | None:
-    """Why kernels of this implementation cannot answer a plan; None if they can.
+    """Why the kernels of this implementation cannot run a plan; None if they can.
 
-    Looks at shapes and types only; arrays may be `jax.ShapeDtypeStruct`s.
+    Only shapes and dtypes matter, so arrays may be `jax.ShapeDtypeStruct`s.
     """
     t = batch.q.shape[1]
     if implementation == "mosaic_gpu" and (reason := not_a_hopper(target)) is not None:
-        return reason  # of all reasons the one that no other plan or mesh would change
+        return reason  # first, as no other plan or mesh would change it
     if isinstance(plan.index, Graph) and plan.retrieves:
         return "a graph is walked key by key"
     if t == 1 and isinstance(plan.query, Tiles):
@@ -71,7 +71,7 @@ def unfit(plan: Plan, batch: LayerQueries, implementation: str, target: Target) 
 def attend(
     plan: Plan, batch: LayerQueries, implementation: str, target: Target
 ) -> tuple[Float[Array, "B T H D"], Counts]:
-    """As `engine.attend`; for plans and shapes that are not `unfit`."""
+    """As `engine.attend`, for plans and shapes that are not `unfit`."""
     of_shape = decode if batch.q.shape[1] == 1 else prefill
     options = {"implementation": implementation, "target": target}
     out, counts = of_shape.attend(plan, batch, options)

@@ -1,4 +1,4 @@
-"""What is asked of the operations before anything runs."""
+"""Asking an operation whether it could run, before anything runs."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from alaya_jax.pallas_kernels.dispatch import Choice
 
 
 def abstract(*shape: int, dtype: Any = jnp.int32) -> Any:
-    """The shape and type of an array that is not there."""
+    """The shape and dtype of an array, in place of the array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def passed_over(choice: Choice, implementation: str) -> str | None:
-    """Why an operation would not run by this implementation."""
+    """Why an operation would not use this implementation; None if it would."""
     if implementation in (choice.implementation, "reference"):
         return None
     reasons = dict(choice.passed_over)

@@ -1,4 +1,4 @@
-"""One new token of each sequence: pages are listed, and `paged_decode` reads them."""
+"""One new token of each sequence: list pages, and let `paged_decode` read them."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from alaya_jax.sharding import across
 
 
 def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
-    """What `paged_decode` would run."""
+    """The implementation that `paged_decode` would run."""
     del plan
     (b, _, h, d), n = batch.q.shape, batch.memory.table.pages.shape[1]
     listed = (abstract(b, 1, n), abstract(b, 1), abstract(b))
@@ -40,7 +40,7 @@ def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
 
 
 def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Target) -> bool:
-    """Whether `sketch_select` finds the pages."""
+    """Whether `sketch_select` can find the pages."""
     if not (
         isinstance(plan.query, DIPR)
         and plan.index == Sketch(4)
@@ -62,7 +62,7 @@ def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Tar
 
 
 class _Reader:
-    """`paged_decode` of a batch's queries, over some of the pages."""
+    """`paged_decode` for the queries of a batch, over a selection of pages."""
 
     def __init__(self, batch: LayerQueries, end: Int[Array, " B"], options: dict[str, Any]):
         self.batch, self.end, self.options = batch, end, options
@@ -70,7 +70,7 @@ class _Reader:
     def __call__(
         self, listed: Entries, high: Int[Array, " B"] | None = None, **keys: Any
     ) -> PagedDecode:
-        """`high` and `keys`: what is seen of those pages; see `paged_decode`."""
+        """Attention over the listed pages; `high` and `keys` limit what is seen of them."""
         batch = self.batch
 
         def of_list(x: Int[Array, "B N"]) -> Int[Array, "B J N"]:
@@ -95,7 +95,7 @@ def _partial(part: PagedDecode, axis: str | None) -> Partial:
 
 
 def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
-    """See `kernels.attend`; `options`: implementation and target of the operations."""
+    """As `kernels.attend`; `options` are the implementation and target of the operations."""
     query, axis = plan.query, batch.axes.pages
     b, _, heads, _ = batch.q.shape
     z = batch.memory.k.shape[2]
@@ -107,7 +107,7 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
         return Counts.of((b, 1, heads), attended, scored, **more)
 
     if isinstance(query, Full):
-        # Entries ascend, so those before the end come first: no list is made.
+        # Pages are in ascending order, so those before the end come first: no list is needed.
         held = jnp.sum(starts < end[:, None], axis=1, dtype=jnp.int32)[:, None]
         part = paged_decode(
             batch.q[:, 0],
@@ -157,8 +157,8 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
 
 
 _Found = tuple[PagedDecode, Array | None, Partial | None, Array]
-"""The attention over the keys found; the log-sum-exp of the others, expected; the tail's attention;
-pages read [B, K]."""
+"""The attention over the keys found; the expected log-sum-exp of the others; the attention of the
+tail; pages read [B, K]."""
 
 
 def _codes(index: SketchLayer) -> Codes:
@@ -168,8 +168,11 @@ def _codes(index: SketchLayer) -> Codes:
 def _scan(
     read: _Reader, low: Int[Array, " B"], high: Int[Array, " B"], scale: float | None = None
 ) -> tuple[Bounds, Int[Array, " B"], Bool[Array, "B 1 N"]]:
-    """What the sketch says of each page, up to which position, and the pages that hold keys in
-    range which it does not cover: those are read whatever happens.
+    """The sketch's bounds for each page, and what they do not cover.
+
+    Returns:
+      the bounds; the position up to which they hold; the pages with keys in range beyond it, which
+      are always read.
     """
     batch = read.batch
     assert isinstance(batch.memory.index, SketchLayer)
@@ -198,7 +201,7 @@ def _scan(
 
 
 def _asked(batch: LayerQueries) -> RoundedQuery:
-    """The queries as a scan takes them, [K, B * G]."""
+    """The queries in the form that a scan takes, [K, B * G]."""
     assert isinstance(batch.memory.index, SketchLayer)
     b, _, _, dim = batch.q.shape
     kv_heads = batch.memory.k.shape[0]
@@ -210,7 +213,7 @@ def _asked(batch: LayerQueries) -> RoundedQuery:
 def _errors(
     batch: LayerQueries, low: Int[Array, " B"], high: Int[Array, " B"]
 ) -> tuple[tuple[Float[Array, "BK G 1"], ...], tuple[Float[Array, "BK N"], ...]]:
-    """How far the worst key in range of each page errs, as `Scan` has it."""
+    """The largest error of any key in range of each page, in the two factors that `Scan` takes."""
     assert isinstance(batch.memory.index, SketchLayer)
     b, n = batch.memory.table.pages.shape
     kv_heads, _, z, _ = batch.memory.k.shape
@@ -239,7 +242,7 @@ def _through_sketch(
     near: Partial,
     best: Float[Array, "B H"],
 ) -> _Found:
-    """DIPR by `sketch_select`'s bounds: by key exactly, or by page."""
+    """DIPR through the bounds of `sketch_select`: exact by key, or by whole pages."""
     query = plan.query
     assert isinstance(query, DIPR)
     b, heads = best.shape
@@ -249,7 +252,7 @@ def _through_sketch(
         found, known, uncovered = _scan(read, low, high, scale)
         assert found.lse is not None
         n = found.lse.shape[2]
-        # A page counts with the mass of its keys, and errs like the worst of them.
+        # A page weighs as much as its keys together, and its error is that of its worst key.
         some = in_range(n, z, low, known)[:, None, :, None]
         scores = jnp.where(some, found.lse, -jnp.inf) / scale
         by_row = (b * kv_heads, heads // kv_heads, 1)
@@ -285,7 +288,7 @@ def _through_sketch(
 
     assert query.beta is not None
     beta = jnp.asarray(query.beta, jnp.float32)
-    # The best key scores at least what some key surely does, and lies in a page that may reach it.
+    # The best score is at least the largest lower bound, so its key is in a page that may reach it.
     surely = jnp.maximum(best, found.best.reshape(b, -1))
     if plan.by == "page":
         listed = reaching(surely - beta)
@@ -305,7 +308,7 @@ def _through_mask(
     near: Partial,
     best: Float[Array, "B H"],
 ) -> _Found:
-    """What `retrieve` keeps, of each sequence."""
+    """Any plan, through the keys that `retrieve` keeps for each sequence."""
     batch = read.batch
     b, _, heads, dim = batch.q.shape
     kv_heads, _, z, _ = batch.memory.k.shape

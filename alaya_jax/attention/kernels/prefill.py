@@ -1,4 +1,4 @@
-"""A chunk of new tokens: `block_sparse_prefill`, over all keys or listed blocks of them."""
+"""A chunk of new tokens: `block_sparse_prefill` over all keys or over listed blocks of them."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ from alaya_jax.query import Full, Tiles
 from alaya_jax.query.plan import Plan
 
 BLOCK = 128
-"""Keys of a tile of a dense prefill."""
+"""Keys per tile in a dense prefill."""
 
 
 def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
-    """What `block_sparse_prefill` would run, or why there is nothing to ask it."""
+    """The implementation that `block_sparse_prefill` would run, or why it does not apply."""
     block = BLOCK
     if isinstance(plan.query, Tiles):
         if plan.query.kv_block is None or plan.query.q_block != QUERY_BLOCK:
@@ -42,7 +42,7 @@ def choose(plan: Plan, batch: LayerQueries, target: Target) -> Choice | str:
 
 
 def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Array, Counts]:
-    """See `kernels.attend`; `options`: implementation and target of the operation."""
+    """As `kernels.attend`; `options` are the implementation and target of the operation."""
     b, t, heads, _ = batch.q.shape
     table, count = batch.memory.table, batch.count
     args = (batch.q, batch.memory.k, batch.memory.v, table.pages, table.length, count)
@@ -73,7 +73,7 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
         block_kv=rule.kv_block,
         **options,
     )
-    # Listed keys up to the query's own; a tile that is skipped has no other.
+    # Count listed keys up to the query's own position; a skipped tile has only such keys.
     block = offset // QUERY_BLOCK
     first = tiles.blocks[:, :, block] * rule.kv_block  # [B, K, T, M]
     seen = jnp.clip(end[:, None, :, None] - first, 0, rule.kv_block)
