@@ -12,238 +12,25 @@ not match their checksum, which is salted with name, layer, slot and birth.
 The files are sparse. Of one length each, they are mapped as keys and values are.
 """
 
-import dataclasses
-import json
+import contextlib
 import logging
-import mmap
 import os
 import stat
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alaya_jax.errors import ContextError
-from alaya_jax.storage import checksums, identity
-from alaya_jax.storage.files import make_directory, punched, read_at, replace_file, write_at
-from alaya_jax.storage.interface import DTYPES
+from alaya_jax.storage.files import make_directory, replace_file
+from alaya_jax.storage.leaf_file import Form, LeafFile, opened_leaves, punch_leaves
 from alaya_jax.storage.lock import alone
 from alaya_jax.storage.rows import Layout, PageList
-from alaya_jax.storage.slots import located, runs
 
 FOLDER = "leaves"
 META = "meta.json"
-VERSION = 1
-
-_AT_ONCE = 256
-"""Pages that are copied to be verified."""
-
-_SIDE = np.dtype([("birth", "<i8"), ("sum", "<u8")])
-_DTYPES = {**DTYPES, "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
-_ALIGNED = 4096
-_MOST = 1 << 46
-"""Bytes of a file that is believed."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What a file of leaves holds.
-
-    Attributes:
-      made: plain data: the index, as "index", and all else that what it makes of a page depends on.
-      arrays: shape and name of the dtype of each array, without the axes [K, P].
-    """
-
-    made: Mapping[str, Any]
-    arrays: Sequence[tuple[tuple[int, ...], str]]
-
-    def to_bytes(self) -> bytes:
-        """As meta.json has it; equal forms are equal bytes."""
-        arrays = [[list(shape), dtype] for shape, dtype in self.arrays]
-        said = {"version": VERSION, "made": dict(self.made), "arrays": arrays}
-        return json.dumps(said, sort_keys=True).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Form":
-        """Raises ValueError where it is something else."""
-        try:
-            said = json.loads(data)
-            arrays = tuple((tuple(shape), dtype) for shape, dtype in said["arrays"])
-            counts = [n for shape, _ in arrays for n in shape]
-            right = (
-                said["version"] == VERSION
-                and isinstance(said["made"]["index"], str)
-                and all(type(n) is int and 0 < n < 1 << 31 for n in counts)
-                and all(dtype in _DTYPES for _, dtype in arrays)
-            )
-        except (TypeError, LookupError, RecursionError) as error:
-            raise ValueError(str(error)) from error
-        if not right:
-            raise ValueError("not a form of leaves")
-        return cls(said["made"], arrays)
-
-    @property
-    def name(self) -> str:
-        """Of the directory."""
-        return identity.digest(self.to_bytes())
-
-    def pieces(self) -> list[int]:
-        """Bytes of a page in one kv head, of each array."""
-        return [
-            int(np.prod(shape, dtype=object)) * _DTYPES[dtype].itemsize
-            for shape, dtype in self.arrays
-        ]
-
-    def regions(self, layout: Layout) -> tuple[list[tuple[int, int, int]], int]:
-        """(start, rows of P pieces, bytes of a piece) of births and checksums and then of each
-        array, and the length of the file.
-        """
-        found, end = [], 0
-        arrays = ((layout.num_kv_heads, piece) for piece in self.pieces())
-        for heads, piece in ((1, _SIDE.itemsize), *arrays):
-            found.append((end, heads, piece))
-            end += heads * layout.num_pages * piece
-            end += -end % _ALIGNED
-        return found, end
-
-
-class LeafFile:
-    """What an index knows of the pages of one layer. Threads take turns.
-
-    Args:
-      path: of the file; one that is not there, or of a wrong length, is made anew.
-      layout: of the segment.
-      form: of the file.
-      layer: which.
-      read_only: only read what is there.
-
-    Attributes:
-      arrays: [K, P, ...] each, mapped, to be read only: what `known` or `write` says of pages holds
-        for these.
-
-    Raises:
-      OSError, ValueError: it cannot be opened, made, or mapped.
-    """
-
-    def __init__(self, path: Path, layout: Layout, form: Form, layer: int, *, read_only: bool):
-        self._read_only, self._layout = read_only, layout
-        self._salt = checksums.of_bytes(f"{form.name} {layer}".encode())
-        self._regions, self._size = form.regions(layout)
-        if self._size > _MOST:
-            raise ValueError(f"{path} would have {self._size} bytes")
-        # The file that is mapped is written to, whatever its name means later.
-        self._fd = _opened(path, self._size, read_only=read_only)
-        weakref.finalize(self, os.close, self._fd)
-        mapped = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
-        rows = layout.num_kv_heads, layout.num_pages
-        self.arrays = tuple(
-            np.ndarray((*rows, *shape), _DTYPES[dtype], mapped, start)
-            for (shape, dtype), (start, _, _) in zip(form.arrays, self._regions[1:], strict=True)
-        )
-
-    def claimed(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
-        """Of which pages it says, right or wrong, that they are known: bool [n]."""
-        return self._side(pages)["birth"] == births
-
-    def known(self, pages: np.ndarray, births: np.ndarray) -> np.ndarray:
-        """Which pages `arrays` hold the leaves of, by their checksums: bool [n].
-
-        Args:
-          pages, births: i32 and i64 [n]; who asks holds a lease on them.
-        """
-        side = self._side(pages)
-        found = side["birth"] == births
-        there = np.flatnonzero(found)
-        for part in (there[i : i + _AT_ONCE] for i in range(0, len(there), _AT_ONCE)):
-            some = pages[part]
-            # Not by the mapping: a part that cannot be read would end us.
-            arrays = zip(self._regions[1:], self.arrays, strict=True)
-            try:
-                held = [self._read(region, some, x.shape[2:], x.dtype) for region, x in arrays]
-                found[part] = self._sums(held, some, births[part]) == side["sum"][part]
-            except (OSError, ContextError):
-                found[part] = False
-        return found
-
-    def write(self, pages: np.ndarray, births: np.ndarray, parts: Sequence[np.ndarray]) -> bool:
-        """Writes the leaves of pages, unless another process did meanwhile; whether `arrays` hold
-        right ones now.
-
-        Args:
-          pages, births: i32 and i64 [n]; who writes holds a lease on them.
-          parts: of each array, [K, n, ...].
-        """
-        if self._read_only:
-            return False
-        try:
-            with alone(self._fd):
-                self._require_whole()
-                new = np.flatnonzero(~self.known(pages, births))
-                some, parts = pages[new], [np.asarray(part)[:, new] for part in parts]
-                try:
-                    self._write(some, births[new], parts)
-                except OSError:
-                    _punched(self._fd, self._regions, some, self._layout.num_pages)
-                    raise
-                return bool(self.known(pages, births).all())
-        except OSError as error:
-            _log.debug("leaves are kept in memory: %s", error)
-            return False
-
-    def _require_whole(self) -> None:
-        """Raises OSError where a part that programs may read is gone."""
-        if os.fstat(self._fd).st_size != self._size:
-            raise OSError("the file was cut")
-
-    def _side(self, pages: np.ndarray) -> np.ndarray:
-        """Births and checksums of pages, [n] of `_SIDE`."""
-        try:
-            self._require_whole()
-            return self._read(self._regions[0], pages, (), _SIDE)[0]
-        except (OSError, ContextError):
-            return np.zeros(len(pages), _SIDE)
-
-    def _read(
-        self,
-        region: tuple[int, int, int],
-        pages: np.ndarray,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-    ) -> np.ndarray:
-        start, heads, piece = region
-        into = np.empty((heads, len(pages), *shape), dtype)
-        for head in range(heads):
-            first = start + head * self._layout.num_pages * piece
-            for some, slot in located(pages):
-                read_at(self._fd, into[head, some], first + slot * piece)
-        return into
-
-    def _write(self, pages: np.ndarray, births: np.ndarray, parts: list[np.ndarray]) -> None:
-        if not len(pages):
-            return
-        side = np.empty(len(pages), _SIDE)
-        side["birth"], side["sum"] = births, self._sums(parts, pages, births)
-        arrays = [*zip(self._regions[1:], parts, strict=True), (self._regions[0], side[None])]
-        for (start, heads, piece), part in arrays:
-            for head in range(heads):
-                first = start + head * self._layout.num_pages * piece
-                for some, slot in located(pages):
-                    data = np.ascontiguousarray(part[head, some])
-                    write_at(self._fd, data.reshape(-1).view(np.uint8).data, first + slot * piece)
-
-    def _sums(
-        self, parts: Sequence[np.ndarray], pages: np.ndarray, births: np.ndarray
-    ) -> np.ndarray:
-        """Checksums of leaves, given as [K, n, ...] of each array."""
-        rows = [
-            np.ascontiguousarray(np.moveaxis(part, 1, 0)).reshape(len(pages), -1).view(np.uint8)
-            for part in parts
-        ]
-        return checksums.of_rows(np.concatenate(rows, axis=1), pages, births, self._salt)
 
 
 class Leaves:
@@ -269,33 +56,40 @@ class Leaves:
         path = self.directory / f"{layer:03d}"
         for only in (True,) if read_only else (False, True):
             try:
-                _require_own(self.directory) if only else self._make()
-                return LeafFile(path, self.layout, self.form, layer, read_only=only)
+                with self._at_hand(read_only=only):
+                    return LeafFile(path, self.layout, self.form, layer, read_only=only)
             except (OSError, ValueError, ContextError) as error:
                 _log.debug("leaves of %s cannot be kept in files: %s", self.index, error)
         return None
 
-    def _make(self) -> None:
+    @contextlib.contextmanager
+    def _at_hand(self, *, read_only: bool) -> Iterator[None]:
+        """The directory is there in the block, in which nobody else makes anything in it."""
+        if read_only:
+            _require_own(self.directory)
+            yield
+            return
         for directory in (self.directory.parent, self.directory):
             make_directory(directory)
-        meta, said = self.directory / META, self.form.to_bytes()
+        fd = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if _read(meta) != said:
-                replace_file(meta, said)
-        except OSError:
-            if _read(meta) != said:  # another thread was faster
-                raise
+            with alone(fd):
+                if _read(self.directory / META) != self.form.to_bytes():
+                    replace_file(self.directory / META, self.form.to_bytes())
+                yield
+        finally:
+            os.close(fd)
 
     def punch(self, slots: np.ndarray) -> bool:
         """Gives the space of pages that nobody holds back; False where that cannot be done."""
         regions, size = self.form.regions(self.layout)
         for path in self._files():
             try:
-                fd = _opened(path, size, read_only=False)
+                fd = opened_leaves(path, size, read_only=False)
             except OSError:
                 continue  # `file` makes it anew
             try:
-                if not _punched(fd, regions, slots, self.layout.num_pages):
+                if not punch_leaves(fd, regions, slots, self.layout.num_pages):
                     return False
             finally:
                 os.close(fd)
@@ -340,7 +134,7 @@ def found(segment: Path, layout: Layout) -> list[Leaves]:
             one = Leaves(segment, layout, Form.from_bytes(_read(path / META)))
         except (OSError, ValueError):
             continue
-        if one.directory == path and one.form.regions(layout)[1] <= _MOST:
+        if one.directory == path and one.form.fits(layout):
             there.append(one)
     return there
 
@@ -352,6 +146,35 @@ def others(segment: Path, layout: Layout) -> list[Path]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return [folder]
     return [path for path in _directories(segment) if path not in known]
+
+
+def sizes(segment: Path, layout: Layout, pages: PageList) -> dict[str, int]:
+    """Bytes that are stored of what each index knows of pages."""
+    total: dict[str, int] = {}
+    for one in found(segment, layout):
+        total[one.index] = total.get(one.index, 0) + one.nbytes(pages)
+    return {index: nbytes for index, nbytes in total.items() if nbytes}
+
+
+def problems(segment: Path, layout: Layout, pages: PageList, whose: str) -> list[str]:
+    """All that is wrong with the leaves of some pages, in words."""
+    said = []
+    for one in found(segment, layout):
+        for layer, wrong in one.wrong(pages):
+            more = f", and of {len(wrong) - 1} more," if len(wrong) > 1 else ""
+            said.append(
+                f"what {one.index} knows of page {wrong[0]} of {whose} in layer {layer}{more} does "
+                "not match its checksum; nothing is lost, it is made again when next asked for"
+            )
+        said += [
+            f"{path} is no file of what {one.index} knows of pages; nothing is lost, it is made "
+            "again when it is next asked for"
+            for path in one.unusable()
+        ]
+    return said + [
+        f"{path} holds no leaves of an index; nothing is lost, alaya db gc takes it away"
+        for path in others(segment, layout)
+    ]
 
 
 def _directories(segment: Path) -> list[Path]:
@@ -375,39 +198,3 @@ def _require_own(directory: Path) -> None:
     for path in (directory.parent, directory):
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise OSError(f"{path} is no directory")
-
-
-def _opened(path: Path, size: int, *, read_only: bool) -> int:
-    """The descriptor of a file of this length, which is made if need be."""
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    if read_only:
-        fd = os.open(path, os.O_RDONLY | flags)
-    else:
-        if os.path.lexists(path) and not _is_file(path.lstat(), (0, size)):
-            path.unlink()
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
-    try:
-        if not read_only and _is_file(os.fstat(fd), (0,)):
-            os.ftruncate(fd, size)
-        if not _is_file(os.fstat(fd), (size,)):
-            raise OSError(f"{path} is no file of {size} bytes")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _is_file(status: os.stat_result, sizes: tuple[int, ...]) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_size in sizes
-
-
-def _punched(
-    fd: int, regions: list[tuple[int, int, int]], slots: np.ndarray, num_pages: int
-) -> bool:
-    for start, heads, piece in regions:
-        for head in range(heads):
-            for first, stop in runs(slots):
-                begin = start + (head * num_pages + first) * piece
-                if not punched(fd, begin, (stop - first) * piece):
-                    return False
-    return True

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError, RequestError
-from alaya_jax.storage.leaves import Form, LeafFile, Leaves
+from alaya_jax.storage.leaf_file import Form, LeafFile
+from alaya_jax.storage.leaves import Leaves
 from alaya_jax.storage.lock import Lease
 from alaya_jax.storage.rows import PageList
 from alaya_jax.storage.segment import Segment

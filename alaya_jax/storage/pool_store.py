@@ -235,10 +235,7 @@ class PoolStore:
             segment, pages = self._pages(id)
         except ContextError:
             return {}  # it is damaged, which `check` says
-        sizes: dict[str, int] = {}
-        for one in leaves.found(segment.directory, segment.layout):
-            sizes[one.index] = sizes.get(one.index, 0) + one.nbytes(pages)
-        return {index: nbytes for index, nbytes in sizes.items() if nbytes}
+        return leaves.sizes(segment.directory, segment.layout, pages)
 
     def check_leaves(self, id: str) -> Sequence[str]:
         """See `ContextStore.check_leaves`."""
@@ -246,25 +243,8 @@ class PoolStore:
             segment, pages = self._pages(id)
         except ContextError:
             return []  # of a context that is damaged itself
-        problems = []
-        for one in leaves.found(segment.directory, segment.layout):
-            for layer, wrong in one.wrong(pages):
-                problems.append(
-                    f"what {one.index} knows of page {wrong[0]} of context {id} in layer {layer}"
-                    f"{f', and of {len(wrong) - 1} more,' if len(wrong) > 1 else ''} does not match"
-                    " its checksum; nothing is lost, it is made again when it is next asked for"
-                )
-            for path in one.unusable():
-                problems.append(
-                    f"{path.relative_to(self.path)} is no file of what {one.index} knows of pages;"
-                    " nothing is lost, it is made again when it is next asked for"
-                )
-        for path in leaves.others(segment.directory, segment.layout):
-            problems.append(
-                f"{path.relative_to(self.path)} holds no leaves of an index; nothing is lost, "
-                "alaya db gc takes it away"
-            )
-        return problems
+        whose = f"context {id} in {self.path}"
+        return leaves.problems(segment.directory, segment.layout, pages, whose)
 
     def _pages(self, id: str) -> tuple[Segment, PageList]:
         return self._settled(lambda: self._pool.pages(*self._entry(id)))

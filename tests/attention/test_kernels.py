@@ -166,7 +166,10 @@ def simulated() -> Case:
     return make(np.random.default_rng(4), [331], [1], 1, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["full", "window", "dipr, sketch", "recovery", "topk"])
+@pytest.mark.parametrize(
+    "name",
+    ["full", "window", pytest.param("dipr, sketch", marks=pytest.mark.slow), "recovery", "topk"],
+)
 def test_one_token_by_the_simulated_kernel(name, simulated):
     case = simulated
     got, want = both(DECODE[name], case, "mosaic_gpu", INTERPRET)

@@ -7,14 +7,16 @@ import dataclasses
 import errno
 import os
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from alaya_jax.storage import PoolStore
-from alaya_jax.storage import leaves as leaves_module
-from alaya_jax.storage.leaves import Form, Leaves
+from alaya_jax.storage import PoolStore, identity, leaf_file
+from alaya_jax.storage.leaf_file import Form
+from alaya_jax.storage.leaves import Leaves
 
 MADE = {"index": "Sketch(bits=4)", "version": 1}
 ARRAYS = [((16, 4), "uint8"), ((16,), "float16"), ((), "float16"), ((8,), "bfloat16")]
@@ -30,7 +32,7 @@ def made(pages, seed=0):
     """Leaves [K, n, ...] of pages, of each array."""
     return [
         np.random.default_rng([seed, i]).integers(1, 99, (2, len(pages), *shape)).astype(dtype)
-        for i, (shape, dtype) in enumerate((s, leaves_module._DTYPES[d]) for s, d in ARRAYS)
+        for i, (shape, dtype) in enumerate((s, leaf_file._DTYPES[d]) for s, d in ARRAYS)
     ]
 
 
@@ -162,14 +164,14 @@ def test_what_is_torn_moved_or_of_another_is_not_known(store, id, kit):
 
 
 def test_a_kill_between_data_and_checksum_leaves_nothing_known(store, id, monkeypatch):
-    real, calls = leaves_module.write_at, []
+    real, calls = leaf_file.write_at, []
 
     def write_at(fd, data, offset):
         calls.append(offset)
         real(fd, data, offset)
 
     with store.mapped(id) as mapped:
-        monkeypatch.setattr(leaves_module, "write_at", write_at)
+        monkeypatch.setattr(leaf_file, "write_at", write_at)
         file = put(mapped, layer=0)
         assert calls[-1] == mapped.pages[0] * 16, "births and checksums last"
         total = len(calls)
@@ -181,7 +183,7 @@ def test_a_kill_between_data_and_checksum_leaves_nothing_known(store, id, monkey
                     raise KeyboardInterrupt
                 write_at(fd, data, offset)
 
-            monkeypatch.setattr(leaves_module, "write_at", killed)
+            monkeypatch.setattr(leaf_file, "write_at", killed)
             births = mapped.births[:6] + stop
             with pytest.raises(KeyboardInterrupt):
                 file.write(mapped.pages[:6], births, made(mapped.pages[:6], 7))
@@ -199,7 +201,7 @@ def test_who_is_second_keeps_what_the_first_wrote(store, id, monkeypatch):
         for array, first, second in zip(mine.arrays, made(pages), made(pages, 9), strict=True):
             np.testing.assert_array_equal(array[:, pages[2:]], first[:, 2:])
             np.testing.assert_array_equal(array[:, pages[:2]], second[:, :2])
-        with leaves_module.alone(theirs._fd):
+        with leaf_file.alone(theirs._fd):
             monkeypatch.setattr("alaya_jax.storage.lock.SAID_AFTER", 0.05)
             assert not mine.write(pages, births + 1, made(pages))
         assert mine.write(pages, births + 1, made(pages))
@@ -270,6 +272,25 @@ def test_row_25_killed_while_it_writes(store, kit):
     assert len(store.leaves(id)) == 1
 
 
+def test_threads_that_make_the_same_file_at_once(store, id):
+    """Each with a store of its own: all have it."""
+    with contextlib.ExitStack() as opened:
+        stores = [opened.enter_context(PoolStore(store.path)) for _ in range(6)]
+        mapped = [opened.enter_context(one.mapped(id)) for one in stores]
+        for number in range(20):
+            gate, made = threading.Barrier(len(mapped)), {"index": "x", "number": number}
+
+            def make(one, gate=gate, made=made):
+                gate.wait()
+                return one.leaves(0, made, FORMED)
+
+            with ThreadPoolExecutor(len(mapped)) as threads:
+                files = list(threads.map(make, mapped))
+            assert None not in files
+            assert not any(file._read_only for file in files)
+            assert len({os.fstat(file._fd).st_ino for file in files}) == 1
+
+
 def test_random_flips(store, id, kit):
     """Whatever bit turns, what is known is right."""
     with store.mapped(id) as mapped:
@@ -288,7 +309,7 @@ def test_random_flips(store, id, kit):
 
 
 def test_a_disk_that_is_full_is_no_error(store, id, monkeypatch):
-    real, calls = leaves_module.write_at, []
+    real, calls = leaf_file.write_at, []
 
     def full(fd, data, offset):
         if len(calls) == 5:
@@ -299,7 +320,7 @@ def test_a_disk_that_is_full_is_no_error(store, id, monkeypatch):
     with store.mapped(id) as mapped:
         file, pages = mapped.leaves(1, MADE, ARRAYS), mapped.pages[:6]
         with monkeypatch.context() as patch:
-            patch.setattr(leaves_module, "write_at", full)
+            patch.setattr(leaf_file, "write_at", full)
             assert not file.write(pages, mapped.births[:6], made(pages))
         assert len(calls) == 5
         assert not any(array[:, pages].any() for array in file.arrays), "its space is given back"
@@ -411,8 +432,8 @@ def test_what_is_not_of_this_form_is_named_and_goes(store, id, meta, tmp_path):
     with store.mapped(id) as mapped:
         put(mapped)
     folder = path_of(store).parents[1]
-    (folder / leaves_module.identity.digest(meta)).mkdir()
-    (folder / leaves_module.identity.digest(meta) / "meta.json").write_bytes(meta)
+    (folder / identity.digest(meta)).mkdir()
+    (folder / identity.digest(meta) / "meta.json").write_bytes(meta)
     (folder / "link").symlink_to(tmp_path)
     (tmp_path / "kept").touch()
     assert len([p for p in store.check(id) if "holds no leaves of an index" in p]) == 2
