@@ -6,6 +6,7 @@ messages = [{"role": "user", "content": question}]
 session, rest = db.create_session(messages=messages, document=document)
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,26 @@ from alaya_jax.settings import methods_under_own_settings
 from alaya_jax.storage import PoolStore, StoreStats
 from alaya_jax.storage.object_store import SharedStore
 from alaya_jax.storage.remote import RemoteContexts
+from alaya_jax.units import nbytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatabaseStats(StoreStats):
+    """What a database holds: `StoreStats`, and the pool of this process.
+
+    Attributes:
+      bytes_pool: keys and values that the pool has room for.
+      bytes_pool_used: of these, in pages of contexts in memory and of sessions.
+    """
+
+    bytes_pool: int
+    bytes_pool_used: int
+
+    def rows(self) -> dict[str, str]:
+        """The same for people."""
+        pool = f"{nbytes(self.bytes_pool_used)} of {nbytes(self.bytes_pool)} are in use"
+        return super().rows() | {"pool": pool}
+
 
 Reuse = Literal["exact", "any"]
 """Which stored keys and values a session takes; see `DB.create_session`."""
@@ -367,11 +388,17 @@ class DB:
         """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
 
-    def stats(self) -> StoreStats:
+    def stats(self) -> "DatabaseStats":
         """What the database holds on disk, of all models and namespaces: contexts, bytes, and how
-        many of them are shared.
+        many of them are shared; and what is in the pool. A notebook shows it as a table.
         """
-        return self._catalogue.store.stats()
+        there, pool = self._catalogue.store.stats(), self.pool
+        used = (pool.capacity_tokens - pool.free_tokens) * self.token_bytes
+        return DatabaseStats(
+            **dataclasses.asdict(there),
+            bytes_pool=pool.capacity_tokens * self.token_bytes,
+            bytes_pool_used=used,
+        )
 
     def close(self) -> None:
         """Lets go of the path and the pages; closing twice is allowed."""

@@ -660,3 +660,22 @@ def test_keys_that_are_not_finite_are_not_imported(db, bad):
     with pytest.raises(RequestError, match=r"values of layer 1 are not finite.*\[0, 7, 3\]"):
         db.import_context(list(range(3, 23)), kv=[(k, v) for k, v in kv])
     assert db.create_session(list(range(3, 23)))[0].length == 0
+
+
+def test_what_it_holds_is_counted_and_shown(db, document):
+    """On disk and in the pool of this process; a notebook shows a table."""
+    db.import_context(document)
+    found = db.stats()
+    assert found.contexts == 1
+    assert found.tokens == len(document)
+    pages = -(-len(document) // db.pool.page_size)
+    assert found.bytes_pool == db.pool.capacity_tokens * db.token_bytes
+    assert found.bytes_pool_used == pages * db.pool.page_size * db.token_bytes
+    lines = dict(
+        line.split(maxsplit=1) for line in str(found).splitlines() if "on disk" not in line
+    )
+    assert lines["contexts"] == f"1, {len(document)} tokens"
+    assert lines["pool"].endswith("are in use")
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(found.rows())
+    assert f"<td>1, {len(document)} tokens</td>" in shown

@@ -15,7 +15,7 @@ from alaya_jax.errors import ContextError
 from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
-    from alaya_jax.storage import ContextRecord, PoolStore, StoreStats
+    from alaya_jax.storage import ContextRecord, PoolStore
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +74,7 @@ def stats(db: options.Database = None, json: options.Json = False) -> None:
     if json:
         report({"database": str(store.path), **dataclasses.asdict(found)})
     else:
-        say(_stats(store.path, found))
+        say("\n".join([str(store.path), *(f"  {line}" for line in str(found).splitlines())]))
 
 
 def check(
@@ -316,21 +316,6 @@ def _indexes(store: "PoolStore", record: "ContextRecord") -> dict[str, int]:
     if record.header is None:
         return {}
     return {kind: found.nbytes for kind, found in store.indexes(record.id).items()}
-
-
-def _stats(path: Path, found: "StoreStats") -> str:
-    rows = {
-        "contexts": f"{found.contexts:,}, {found.tokens:,} tokens",
-        "held": f"{nbytes(found.bytes_held)} of keys and values",
-        "shared": f"{nbytes(found.bytes_shared)} of them are stored once for several",
-        "indexes": nbytes(found.bytes_indexes),
-        "leaves": f"{nbytes(found.bytes_leaves)} of sketches and summaries of pages",
-        "on disk": nbytes(found.bytes_on_disk),
-        "free": f"{nbytes(found.bytes_free)} in segments, which take no room",
-    }
-    if found.removed:
-        rows["removed"] = f"{found.removed} contexts that are still read"
-    return "\n".join([str(path), *(f"  {name:<10}{value}" for name, value in rows.items())])
 
 
 def _when(seconds: float) -> str:

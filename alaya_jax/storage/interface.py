@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from alaya_jax.errors import RequestError
+from alaya_jax.show import Table
 from alaya_jax.storage import identity
+from alaya_jax.units import nbytes
 
 if TYPE_CHECKING:
     from alaya_jax.cache.tiers import Leaves
@@ -164,6 +166,27 @@ class StoreStats:
     bytes_free: int
     bytes_on_disk: int
     removed: int
+
+    def rows(self) -> dict[str, str]:
+        """The same for people: what is counted, and how much that is."""
+        rows = {
+            "contexts": f"{self.contexts:,}, {self.tokens:,} tokens",
+            "held": f"{nbytes(self.bytes_held)} of keys and values",
+            "shared": f"{nbytes(self.bytes_shared)} of them are stored once for several",
+            "indexes": nbytes(self.bytes_indexes),
+            "leaves": f"{nbytes(self.bytes_leaves)} of sketches and summaries of pages",
+            "on disk": nbytes(self.bytes_on_disk),
+            "free": f"{nbytes(self.bytes_free)} in segments, which take no room",
+        }
+        if self.removed:
+            rows["removed"] = f"{self.removed} contexts that are still read"
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<10}{value}" for name, value in self.rows().items())
+
+    def _repr_html_(self) -> str:
+        return Table("", ("<what", "<how much"), list(self.rows().items())).to_html()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
