@@ -12,9 +12,10 @@ in every layer.
     in files  pages stay in the files (`tier="host"`), and a plan reads those that it selects
 
 Reports medians over the rounds of the seconds and of their ratio within a round; what was verified
-of the context; what the system then had of it in memory; and how far the output is from the
-full one. With --directory the stored context is kept there for another run. `--model` does the same
-for a whole model: its context of `--model-tokens`, against computing it.
+of the context, what pages and indexes take on the device, and what the system then had of it in
+memory, as shares of all keys and values; and how far the output is from the full one. With
+--directory the stored context is kept there for another run. `--model` does the same for a whole
+model: its context of `--model-tokens`, against computing it.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def store(directory: Path, model: aj.Model, ids: np.ndarray, plans: dict[str, aj
 
 
 def first_output(db: aj.DB, ids: np.ndarray, plan: aj.Plan, tier: str) -> tuple[np.ndarray, dict]:
-    """[L, H, D] of one new token's queries, and what was verified and is in memory of the context,
-    as shares of all its keys and values.
+    """[L, H, D] of one new token's queries; and as shares of all keys and values, what was verified
+    of the context, and what the session and indexes take on the device.
     """
     tokens, layers = len(ids), db.model.config.num_hidden_layers
     session, _ = db.create_session([*ids.tolist(), 0], tier=tier)
@@ -115,7 +116,9 @@ def first_output(db: aj.DB, ids: np.ndarray, plan: aj.Plan, tier: str) -> tuple[
         host = session.sequences[0].host
         verified = 1.0 if host is None else float(host._verified.mean())
         del host
-    return np.stack(done).astype(np.float32), {"verified": round(verified, 4), "tokens": tokens}
+        taken = db.stats().bytes_pool_used + sum(session.batch.indexes.nbytes().values())
+    said = {"verified": verified, "on_device": taken / (tokens * db.model.token_bytes)}
+    return np.stack(done).astype(np.float32), {k: round(x, 4) for k, x in said.items()}
 
 
 QUERIES: list[jax.Array] = []
