@@ -99,6 +99,7 @@ def test_explain_says_what_was_scored_and_what_overflowed(db, context, document)
     assert "raise Graph(capacity=" in str(explained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [512, 3])
 def test_an_analysis_shows_which_keys_a_graph_found(db, context, document, capacity):
     """Those of the flat plan with the same window, also where a search overflows."""
@@ -197,6 +198,7 @@ def test_damage_is_named_and_mended(db, context, document):
         answer(db, [*document, 5], THROUGH)
 
 
+@pytest.mark.slow
 def test_heads_are_split_over_a_mesh_and_pages_are_not(open_db, tiny_model, document):
     """What one device built, a mesh reads, and the other way round; a context axis is refused."""
     mesh = aj.make_mesh(tensor=2)

@@ -85,6 +85,7 @@ def test_a_split_vocabulary_is_trained(rng):
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng):
     """Prefill, many decode steps a call, copy on write, a context from disk: as on one device."""
     mesh = aj.make_mesh(data=2, tensor=2)

@@ -40,7 +40,15 @@ def answers(db, prompt, tier, attention=None, tokens=6, **options):
     return ids, logits, session.reused
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("tail", "sketch, a promise")
+        else name
+        for name in PLANS
+    ],
+)
 def test_any_plan_answers_as_in_the_pool(open_db, document, rng, name):
     db = open_db()
     context = db.import_context(document)
@@ -97,6 +105,7 @@ def test_a_context_larger_than_the_pool_answers(open_db, document, greedy):
         small.create_session(prompt, tier="disk")
 
 
+@pytest.mark.slow
 def test_what_never_was_in_the_pool(open_db, document, rng):
     """Keys and values of one's own, and a graph over them: stored, indexed and asked beside a pool
     that could not hold them.

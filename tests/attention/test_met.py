@@ -73,7 +73,12 @@ def indexed(plan, host, covered, rng):
     return jax.tree.map(Tiers, empty, known)
 
 
-@pytest.mark.parametrize("name", PLANS)
+FAST = {"window", "range, sketch", "best, sketch", "best, block", "range, graph", "promise, sketch"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PLANS]
+)
 def test_nothing_else_has_a_part_in_the_answer(rng, name):
     plan = PLANS[name]
     covered = LENGTH - 5 * SIZE

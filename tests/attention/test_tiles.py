@@ -349,6 +349,7 @@ def test_blocks_that_do_not_fit_pages_are_refused(kv_block, rng):
         select_tiles(q, Pages(*pages), positions, Tiles(kv_block=kv_block))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Tiles(), Tiles(recovery=0.9), Tiles(beta=8.0, recovery=1)])
 def test_the_engine_runs_tiles_for_ragged_batches(rng, rule):
     """What `attend_tiles` gives each sequence alone; padding attends to nothing."""

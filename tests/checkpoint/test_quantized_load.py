@@ -130,6 +130,7 @@ def test_the_matrix_that_was_stored_is_quantized(hf):
     assert found.params["norm"]["scale"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_another_model_with_contexts_of_its_own(tiny_model, tmp_path):
     from alaya_jax.checkpoint import save
 
@@ -154,6 +155,7 @@ def test_another_model_with_contexts_of_its_own(tiny_model, tmp_path):
     assert logits[-5:-1].argmax(1).tolist() == tokens
 
 
+@pytest.mark.slow
 def test_verify_says_what_it_costs(hf):
     source = hf()
     exact = verify(source, source, progress=False)

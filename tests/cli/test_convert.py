@@ -40,6 +40,7 @@ def test_the_same_text_from_each_format(alaya, tiny_model, tmp_path):
         assert shown["fingerprint"] == done["fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_same_text_from_metas_files(alaya, tmp_path):
     """Weights that torch wrote in two parts; a tokenizer of the 48 ids they have."""
     meta = tmp_path / "meta"

@@ -31,6 +31,7 @@ def explain(alaya, tiny_model, document, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_explain_shows_an_answer_in_every_form(explain, tmp_path):
     data = json.loads(explain("--json", "--attention", "topk:5@flat").stdout)
     analysis = data["analysis"]
@@ -114,6 +115,7 @@ def test_plan_refuses_with_the_nearest_goals(alaya, tiny_model):
         assert bad[0] in alaya("plan", tiny_model, *bad, code=2).stderr
 
 
+@pytest.mark.slow
 def test_calibrate_is_what_plan_goes_by(alaya, tiny_model, tmp_path, cache):
     text = tmp_path / "long.txt"
     text.write_text("".join(f"Section {i}. The Senate meets {i} times.\n" for i in range(120)))

@@ -318,6 +318,7 @@ def test_an_interrupted_answer_is_kept(tiny_model, cache):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_process(tiny_model, cache, monkeypatch):
     """The second process finds the model's, says nothing of it, and gives the same answer."""
     for setting in ("JAX_COMPILATION_CACHE_DIR", "ALAYA_COMPILATION_CACHE"):

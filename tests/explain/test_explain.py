@@ -135,6 +135,7 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
     assert first.analysis.position == full.position
 
 
+@pytest.mark.slow
 def test_analysis_takes_what_decoding_did(session, monkeypatch, tmp_path):
     monkeypatch.setenv("ALAYA_CACHE", str(tmp_path))
     flat = Machine("paper", 1e10, 1e11, 1e10, 1e-4, 1e-4, 1e-9, 1e-6, 0.0, 0.0)
@@ -264,6 +265,7 @@ def test_a_plot_without_matplotlib(session, monkeypatch):
         session.explain(analyze=True, attention=WINDOW).plot()
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_analysis_of_one_device(session, open_db, tiny_model, prompt):
     """Pages over the context axis, heads over tensor."""
     mesh = aj.make_mesh(context=2, tensor=2, devices=jax.devices()[:4])

@@ -194,6 +194,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_batch_independence():
     """A sequence alone gives the tokens it gives beside four others with other controls."""
@@ -384,6 +385,7 @@ def cases(draw):
     return np.array(logits) / 4, sampling, draw(ids), draw(ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, derandomize=True)
 @given(cases())
 def test_distribution_holds_everywhere(case):
