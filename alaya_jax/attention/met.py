@@ -43,7 +43,7 @@ def of_window(pages: Pages, split: Split) -> Met:
     recent = jnp.min(jnp.where(sees, split.recent_start, jnp.iinfo(jnp.int32).max))
     end = jnp.max(split.end)
     met = (first < sink_end) | ((first + pages.size > recent) & (first < end))
-    return _bits(jnp.broadcast_to(met, (pages.k.shape[0], *met.shape)), BOTH)
+    return bits(jnp.broadcast_to(met, (pages.k.shape[0], *met.shape)))
 
 
 def of_mask(pages: Pages, mask: Bool[Array, "K G T M"]) -> Bool[Array, "K N"]:
@@ -72,18 +72,14 @@ def of_search(pages: Pages, found: Found) -> Met:
     at = found.positions.reshape(len(found.positions), -1)
     here = (found.scores > -jnp.inf).reshape(at.shape)
     values = jnp.zeros(found.met.shape[:2], bool).at[_heads(at), at // pages.size].max(here)
-    met = _bits(jnp.any(found.met, axis=-1), KEYS) | _bits(values, BOTH)
+    met = bits(jnp.any(found.met, axis=-1), KEYS) | bits(values)
     return jnp.where(jnp.any(found.overflow), jnp.uint8(BOTH), met)
+
+
+def bits(met: Bool[Array, "K N"], which: int = BOTH) -> Met:
+    """These bits of these pages."""
+    return jnp.where(met, jnp.uint8(which), jnp.uint8(0))
 
 
 def _heads(x: Array) -> Int[Array, "K 1"]:
     return jnp.arange(len(x))[:, None]
-
-
-def bits(met: Bool[Array, "K N"]) -> Met:
-    """Both keys and values of these pages."""
-    return _bits(met, BOTH)
-
-
-def _bits(met: Bool[Array, "K N"], which: int) -> Met:
-    return jnp.where(met, jnp.uint8(which), jnp.uint8(0))
