@@ -388,7 +388,7 @@ class DB:
         """Reads a whole stored context and its indexes; every problem found, in words."""
         return list(self._catalogue.store.check(self._catalogue.id_of(context, "check")))
 
-    def stats(self) -> "DatabaseStats":
+    def stats(self) -> DatabaseStats:
         """What the database holds on disk, of all models and namespaces: contexts, bytes, and how
         many of them are shared; and what is in the pool. A notebook shows it as a table.
         """

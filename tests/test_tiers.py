@@ -204,12 +204,7 @@ def test_a_damaged_page_is_refused_by_name(open_db, document, tmp_path):
     db = open_db()
     context = db.import_context(document)
     db.close()
-    for path in sorted((tmp_path / "db" / "segments").rglob("v.*"))[1:2]:
-        with open(path, "r+b") as file:
-            file.seek(100)
-            byte = file.read(1)
-            file.seek(100)
-            file.write(bytes([byte[0] ^ 1]))
+    flip(sorted((tmp_path / "db" / "segments").rglob("v.*"))[1], 100)
     db = open_db()
     session, rest = db.create_session([*document, 40], tier="host")
     with pytest.raises(ContextError, match=context.id):
@@ -220,25 +215,18 @@ def test_a_damaged_page_is_refused_by_name(open_db, document, tmp_path):
     assert session.reused == [0]
 
 
-@pytest.fixture
-def flip(tmp_path):
-    """Changes a bit of a page's keys or values, of every layer."""
-
-    def flip(host, page, name, dim_bytes=4 * 16):
-        for path in sorted((tmp_path / "db" / "segments").rglob(f"{name}.*")):
-            with open(path, "r+b") as file:
-                at = int(host.pages[page]) * 16 * dim_bytes + 3
-                file.seek(at)
-                byte = file.read(1)
-                assert byte
-                file.seek(at)
-                file.write(bytes([byte[0] ^ 1]))
-
-    return flip
+def flip(path, at):
+    """Changes a bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        assert byte
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
 
 
 @pytest.mark.parametrize("kind", ["k", "v"])
-def test_only_what_an_answer_came_from_is_verified(open_db, document, flip, kind):
+def test_only_what_an_answer_came_from_is_verified(open_db, document, tmp_path, kind):
     """A window's pages, in a prefill and in steps that follow it: the others are left alone until
     somebody reads them; then they are refused, before a token comes of them.
     """
@@ -255,7 +243,8 @@ def test_only_what_an_answer_came_from_is_verified(open_db, document, flip, kind
     db = open_db()
     session, rest = db.create_session(prompt, tier="host")
     host = session.sequences[0].host
-    flip(host, 5, kind, dim_bytes=host.layers[0].k.dtype.itemsize * host.layers[0].k.shape[3])
+    for path in (tmp_path / "db" / "segments").rglob(f"{kind}.*"):
+        flip(path, int(host.pages[5]) * host.layers[0].k[0, 0].nbytes + 3)
     with session:
         assert [t.id for t in aj.generate(session, rest, **options)] == expected
         seen = host._verified.any(axis=(0, 1, 2))

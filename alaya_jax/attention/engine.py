@@ -263,7 +263,6 @@ def _attend_rows(
     plan: Plan, q: Float[Array, "K G T D"], positions: Int[Array, " T"], held: Held
 ) -> tuple[Float[Array, "K G T D"], Counts]:
     """Attention of one sequence. A query at position p sees keys 0..p; at p = -1 it sees none."""
-    account = met.kept_account(plan, held.pages)
     zero, end = jnp.zeros_like(positions), positions + 1
     query, pages, index, axis = plan.query, held.pages, held.index, held.axes.pages
     counts = functools.partial(Counts.of, q.shape[:-1])
@@ -277,7 +276,7 @@ def _attend_rows(
     inside, best = attend_range(q, pages, split.inside)
     inside, best = merge_across(inside, axis), across(lax.pmax, best, axis)
     in_window = split.size
-    of_window = met.of_window(pages, split) if account else None
+    of_window = met.of_window(pages, split) if met.kept_account(plan, pages) else None
     if isinstance(query, Window):
         return inside.out, counts(in_window, in_window, met=of_window)
 
@@ -285,8 +284,8 @@ def _attend_rows(
     if isinstance(index, GraphLayer):
         found = attend_graph(plan, rows)
         attended, scored = found.attended + in_window, found.scored + in_window
-        of_all = None if of_window is None or found.met is None else of_window | found.met
-        total = counts(attended, scored, found.read, widened=found.widened, met=of_all)
+        all_met = met.together(of_window, found.met)
+        total = counts(attended, scored, found.read, widened=found.widened, met=all_met)
         return merge(inside, found.partial).out, total
     found = retrieve(plan, rows)
     partial, attended, read = attend_kept(q, found.kept, found.floor)
@@ -300,6 +299,5 @@ def _attend_rows(
     read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
-    bits = None if found.met is None else met.bits(found.met)
-    of_all = None if of_window is None or bits is None else of_window | bits
-    return merge(*parts).out, counts(attended + in_window, end, read, mass, met=of_all)
+    all_met = met.together(of_window, found.met)
+    return merge(*parts).out, counts(attended + in_window, end, read, mass, met=all_met)

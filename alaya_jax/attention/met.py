@@ -76,6 +76,11 @@ def of_search(pages: Pages, found: Found) -> Met:
     return jnp.where(jnp.any(found.overflow), jnp.uint8(BOTH), met)
 
 
+def together(window: Met | None, found: Met | None) -> Met | None:
+    """What either met; None where no account is kept."""
+    return None if window is None or found is None else window | found
+
+
 def bits(met: Bool[Array, "K N"], which: int = BOTH) -> Met:
     """These bits of these pages."""
     return jnp.where(met, jnp.uint8(which), jnp.uint8(0))

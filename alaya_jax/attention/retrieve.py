@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from alaya_jax.attention import met
 from alaya_jax.attention.custom import select_custom
@@ -49,7 +49,7 @@ class Retrieved:
     floor: Float[Array, "K G T"] | None = None
     unread: Float[Array, "K G T"] | None = None
     weights: Weights | None = None
-    met: Bool[Array, "K N"] | None = None
+    met: UInt8[Array, "K N"] | None = None
 
     def share_read(self, read: Partial) -> Float[Array, "K G T"] | None:
         """A lower bound on the share of the attention mass that was read; None if not estimated."""
@@ -68,15 +68,15 @@ def retrieve(plan: Plan, rows: Rows) -> Retrieved:
     query = plan.query
     assert isinstance(query, DIPR | TopK | Custom)
     rows = rows.before(query.before)
-    found = _by_page(plan, rows) if plan.by == "page" else _by_key(plan, rows)
+    found, looked_at = (_by_page(plan, rows), None) if plan.by == "page" else _by_key(plan, rows)
     if not met.kept_account(plan, rows.pages):
         return found
     kept = met.of_mask(rows.pages, found.kept.mask) | met.behind(rows.pages, rows.held.covered)
-    return dataclasses.replace(found, met=kept if found.met is None else kept | found.met)
+    return dataclasses.replace(found, met=met.bits(kept if looked_at is None else kept | looked_at))
 
 
-def _by_key(plan: Plan, rows: Rows) -> Retrieved:
-    """`met` has the pages, beside those of kept keys, that the choice was made from."""
+def _by_key(plan: Plan, rows: Rows) -> tuple[Retrieved, Bool[Array, "K N"] | None]:
+    """And pages, beside those of kept keys, that the choice was made from; None: not recorded."""
     query = plan.query
     assert isinstance(query, DIPR | TopK | Custom)
     pages, keys, axis = rows.pages, rows.keys, rows.axis
@@ -127,7 +127,7 @@ def _by_key(plan: Plan, rows: Rows) -> Retrieved:
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
-    return Retrieved(Kept(pages, keys, mask), floor, unread, weights, looked_at)
+    return Retrieved(Kept(pages, keys, mask), floor, unread, weights), looked_at
 
 
 def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:

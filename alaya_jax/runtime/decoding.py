@@ -49,18 +49,21 @@ class Decoding:
         self._end_ids = stack.put(end_ids)
         self._chain: Chain | None = None
         self._indexed: Indexed | None = None
+        self._account: tuple[int, ...] | None = None
         self._steps = 0
         self._allowed = np.ones(len(end_ids), bool)
         self._allowed_there = stack.put(self._allowed)
 
     def ahead(self, table: PageTable) -> contextlib.AbstractContextManager[None]:
-        """Around a prefill: if that takes long, the programs of the steps are compiled beside it.
+        """Around a prefill that steps will follow: if it takes long, their programs are compiled
+        beside it.
 
         Args:
           table: pages of all tokens to come.
         """
         with self._pool.lock:
             chain = self._stack.chain(self._plans, self._stack.put(self._cover()))
+        self._account = chain.account(table)
         return self._stack.ahead(self._pool.abstract, chain, table, 1)
 
     def first(self, passed: Passed, fed: Fed, table: PageTable) -> Row:
@@ -78,9 +81,7 @@ class Decoding:
             fed.count,
             self._sampler,
         )
-        with self._pool.lock:
-            account = self._current().account(table)
-        self._passed = self._stack.start(batch, passed, account)
+        self._passed = self._stack.start(batch, passed, self._account)
         self._going, self._table = self._stack.put(going), self._stack.put(table)
         self._x = self._stack.between(batch, 1)
         return self._end()

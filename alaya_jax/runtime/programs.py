@@ -296,7 +296,8 @@ def _alike(all: Counts, some: Sequence[Counts]) -> list[Counts]:
     a layer that does not say it met none that were not verified before.
     """
     if all.met is None:
-        return [dataclasses.replace(one, met=None) for one in some]
+        assert not any(one.met is not None for one in some), "what was met would not be verified"
+        return list(some)
     none = jnp.zeros(all.met.shape[1:], all.met.dtype)
     return [dataclasses.replace(one, met=none) if one.met is None else one for one in some]
 
