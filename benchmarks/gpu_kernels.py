@@ -41,8 +41,8 @@ LIMITS = {
     "rates": 60,
     "table": 75,
     "sweep": 75,
-    "model": 200,
-    "session": 120,
+    "model": 240,
+    "session": 240,
     "copies": 60,
 }
 MARK = "RESULT "  # begins a line of a job's output that is a row

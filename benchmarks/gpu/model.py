@@ -94,9 +94,10 @@ def run(number: int, quick: bool, say: Callable[..., None]) -> None:
     jax.block_until_ready(built)
     say(**facts, what="sketch of the context", total_s=round(time.perf_counter() - started, 3))
     covered = jnp.full(1, length // PAGE * PAGE, jnp.int32)
+    end = PageTable(ids, jnp.full(1, length))
     for name, plan in PLANS.items():
         indexed = None if plan.index is None else Indexed(built, covered)
-        kv, row = _decode(config, params, kv, PageTable(ids, jnp.full(1, length)), plan, indexed)
+        kv, row = _decode(config, params, kv, end, plan, indexed)
         say(**facts, what=f"decode, {name}", **row)
     chunk = 32 if quick else 4096
     for name, plan in {
@@ -110,8 +111,11 @@ def run(number: int, quick: bool, say: Callable[..., None]) -> None:
                 **facts, what=f"prefill of {chunk:,} behind {behind:,}, {name}", chunk_ms=ms,
                 tokens_per_s=round(chunk / ms * 1e3, 1),
             )  # fmt: skip
+    del built
+    kv, row = _decode(config, params, kv, end, PLANS["Full"], None, config.num_hidden_layers)
+    say(**facts, what="decode, Full, all layers in one program", **row)
     contiguous = _contiguous(kv, case.context)
-    del kv, built
+    del kv
     if jax.default_backend() == "gpu":
         say(**facts, what="decode, cuDNN", **_decode_cudnn(config, params, contiguous, length))
 
@@ -121,47 +125,43 @@ def _bytes(tree: Any) -> int:
 
 
 def _decode(
-    config: LlamaConfig, params: Any, kv: Any, table: PageTable, plan: Plan, indexed: Any
-) -> tuple[Any, dict]:
+    config: LlamaConfig, params: Any, kv: Any, table: PageTable, plan: Plan, indexed: Any,
+    per_program: int | None = None,
+) -> tuple[Any, dict]:  # fmt: skip
     processors, sampler = init_sampler(aj.Greedy(), [[0]], config.vocab_size)
     one, lent = jnp.ones(1, jnp.int32), Lent(kv)
     nothing, allowed = jnp.full((1, 1), -1, jnp.int32), jnp.ones(1, bool)
-    row: dict[str, Any] = {}
-    for name, per_program in (("", None), ("one_program_", config.num_hidden_layers)):
-        stack = Stack(params, Frame(config), per_program)
-        chain = stack.chain(plan, indexed)
-        times, compiled, rows = [], 0.0, []
-        for turn in range(3):
-            # A fresh copy of the small donated state, since the first call takes it.
-            mine = jax.tree.map(jnp.copy, (one[:, None], allowed, table.length, one, sampler))
-            going, x, passed, rows = Going(*mine), stack.between(1, 1), stack.start(1), []
-            started = time.perf_counter()
-            for _ in range(STEPS):
-                fed = Fed(going.token, going.count, dataclasses.replace(table, length=going.length))
-                x, passed = stack.layers(lent, chain, x, passed, fed)
-                new, passed, going = stack.end(passed, going, nothing, allowed, processors)
-                rows.append(new)
-            jax.block_until_ready(rows)
-            took = time.perf_counter() - started
-            if turn:
-                times.append(took / STEPS)
-            else:
-                compiled = took
-        scored, attended, read = (
-            sum(np.asarray(getattr(r.counts, what), np.float64).sum() for r in rows)
-            for what in ("scored", "attended", "read")
-        )
-        row |= {
-            f"{name}step_ms": round(min(times) * 1e3, 3),
-            f"{name}tokens_per_s": round(1 / min(times), 2),
-            f"{name}first_call_s": round(compiled, 1),
-        }
-        row |= {
-            "attended_share": round(float(attended / scored), 5),
-            "read_share": round(float(read / scored), 5),
-            "steps": len(rows),
-        }
-    return lent.kv, row
+    stack = Stack(params, Frame(config), per_program)
+    chain = stack.chain(plan, indexed)
+    times, compiled, rows = [], 0.0, []
+    for turn in range(3):
+        # A fresh copy of the small donated state, since the first call takes it.
+        mine = jax.tree.map(jnp.copy, (one[:, None], allowed, table.length, one, sampler))
+        going, x, passed, rows = Going(*mine), stack.between(1, 1), stack.start(1), []
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            fed = Fed(going.token, going.count, dataclasses.replace(table, length=going.length))
+            x, passed = stack.layers(lent, chain, x, passed, fed)
+            new, passed, going = stack.end(passed, going, nothing, allowed, processors)
+            rows.append(new)
+        jax.block_until_ready(rows)
+        took = time.perf_counter() - started
+        if turn:
+            times.append(took / STEPS)
+        else:
+            compiled = took
+    scored, attended, read = (
+        sum(np.asarray(getattr(r.counts, what), np.float64).sum() for r in rows)
+        for what in ("scored", "attended", "read")
+    )
+    return lent.kv, {
+        "step_ms": round(min(times) * 1e3, 3),
+        "tokens_per_s": round(1 / min(times), 2),
+        "first_call_s": round(compiled, 1),
+        "attended_share": round(float(attended / scored), 5),
+        "read_share": round(float(read / scored), 5),
+        "steps": len(rows),
+    }
 
 
 def _extend(
