@@ -302,7 +302,7 @@ class DB:
         batch, found = self._catalogue.open(rows, exact=exact, tier=tier)
         try:
             for tokens, sequence in zip(rows, batch.sequences, strict=True):
-                self._check_room(len(tokens), sequence)
+                self._check_room(len(tokens), sequence, batch.pool)
         except CacheFullError:
             batch.release()
             raise
@@ -480,15 +480,21 @@ class DB:
                 f"{limit:,}; shorten it, or {self.model.way_to_longer}"
             )
 
-    def _check_room(self, length: int, sequence: PagedSequence) -> None:
+    def _check_room(self, length: int, sequence: PagedSequence, pool: PagePool) -> None:
         """Whether a prompt fits, but for what is read in mapped files."""
-        size, room = self.pool.page_size, self.pool.capacity_tokens
-        in_files = self.pool.in_files(sequence) // size * size
+        size, room = pool.page_size, pool.capacity_tokens
+        in_files = pool.in_files(sequence) // size * size
+        if length - in_files > room and pool.device is not None:
+            raise CacheFullError(
+                f"the prompt has {length - in_files:,} tokens behind {in_files:,} that are read "
+                f"where they lie, and beside them there is room for {room:,} on the CPU; store "
+                "more of it first (import_context), or leave tier= out"
+            )
         if length - in_files > room:
             pages = math.ceil((length - in_files) / size)
             shards = self.model.rules.page_shards(self.model.mesh)
             pages = (math.ceil(pages / shards) + 1) * shards  # of each part one belongs to nobody
-            needed = pages * self.pool.page_size
+            needed = pages * size
             behind = f" behind {in_files:,} that are read where they lie" if in_files else ""
             raise CacheFullError(
                 f"the prompt has {length - in_files:,} tokens{behind}, and the KV cache holds "

@@ -85,7 +85,7 @@ class Session:
         self.contexts = contexts
         self.batched = batched
         self.dated = dated
-        self.account = Account(batch.model, batch.pool.page_size)
+        self.account = Account(batch.pool, batch.pool.page_size)
         self.outputs = [Output() for _ in contexts]
         """What each sequence said since it was last given tokens."""
 

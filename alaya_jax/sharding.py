@@ -170,6 +170,27 @@ def make_mesh(*, devices: Any = None, **axes: int) -> Mesh:
     )
 
 
+def cpu_beside(mesh: Mesh | None) -> Any:
+    """The CPU of this process, for a model on a mesh or on a device of another kind; None: the
+    model runs on one CPU.
+
+    Raises:
+      ConfigError: several processes run the model, or JAX was told to leave the CPU out.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError("several processes run the model, and each has memory of its own")
+    default = jax.config.jax_default_device or jax.devices()[0]
+    if mesh is None and "cpu" in (default, getattr(default, "platform", None)):
+        return None
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ConfigError(
+            "JAX has no CPU in this process; start it with JAX_PLATFORMS unset, or with "
+            f"JAX_PLATFORMS={default if isinstance(default, str) else default.platform},cpu"
+        ) from error
+
+
 def auto_axes(mesh: Mesh) -> Mesh:
     """The mesh with axes of type Auto, as the programs here need them."""
     if all(kind == AxisType.Auto for kind in mesh.axis_types):

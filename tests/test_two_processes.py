@@ -51,7 +51,7 @@ said = {}
 
 # The functions alone: pages, a table, a chunk.
 tokens = np.load(folder + "/tokens.npy")
-pool = PagePool(config, model.dtype, 64, 4, "", mesh=mesh, rules=rules)
+pool = PagePool(config, model.dtype, 64, 4, "", where=mesh, rules=rules)
 indexes = PageIndexes(pool)
 sequence = PagedSequence()
 pool.reserve(sequence, len(tokens))

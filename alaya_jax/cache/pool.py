@@ -28,6 +28,7 @@ from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.cache.tiers import HostPool, Pool, joined
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
 from alaya_jax.settings import for_other_threads
 from alaya_jax.sharding import ShardingRules, laid, whole
 
@@ -114,7 +115,7 @@ class PagePool:
         page_size: int,
         setting: str,
         *,
-        mesh: Mesh | None = None,
+        where: Any = None,
         rules: ShardingRules | None = None,
         evict: Callable[[], bool] = lambda: False,
     ):
@@ -124,13 +125,16 @@ class PagePool:
         num_pages: P, of which whole shards are used.
         page_size: Z.
         setting: the one to name when the pool is exhausted.
-        mesh, rules: where pages lie.
+        where: pages lie: a mesh, a device, or None, the default device.
+        rules: how, on a mesh.
         evict: called when pages run out: frees some, and says whether it could.
         """
         self.config, self.dtype = config, dtype
-        self.mesh, self.rules = mesh, rules or ShardingRules()
-        self.shards = self.rules.page_shards(mesh)
-        self._place = self.rules.pool(mesh)
+        self.mesh: Mesh | None = where if isinstance(where, Mesh) else None
+        self.device: Any = None if isinstance(where, Mesh) else where
+        self.rules = rules or ShardingRules()
+        self.shards = self.rules.page_shards(self.mesh)
+        self._place = self.rules.pool(self.mesh)
         self.page_size = page_size
         self.num_pages = num_pages - num_pages % self.shards
         self._setting = setting
@@ -185,7 +189,22 @@ class PagePool:
 
     def _create(self, each: Any = map) -> PagedKV:
         where = self.num_pages, self.page_size, self.dtype, self.mesh, self.rules
-        return PagedKV.create(self.config, *where, each=each)
+        with self.here():
+            made = PagedKV.create(self.config, *where, each=each)
+        return made if self.device is None else jax.device_put(made, self.device)
+
+    def here(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what reads the cache outside of a model's programs: it runs where the cache is."""
+        if self.device is None:
+            return contextlib.nullcontext()
+        return jax.default_device(self.device)
+
+    @property
+    def target(self) -> Target:
+        """What reads the cache."""
+        if self.mesh is not None:
+            return target_of(self.mesh.devices.flat[0])
+        return current_target() if self.device is None else target_of(self.device)
 
     @property
     def capacity_tokens(self) -> int:
@@ -294,12 +313,12 @@ class PagePool:
 
     def _copy_page(self, sequence: PagedSequence, source: np.ndarray, target: np.ndarray) -> None:
         if len(self.own(source)):
-            with self.lend() as lent:
+            with self.here(), self.lend() as lent:
                 lent.kv = _copy_pages(lent.kv, source, target, place=self._place)
             return
         assert sequence.host is not None
         k, v = sequence.host.read(source - self.num_pages)
-        with self.lend() as lent:
+        with self.here(), self.lend() as lent:
             lent.kv = _fill_pages(lent.kv, target, k, v)
 
     def _allocate(self, n: int, after: int | None) -> np.ndarray:
@@ -354,7 +373,8 @@ class PagePool:
             row[n:] = np.minimum(np.arange(last + 1, last + 1 + width - n), there - 1)
         # Not `jnp.asarray`, which compiles a copy for each shape.
         length = np.asarray([s.length for s in sequences], np.int32)
-        return PageTable(jax.device_put(pages), jax.device_put(length))
+        with self.here():
+            return PageTable(jax.device_put(pages), jax.device_put(length))
 
     def _spread_table(self, sequences: list[PagedSequence]) -> PageTable:
         """The table of pages that are spread over devices: for each, a list of its own."""
@@ -406,7 +426,7 @@ class PagePool:
             out[:, :n] = x
             return out.reshape(heads, width, self.page_size, dim)
 
-        with self.alone():
+        with self.here(), self.alone():
             old = self.kv
             new_k, new_v = _write_pages(
                 old.k[layer], old.v[layer], pages, paged(k), paged(v), place=self._place
@@ -436,7 +456,7 @@ class PagePool:
         if sequence.host is not None:
             sequence.host.verify(layer)
             host = sequence.host.layers[layer]
-        with self.lock:
+        with self.here(), self.lock:
             kv = self.kv
             k, v = joined(kv.k[layer], host and host.k), joined(kv.v[layer], host and host.v)
             return _read_tokens(k, v, pages, place=place)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,13 +21,15 @@ from alaya_jax.cache.tiers import Coded, HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
-from alaya_jax.errors import AlayaError, CacheFullError, ContextError, RequestError
+from alaya_jax.errors import AlayaError, CacheFullError, ConfigError, ContextError, RequestError
 from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.runtime.apart import Apart
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.stack import Stack
+from alaya_jax.sharding import cpu_beside
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, Source, sampled
 
 Tier = Literal["device", "host"]
@@ -35,6 +37,19 @@ Tier = Literal["device", "host"]
 
 EXACT = Origin()
 """Of keys and values that were computed by attention to every key."""
+
+
+HOME_TOKENS = 8192
+"""New tokens of all sessions whose pages are read where they lie, where the model's devices cannot
+read files, at most: they are kept on the CPU too."""
+
+
+class Home(NamedTuple):
+    """Where some sequences are: their pages, what is known of them, and the model's layers."""
+
+    pool: PagePool
+    indexes: PageIndexes
+    stack: Stack
 
 
 class Catalogue:
@@ -76,12 +91,13 @@ class Catalogue:
             num_pages,
             page_size,
             setting,
-            mesh=model.mesh,
+            where=model.mesh,
             rules=model.rules,
             evict=self.evict,
         )
         self.indexes = PageIndexes(self.pool)
         self.stack = Stack(model.params, model.frame, model.layers_per_program)
+        self._home: Home | None = None
         self._contexts: dict[str, Context] = {}
         self._seen: Hashable = None
         self._clock = 0
@@ -210,7 +226,7 @@ class Catalogue:
                 try:
                     resident = self._read_on(context, length)
                 except CacheFullError:
-                    if tier is not None or self._no_host is not None:
+                    if tier is not None or self._no_host is not None or self._beside is not None:
                         raise
                     return self._map(context, length)
             return self.pool.share(resident, length)
@@ -218,7 +234,8 @@ class Catalogue:
     def _map(self, context: Context, length: int) -> PagedSequence:
         """The pages of a context's first tokens where they lie."""
         if self._no_host is not None:
-            raise RequestError(f"tier='host': {self._no_host}")
+            raise RequestError(f"tier='host': {self._no_host}; leave tier= out")
+        pool = self._at_home().pool
         mapped = self.store.mapped(context.id)
         layers = range(self._model.config.num_hidden_layers)
         store_dtype: Any = context.header.store_dtype if context.header else ""
@@ -228,7 +245,8 @@ class Catalogue:
             return Coded(rows, store_dtype, self._model.dtype) if store_dtype else rows
 
         try:
-            there = tuple(HostPages(*map(entered, mapped.layer(layer))) for layer in layers)
+            with pool.here():
+                there = tuple(HostPages(*map(entered, mapped.layer(layer))) for layer in layers)
         except BaseException:
             mapped.close()
             raise
@@ -249,16 +267,38 @@ class Catalogue:
             leaves=mapped.leaves,
             release=mapped.close,
         )
-        return self.pool.mapped(host, length)
+        return pool.mapped(host, length)
 
     @functools.cached_property
     def _no_host(self) -> str | None:
         """Why pages cannot be read where they lie; None: they can."""
-        if self._model.mesh is not None:
-            return "over a mesh, pages are read into the pool; leave tier= out"
-        if self._model.target.platform != "cpu":
-            return f"a {self._model.target.platform} reads pages of its own pool; leave tier= out"
+        try:
+            cpu_beside(self._model.mesh)
+        except ConfigError as error:
+            return str(error)
         return None
+
+    @functools.cached_property
+    def _beside(self) -> Any:
+        """The CPU that reads pages where they lie, if the model runs elsewhere."""
+        return None if self._no_host is not None else cpu_beside(self._model.mesh)
+
+    def _at_home(self) -> "Home":
+        """Where sequences are whose pages are read where they lie: with all others, or, where these
+        are on devices that cannot read files, on the CPU beside them.
+        """
+        device = self._beside
+        if device is None:
+            return Home(self.pool, self.indexes, self.stack)
+        if self._home is None:
+            size, model = self.pool.page_size, self._model
+            pages = min(self.pool.num_pages, -(-HOME_TOKENS // size) + 1)
+            pool = PagePool(
+                model.config, model.dtype, pages, size, f"{HOME_TOKENS:,} tokens", where=device
+            )
+            stack = Apart(model.params, model.frame, device)
+            self._home = Home(pool, PageIndexes(pool), stack)
+        return self._home
 
     def open(
         self, rows: list[np.ndarray], *, exact: bool, tier: Tier | None = None
@@ -279,6 +319,9 @@ class Catalogue:
             pages = sum(-(-len(tokens) // self.pool.page_size) + 1 for tokens in rows)
             if pages * self.pool.page_size > self.pool.capacity_tokens:
                 tier = "host"
+        home = Home(self.pool, self.indexes, self.stack)
+        if tier == "host" and self._no_host is None:
+            home = self._at_home()
         with self.pool.lock:
             try:
                 for tokens in rows:
@@ -286,17 +329,23 @@ class Catalogue:
                     names = {s.host.name for s in (*sequences, sequence) if s.host is not None}
                     if len(names) > 1:
                         assert context is not None
+                        if home.pool is not self.pool:
+                            home.pool.release(sequence)
+                            raise RequestError(
+                                "tier='host': the prompts go on from contexts in different files, "
+                                "and one batch reads those of one; open a session for each"
+                            )
                         sequence = self.lock(context, length)
                     sequences.append(sequence)
                     found.append(context)
                     origins.append(context.origin.upto(length) if context else EXACT)
             except BaseException:
                 for sequence in sequences:
-                    self.pool.release(sequence)
+                    home.pool.release(sequence)
                 raise
         tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
-        lent = Lending(self._model, self.pool.lock, found, tokens, self.match_graph)
-        batch = Batch(self._model, self.stack, self.indexes, lent, sequences, tokens, origins)
+        lent = Lending(home.pool, found, tokens, self.match_graph)
+        batch = Batch(self._model, home.stack, home.indexes, lent, sequences, tokens, origins)
         return batch, found
 
     def _lock_prefix(

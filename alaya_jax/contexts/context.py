@@ -4,11 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from alaya_jax.cache.pool import PagedSequence
+from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
-from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
 from alaya_jax.storage import ContextRecord, ContextStore
 
@@ -42,7 +41,7 @@ class Context:
         self._tokens: np.ndarray | None = None
         self.resident: PagedSequence | None = None
         self.used = 0
-        self._graph: tuple[dict[str, Any], dict[int, GraphLayer]] | None = None
+        self._graph: tuple[dict[str, Any], dict[Any, GraphLayer]] | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -70,8 +69,8 @@ class Context:
         """Whether a graph is stored with it or in memory, of any settings, damaged or not."""
         return self._graph is not None or graphs.KIND in self.store.indexes(self.id)
 
-    def graph(self, wanted: Graph, model: Model, layer: int) -> GraphLayer:
-        """Its graph of one layer, on the device; read when first asked for.
+    def graph(self, wanted: Graph, pool: PagePool, layer: int) -> GraphLayer:
+        """Its graph of one layer, where a pool of pages is; read when first asked for.
 
         Raises:
           ContextError: there is none, or it is damaged.
@@ -79,10 +78,10 @@ class Context:
         """
         if self._graph is None or self._graph[0] != wanted.built:
             self._graph = wanted.built, {}
-        layers = self._graph[1]
-        if layer not in layers:
-            layers[layer] = graphs.load(self.store, self.id, wanted, model, layer)
-        return layers[layer]
+        layers, key = self._graph[1], (layer, pool.device)
+        if key not in layers:
+            layers[key] = graphs.load(self.store, self.id, wanted, pool, layer)
+        return layers[key]
 
     def forget_graph(self) -> None:
         """Lets go of what is in memory of its graph."""

@@ -120,8 +120,8 @@ def _asked(
         yield queries[:, : len(chosen)], first + chosen
 
 
-def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) -> GraphLayer:
-    """One layer of a context's graph, on the device.
+def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int) -> GraphLayer:
+    """One layer of a context's graph, where a pool of pages is.
 
     Rows are padded to one of four sizes an octave, since a program is compiled for each size.
 
@@ -148,14 +148,15 @@ def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) 
     n = near.shape[1]
     step = max(256, (1 << n.bit_length()) // 8)
     near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
-    return GraphLayer(_place(near, model), _place(starts, model), jnp.asarray(n, jnp.int32))
+    with pool.here():
+        return GraphLayer(_place(near, pool), _place(starts, pool), jnp.asarray(n, jnp.int32))
 
 
-def _place(x: np.ndarray, model: Model) -> jax.Array:
-    if model.mesh is None:
+def _place(x: np.ndarray, pool: PagePool) -> jax.Array:
+    if pool.mesh is None:
         return jnp.asarray(x)
-    heads = PartitionSpec(model.rules.axis("kv_heads", model.mesh))
-    return jax.device_put(x, NamedSharding(model.mesh, heads))
+    heads = PartitionSpec(pool.rules.axis("kv_heads", pool.mesh))
+    return jax.device_put(x, NamedSharding(pool.mesh, heads))
 
 
 def of_prefix(graph: GraphLayer, reused: int) -> GraphLayer:
@@ -163,10 +164,10 @@ def of_prefix(graph: GraphLayer, reused: int) -> GraphLayer:
     return dataclasses.replace(graph, length=jnp.minimum(graph.length, reused))
 
 
-def require_no_context_axis(model: Model, what: Any) -> None:
+def require_no_context_axis(where: Model | PagePool, what: Any) -> None:
     """Raises RequestError where pages are spread over devices: a walk needs all keys of a head."""
-    axis = model.rules.axis("pages", model.mesh)
-    if axis is not None and model.mesh is not None and model.mesh.shape[axis] > 1:
+    axis = where.rules.axis("pages", where.mesh)
+    if axis is not None and where.mesh is not None and where.mesh.shape[axis] > 1:
         raise RequestError(
             f"{what}: the pages are spread over mesh axis {axis!r}, and a search of a graph needs "
             "all keys of a head on one device; use aj.Sketch() or aj.Flat(), or a mesh without "

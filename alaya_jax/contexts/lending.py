@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.errors import RequestError
 from alaya_jax.index import Graph, GraphLayer
-from alaya_jax.model import Model
 
 Lend = Callable[[np.ndarray, Graph | None], tuple[Context | None, int]]
 """Finds a context that has such a graph, or any, and shares most of these tokens; how many."""
@@ -23,20 +23,18 @@ class Lending:
 
     def __init__(
         self,
-        model: Model,
-        lock: Any,
+        pool: PagePool,
         contexts: list[Context | None],
         reused: list[np.ndarray],
         lend: Lend,
     ):
         """Args:
-        model: where graphs are put.
-        lock: of the pool: contexts are looked at under it.
+        pool: where graphs are put; contexts are looked at under its lock.
         contexts: of each sequence, or None.
         reused: ids of the tokens of each that come from it.
         lend: finds another context's graph.
         """
-        self._model, self._lock, self._lend = model, lock, lend
+        self._pool, self._lend = pool, lend
         self._contexts, self._reused = contexts, reused
         # Exact keys of equal tokens are equal: a graph of a shorter prefix is as good, so far.
         self._exact = [
@@ -49,10 +47,10 @@ class Lending:
     def layer(self, b: int, index: Graph, layer: int) -> GraphLayer:
         """See `GraphSource`."""
         key = b, tuple(index.built.items()), layer
-        with self._lock:
+        with self._pool.here(), self._pool.lock:
             if key in self._layers:
                 return self._layers[key]
-            graphs.require_no_context_axis(self._model, index)
+            graphs.require_no_context_axis(self._pool, index)
             context, known = self._owner(b, index)
             if context is None:
                 raise RequestError(
@@ -60,7 +58,7 @@ class Lending:
                     "one; use aj.Sketch(), or db.import_context(...) and db.build_index(context, "
                     "aj.Graph()) before create_session"
                 )
-            self._layers[key] = graphs.of_prefix(context.graph(index, self._model, layer), known)
+            self._layers[key] = graphs.of_prefix(context.graph(index, self._pool, layer), known)
         return self._layers[key]
 
     def known(self) -> tuple[Graph | None, int]:
@@ -76,7 +74,7 @@ class Lending:
 
     def fork(self) -> "Lending":
         """See `GraphSource`."""
-        other = Lending(self._model, self._lock, self._contexts, self._reused, self._lend)
+        other = Lending(self._pool, self._contexts, self._reused, self._lend)
         other._layers = dict(self._layers)
         return other
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.explain.reads import Reads
 from alaya_jax.model import Model
 from alaya_jax.optimizer.choice import PlanChoice
@@ -23,7 +24,7 @@ class Account:
       prefill: the same for a prefill.
     """
 
-    def __init__(self, model: Model, page_size: int):
+    def __init__(self, model: Model | PagePool, page_size: int):
         """Starts at nothing."""
         self._model, self._page_size = model, page_size
         self.reads: dict[str, Reads] = {}

@@ -167,39 +167,40 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
     before = dataclasses.replace(table, length=table.length - 1)
     stack = batch.stack
     one = Fed(tokens[None, -1:], np.ones(1, np.int32), before)  # type: ignore[arg-type]
-    chain = stack.chain(plans, stack.put(indexed))
+    chain = stack.chain(plans, stack.at_cache(indexed))
     asked = stack.queries(pool.kv, chain, stack.put(one), np.zeros(1, np.int32))
     q = list(asked)  # of each layer [1, 1, H, D]
     shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
-    for layer in range(layers):
-        plan, index = of_layer(plans, layer), indexed.layers[layer]
-        memory = Memory(pool.kv, before, indexed).layer(layer)
-        attend = functools.partial(
-            engine.attend,
-            q=q[layer],
-            count=jnp.ones(1, jnp.int32),
-            mesh=model.mesh,
-            rules=model.rules,
-        )
-        (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
-        plain = dataclasses.replace(memory, index=None)
-        full = functools.partial(attend, Plan(Full()), memory=plain)
-        seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
-        everywhere = whole(model.mesh)
-        pages, local = _on_one(memory.pools, table, index, pool.num_pages, everywhere)
-        true = truth(
-            plan,
-            q[layer][0, 0],
-            pages,
-            table.length[0],
-            local,
-            indexed.covered[0],
-            np.float32(shares[layer]),
-        )
-        # Of several processes each reads them.
-        true, out, counts = _laid((true, out, counts), everywhere)
-        rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
+    with pool.here():
+        for layer in range(layers):
+            plan, index = of_layer(plans, layer), indexed.layers[layer]
+            memory = Memory(pool.kv, before, indexed).layer(layer)
+            attend = functools.partial(
+                engine.attend,
+                q=q[layer],
+                count=jnp.ones(1, jnp.int32),
+                mesh=pool.mesh,
+                rules=pool.rules,
+            )
+            (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
+            plain = dataclasses.replace(memory, index=None)
+            full = functools.partial(attend, Plan(Full()), memory=plain)
+            seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
+            everywhere = whole(pool.mesh)
+            pages, local = _on_one(memory.pools, table, index, pool.num_pages, everywhere)
+            true = truth(
+                plan,
+                q[layer][0, 0],
+                pages,
+                table.length[0],
+                local,
+                indexed.covered[0],
+                np.float32(shares[layer]),
+            )
+            # Of several processes each reads them.
+            true, out, counts = _laid((true, out, counts), everywhere)
+            rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     stacked = {n: np.stack(x) for n, x in columns.items() if n not in ("positions", "retrieved")}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from alaya_jax.attention import kernels
 from alaya_jax.cache import PageTable
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.model import Model
 from alaya_jax.pallas_kernels.dispatch import Choice
@@ -15,7 +16,9 @@ from alaya_jax.query.plan import Plan
 _PAGES = 512  # of a pool and a table; which implementation runs does not depend on it
 
 
-def implementation_of(plan: Plan, model: Model, page_size: int, tokens: int = 1) -> Choice:
+def implementation_of(
+    plan: Plan, model: Model | PagePool, page_size: int, tokens: int = 1
+) -> Choice:
     """What attends by a plan on the model's devices, and why not what is faster.
 
     Args:

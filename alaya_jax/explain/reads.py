@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.explain.implementation import implementation_of
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
@@ -26,7 +27,7 @@ class Reads:
       widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
     """
 
-    def __init__(self, plans: Plans, model: Model, page_size: int, tokens: int = 1):
+    def __init__(self, plans: Plans, model: Model | PagePool, page_size: int, tokens: int = 1):
         """Starts at nothing; `tokens`: new tokens of each sequence in one program call."""
         c = model.config
         self._tokens = tokens
@@ -100,7 +101,7 @@ class Reads:
     def _bytes(self, plan: Plan, layer: int, read: float) -> float:
         """Bytes of keys, values and index that a query token reads, from the counts."""
         n, c = max(self.queries, 1), self._model.config
-        key = c.head_dim * self._model.dtype.itemsize
+        key = c.head_dim * np.dtype(self._model.dtype).itemsize
         heads = c.num_key_value_heads
         seen = self.visible / n
         if not plan.retrieves:
@@ -145,7 +146,7 @@ class Reads:
 
 
 def planned_rows(
-    plans: Plans, model: Model, page_size: int, choice: PlanChoice | None
+    plans: Plans, model: Model | PagePool, page_size: int, choice: PlanChoice | None
 ) -> list[dict[str, Any]]:
     """What would run, one row a layer; with predictions where `Auto` chose."""
     rows = []

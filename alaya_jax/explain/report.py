@@ -40,7 +40,7 @@ def report(
         choice = None
     wanted = choice.auto.recovery if choice else WANTED
     in_files = [batch.pool.in_files(sequence) for sequence in batch.sequences]
-    rows = planned_rows(plans, batch.model, batch.pool.page_size, choice) if planned else None
+    rows = planned_rows(plans, batch.pool, batch.pool.page_size, choice) if planned else None
     return Explanation(
         tokens=batch.lengths,
         reused=batch.reused,

@@ -56,7 +56,7 @@ class PageIndexes:
             if s.host is not None
         ]
         layers: list[Any] = []
-        with pool.lock:
+        with pool.here(), pool.lock:
             for layer, index in enumerate(indexes):
                 if isinstance(index, Flat | Graph):
                     layers.append(None)

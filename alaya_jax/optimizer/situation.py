@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alaya_jax.model import Model
+from alaya_jax.cache.pool import PagePool
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.optimizer import calibration
 from alaya_jax.optimizer.choice import PlanChoice
@@ -35,7 +35,7 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     tied = model.config.tie_word_embeddings
     idle = 0 if tied else model.params["embed"]["embedding"].nbytes  # a token reads one row of it
-    tensor, context = _split(model)
+    tensor, context = _split(pool)
     graph, known = batch.graphs.known() if context == 1 else (None, 0)
     work = Workload(
         config=model.config,
@@ -52,7 +52,10 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
         context=context,
     )
     found = calibration.find(model.fingerprint, model.directory)
-    machine = _machine(work, progress=True)
+    with pool.here():
+        machine = _machine(work, progress=True)
+    if pool.device is not None:  # a CPU does not say what it has
+        return choose(auto, work, machine, found, None)
     return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
 
 
@@ -61,8 +64,10 @@ def choose_prefill_for(auto: Auto, batch: Batch, length: int) -> PrefillChoice:
     model = batch.model
     if auto.prefill == "dense":
         return PrefillChoice(Plan(Full()), 0.0, {})
-    tensor, context = _split(model)
-    machine = prefill_for(model.config, model.dtype, batch.pool.page_size, tensor, progress=True)
+    tensor, context = _split(batch.pool)
+    size = batch.pool.page_size
+    with batch.pool.here():
+        machine = prefill_for(model.config, model.dtype, size, tensor, progress=True)
     layers, known = model.config.num_hidden_layers, min(batch.lengths)
     # Each device scores its share of the keys.
     of_all = dataclasses.replace(
@@ -71,10 +76,10 @@ def choose_prefill_for(auto: Auto, batch: Batch, length: int) -> PrefillChoice:
     return choose_prefill(auto, layers, of_all, known, length)
 
 
-def _split(model: Model) -> tuple[int, int]:
+def _split(pool: PagePool) -> tuple[int, int]:
     """Devices that heads and keys are split over."""
-    axes = (model.rules.axis(name, model.mesh) for name in ("kv_heads", "pages"))
-    heads, pages = (model.mesh.shape[axis] if model.mesh and axis else 1 for axis in axes)
+    axes = (pool.rules.axis(name, pool.mesh) for name in ("kv_heads", "pages"))
+    heads, pages = (pool.mesh.shape[axis] if pool.mesh and axis else 1 for axis in axes)
     return heads, pages
 
 

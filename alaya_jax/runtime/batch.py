@@ -159,15 +159,16 @@ class Batch:
             for layer in range(len(wanted)):
                 if not tells(of_layer(plans, layer)):
                     host.verify(layer)
-        indexed = self.indexes.cover(wanted, sequences)
-        layers = (
-            tuple(self.graphs.layer(b, index, i) for b in rows)
-            if isinstance(index, Graph)
-            else indexed.layers[i]
-            for i, index in enumerate(wanted)
-        )
+        with self.pool.here():
+            indexed = self.indexes.cover(wanted, sequences)
+            layers = tuple(
+                tuple(self.graphs.layer(b, index, i) for b in rows)
+                if isinstance(index, Graph)
+                else indexed.layers[i]
+                for i, index in enumerate(wanted)
+            )
         host = hosts[0].layers if hosts else None  # all of one name
-        return dataclasses.replace(indexed, layers=tuple(layers), host=host)
+        return dataclasses.replace(indexed, layers=layers, host=host)
 
     def verify(self, counts: Counts | None = None, layer: int = 0) -> None:
         """Compares pages in mapped files with their checksums: those that were met, before what
@@ -225,7 +226,7 @@ class Batch:
                 x = stack.between(self.size, width)
             fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
             with self.pool.lock:
-                chain = stack.chain(plans, stack.put(self.cover(plans)))
+                chain = stack.chain(plans, stack.at_cache(self.cover(plans)))
                 passed = stack.start(self.size, passed, chain.account(fed.table))
                 if not self.pool.allocated:  # that goes on in another thread
                     stack.compile(self.pool.abstract, chain, fed.table, width)

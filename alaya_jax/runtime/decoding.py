@@ -62,7 +62,7 @@ class Decoding:
           table: pages of all tokens to come.
         """
         with self._pool.lock:
-            chain = self._stack.chain(self._plans, self._stack.put(self._cover()))
+            chain = self._stack.chain(self._plans, self._stack.at_cache(self._cover()))
         self._account = chain.account(table)
         return self._stack.ahead(self._pool.abstract, chain, table, 1)
 
@@ -114,7 +114,7 @@ class Decoding:
         """The layers, with what indexes know now; whoever has them learn a page donates them."""
         lost = any(x.is_deleted() for x in jax.tree.leaves(self._indexed))
         if self._chain is None or lost or self._steps % COVER == 0:
-            self._indexed = self._stack.put(self._cover())
+            self._indexed = self._stack.at_cache(self._cover())
             self._chain = self._stack.chain(self._plans, self._indexed)
         return self._chain
 

@@ -23,7 +23,7 @@ from alaya_jax.index.memory import Memory
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch, OnRead
-from alaya_jax.sharding import laid, spread, whole
+from alaya_jax.sharding import laid, whole
 
 
 def update(
@@ -53,10 +53,11 @@ def update(
     for sequence in batch.sequences:
         batch.pool.reserve(sequence, int(start) + t)
     table = _table(batch, layer)
-    count = jax.device_put(np.full(batch.size, t, np.int32))
-    args = spread((table, count, k, v), batch.model.mesh)
-    with batch.pool.lend() as lent:
-        new = _append(lent.kv.part(layer, 1), *args, frame=batch.model.frame)
+    count = np.full(batch.size, t, np.int32)
+    args = batch.stack.at_cache((table, count, k, v))
+    frame = dataclasses.replace(batch.model.frame, mesh=batch.pool.mesh)
+    with batch.pool.here(), batch.pool.lend() as lent:
+        new = _append(lent.kv.part(layer, 1), *args, frame=frame)
         lent.kv = lent.kv.replace_part(layer, new)
     batch.ahead[layer] += t
     done = int(batch.ahead.min())
@@ -96,18 +97,19 @@ def attention(
     c, t = batch.model.config, _tokens_of(q)
     table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)
-    count = jnp.full(batch.size, t, jnp.int32)
-    with batch.pool.lock:
-        kv = batch.pool.kv
+    pool, place = batch.pool, getattr(q, "sharding", None)
+    count = np.full(batch.size, t, np.int32)
+    with pool.here(), pool.lock:
+        kv = pool.kv
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
         indexed = batch.cover(plans)
         out, counts = engine.attend(
             of_layer(plans, layer),
-            q,
+            batch.stack.at_cache(q) if pool.device is not None else q,
             Memory(kv, table, indexed).layer(layer),
             count,
-            mesh=batch.model.mesh,
-            rules=batch.model.rules,
+            mesh=pool.mesh,
+            rules=pool.rules,
         )
     if counts.met is not None:
         batch.verify(dataclasses.replace(counts, met=counts.met[None]), layer)
@@ -117,11 +119,11 @@ def attention(
         end, origin = length + int(batch.ahead[layer]), batch.origins[b]
         if way.name not in [name for _, name in origin.runs]:  # once, not by turns with a layer's
             batch.origins[b] = origin.then(end - t, end, way)
-    by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(batch.model.mesh))
+    by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(pool.mesh))
     # The account is kept by token: the last layer closes it.
     counted = [t if layer == c.num_hidden_layers - 1 else 0] * batch.size
     on_read(by_layer, np.asarray(table.length).tolist(), counted, t)
-    return out
+    return out if pool.device is None or place is None else jax.device_put(out, place)
 
 
 def _tokens_of(array: Any) -> int:

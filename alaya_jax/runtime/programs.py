@@ -71,19 +71,19 @@ def step(
         made = _run(frame, blocks, x, each, [memory.layer(i) for i in layers], count)
         rows = [dataclasses.replace(counts, met=None) for counts in made.counts]
         counts = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-        return llama.head(params, config, _last(made.x, count)), made.kv, counts
+        return llama.head(params, config, last_of(made.x, count)), made.kv, counts
 
     plans = plan_for(plans, frame.config, 0)
     everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
     of_kv = jax.tree.map(lambda _: pool and pool.spec, memory.kv)
-    logits, kv, counts = _by_the_compiler(
+    logits, kv, counts = by_the_compiler(
         run, frame, (everywhere, of_kv, everywhere), params, memory, tokens, count, plans
     )
     table = dataclasses.replace(memory.table, length=memory.table.length + count)
     return logits, dataclasses.replace(memory, kv=kv, table=table), counts
 
 
-def _by_the_compiler(function: Callable[..., Any], frame: Frame, places: Any, *args: Any) -> Any:
+def by_the_compiler(function: Callable[..., Any], frame: Frame, places: Any, *args: Any) -> Any:
     """`function(frame, *args)`, whose values the compiler places.
 
     With explicit axes every array says where it lies; so does the result then, by `places`.
@@ -100,7 +100,7 @@ def _by_the_compiler(function: Callable[..., Any], frame: Frame, places: Any, *a
         return run(*args)
 
 
-def _last(x: Float[Array, "B T E"], count: Int[Array, " B"]) -> Float[Array, "B E"]:
+def last_of(x: Float[Array, "B T E"], count: Int[Array, " B"]) -> Float[Array, "B E"]:
     """Of each sequence's last new token."""
     return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
@@ -154,22 +154,39 @@ def _layer(
     write: bool,
 ) -> tuple[Array, Array, Array, Counts, Array]:
     """One of them: x, the pools of keys and values, what was read [B, H], and the queries."""
-    table = memory.table
-    real = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
-    where: Any = {"mesh": frame.mesh, "rules": frame.rules}
 
     def attend(_: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         del state
-        held = PagedKV((memory.k,), (memory.v,))
-        if write:
-            held = engine.append(held, 0, k, v, table, count, **where)
-        read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
-        out, new = engine.attend(plan, q, read, count, **where)
-        new = new.by_row(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1))
-        return out, (held.k[0], held.v[0], new, q)
+        out, *made = attended(plan, memory, q, k, v, count, frame=frame, write=write)
+        return out, (*made, q)
 
     x, made = llama.run_layers([block], frame.config, x, rotary, attend)
     return x, *made
+
+
+def attended(
+    plan: Plan,
+    memory: LayerMemory,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    count: Int[Array, " B"],
+    *,
+    frame: Frame,
+    write: bool,
+) -> tuple[Array, Array, Array, Counts]:
+    """Attention of a layer's new tokens, which join the cache if `write`: the answer, the pools of
+    keys and values, what was read [B, H].
+    """
+    where: Any = {"mesh": frame.mesh, "rules": frame.rules}
+    held = PagedKV((memory.k,), (memory.v,))
+    if write:
+        held = engine.append(held, 0, k, v, memory.table, count, **where)
+    read = dataclasses.replace(memory, k=held.k[0], v=held.v[0])
+    out, new = engine.attend(plan, q, read, count, **where)
+    real = (jnp.arange(q.shape[1]) < count[:, None])[..., None]
+    new = new.by_row(lambda x: jnp.sum(jnp.where(real, x, 0), axis=1))
+    return out, held.k[0], held.v[0], new
 
 
 @jax.tree_util.register_dataclass
@@ -265,16 +282,16 @@ def layers(
 
     def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
         x, passed, fed, asked = rest
-        x = _embedded(frame, outer, x, passed.layer, fed.tokens)
+        x = embedded(frame, outer, x, passed.layer, fed.tokens)
         memory = asked.memory(kv, fed.table)
         made = _run(frame, blocks, x, asked.plans, memory, fed.count)
         x, kv = made.x.astype(x.dtype), made.kv
         counts = jax.tree.map(
-            functools.partial(_put, passed.layer),
+            functools.partial(put_rows, passed.layer),
             passed.counts,
-            *_alike(passed.counts, made.counts),
+            *alike(passed.counts, made.counts),
         )
-        last = jnp.where((fed.count > 0)[:, None], _last(x, fed.count), passed.last)
+        last = jnp.where((fed.count > 0)[:, None], last_of(x, fed.count), passed.last)
         x, last, layer = laid((x, last, passed.layer + len(blocks)), whole(frame.mesh))
         passed = Passed(last, layer, laid(counts, by_heads(frame)))
         return x, laid(kv, frame.rules.pool(frame.mesh)), passed
@@ -282,16 +299,16 @@ def layers(
     everywhere, pool = PartitionSpec(), frame.rules.pool(frame.mesh)
     of_kv = jax.tree.map(lambda _: pool and pool.spec, kv)
     places = (everywhere, of_kv, _spec_of_passed(frame))
-    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, passed, fed, asked)
+    return by_the_compiler(run, frame, places, outer, blocks, kv, x, passed, fed, asked)
 
 
-def _put(first: Array, all: Array, *some: Array) -> Array:
+def put_rows(first: Array, all: Array, *some: Array) -> Array:
     """Of all layers [L, ...], with what some of them made, from layer `first` on."""
     at = (first, *(0 for _ in some[0].shape))
     return lax.dynamic_update_slice(all, jnp.stack(some), at)
 
 
-def _alike(all: Counts, some: Sequence[Counts]) -> list[Counts]:
+def alike(all: Counts, some: Sequence[Counts]) -> list[Counts]:
     """What some layers read, with account of the pages they met where that is kept for any layer:
     a layer that does not say it met none that were not verified before.
     """
@@ -317,7 +334,7 @@ def _spec_of_passed(frame: Frame) -> Any:
     return Passed(everywhere, everywhere, heads and heads.spec)  # type: ignore[arg-type]
 
 
-def _embedded(frame: Frame, outer: Params, x: Array, layer: Array, tokens: Array) -> Array:
+def embedded(frame: Frame, outer: Params, x: Array, layer: Array, tokens: Array) -> Array:
     """What comes into these layers: before the first, the tokens' embedding."""
     return lax.cond(
         layer == 0,
@@ -353,7 +370,7 @@ def queries(
 
     def run(frame: Frame, outer: Params, blocks: Any, kv: PagedKV, *rest: Any) -> Any:
         x, layer, fed, asked = rest
-        x = _embedded(frame, outer, x, layer, fed.tokens)
+        x = embedded(frame, outer, x, layer, fed.tokens)
         memory = asked.memory(kv, fed.table)
         made = _run(frame, blocks, x, asked.plans, memory, fed.count, write=False)
         x, layer = laid((made.x.astype(x.dtype), layer + len(blocks)), whole(frame.mesh))
@@ -361,7 +378,7 @@ def queries(
 
     everywhere = PartitionSpec()
     places = (everywhere, everywhere, everywhere)
-    return _by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked)
+    return by_the_compiler(run, frame, places, outer, blocks, kv, x, layer, fed, asked)
 
 
 @functools.partial(jax.jit, static_argnames=("frame",))
@@ -372,7 +389,7 @@ def logits(outer: Params, last: Float[Array, "B E"], *, frame: Frame) -> Float[A
     def run(frame: Frame, outer: Params, last: Array) -> Array:
         return laid(llama.head(outer, frame.config, last), whole(frame.mesh))
 
-    return _by_the_compiler(run, frame, PartitionSpec(), outer, last)
+    return by_the_compiler(run, frame, PartitionSpec(), outer, last)
 
 
 @jax.tree_util.register_dataclass
@@ -471,4 +488,4 @@ def end(
 
     everywhere = PartitionSpec()
     places = (everywhere, _spec_of_passed(frame), everywhere)
-    return _by_the_compiler(run, frame, places, outer, passed, going, end_ids, allowed)
+    return by_the_compiler(run, frame, places, outer, passed, going, end_ids, allowed)

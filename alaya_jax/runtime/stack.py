@@ -86,6 +86,10 @@ class Stack:
 
         return spread(jax.tree.map(put, tree), self.frame.mesh)
 
+    def at_cache(self, tree: Any) -> Any:
+        """A tree of what attention reads, on the device that it reads it on."""
+        return self.put(tree)
+
     def start(
         self, batch: int, passed: Passed | None = None, account: tuple[int, ...] | None = None
     ) -> Passed:
@@ -97,24 +101,28 @@ class Stack:
           passed: of that step.
           account: see `Chain.account`.
         """
+        if passed is not None:
+            last = passed.last
+        else:
+            last = self.put(np.zeros((batch, self.frame.config.hidden_size), self.dtype))
+        return Passed(last, self.put(np.int32(0)), self._nothing_read(batch, account))
+
+    def _nothing_read(self, batch: int, account: tuple[int, ...] | None) -> Counts:
+        """Counts where a step's programs expect them."""
+        counts, place = self._zeros(batch, account), programs.by_heads(self.frame)
+        if place is None:
+            return self.put(counts)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__), counts
+        )
+
+    def _zeros(self, batch: int, account: tuple[int, ...] | None) -> Counts:
         c = self.frame.config
         shape = c.num_hidden_layers, batch, c.num_attention_heads
         zero: Any = np.zeros(shape, np.int32)
         mass: Any = np.zeros(shape, np.float32)
         met: Any = None if account is None else np.zeros((shape[0], *account), np.uint8)
-        counts = Counts(zero, zero, zero, mass, zero, met)
-        place = programs.by_heads(self.frame)
-        if place is None:
-            counts = self.put(counts)
-        else:
-            counts = jax.tree.map(
-                lambda x: jax.make_array_from_callback(shape, place, x.__getitem__), counts
-            )
-        if passed is not None:
-            last = passed.last
-        else:
-            last = self.put(np.zeros((batch, c.hidden_size), self.dtype))
-        return Passed(last, self.put(np.int32(0)), counts)
+        return Counts(zero, zero, zero, mass, zero, met)
 
     def counts(self, passed: Passed) -> Counts:
         """What the layers read, where every process can read it."""

@@ -54,7 +54,7 @@ def test_the_table_of_a_spread_pool_says_where_each_page_is(steps):
     mesh = aj.make_mesh(data=2, context=4)
     config: Any = None  # there are no arrays
     # 64 pages are used: 4 parts of 16.
-    pool = PagePool(config, "float32", 67, 16, "Budget()", mesh=mesh)
+    pool = PagePool(config, "float32", 67, 16, "Budget()", where=mesh)
     assert pool.num_pages == 64
     assert pool.capacity_tokens == 60 * 16
     sequences = [PagedSequence() for _ in range(3)]

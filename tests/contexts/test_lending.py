@@ -30,8 +30,13 @@ def context(*indexes, origin=None, asked=None):
 
 
 def lending(contexts, reused, lend=lambda *_: (None, 0)):
-    model = SimpleNamespace(mesh=None, rules=aj.ShardingRules())
-    return Lending(model, contextlib.nullcontext(), contexts, reused, lend)
+    pool = SimpleNamespace(
+        mesh=None,
+        rules=aj.ShardingRules(),
+        lock=contextlib.nullcontext(),
+        here=contextlib.nullcontext,
+    )
+    return Lending(pool, contexts, reused, lend)
 
 
 def test_a_sequence_knows_as_much_of_a_graph_as_it_reuses():
