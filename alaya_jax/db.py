@@ -266,7 +266,8 @@ class DB:
           tier: where the stored pages are read. "device": in the pool, into which those that are
             not there come now. "host": where they lie in the database's files, which are mapped:
             nothing is read now, nothing of them counts as part of the budget, and a context may be
-            larger than memory; on CPUs, without a mesh. None: in the pool if the prompt fits into
+            larger than memory. Where the model runs on a GPU or a mesh, the CPU attends, and keeps
+            the new tokens too, 8,192 of all such sessions. None: in the pool if the prompt fits into
             it, else in the files where that can be.
 
         Returns:

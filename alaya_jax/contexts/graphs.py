@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,8 @@ def _asked(
 def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int) -> GraphLayer:
     """One layer of a context's graph, where a pool of pages is.
 
-    Rows are padded to one of four sizes an octave, since a program is compiled for each size.
+    Rows are padded to one of four sizes an octave, since a program is compiled for each size. On a
+    CPU a graph that has such a size stays in its file, mapped: what is walked comes into memory.
 
     Raises:
       GraphError: there is none, or it is damaged.
@@ -147,14 +149,17 @@ def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int
     near, starts = arrays["neighbours"], arrays["starts"]
     n = near.shape[1]
     step = max(256, (1 << n.bit_length()) // 8)
-    near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
+    if short := -n % step:
+        near = np.pad(near, ((0, 0), (0, short), (0, 0)), constant_values=-1)
+    elif isinstance(near.base, mmap.mmap):
+        near.base.madvise(mmap.MADV_RANDOM)  # a walk reads a row here and a row there
     with pool.here():
         return GraphLayer(_place(near, pool), _place(starts, pool), jnp.asarray(n, jnp.int32))
 
 
 def _place(x: np.ndarray, pool: PagePool) -> jax.Array:
     if pool.mesh is None:
-        return jnp.asarray(x)
+        return jax.device_put(x)
     heads = PartitionSpec(pool.rules.axis("kv_heads", pool.mesh))
     return jax.device_put(x, NamedSharding(pool.mesh, heads))
 
