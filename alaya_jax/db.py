@@ -267,8 +267,8 @@ class DB:
             not there come now. "host": where they lie in the database's files, which are mapped:
             nothing is read now, nothing of them counts as part of the budget, and a context may be
             larger than memory. Where the model runs on a GPU or a mesh, the CPU attends, and keeps
-            the new tokens too, 8,192 of all such sessions. None: in the pool if the prompt fits into
-            it, else in the files where that can be.
+            the new tokens too, 8,192 of all such sessions. None: in the pool if the prompt fits
+            into it, else in the files where that can be.
 
         Returns:
           the session, and the token ids that are left to prefill, int32 [n] (a list for a batch):
