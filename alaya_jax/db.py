@@ -115,16 +115,15 @@ class DB:
                 f"DB(remote={remote!r}, read_only=True): what is taken from there is stored here; "
                 "leave out one of the two"
             )
-        num_pages = self.budget.pages(model, page_size)
+        self.budget.pages(model, page_size)  # refused before anything is made
         shared = RemoteContexts(SharedStore(remote)) if remote is not None else None
         store = PoolStore(path, read_only=read_only)
         self._catalogue = Catalogue(
             store,
             model,
             namespace,
-            num_pages=num_pages,
             page_size=page_size,
-            setting=self.budget.setting,
+            budget=self.budget,
         )
         self._sharing = Sharing(self._catalogue, shared) if shared is not None else None
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.residency import PagesMet
 from alaya_jax.explain.implementation import implementation_of
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
@@ -24,6 +25,7 @@ class Reads:
       attended, scored, read: int64 [L, H], summed over them; see `Counts`.
       mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
       widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
+      met: pages, where some are mapped.
     """
 
     def __init__(self, plans: Plans, model: Model, page_size: int, tokens: int = 1):
@@ -37,6 +39,7 @@ class Reads:
             np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(4)
         )
         self.mass = np.zeros(self.read.shape)
+        self.met = PagesMet.nothing(c.num_hidden_layers)
         self._model, self._page_size = model, page_size
         self._pending: list[Counts] = []
 
