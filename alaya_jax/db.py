@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from alaya_jax import prompts
+from alaya_jax.at_rest import STORE_DTYPES, StoreDtype
 from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
@@ -78,6 +79,11 @@ class DB:
         computed, the context is stored here, and an `aj.RemoteWarning` says what was not shared,
         why, and what to do. Credentials are those of the environment; a request may take
         ALAYA_REMOTE_TIMEOUT seconds (60).
+      store_dtype: "int8" or "fp8" (float8_e4m3): new contexts are stored in 8 bits, with a scale
+        for each token and kv head, in half (bfloat16) or a quarter (float32) of the bytes. None: as
+        they were computed. What was stored in 8 bits is not exact, and never taken for it: its
+        `Context.origin` says so, a session that asks for exact keys and values passes it over, and
+        one that reads it says so in `explain()`. Contexts of all kinds may lie in one database.
 
     Several processes may open the path; who stores a context waits for its turn, and all see it
     then.
@@ -98,6 +104,7 @@ class DB:
         page_size: int = 16,
         read_only: bool = False,
         remote: str | None = None,
+        store_dtype: StoreDtype | None = None,
     ):
         if not isinstance(path, str | os.PathLike):
             raise RequestError(f"DB({path!r}, ...): the first argument is the path of a directory")
@@ -115,6 +122,12 @@ class DB:
                 f"DB(remote={remote!r}, read_only=True): what is taken from there is stored here; "
                 "leave out one of the two"
             )
+        if store_dtype not in (None, *STORE_DTYPES):
+            raise RequestError(
+                f"DB(store_dtype={store_dtype!r}): use one of {', '.join(STORE_DTYPES)}, or None "
+                "to store keys and values as they were computed"
+            )
+        self.store_dtype = store_dtype
         self.budget.pages(model, page_size)  # refused before anything is made
         shared = RemoteContexts(SharedStore(remote)) if remote is not None else None
         store = PoolStore(path, read_only=read_only)
@@ -124,6 +137,7 @@ class DB:
             namespace,
             page_size=page_size,
             budget=self.budget,
+            store_dtype=store_dtype,
         )
         self._sharing = Sharing(self._catalogue, shared) if shared is not None else None
 
@@ -160,9 +174,10 @@ class DB:
     ) -> Context:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
-        What is stored already is not computed again: the longest stored prefix is reused, and a
-        context that is there is returned as it is. If it is interrupted, nothing is stored. With a
-        `remote`, what is stored there counts as well, and the context is stored there too.
+        What is stored already is not computed again: the longest stored prefix that is exact is
+        reused, and a context that is there is returned as it is. If it is interrupted, nothing is
+        stored. With a `remote`, what is stored there counts as well, and the context is stored
+        there too.
 
         Args:
           text_or_tokens: the prompt: text, in which nothing is a control token; what a chat
@@ -194,7 +209,7 @@ class DB:
         self._catalogue.store.require_writable()
         if kv is not None:
             return self._shared(self._catalogue.insert(tokens, finite(kv), title=title))
-        session, rest = self.create_session(tokens)
+        session, rest = self.create_session(tokens, reuse="exact")
         with session:
             with progress_bar("reading the document", len(rest), show=progress) as advance:
                 session.prefill(rest, on_chunk=advance)
@@ -208,7 +223,7 @@ class DB:
         messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
-        reuse: Reuse = "exact",
+        reuse: Reuse | None = None,
         tier: Tier | None = None,
     ) -> tuple[Session, np.ndarray]: ...
 
@@ -217,7 +232,7 @@ class DB:
         self,
         prompt: list[str] | list[np.ndarray] | list[list[int]],
         *,
-        reuse: Reuse = "exact",
+        reuse: Reuse | None = None,
         tier: Tier | None = None,
     ) -> tuple[Session, list[np.ndarray]]: ...
 
@@ -228,7 +243,7 @@ class DB:
         messages: Sequence[Message] | None = None,
         document: str | None = None,
         date: Date | None = None,
-        reuse: Reuse = "exact",
+        reuse: Reuse | None = None,
         tier: Tier | None = None,
     ) -> tuple[Session, Any]:
         """Opens a session on the longest stored prefix of a prompt, at any token.
@@ -244,7 +259,9 @@ class DB:
             anew each day. `Session.dated` says what was printed.
           reuse: "exact": only keys and values that are those of full attention. What was stored
             after a plan that leaves keys out (`DIPR`, `TopK`, `Window`, `Tiles`) is reused up to
-            there; "any": all of it is reused, as if the session that stored it went on.
+            there, what was stored in 8 bits not at all; "any": all of it is reused, as if the
+            session that stored it went on. None: "exact" or, in a database that was opened with a
+            `store_dtype`, "any".
           tier: where the stored pages are read. "device": in the pool, into which those that are
             not there come now. "host": where they lie in the database's files, which are mapped:
             nothing is read now, nothing of them counts as part of the budget, and a context may be
@@ -273,14 +290,15 @@ class DB:
         rows = [p.ids for p in asked]
         if not rows:
             raise RequestError("create_session: the list of prompts is empty; give at least one")
-        if reuse not in ("exact", "any"):
-            raise RequestError(f"create_session(reuse={reuse!r}): use 'exact' or 'any'")
+        if reuse not in ("exact", "any", None):
+            raise RequestError(f"create_session(reuse={reuse!r}): use 'exact', 'any' or None")
+        exact = reuse == "exact" or (reuse is None and self.store_dtype is None)
         if tier not in (None, "device", "host"):
             raise RequestError(f"create_session(tier={tier!r}): use 'device', 'host' or None")
         for tokens in rows:
             self._check_length(tokens)
-        self._fetch(rows, exact=reuse == "exact")
-        batch, found = self._catalogue.open(rows, exact=reuse == "exact", tier=tier)
+        self._fetch(rows, exact=exact)
+        batch, found = self._catalogue.open(rows, exact=exact, tier=tier)
         try:
             for tokens, sequence in zip(rows, batch.sequences, strict=True):
                 self._check_room(len(tokens), sequence)

@@ -18,7 +18,44 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
+from alaya_jax.at_rest import StoreDtype, decoded
 from alaya_jax.cache.residency import FileAccount, PagesMet, Residency
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """Pages [K, Q, Z, D] that are stored in 8 bits: what is read of them is decoded then.
+
+    Attributes:
+      rows: [K, Q, Z, D + 2], see `at_rest`.
+      kind: what the codes are.
+      dtype: what they are decoded to.
+    """
+
+    rows: UInt8[Array, "K Q Z W"]
+    kind: StoreDtype = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, Q, Z, D]."""
+        return jax.eval_shape(self._of, self.rows).shape
+
+    def _of(self, rows: Any) -> Any:
+        return decoded(rows, self.kind, self.dtype)
+
+    def __getitem__(self, at: Any) -> Array:
+        """Some pages or tokens: the last axis is whole."""
+        return self._of(self.rows[at])
+
+    def slice(self, start: Sequence[Any], sizes: Sequence[int]) -> Array:
+        """`lax.dynamic_slice`, of whole rows."""
+        return self._of(lax.dynamic_slice(self.rows, start, (*sizes[:-1], self.rows.shape[-1])))
+
+    def on_host(self, pages: np.ndarray) -> np.ndarray:
+        """Copies of some pages [K, n, Z, D], decoded by numpy."""
+        return self._of(np.asarray(self.rows)[:, pages])
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +67,8 @@ class HostPages:
       k, v: [K, Q, Z, D], never written to.
     """
 
-    k: Float[Array, "K Q Z D"]
-    v: Float[Array, "K Q Z D"]
+    k: Float[Array, "K Q Z D"] | Coded
+    v: Float[Array, "K Q Z D"] | Coded
 
 
 class Verify(Protocol):
@@ -107,8 +144,10 @@ class HostPool:
         release: called when nobody holds the pool any more.
         """
         self.name, self.layers, self.pages, self.births = name, layers, pages, births
-        heads = layers[0].k.shape[0]
-        self.account = account or FileAccount(Residency(), name, layers[0].k)
+        k = layers[0].k
+        heads = k.shape[0]
+        rows = k.rows if isinstance(k, Coded) else k
+        self.account = account or FileAccount(Residency(), name, rows)
         self._verify, self.leaves = verify, leaves
         self._verified = np.zeros((len(layers), 2, heads, len(pages)), bool)
         """Of each layer, of keys and values, each head and page."""
@@ -211,7 +250,7 @@ class HostPool:
         for layer in range(len(self.layers)):
             self._read(layer, pages)
         k, v = (
-            np.stack([np.asarray(pool)[:, pages] for pool in pools])
+            np.stack([_copied(pool, pages) for pool in pools])
             for pools in zip(*((one.k, one.v) for one in self.layers), strict=True)
         )
         return k, v
@@ -228,7 +267,7 @@ class Tiers:
     """
 
     device: Array
-    host: Array
+    host: Array | Coded
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,7 +294,9 @@ class Tiers:
             return lax.dynamic_slice_in_dim(self.device, first, count, axis=1)
 
         def of_host() -> Array:
-            return lax.dynamic_slice_in_dim(self.host, first - split, count, axis=1)
+            heads, _, *page = self.shape
+            start = (0, first - split, *(0 for _ in page))
+            return _slice(self.host, start, (heads, count, *page))
 
         if count > split:  # it would not be a run there
             return of_host()
@@ -276,9 +317,9 @@ class Tiers:
         """One page of one kv head, [...]."""
         split, shape = self.device.shape[1], self.device.shape[2:]
 
-        def of(pool: Array, id: Array) -> Array:
+        def of(pool: Array | Coded, id: Array) -> Array:
             start = (head, id, *(0 for _ in shape))
-            return lax.dynamic_slice(pool, start, (1, 1, *shape))[0, 0]
+            return _slice(pool, start, (1, 1, *shape))[0, 0]
 
         return lax.cond(id < split, lambda: of(self.device, id), lambda: of(self.host, id - split))
 
@@ -297,6 +338,16 @@ Pool = Array | Tiers
 """[K, P, ...]: pages in one pool, or in two."""
 
 
-def joined(device: Array, host: Array | None) -> Pool:
+def joined(device: Array, host: Array | Coded | None) -> Pool:
     """The pool that a table names pages of; without a host's, as it is."""
     return device if host is None else Tiers(device, host)
+
+
+def _slice(pool: Array | Coded, start: Sequence[Any], sizes: Sequence[int]) -> Array:
+    if isinstance(pool, Coded):
+        return pool.slice(start, sizes)
+    return lax.dynamic_slice(pool, start, sizes)
+
+
+def _copied(pool: Array | Coded, pages: np.ndarray) -> np.ndarray:
+    return pool.on_host(pages) if isinstance(pool, Coded) else np.asarray(pool)[:, pages]

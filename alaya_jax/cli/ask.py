@@ -26,6 +26,7 @@ def ask(
     rope: options.Rope = None,
     attention: options.Attention = "full",
     db: options.Database = None,
+    store_dtype: options.StoreDtype = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -72,7 +73,9 @@ def ask(
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
     budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory, host_memory)
-    database, start = runtime.open_for_document(path, loaded, budget, document, date)
+    database, start = runtime.open_for_document(
+        path, loaded, budget, document, date, options.store_dtype(store_dtype)
+    )
     with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):
             imported = runtime.import_document(

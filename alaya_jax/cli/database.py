@@ -59,7 +59,7 @@ def show(id: Annotated[str, _ID], db: options.Database = None, json: options.Jso
         return
     for name, value in data.items():
         shown = _when(value) if name in ("created", "used") else value
-        say(f"{name + ':':<12}{shown}")
+        say(f"{name + ':':<13}{shown}")
 
 
 def stats(db: options.Database = None, json: options.Json = False) -> None:
@@ -305,6 +305,7 @@ def _row(store: "PoolStore", record: "ContextRecord") -> dict[str, Any]:
         "pinned": record.pinned,
         "model": header.fingerprint if header else None,
         "dtype": header.dtype if header else None,
+        "store_dtype": (header.store_dtype or header.dtype) if header else None,
         "page_size": header.page_size if header else None,
         "namespace": header.namespace if header else None,
         "indexes": _indexes(store, record),

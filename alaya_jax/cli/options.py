@@ -11,6 +11,7 @@ from alaya_jax.cli.terminal import load_jax
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
+    from alaya_jax.at_rest import StoreDtype as StoreKind
     from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention as Asked
     from alaya_jax.rope import Rope as Stretched
@@ -144,9 +145,31 @@ Recovery = Annotated[
 ]
 
 
+class Storage(enum.StrEnum):
+    """What keys and values can be stored in."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+StoreDtype = Annotated[
+    Storage | None,
+    typer.Option(
+        help="Store keys and values in 8 bits: a half or a quarter of the bytes, close to exact "
+        "and never taken for it. Later questions have to say so too.",
+        show_default="as computed",
+    ),
+]
+
+
 def scheme(quantize: Quantization | None) -> "Scheme | None":
     """The scheme that a --quantize option means."""
     return None if quantize is None else quantize.value
+
+
+def store_dtype(stored: Storage | None) -> "StoreKind | None":
+    """What a --store-dtype option means."""
+    return None if stored is None else stored.value
 
 
 def rope(text: str | None) -> "Stretched | None":

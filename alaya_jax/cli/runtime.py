@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
+    from alaya_jax.at_rest import StoreDtype
     from alaya_jax.budget import Budget
     from alaya_jax.contexts.context import Context
     from alaya_jax.db import DB
@@ -95,7 +96,12 @@ def with_option(error: CacheFullError) -> CacheFullError:
 
 
 def open_for_document(
-    path: Path, model: "Model", budget: "Budget", document: str, date: "Date | None" = None
+    path: Path,
+    model: "Model",
+    budget: "Budget",
+    document: str,
+    date: "Date | None" = None,
+    store_dtype: "StoreDtype | None" = None,
 ) -> tuple["DB", "np.ndarray"]:
     """Opens a database; where it may not be written, for reading.
 
@@ -105,7 +111,7 @@ def open_for_document(
     from alaya_jax.db import DB
 
     read_only = (path / "alaya_db.json").exists() and not os.access(path, os.W_OK)
-    db = DB(path, model, budget, read_only=read_only)
+    db = DB(path, model, budget, read_only=read_only, store_dtype=store_dtype)
     return db, db.prompt(document=document, date=date, to_store=True).ids
 
 

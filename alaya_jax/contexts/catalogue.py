@@ -15,10 +15,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from alaya_jax.at_rest import StoreDtype, decoded, encoded
 from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.residency import FileAccount, Residency
-from alaya_jax.cache.tiers import HostPages, HostPool
+from alaya_jax.cache.tiers import Coded, HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
@@ -59,17 +60,20 @@ class Catalogue:
         *,
         page_size: int,
         budget: Budget,
+        store_dtype: StoreDtype | None = None,
     ):
         """Args:
         store: taken over: `close` closes it.
         model, namespace: whose contexts these are; others in the store are not shown.
         page_size: of the pool, which evicts contexts when its pages run out.
         budget: of the pool, and of what is kept in memory of mapped files.
+        store_dtype: what new contexts are stored in; None: as they were computed.
 
         Raises:
           RequestError: see `Budget.pages`.
         """
         self._model, self._namespace = model, namespace
+        self._store_dtype: StoreDtype | None = store_dtype
         self.store = store
         self.pool = PagePool(
             model.config,
@@ -104,8 +108,8 @@ class Catalogue:
 
     @property
     def header(self) -> ContextHeader:
-        """What its exact contexts are, without a title."""
-        return self._header("", EXACT)
+        """What contexts are that are computed by attention to every key, without a title."""
+        return self._header("", EXACT, self._store_dtype)
 
     def id_of(self, context: Context | str, what: str) -> str:
         """A context's id; a handle of another database is refused.
@@ -144,14 +148,17 @@ class Catalogue:
             return self._contexts[id]
 
     def of_tokens(self, tokens: np.ndarray) -> Context | None:
-        """The context of just these tokens, all exact, where there is one."""
+        """The context of just these tokens, computed by attention to every key and stored as new
+        ones are, where there is one.
+        """
         with self.pool.lock:
             self._look()
             context = self._contexts.get(self.header.context_id(tokens))
             if context is None or context.num_tokens != len(tokens):
                 return None
             # Tokens are compared too: a name is a digest.
-            same = context.problem is not None or context.shared(tokens) == len(tokens)
+            exact = self._store_dtype is None
+            same = context.problem is not None or context.shared(tokens, exact=exact) == len(tokens)
             return context if same else None
 
     def match(self, tokens: np.ndarray, *, exact: bool = True) -> tuple[Context | None, int]:
@@ -222,8 +229,15 @@ class Catalogue:
             raise RequestError(f"tier='host': {self._no_host}")
         mapped = self.store.mapped(context.id)
         layers = range(self._model.config.num_hidden_layers)
+        store_dtype: Any = context.header.store_dtype if context.header else ""
+
+        def entered(half: np.ndarray) -> Any:
+            rows = jax.device_put(half)
+            return Coded(rows, store_dtype, self._model.dtype) if store_dtype else rows
+
         try:
-            there = tuple(HostPages(*map(jax.device_put, mapped.layer(layer))) for layer in layers)
+            there = tuple(HostPages(*map(entered, mapped.layer(layer))) for layer in layers)
+            keys, _ = mapped.layer(0)
         except BaseException:
             mapped.close()
             raise
@@ -235,7 +249,7 @@ class Catalogue:
                 context.problem = str(error)
                 raise
 
-        name, keys = mapped.name, there[0].k
+        name = mapped.name
         beside = self._mapped.setdefault(name, {})
         beside[context.id] = context, mapped.pages
 
@@ -354,7 +368,7 @@ class Catalogue:
         try:
             self.pool.reserve(longer, length - start)
             for layer in range(len(self.pool.kv.k)):
-                k, v = self.store.read_kv(context.id, layer, start, length)
+                k, v = self._computed(context, self.store.read_kv(context.id, layer, start, length))
                 self.pool.write(longer, layer, k, v, start)
         except BaseException as error:
             self.pool.release(longer)
@@ -365,6 +379,13 @@ class Catalogue:
         self._release_pages(context)
         context.resident = longer
         return longer
+
+    def _computed(self, context: Context, halves: tuple[np.ndarray, ...]) -> Any:
+        """Keys and values at rest as the model computes with them."""
+        store_dtype: Any = context.header.store_dtype if context.header else ""
+        if not store_dtype:
+            return halves
+        return tuple(decoded(half, store_dtype, self._model.dtype) for half in halves)
 
     def _is_there(self, context: Context) -> bool:
         """Whether no other process removed it."""
@@ -388,10 +409,12 @@ class Catalogue:
           origin: how they were computed.
 
         Raises:
-          RequestError: kv has other shapes.
+          RequestError: kv has other shapes, or numbers that `store_dtype` cannot hold.
           DatabaseError: it cannot be written.
         """
-        record = self.store.write(self._header(title, origin), tokens, kv)
+        kind = self._store_dtype
+        given = kv if kind is None else _coded(kv, kind)
+        record = self.store.write(self._header(title, origin, kind), tokens, given)
         with self.pool.lock:
             self._look()
             # Another process may have removed it already: to the caller it was stored.
@@ -413,8 +436,11 @@ class Catalogue:
 
     def keep(self, context: Context, sequence: PagedSequence) -> None:
         """Keeps a context in memory, in the pages of a sequence that holds its tokens; and what
-        indexes know of these in the store, for processes that read it where it lies.
+        indexes know of these in the store, for processes that read it where it lies. Not one that
+        is stored in 8 bits: it is to answer now as it will when it was read back.
         """
+        if context.header is None or context.header.store_dtype:
+            return
         with self.pool.lock:
             if context.resident is None and sequence.host is None:
                 context.resident = self.pool.share(sequence, sequence.length)
@@ -496,8 +522,9 @@ class Catalogue:
         self._clock += 1
         context.used = self._clock
 
-    def _header(self, title: str, origin: Origin) -> ContextHeader:
+    def _header(self, title: str, origin: Origin, store_dtype: str | None) -> ContextHeader:
         c = self._model.config
+        origin = origin.at_rest(store_dtype) if store_dtype else origin
         return ContextHeader(
             fingerprint=self._model.fingerprint,
             dtype=self._model.dtype.name,
@@ -506,12 +533,14 @@ class Catalogue:
             head_dim=c.head_dim,
             page_size=self.pool.page_size,
             origin=origin.runs,
+            store_dtype=store_dtype or "",
             namespace=self._namespace,
             title=title,
         )
 
     def _is_ours(self, header: ContextHeader) -> bool:
-        return header == self._header(header.title, Origin(header.origin))
+        ours = self._header(header.title, Origin(header.origin), header.store_dtype)
+        return header == ours
 
     def _shown(self, record: ContextRecord) -> ContextRecord | None:
         """The record if it is ours, or may be: because it is damaged, or its model is not known.
@@ -525,6 +554,18 @@ class Catalogue:
         of_any_model = dataclasses.replace(header, fingerprint=self._model.fingerprint)
         unknown = record.problem == sampled.UNKNOWN_MODEL
         return record if unknown and self._is_ours(of_any_model) else None
+
+
+def _coded(kv: Source, kind: StoreDtype) -> Source:
+    """Keys and values as rows in 8 bits, see `at_rest`. What is no array [K, n, D] stays as it is:
+    the store says what is wrong with it.
+    """
+
+    def half(x: Any) -> Any:
+        array = np.asarray(x)
+        return encoded(array, kind) if array.ndim == 3 and array.size else array
+
+    return lambda start: (tuple(map(half, pair)) for pair in kv(start))
 
 
 def finite(kv: Iterable[Any]) -> Source:

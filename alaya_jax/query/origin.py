@@ -68,11 +68,17 @@ class Origin:
             return self
         return Origin((*self.runs, (start, way.name)))
 
+    def at_rest(self, store_dtype: str) -> "Origin":
+        """The same, read back from where it was stored in 8 bits: none of it is exact any more."""
+        rest = (0, f"storage in {store_dtype}")
+        return self if rest in self.runs else Origin((rest, *self.runs))
+
     def __str__(self) -> str:
         if not self.runs:
             return "exact"
         runs = (f"from token {at:,} on by {textwrap.shorten(name, 100)}" for at, name in self.runs)
-        return f"exact up to token {self.runs[0][0]:,}, {', '.join(runs)}"
+        exact = f"exact up to token {self.runs[0][0]:,}" if self.runs[0][0] else "not exact"
+        return f"{exact}, {', '.join(runs)}"
 
 
 def _name(plan: Plan) -> str:

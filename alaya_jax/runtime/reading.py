@@ -61,6 +61,7 @@ def least(
     dtype: jax.typing.DTypeLike,
     counts: Sequence[int],
     together: int | None = None,
+    page_bytes: int | None = None,
 ) -> Least:
     """What these plans need, one a layer.
 
@@ -69,9 +70,11 @@ def least(
       config, page_size, dtype: of the pages.
       counts: mapped pages of each sequence.
       together: of all; fewer where sequences share some. None: they share none.
+      page_bytes: of a page in a layer; None: they are stored in `dtype`.
     """
     pages = sum(counts) if together is None else together
-    page = 2 * config.num_key_value_heads * config.head_dim * page_size * np.dtype(dtype).itemsize
+    token = 2 * config.num_key_value_heads * config.head_dim * np.dtype(dtype).itemsize
+    page = page_size * token if page_bytes is None else page_bytes
 
     def read(plan: Plan) -> int:
         if not tells(plan):
@@ -134,7 +137,7 @@ class Reading:
         pool = self._pool
         shape = pool.config, pool.page_size, pool.dtype
         counts = [self._there(s) for s, _ in self._mapped]
-        return least(self._each, *shape, counts, self._count)
+        return least(self._each, *shape, counts, self._count, self._account.page_bytes)
 
     def require_room(self) -> None:
         """Raises CacheFullError where what one layer reads at once may not be kept in memory."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import RequestError
-from alaya_jax.storage.interface import DTYPES, ContextHeader, Source
+from alaya_jax.storage.interface import ContextHeader, Source
 
 
 def token_ids(tokens: Any) -> np.ndarray:
@@ -34,7 +34,7 @@ def whole_layers(
       RequestError: they have other shapes or dtypes.
     """
     layers = iter(kv(start)) if callable(kv) else (_from(start, pair) for pair in kv)
-    shape = (header.num_kv_heads, len(tokens) - start, header.head_dim)
+    shape = (header.num_kv_heads, len(tokens) - start, header.row_width)
     for layer in range(header.num_layers):
         pair = next(layers, None)
         if pair is None:
@@ -46,8 +46,8 @@ def whole_layers(
         except (TypeError, ValueError) as error:
             raise RequestError(f"kv of layer {layer} is no pair of keys and values") from error
         yield (
-            _checked(k, f"k of layer {layer}", header.dtype, shape),
-            _checked(v, f"v of layer {layer}", header.dtype, shape),
+            _checked(k, f"k of layer {layer}", header.row_dtype, shape),
+            _checked(v, f"v of layer {layer}", header.row_dtype, shape),
         )
         if progress is not None:
             progress(layer + 1, header.num_layers)
@@ -63,9 +63,9 @@ def _from(start: int, pair: Any) -> Any:
         return pair
 
 
-def _checked(half: Any, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def _checked(half: Any, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(half)
-    if array.shape != shape or array.dtype != DTYPES[dtype]:
+    if array.shape != shape or array.dtype != dtype:
         raise RequestError(
             f"{name} is {array.dtype} {list(array.shape)}; the header and the "
             f"tokens say {dtype} {list(shape)} [K, n, D]"

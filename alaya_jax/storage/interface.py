@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from alaya_jax.at_rest import STORE_DTYPES, row_bytes
 from alaya_jax.errors import RequestError
 from alaya_jax.show import Table
 from alaya_jax.storage import identity
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Source = Callable[[int], Iterable[tuple[Any, Any]]]
 """Keys and values to be stored: called with the first token that is wanted, it gives (k, v) of the
 tokens from there on, each [K, n - first, D], layer by layer from 0; only one needs to be in memory.
+In a context of a `store_dtype` they are coded: rows u8 [K, n - first, D + 2], see `at_rest`. A
+store keeps and moves rows, and never looks into them.
 """
 
 DTYPES = {
@@ -41,6 +44,8 @@ class ContextHeader:
       page_size: Z, the tokens of a page in the cache it came from.
       origin: how the keys and values were computed, (first token, plan) of each stretch from the
         first that is not exact on; empty: all are exact.
+      store_dtype: "int8" or "fp8", in which they are at rest; "": as they were computed. What is
+        coded is not exact from its first token on, and its origin says so.
       namespace: keeps tenants apart: a context is found only in its own.
       title: for people; no part of the identity.
 
@@ -55,6 +60,7 @@ class ContextHeader:
     head_dim: int
     page_size: int
     origin: tuple[tuple[int, str], ...] = ()
+    store_dtype: str = ""
     namespace: str = ""
     title: str = ""
 
@@ -63,12 +69,40 @@ class ContextHeader:
         object.__setattr__(self, "origin", pairs)
         if self.dtype not in DTYPES:
             raise RequestError(f"context: dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.store_dtype not in ("", *STORE_DTYPES):
+            known = ", ".join(STORE_DTYPES)
+            raise RequestError(f"context: store_dtype={self.store_dtype!r}; use one of {known}")
+        if self.store_dtype and not (pairs and pairs[0][0] == 0):
+            raise RequestError(
+                f"context: keys and values in {self.store_dtype} are not exact; begin origin at "
+                "token 0"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and not (isinstance(value, int) and value > 0):
                 raise RequestError(f"context: {field.name}={value!r}; use a count from 1")
             if field.type is str and not isinstance(value, str):
                 raise RequestError(f"context: {field.name}={value!r}; use a string")
+
+    @property
+    def row_dtype(self) -> np.dtype:
+        """Of the numbers at rest: bytes, where they are coded."""
+        return np.dtype(np.uint8) if self.store_dtype else DTYPES[self.dtype]
+
+    @property
+    def row_width(self) -> int:
+        """How many numbers a token and kv head has at rest: D, or the bytes of a row."""
+        return row_bytes(self.head_dim) if self.store_dtype else self.head_dim
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The fields as plain data. What is not coded says nothing of it: as it was before there
+        were codes, and under the same names.
+        """
+        fields = dataclasses.asdict(self)
+        if not self.store_dtype:
+            del fields["store_dtype"]
+        return fields
 
     @property
     def family(self) -> str:
@@ -85,7 +119,8 @@ class ContextHeader:
     @property
     def _named(self) -> tuple[Any, ...]:
         layout = self.dtype, self.num_layers, self.num_kv_heads, self.head_dim, self.page_size
-        return self.fingerprint, self.namespace, *layout
+        coded = (self.store_dtype,) if self.store_dtype else ()
+        return self.fingerprint, self.namespace, *layout, *coded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,12 +148,12 @@ class ContextRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values, 2 L K n D times the size of the dtype."""
+        """Bytes of the keys and values at rest: 2 L K n rows."""
         h = self.header
         if h is None:
             return 0
-        size = DTYPES[h.dtype].itemsize
-        return 2 * h.num_layers * h.num_kv_heads * self.num_tokens * h.head_dim * size
+        row = h.row_width * h.row_dtype.itemsize
+        return 2 * h.num_layers * h.num_kv_heads * self.num_tokens * row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +268,8 @@ class MappedContext(Protocol):
         ...
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a layer, each [K, P, Z, D], read-only and mapped.
+        """Keys and values of a layer, each [K, P, Z, D], or rows of D + 2 bytes where the context
+        has a `store_dtype`, read-only and mapped.
 
         Pages that are not in `pages` belong to others or nobody. Nothing was verified: see
         `verify`.
@@ -337,8 +373,8 @@ class ContextStore(Protocol):
         Args:
           header: what the context is.
           tokens: ids [n], n > 0.
-          kv: gives the keys and values, of the header's dtype; or all of them, (k, v) of each
-            layer, each [K, n, D].
+          kv: gives the keys and values, of the header's dtype, or coded, if it has a
+            `store_dtype`; or all of them, (k, v) of each layer, each [K, n, D].
           progress: called as progress(layers written, L) after each layer.
 
         Raises:
@@ -350,7 +386,8 @@ class ContextStore(Protocol):
     def read_kv(
         self, id: str, layer: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of tokens [start, stop) of one layer, each [K, stop - start, D].
+        """Keys and values of tokens [start, stop) of one layer, each [K, stop - start, D]; rows of
+        D + 2 bytes, where the context has a `store_dtype`.
 
         The arrays are read-only copies. What is returned was verified.
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.errors import ContextError, RequestError
-from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord
+from alaya_jax.storage.interface import ContextHeader, ContextRecord
 
 CHUNK = 256
 """Tokens of a chunk."""
@@ -100,14 +100,14 @@ def chunk_heading(header: ContextHeader, first: int, tokens: np.ndarray) -> byte
 
 
 def chunk_shape(header: ContextHeader, count: int) -> tuple[int, ...]:
-    """L, 2, K, T, D of a chunk of `count` tokens."""
-    return (header.num_layers, 2, header.num_kv_heads, count, header.head_dim)
+    """L, 2, K, T, D of a chunk of `count` tokens; D + 2 bytes, where they are coded."""
+    return (header.num_layers, 2, header.num_kv_heads, count, header.row_width)
 
 
 def chunk_nbytes(header: ContextHeader, first: int, count: int) -> int:
     """The size of a chunk's object."""
     heading = len(chunk_heading(header, first, np.zeros(count, np.int32)))
-    numbers = int(np.prod(chunk_shape(header, count))) * DTYPES[header.dtype].itemsize
+    numbers = int(np.prod(chunk_shape(header, count))) * header.row_dtype.itemsize
     return heading + numbers + DIGEST
 
 
@@ -165,7 +165,7 @@ def read_chunk(
         raise ContextError("it is of another model, layout or place")
     tokens = np.frombuffer(data, "<i4", count, at)
     raw = np.frombuffer(data, np.uint8, len(data) - len(want) - DIGEST, len(want))
-    return tokens, raw.view(DTYPES[header.dtype]).reshape(chunk_shape(header, count))
+    return tokens, raw.view(header.row_dtype).reshape(chunk_shape(header, count))
 
 
 def is_whole_chunk(data: bytes) -> bool:
@@ -214,7 +214,7 @@ class MovedContext:
 
 def write_record(moved: MovedContext) -> bytes:
     """The object of a record."""
-    return _sealed(_RECORD, _json(dataclasses.asdict(moved)))
+    return _sealed(_RECORD, _json(dataclasses.asdict(moved) | {"header": moved.header.plain}))
 
 
 def read_record(data: bytes) -> MovedContext:
@@ -274,7 +274,7 @@ def is_id(text: Any) -> bool:
 
 
 def _identity(header: ContextHeader) -> dict[str, Any]:
-    fields = dataclasses.asdict(header)
+    fields = header.plain
     del fields["title"], fields["origin"]
     return fields
 

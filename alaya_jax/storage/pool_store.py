@@ -160,7 +160,7 @@ class PoolStore:
             raise self._pool.wrong(entry, pages, segment, layer, found)
         self._pool.touch(entry)
         tokens = slice(start - first * size, stop - first * size)
-        k, v = (half.reshape(len(half), -1, header.head_dim)[:, tokens] for half in halves)
+        k, v = (half.reshape(len(half), -1, header.row_width)[:, tokens] for half in halves)
         k.flags.writeable = v.flags.writeable = False
         return k, v
 

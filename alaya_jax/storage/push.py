@@ -7,7 +7,7 @@ import numpy as np
 from alaya_jax.errors import ContextError
 from alaya_jax.storage import objects
 from alaya_jax.storage.in_flight import MOST, Advance, ahead, window, workers
-from alaya_jax.storage.interface import DTYPES, ContextStore
+from alaya_jax.storage.interface import ContextStore
 from alaya_jax.storage.object_store import ObjectStore
 from alaya_jax.storage.objects import CHUNK, MovedContext
 
@@ -109,7 +109,7 @@ def _read_chunks(store: ContextStore, moved: MovedContext, spans: list[slice]) -
     """Keys and values of chunks that follow one another, of a local context, [L, 2, K, T, D]."""
     header = moved.header
     shapes = [objects.chunk_shape(header, span.stop - span.start) for span in spans]
-    chunks = [np.empty(shape, DTYPES[header.dtype]) for shape in shapes]
+    chunks = [np.empty(shape, header.row_dtype) for shape in shapes]
     start, stop = spans[0].start, spans[-1].stop
     for layer in range(header.num_layers):
         for half, numbers in enumerate(store.read_kv(moved.id, layer, start, stop)):

@@ -19,7 +19,7 @@ import numpy as np
 from alaya_jax.errors import ContextError, RemoteError, RequestError
 from alaya_jax.storage import moved_indexes, objects, sampled
 from alaya_jax.storage.in_flight import MOST, Advance, ahead, workers
-from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord, ContextStore
+from alaya_jax.storage.interface import ContextHeader, ContextRecord, ContextStore
 from alaya_jax.storage.object_store import ObjectStore, damaged
 from alaya_jax.storage.objects import CHUNK, MovedContext
 from alaya_jax.storage.pull import gathered, local_prefix, pull_chunks
@@ -118,6 +118,8 @@ class RemoteContexts:
           exact: only chunks whose keys and values are exact count.
           without: ids of contexts that are left out.
         """
+        if exact and header.store_dtype:
+            return None, 0  # none is
         best, most = None, 0
         chains: dict[Any, list[str]] = {}
         for moved in self.contexts(header):
@@ -253,7 +255,7 @@ class RemoteContexts:
         if near is not None:
             tokens[:start] = store.tokens(near)[:start]
         shape = objects.chunk_shape(header, n - start)
-        with gathered(store, shape, DTYPES[header.dtype]) as numbers:
+        with gathered(store, shape, header.row_dtype) as numbers:
             read = pull_chunks(self._objects, moved, tokens, start, numbers, advance)
             if (id := header.context_id(tokens)) != moved.id and n == moved.num_tokens:
                 what = f"its tokens are those of {id}"

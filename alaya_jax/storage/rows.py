@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alaya_jax.at_rest import STORE_DTYPES, row_bytes
 from alaya_jax.storage import checksums
 from alaya_jax.storage.interface import DTYPES, ContextHeader, ContextRecord
 
@@ -28,6 +29,7 @@ class Layout:
     Attributes:
       dtype: of keys and values.
       num_layers, num_kv_heads, num_pages, page_size, head_dim: L, K, P, Z, D.
+      store_dtype: what they are coded in; "": not at all.
     """
 
     dtype: str
@@ -36,9 +38,11 @@ class Layout:
     page_size: int
     head_dim: int
     num_pages: int
+    store_dtype: str = ""
 
     def __post_init__(self):
         _require(self.dtype in DTYPES, "dtype")
+        _require(self.store_dtype in ("", *STORE_DTYPES), "store_dtype")
         for name in ("num_layers", "num_kv_heads", "page_size", "head_dim", "num_pages"):
             _require(_is_count(getattr(self, name)) and getattr(self, name) > 0, name)
         _require(self.num_pages < 2**31, "num_pages")
@@ -46,7 +50,18 @@ class Layout:
     @property
     def piece(self) -> int:
         """Bytes of a page's keys of one layer and kv head."""
-        return self.page_size * self.head_dim * DTYPES[self.dtype].itemsize
+        return int(np.prod(self.shape[2:])) * self.row_dtype.itemsize
+
+    @property
+    def row_dtype(self) -> np.dtype:
+        """See `ContextHeader.row_dtype`."""
+        return np.dtype(np.uint8) if self.store_dtype else DTYPES[self.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[K, P, Z, D], of bytes [K, P, Z, D + 2] where they are coded."""
+        width = row_bytes(self.head_dim) if self.store_dtype else self.head_dim
+        return self.num_kv_heads, self.num_pages, self.page_size, width
 
     @property
     def page_bytes(self) -> int:
@@ -234,6 +249,9 @@ def facts(row: Any) -> bytes:
     said = dataclasses.asdict(row)
     if isinstance(row, Entry):
         del said["serial"]
+        said["header"] = row.header.plain
+    if isinstance(row, Layout) and not row.store_dtype:
+        del said["store_dtype"]  # see `ContextHeader.plain`
     return json.dumps(said, sort_keys=True).encode()
 
 

@@ -1,6 +1,7 @@
 """A segment: files of pages of one layout, in `segments/<number>/`.
 
-    k.000, v.000, ...   [K, P, Z, D] of each layer: as the engine has them, to be mapped as they are
+    k.000, v.000, ...   [K, P, Z, D] of each layer: as the engine has them, to be mapped as they
+                        are; rows of D + 2 bytes where the layout has a `store_dtype`
     checksums           u32 [L, P, 2, K], see `checksums`
     leaves/             what indexes know of the pages, see `leaves`
 
@@ -31,7 +32,6 @@ from alaya_jax.storage.files import (
     read_at,
     write_at,
 )
-from alaya_jax.storage.interface import DTYPES
 from alaya_jax.storage.rows import Layout, PageList
 from alaya_jax.storage.slots import located, runs
 
@@ -128,11 +128,11 @@ class Segment:
         Raises:
           ContextError: a file is missing or cut.
         """
-        shape = (self.layout.num_kv_heads, len(pages), self.layout.page_size, self.layout.head_dim)
+        heads, _, *page = self.layout.shape
         stored = self._stored(pages, layer)
 
         def half(kind: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-            data = np.empty(shape, DTYPES[self.layout.dtype])
+            data = np.empty((heads, len(pages), *page), self.layout.row_dtype)
             self._read_pages(_name(kind, layer), pages, data)
             found = checksums.of_pages(data, pages.slots, pages.births, layer, kind)
             wrong = np.flatnonzero((found != stored[:, kind]).any(axis=1))
@@ -329,8 +329,7 @@ class Segment:
                 with self._open(name, os.O_RDONLY) as fd:
                     found = mmap.mmap(fd, layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
                 found.madvise(mmap.MADV_RANDOM)
-                shape = layout.num_kv_heads, layout.num_pages, layout.page_size, layout.head_dim
-                self._maps[name] = found, np.ndarray(shape, DTYPES[layout.dtype], found)
+                self._maps[name] = found, np.ndarray(layout.shape, layout.row_dtype, found)
             return self._maps[name]
 
 

@@ -7,17 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alaya_jax.cache.tiers import HostPages, HostPool, Tiers, joined
+from alaya_jax.at_rest import decoded, encoded
+from alaya_jax.cache.tiers import Coded, HostPages, HostPool, Tiers, joined
 from alaya_jax.cache.views import read_pages
 from alaya_jax.errors import ContextError
 
 P, Q = 5, 9
 
 
-@pytest.fixture
-def pools(rng):
+@pytest.fixture(params=["", "int8", "fp8"])
+def pools(rng, request):
     device, host = (rng.standard_normal((2, n, 4, 3)).astype(np.float32) for n in (P, Q))
-    tiers = joined(jnp.asarray(device), jnp.asarray(host))
+    there = jnp.asarray(host)
+    if kind := request.param:
+        rows = encoded(host.reshape(2, Q * 4, 3), kind).reshape(2, Q, 4, -1)
+        host = decoded(rows, kind, np.float32)
+        there = Coded(jnp.asarray(rows), kind, np.dtype(np.float32))
+        np.testing.assert_array_equal(there.on_host(np.array([3, 1])), host[:, [3, 1]])
+    tiers = joined(jnp.asarray(device), there)
     assert isinstance(tiers, Tiers)
     assert tiers.shape == (2, P + Q, 4, 3)
     return tiers, np.concatenate([device, host], axis=1)

@@ -57,7 +57,8 @@ def test_show(run, alaya, path, ids):
     assert shown["bytes"] == 2 * 2 * 2 * 100 * 4 * 4
     text = alaya("db", "show", ids[0], "--db", path).stdout
     assert "a title" in text
-    assert "created:    20" in text
+    assert "created:     20" in text
+    assert "store_dtype: float32" in text
     assert "no context has this id" in alaya("db", "show", "x", "--db", path, code=1).stderr
 
 

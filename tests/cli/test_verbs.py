@@ -90,6 +90,17 @@ def test_ask_finds_a_document_by_content(ask, alaya, tiny_model, tmp_path):
     assert result["context"]["imported"]
 
 
+def test_ask_stores_in_8_bits_and_says_so_again(ask):
+    """Whoever does not ask for them never gets keys and values that are not exact."""
+    first, again, exact = (
+        json.loads(ask("--json", *options, "When?").stdout)["context"]
+        for options in (("--store-dtype", "int8"), ("--store-dtype", "int8"), ())
+    )
+    assert (first["imported"], again["imported"], exact["imported"]) == (True, False, True)
+    assert (first["id"] == again["id"], first["id"] == exact["id"]) == (True, False)
+    assert first["bytes"] < exact["bytes"] / 2
+
+
 def test_ask_puts_the_answer_on_stdout_and_notes_on_stderr(ask):
     said = ask("When?")
     answer = json.loads(ask("--json", "When?").stdout)["answer"]

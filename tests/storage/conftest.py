@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from alaya_jax.at_rest import encoded
 from alaya_jax.storage import ContextHeader, PoolStore
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -70,6 +71,8 @@ def make(header: ContextHeader) -> Callable[..., Any]:
             )
             for layer in range(of.num_layers)
         ]
+        if of.store_dtype:
+            kv = [tuple(encoded(half, of.store_dtype) for half in pair) for pair in kv]
         return tokens, kv
 
     return make
@@ -159,12 +162,23 @@ HEADER = ContextHeader(
 def _make(count, header=HEADER, seed=0):
     """Tokens [n] and kv, a list of L pairs of [K, n, D]."""
     rng = np.random.default_rng(seed)
-    shape = (header.num_kv_heads, count, header.head_dim)
-    kv = [
-        tuple(rng.normal(size=shape).astype(DTYPES[header.dtype]) for _ in "kv")
-        for _ in range(header.num_layers)
-    ]
+    shape = (header.num_kv_heads, count, header.row_width)
+
+    def half():
+        if header.store_dtype:
+            return rng.integers(0, 256, shape, np.uint8)
+        return rng.normal(size=shape).astype(DTYPES[header.dtype])
+
+    kv = [tuple(half() for _ in "kv") for _ in range(header.num_layers)]
     return rng.integers(0, 1000, count).astype(np.int32), kv
+
+
+def stored_in(kind, header=HEADER):
+    """A header of keys and values that rest in another dtype."""
+    if kind in DTYPES:
+        return dataclasses.replace(header, dtype=kind)
+    origin = ((0, f"storage in {kind}"), *header.origin)
+    return dataclasses.replace(header, store_dtype=kind, origin=origin)
 
 
 def source(kv, starts=None):
@@ -221,9 +235,10 @@ def run_python(code, *arguments, **popen):
                                head_dim=8, page_size=16)
         def make(count, seed=0, header=header):
             rng = np.random.default_rng(seed)
-            shape = header.num_kv_heads, count, header.head_dim
-            kv = [tuple(rng.normal(size=shape).astype(np.float32) for _ in "kv")
-                  for _ in range(header.num_layers)]
+            shape = header.num_kv_heads, count, header.row_width
+            half = lambda: (rng.integers(0, 256, shape, np.uint8) if header.store_dtype else
+                            rng.normal(size=shape).astype(np.float32))
+            kv = [tuple(half() for _ in "kv") for _ in range(header.num_layers)]
             return rng.integers(0, 1000, count).astype(np.int32), kv
         def source(kv):
             return lambda start: ((k[:, start:], v[:, start:]) for k, v in kv)
@@ -240,7 +255,7 @@ def run_python(code, *arguments, **popen):
 @pytest.fixture(scope="session")
 def kit():
     """What the tests of the store share."""
-    functions = (source, put, must_not_run, flip, flip_page, run_python)
+    functions = (source, put, stored_in, must_not_run, flip, flip_page, run_python)
     return SimpleNamespace(HEADER=HEADER, make=_make, **{f.__name__: f for f in functions})
 
 

@@ -18,11 +18,11 @@ from alaya_jax.storage.remote import RemoteContexts
 MARK = b"alaya contexts 1\n"
 
 
-@pytest.fixture
-def exported(tmp_path, open_store, make, header):
+@pytest.fixture(params=["float32", "int8"])
+def exported(request, tmp_path, open_store, make, kit, header):
     """A file of one context with an index, and what is in it."""
-    here, file = open_store(), tmp_path / "one.alaya"
-    tokens, kv = make(300)
+    here, file, header = open_store(), tmp_path / "one.alaya", kit.stored_in(request.param, header)
+    tokens, kv = make(300, header)
     id = here.write(header, tokens, kv).id
     here.write_index(id, "graph", {"degree": 4}, [{"n": np.arange(5, dtype=np.int32)}] * 3)
     with ArchiveWriter(file) as place:

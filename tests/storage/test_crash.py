@@ -23,14 +23,16 @@ WRITER = """
         rng = random.Random(int(sys.argv[2]))
         for i in range(10_000):
             seed = rng.randrange(6)
-            tokens, kv = make(100 + 100 * seed, seed)
+            coded = seed % 2 and dict(store_dtype="int8", origin=((0, "storage in int8"),))
+            own = dataclasses.replace(header, **(coded or {}))
+            tokens, kv = make(100 + 100 * seed, seed, own)
             if rng.random() < 0.5:  # shares its first pages with another
-                first, first_kv = make(100, 0)
+                first, first_kv = make(100, 0, own)
                 tokens[:90] = first[:90]
                 kv = [tuple(np.concatenate([a[:, :90], b[:, 90:]], 1)
                             for a, b in zip(x, y, strict=True))
                       for x, y in zip(first_kv, kv, strict=True)]
-            id = store.write(header, tokens, source(kv)).id
+            id = store.write(own, tokens, source(kv)).id
             if rng.random() < 0.3:
                 store.write_index(id, "graph", {"i": i}, [{"near": np.arange(9)}] * 3)
             if rng.random() < 0.5:
@@ -43,10 +45,11 @@ WRITER = """
 def expected(kit, header):
     """What each context that WRITER writes must hold, by id."""
     known = {}
-    first, first_kv = kit.make(100, header, 0)
     for seed in range(6):
+        own = kit.stored_in("int8", header) if seed % 2 else header
+        first, first_kv = kit.make(100, own, 0)
         for shares in (False, True):
-            tokens, kv = kit.make(100 + 100 * seed, header, seed)
+            tokens, kv = kit.make(100 + 100 * seed, own, seed)
             if shares:
                 tokens[:90] = first[:90]
                 kv = [
@@ -55,7 +58,7 @@ def expected(kit, header):
                     )
                     for x, y in zip(first_kv, kv, strict=True)
                 ]
-            known[header.context_id(tokens)] = tokens, kv
+            known[own.context_id(tokens)] = tokens, kv
     return known
 
 

@@ -19,11 +19,11 @@ from alaya_jax.storage import PoolStore
 @pytest.fixture(scope="module", params=["closed", "log"])
 def pristine(request, tmp_path_factory, kit):
     """A database of three contexts, two of which share pages, one with a graph: closed, or with a
-    log that is not yet in the catalogue. (path, what each holds by id)
+    log that is not yet in the catalogue, and then in 8 bits. (path, what each holds by id)
     """
     path, held = tmp_path_factory.mktemp("flips") / "db", {}
     store = PoolStore(path)
-    header = dataclasses.replace(kit.HEADER, page_size=8)
+    header = small_pages(kit, coded=request.param == "log")
     tokens, kv = kit.make(60, header)
     held[store.write(header, tokens, kit.source(kv)).id] = tokens, kv
     longer, longer_kv = kit.make(90, header, seed=1)
@@ -44,6 +44,12 @@ def pristine(request, tmp_path_factory, kit):
     store.close()
     assert (copy / "catalogue.sqlite-wal").exists() == (request.param == "log")
     return copy, held
+
+
+def small_pages(kit, *, coded):
+    """The header of all contexts."""
+    header = dataclasses.replace(kit.HEADER, page_size=8)
+    return kit.stored_in("int8", header) if coded else header
 
 
 def copied(path, to):
@@ -127,6 +133,7 @@ def answers(path, held):
 )
 def test_random_flips_in_every_file(pristine, tmp_path, kit, rounds):
     path, held = pristine
+    header = small_pages(kit, coded=(path / "catalogue.sqlite-wal").exists())
     rng, kinds = random.Random(1), {}
     for _ in range(rounds):
         copied(path, tmp_path / "db")
@@ -150,7 +157,6 @@ def test_random_flips_in_every_file(pristine, tmp_path, kit, rounds):
                 if record.header is None:
                     store.remove(record.id)
             for id, (tokens, kv) in held.items():
-                header = dataclasses.replace(kit.HEADER, page_size=8)
                 assert store.write(header, tokens, kit.source(kv)).id == id
                 for layer, pair in enumerate(kv):
                     for got, want in zip(store.read_kv(id, layer), pair, strict=True):

@@ -75,13 +75,13 @@ def test_a_chunk_is_named_by_all_that_came_before():
     assert repeated[0] != repeated[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "fp8"])
 @pytest.mark.parametrize("count", [1, 7, 256])
-def test_a_chunk_comes_back(dtype, count):
-    header = dataclasses.replace(HEADER, dtype=dtype)
+def test_a_chunk_comes_back(kit, dtype, count):
+    header = kit.stored_in(dtype, HEADER)
     random = np.random.default_rng(count)
-    numbers = random.normal(size=objects.chunk_shape(header, count))
-    numbers = numbers.astype(objects.DTYPES[dtype])
+    numbers = random.uniform(0, 200, objects.chunk_shape(header, count))
+    numbers = numbers.astype(header.row_dtype)
     ids = random.integers(0, 1000, count).astype(np.int32)
     data = objects.write_chunk(header, 512, ids, numbers)
     assert len(data) == objects.chunk_nbytes(header, 512, count)

@@ -6,14 +6,13 @@
 import dataclasses
 import threading
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from alaya_jax.errors import ContextError, DatabaseError, RequestError
-from alaya_jax.storage import ContextStore, PoolStore
+from alaya_jax.storage import ContextStore, PoolStore, objects
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = ["float32", "float16", "bfloat16", "int8", "fp8"]
 PAGE = 16
 
 
@@ -21,7 +20,7 @@ PAGE = 16
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
 def test_round_trip(kit, tmp_path, dtype, count):
-    header = dataclasses.replace(kit.HEADER, dtype=dtype, namespace="n")
+    header = dataclasses.replace(kit.stored_in(dtype), namespace="n")
     tokens, kv = kit.make(count, header)
     steps = []
     with PoolStore(tmp_path / "db") as store:
@@ -56,6 +55,7 @@ def test_round_trip(kit, tmp_path, dtype, count):
         {"head_dim": 4},
         {"num_kv_heads": 1},
         {"origin": ((3, "Window()"),)},
+        {"origin": ((0, "storage in int8"),), "store_dtype": "int8"},
     ],
     ids=str,
 )
@@ -87,12 +87,33 @@ def test_reading_outside(kit, store, layer, start, stop):
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "int8"}, {"num_layers": 0}, {"head_dim": 2.0}, {"namespace": None}],
+    [
+        {"dtype": "int8"},
+        {"num_layers": 0},
+        {"head_dim": 2.0},
+        {"namespace": None},
+        {"store_dtype": "int4"},
+    ],
     ids=str,
 )
 def test_wrong_header(kit, change):
     with pytest.raises(RequestError, match=f"context: {next(iter(change))}="):
         dataclasses.replace(kit.HEADER, **change)
+
+
+def test_what_is_coded_cannot_say_that_it_is_exact(kit):
+    with pytest.raises(RequestError, match="keys and values in int8 are not exact"):
+        dataclasses.replace(kit.HEADER, store_dtype="int8")
+    with pytest.raises(RequestError, match="begin origin at token 0"):
+        dataclasses.replace(kit.HEADER, store_dtype="fp8", origin=((3, "Window()"),))
+
+
+def test_what_is_not_coded_has_the_names_it_had(kit):
+    """Databases and shared stores that were written before there were codes are found."""
+    header = dataclasses.replace(kit.HEADER, title="")
+    assert header.family == "a32577b10e2e0a952e994e7d"
+    assert header.context_id(np.arange(5)) == "df9be2c337ed710433f65b38"
+    assert objects.group(header).startswith("5ee11fb8b4b421ea9821dbff")
 
 
 def test_read_only(kit, tmp_path):

@@ -71,9 +71,9 @@ def test_a_context_arrives_as_it_was(place, open_store, make, same, header, n):
     assert there.list()[0].header.title == header.title
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_dtype_moves(watched, open_store, make, same, other, dtype):
-    header = other(dtype=dtype)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_every_dtype_moves(watched, open_store, make, same, kit, header, dtype):
+    header = kit.stored_in(dtype, header)
     here, there = open_store(), open_store("there")
     tokens, kv = make(300, header)
     remote = RemoteContexts(watched())
