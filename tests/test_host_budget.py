@@ -263,3 +263,46 @@ def test_a_context_several_times_the_bound_streams_within_it(tmp_path):
     assert looked > 3
     assert context == 4 * host
     assert 0.6 * host < most <= host + (64 << 10)
+
+
+def test_explain_and_stats_say_what_was_met_and_where_it_was(open_with, document):
+    """A window of 8 and 24 tokens: of 14 mapped pages it meets the first and the last one or two,
+    each of two heads; the one behind them was copied into the pool, and is met there.
+    """
+    db = open_with(None)
+    db.import_context(document)
+    db.close()
+    db = open_with("1MiB")
+    prompt = [*document, 40, 41]
+    said, found = answer(db, prompt, WINDOW, "device", tokens=4)
+    phase = found.to_dict()["phases"]["decode"]
+    assert (phase["tier"], phase["pages"], phase["by_layer"][0]["pages"]) == ("device", None, None)
+    assert "met" not in db.stats().rows()
+    again, found = answer(db, prompt, WINDOW, tokens=4)
+    assert again == said
+    first, then = (found.to_dict()["phases"][name] for name in ("prefill", "decode"))
+    for layer in range(2):
+        pages = first["by_layer"][layer]["pages"]
+        assert pages["met"] == pages["pool"] + pages["memory"] + pages["disk"]
+        assert (pages["pool"], pages["disk"]) == (2, 6), "pages 0, 12 and 13"
+        assert (pages["bytes_read"], pages["hit_rate"]) == (3 * PAGE + PAGE, 0.0), "one was copied"
+        assert pages["bytes_verified"] == 4 * PAGE
+        pages = then["by_layer"][layer]["pages"]
+        assert (pages["pool"], pages["memory"], pages["disk"]) == (6, 12, 0)
+        assert (pages["hit_rate"], pages["bytes_read"], pages["bytes_verified"]) == (1.0, 0, 0)
+    assert then["pages"]["met"] == 36
+    assert then["tier"] == then["by_layer"][0]["tier"] == "host"
+    assert "decode: pages of a kv head, each time it was met, 3 query tokens" in str(found)
+    assert "100.0%" in str(found)
+    row = found.to_dataframe().set_index(["phase", "layer"]).loc[("decode", 1)]
+    assert (row["pages_met"], row["pages_disk"], row["hit_rate"]) == (18, 0, 1)
+    stats = db.stats()
+    assert (stats.host_limit, stats.pages_disk, stats.pages_memory) == (1 << 20, 12, 24)
+    assert stats.hit_rate == 2 / 3
+    assert stats.bytes_host == stats.bytes_read == stats.bytes_verified == 8 * PAGE
+    assert stats.bytes_host_leaves == 0
+    assert "36 mapped pages, 66.7% were in memory" in str(stats)
+    assert "at most 1.0 MB" in stats._repr_html_()
+    answer(db, prompt, PLANS["sketch"], tokens=2)
+    stats = db.stats()
+    assert stats.bytes_host_leaves == 14 * 912
