@@ -36,7 +36,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # In the environment, so that the processes which tests start read and write there too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # Small ones too: the tests compile thousands, and reading one takes a tenth of compiling it.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 PAGES = 65

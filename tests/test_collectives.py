@@ -48,7 +48,10 @@ def test_the_count_of_a_known_program(bench):
     assert bench.collectives(text, outer_loops=1).unbounded == 0
 
 
-@pytest.mark.parametrize("plan", ["DIPR(recovery), Sketch, tail", "TopK(100), Sketch"])
+@pytest.mark.parametrize(
+    "plan",
+    ["DIPR(recovery), Sketch, tail", pytest.param("TopK(100), Sketch", marks=pytest.mark.slow)],
+)
 def test_four_times_the_context_sends_not_a_byte_more(bench, plan):
     config = LlamaConfig.from_hf(configs.load("llama-tiny"))
     config = dataclasses.replace(config, num_hidden_layers=1)

@@ -56,7 +56,7 @@ def test_policy_runs_on_every_layer(name, layer, tiny_model):
         index = None
         if isinstance(plan.index, Sketch | Block):
             empty = plan.index.create(config, len(ids) + 1, PAGE, jnp.float32)
-            index = empty.build(k, v, ids, jnp.full(len(ids), PAGE))
+            index = jax.jit(type(empty).build)(empty, k, v, ids, jnp.full(len(ids), PAGE))
         one = jnp.ones(1, jnp.int32)
         memory = LayerMemory(k, v, table, index, jnp.full(1, LENGTH - PAGE))
         out, counts = attend(plan, q, memory, one)

@@ -221,7 +221,10 @@ def test_a_step_on_a_mesh_whose_axes_are_explicit():
     config = dataclasses.replace(
         LlamaConfig.from_hf(configs.load("llama-tiny")), num_hidden_layers=1
     )
-    rules, params = aj.ShardingRules(), llama.init_params(config, jax.random.key(0))
+    rules, params = (
+        aj.ShardingRules(),
+        jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0)),
+    )
     table = PageTable(jnp.arange(1, 9, dtype=jnp.int32)[None], jnp.zeros(1, jnp.int32))
     tokens, five, full = jnp.arange(5)[None], jnp.full(1, 5, jnp.int32), aj.Plan(aj.Full())
 
@@ -229,10 +232,11 @@ def test_a_step_on_a_mesh_whose_axes_are_explicit():
         frame = Frame(config, mesh=mesh)
         return programs.step(params, Memory(kv, table), tokens, five, full, frame)[0]
 
-    want = logits(params, PagedKV.create(config, 9, 4, jnp.float32), None)
+    in_program = jax.jit(logits, static_argnums=2)
+    want = in_program(params, PagedKV.create(config, 9, 4, jnp.float32), None)
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))
     shardings = tree_shardings(mesh, rules, llama.logical_axes(config), params)
     placed = jax.device_put(params, shardings)
     kv = PagedKV.create(config, 9, 4, jnp.float32, mesh=mesh)
-    for run in (logits, jax.jit(logits, static_argnums=2)):
+    for run in (logits, in_program):
         np.testing.assert_allclose(np.asarray(run(placed, kv, mesh)), want, atol=1e-5)

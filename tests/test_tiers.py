@@ -272,7 +272,9 @@ def test_a_mapped_file_enters_a_program_as_it_is(open_db, document):
                 assert array.unsafe_buffer_pointer() == there.ctypes.data
 
 
-@pytest.mark.parametrize("name", ["sketch", "sketch, a promise", "block"])
+@pytest.mark.parametrize(
+    "name", ["sketch", pytest.param("sketch, a promise", marks=pytest.mark.slow), "block"]
+)
 def test_what_was_learnt_of_a_page_ends_with_its_context(open_db, rng, name):
     """Another context takes the same place in the files: its keys are looked at anew."""
     db, slots = open_db(), []

@@ -40,6 +40,11 @@ attend = jax.jit(
 judge = jax.jit(truth.__wrapped__, compiler_options=QUICK)
 
 
+@jax.jit
+def build(empty, k, v, ids):
+    return empty.build(k, v, ids, jnp.full(PAGES, Z))
+
+
 class Layer:
     """Keys of which a few, outside the window, are near the queries; the window's are not."""
 
@@ -60,7 +65,7 @@ class Layer:
         if isinstance(spec, Flat):
             return None
         empty = spec.create(CONFIG, 1 + PAGES, Z, self.k.dtype)
-        return empty.build(self.k, self.v, self.ids, jnp.full(PAGES, Z))
+        return build(empty, self.k, self.v, self.ids)
 
     def asked(self, plan):
         table = PageTable(self.ids[None], jnp.full(1, N - 1, jnp.int32))

@@ -98,8 +98,21 @@ QUERIES = [
 ]
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=repr)
-@pytest.mark.parametrize(("lengths", "t"), [([37], 1), ([5, 30, 0], 1), ([21, 2], 9)])
+BATCHES = [([37], 1), ([5, 30, 0], 1), ([21, 2], 9)]
+PAIRS = [
+    pytest.param(
+        query,
+        *batch,
+        # Each query with one batch is fast, and the two that retrieve with a chunk besides.
+        marks=[] if i % 3 == j or (i in (2, 5) and j == 2) else pytest.mark.slow,
+        id=f"{query}-{batch}",
+    )
+    for i, query in enumerate(QUERIES)
+    for j, batch in enumerate(BATCHES)
+]
+
+
+@pytest.mark.parametrize(("query", "lengths", "t"), PAIRS)
 def test_equals_definition(query, lengths, t, rng, small_blocks):
     q, ks, vs, k_pages, v_pages, pages = make_batch(rng, lengths, t, group=3)
     table = PageTable(pages, jnp.asarray(lengths, jnp.int32))

@@ -142,7 +142,22 @@ def tokens() -> Case:
     return make(np.random.default_rng(3), [331, 75, 0, 200], [1, 1, 1, 0], 1)
 
 
-@pytest.mark.parametrize("name", DECODE)
+FAST = (
+    "full",
+    "window",
+    "dipr, sketch, part",
+    "dipr, tail",
+    "recovery",
+    "recovery, page",
+    "topk",
+    "quest",
+)
+"""Each of the others differs from one of these in one part."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(p, marks=[] if p in FAST else pytest.mark.slow) for p in DECODE]
+)
 def test_one_token_of_each_sequence(name, tokens):
     case = tokens
     if name.endswith("page") and DECODE[name].index == Sketch():
@@ -168,7 +183,11 @@ def simulated() -> Case:
 
 @pytest.mark.parametrize(
     "name",
-    ["full", "window", pytest.param("dipr, sketch", marks=pytest.mark.slow), "recovery", "topk"],
+    [
+        "window",
+        "recovery",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "dipr, sketch", "topk")),
+    ],
 )
 def test_one_token_by_the_simulated_kernel(name, simulated):
     case = simulated
@@ -181,8 +200,15 @@ def test_one_token_by_the_simulated_kernel(name, simulated):
     assert np.abs(np.asarray(counts.attended - want[1].attended)).max() <= 1
 
 
-@pytest.mark.parametrize("name", PREFILL)
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *((name, "xla") for name in PREFILL),
+        ("recovery", "reference"),
+        pytest.param("full", "reference", marks=pytest.mark.slow),
+        pytest.param("beta", "reference", marks=pytest.mark.slow),
+    ],
+)
 def test_a_chunk_of_tokens(name, implementation, rng):
     case = make(rng, [140, 77, 130], [150, 60, 0], 150)
     got, want = both(PREFILL[name], case, implementation)
@@ -210,7 +236,8 @@ def test_what_is_skipped_is_not_counted(rng):
     np.testing.assert_array_equal(attended, np.broadcast_to(visible - 192, attended.shape))
 
 
-def test_inside_a_sharded_program(tokens):
+@pytest.mark.parametrize("name", ["full", pytest.param("dipr, tail", marks=pytest.mark.slow)])
+def test_inside_a_sharded_program(name, tokens):
     """Heads and pages over devices, by the operations' XLA; see test_mesh for the engine's own."""
     kinds = (AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("tensor", "context"), kinds, devices=jax.devices()[:4])
@@ -224,13 +251,12 @@ def test_inside_a_sharded_program(tokens):
     table = PageTable(
         jnp.asarray(ids.reshape(4, -1)), case.table.length, jnp.asarray(start.reshape(4, -1))
     )
-    for name in ("full", "dipr, tail"):
-        plan = dataclasses.replace(DECODE[name], implementation="reference")
-        index = case.indexes.get(plan.index)
-        memory = dataclasses.replace(case.memory(index), table=table)
-        got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
-        _, want = both(DECODE[name], case, "xla")
-        check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+    plan = dataclasses.replace(DECODE[name], implementation="reference")
+    index = case.indexes.get(plan.index)
+    memory = dataclasses.replace(case.memory(index), table=table)
+    got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
+    _, want = both(DECODE[name], case, "xla")
+    check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
 
 
 def test_what_is_chosen_and_why(simulated):

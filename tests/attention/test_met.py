@@ -50,6 +50,12 @@ def graph_of(rng, length):
     return GraphLayer(jnp.asarray(near, jnp.int32), starts, jnp.int32(length))
 
 
+@jax.jit
+def build(known, host):
+    ids = jnp.arange(COUNT, dtype=jnp.int32)
+    return known.build(*host, ids, jnp.full(COUNT, SIZE, jnp.int32))
+
+
 def indexed(plan, host, covered, rng):
     """What the plan's index holds of pages of a pool of 4 and of the files."""
     if isinstance(plan.index, Graph):
@@ -66,9 +72,7 @@ def indexed(plan, host, covered, rng):
         head_dim=DIM,
         max_position_embeddings=4096,
     )
-    known = plan.index.create(config, COUNT, SIZE, jnp.float32)
-    ids = jnp.arange(COUNT, dtype=jnp.int32)
-    known = known.build(*map(jnp.asarray, host), ids, jnp.full(COUNT, SIZE, jnp.int32))
+    known = build(plan.index.create(config, COUNT, SIZE, jnp.float32), host)
     empty = plan.index.create(config, 4, SIZE, jnp.float32)
     return jax.tree.map(Tiers, empty, known)
 

@@ -53,6 +53,11 @@ def paged(x):
     return jnp.asarray(x.reshape(heads, -1, Z, dim), jnp.float32)
 
 
+@jax.jit
+def build(empty, k, v, ids):
+    return empty.build(k, v, ids, jnp.full(ids.shape, Z))
+
+
 class Layer:
     """Keys [K, n, D] and queries [H, D] of the last token, in pages, with their sketches."""
 
@@ -65,15 +70,17 @@ class Layer:
         self.ids = jnp.arange(1, count + 1, dtype=jnp.int32)
         self.table = PageTable(self.ids[None], jnp.full(1, self.length - 1, jnp.int32))
         self.covered = jnp.full(1, (self.length - 1) // Z * Z, jnp.int32)
-        config = shape(len(q), len(k), k.shape[2])
-        filled = jnp.full(count, Z)
-        self.sketch = {
-            bits: Sketch(bits).create(config, count + 1, Z).build(self.k, self.v, self.ids, filled)
-            for bits in (2, 4)
-        }
+        self.config = shape(len(q), len(k), k.shape[2])
+        self.sketch = {}
 
     def index(self, plan):
-        return self.sketch[plan.index.bits] if isinstance(plan.index, Sketch) else None
+        spec = plan.index
+        if not isinstance(spec, Sketch):
+            return None
+        if spec not in self.sketch:
+            empty = spec.create(self.config, len(self.ids) + 1, Z)
+            self.sketch[spec] = build(empty, self.k, self.v, self.ids)
+        return self.sketch[spec]
 
     def asked(self, plan):
         memory = LayerMemory(self.k, self.v, self.table, self.index(plan), self.covered)

@@ -281,6 +281,7 @@ def test_what_lies_beside_the_pages_that_are_seen_is_of_no_effect(rng):
         raw.reshape(heads, 8, -1)[:, [2, 4, 6, 7]] = np.frombuffer(b"\xff" * 8, raw.dtype)[0]
         return jnp.asarray(raw)
 
+    @jax.jit
     def answers(layer):
         scan = layer.scan(q, pages, keys)
         seen = jnp.where(jnp.isneginf(scan.estimate), 0.0, scan.estimate)
@@ -288,7 +289,8 @@ def test_what_lies_beside_the_pages_that_are_seen_is_of_no_effect(rng):
         means = layer.attend_means(q, pages, weights, seen > 1.0)
         return scan.estimate, *means
 
-    layer = Sketch().create(config, 8, size).build(k, v, ids, jnp.full(4, size, jnp.int32))
+    filled = jnp.full(4, size, jnp.int32)
+    layer = jax.jit(SketchLayer.build)(Sketch().create(config, 8, size), k, v, ids, filled)
     wrong = jax.tree.map(spoilt, layer)
     assert np.isnan(np.asarray(wrong.value_scale, np.float32)).any()
     for one, other in zip(answers(layer), answers(wrong), strict=True):

@@ -159,14 +159,14 @@ def check(case, implementation, request):
     return got
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SIMULATED_LONG)
 def test_dense(implementation, rng):
     case = Case()
     check(case, implementation, request_of(case, rng, lengths=[45, 0], count=[130, 65]))
     check(case, implementation, request_of(case, rng, lengths=[126, 113], count=[1, 0], gain=30))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", SIMULATED_LONG)
 def test_lists_of_kv_heads(implementation, rng):
     case = Case(lists=2)
     lengths, count = [100, 126], [130, 129]

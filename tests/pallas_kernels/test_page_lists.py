@@ -1,12 +1,15 @@
 """Lists of wanted pages, against numpy."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from alaya_jax.pallas_kernels.page_lists import compact
+from alaya_jax.pallas_kernels.page_lists import compact as compact_
+
+compact = jax.jit(compact_, static_argnames="capacity")
 
 
 @settings(max_examples=25)

@@ -27,6 +27,20 @@ RUNS = {
 }
 
 
+def each(cases, simulated):
+    """All cases of each implementation; of the simulator, only some are fast."""
+    assert {*simulated} < {*cases}
+    return [
+        pytest.param(
+            name,
+            case,
+            marks=pytest.mark.slow if name == "mosaic_gpu" and case not in simulated else [],
+        )
+        for name in RUNS
+        for case in cases
+    ]
+
+
 def rounded(arrays, sizes):
     """The arrays in the types of a call, and the same as numpy sees them."""
     typed = {name: jnp.asarray(x, dtype_of(name, sizes)) for name, x in arrays.items()}
@@ -46,16 +60,14 @@ def check(got, expected, exact):
 
 # The simulator multiplies in numpy: padded heads are 0, and 0 * -inf warns there.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "kind"), each(KINDS, ("plain", "threshold", "mask")))
 def test_every_kind_of_case(name, kind, rng):
     sizes = Sizes()
     arrays, seen = rounded(make(sizes, kind, rng), sizes)
     check(RUNS[name](arrays), truth(seen, sizes.lists), exact=name in ("reference", "xla"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "variant"), each(VARIANTS, ("D 96, Z 32, float16", "int8")))
 def test_every_size(name, variant, rng):
     sizes = VARIANTS[variant]
     arrays, seen = rounded(make(sizes, "plain", rng), sizes)

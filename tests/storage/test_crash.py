@@ -70,7 +70,9 @@ def test_row_25_killed_at_any_moment(tmp_path, kit, whole, rounds):
     path, rng = tmp_path / "db", random.Random(0)
     header = dataclasses.replace(kit.HEADER, fingerprint="f", title="")
     known, seen = expected(kit, header), 0
-    for i in range(rounds):
+    for i in range(10 * rounds):
+        if i >= rounds and seen > rounds:  # on a busy machine a writer may be killed too early
+            break
         with kit.run_python(WRITER, path, i) as process:
             assert process.stdout.readline() == "ready\n"
             time.sleep(rng.random() * 0.25)
