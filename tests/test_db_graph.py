@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -133,6 +134,22 @@ def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, 
     compare(session, 70, rng)  # as its pages, a session keeps its graph
     with pytest.raises(DatabaseError, match="read_only"):
         again.build_index(id, GRAPH)
+
+
+def test_a_graph_of_a_round_size_stays_in_its_file(open_db, rng, monkeypatch):
+    """On a CPU: nothing of it is copied, so that it may be larger than memory."""
+    monkeypatch.setattr("alaya_jax.storage.checked._MAPPED", 1)
+    db = open_db()
+    document = rng.integers(32, 126, 512)
+    context = db.import_context(document)
+    db.build_index(context, GRAPH, progress=False)
+    found = db._catalogue.store.read_index(context.id, "graph", 1)["neighbours"]
+    layer = context.graph(GRAPH, db.model, 1)
+    np.testing.assert_array_equal(layer.neighbours, found)
+    of_file = Path("/proc/self/maps").read_text().splitlines()
+    at = layer.neighbours.unsafe_buffer_pointer()
+    spans = ([int(x, 16) for x in line.split()[0].split("-")] for line in of_file if ".npy" in line)
+    assert any(first <= at < last for first, last in spans)
 
 
 def test_a_graph_belongs_to_one_context(db, context, document, rng):

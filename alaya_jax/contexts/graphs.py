@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,8 @@ def _asked(
 def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) -> GraphLayer:
     """One layer of a context's graph, on the device.
 
-    Rows are padded to one of four sizes an octave, since a program is compiled for each size.
+    Rows are padded to one of four sizes an octave, since a program is compiled for each size. On a
+    CPU a graph that has such a size stays in its file, mapped: what is walked comes into memory.
 
     Raises:
       GraphError: there is none, or it is damaged.
@@ -147,13 +149,16 @@ def load(store: ContextStore, id: str, wanted: Graph, model: Model, layer: int) 
     near, starts = arrays["neighbours"], arrays["starts"]
     n = near.shape[1]
     step = max(256, (1 << n.bit_length()) // 8)
-    near = np.pad(near, ((0, 0), (0, -n % step), (0, 0)), constant_values=-1)
+    if short := -n % step:
+        near = np.pad(near, ((0, 0), (0, short), (0, 0)), constant_values=-1)
+    elif isinstance(near.base, mmap.mmap):
+        near.base.madvise(mmap.MADV_RANDOM)  # a walk reads a row here and a row there
     return GraphLayer(_place(near, model), _place(starts, model), jnp.asarray(n, jnp.int32))
 
 
 def _place(x: np.ndarray, model: Model) -> jax.Array:
     if model.mesh is None:
-        return jnp.asarray(x)
+        return jax.device_put(x)
     heads = PartitionSpec(model.rules.axis("kv_heads", model.mesh))
     return jax.device_put(x, NamedSharding(model.mesh, heads))
 
