@@ -330,7 +330,7 @@ def test_what_is_no_session_prompt_or_model(db, tmp_path, tiny_model, document):
         (lambda: db.create_session(b"text"), r"whole numbers.*model\.encode"),
         (lambda: db.create_session({1, 2}), r"whole numbers.*model\.encode"),
         (lambda: db.create_session(db), r"whole numbers.*model\.encode"),
-        (lambda: db.create_session(document, reuse=True), "reuse=True.*'exact' or 'any'"),
+        (lambda: db.create_session(document, reuse=True), "reuse=True.*'exact', 'any' or None"),
         (lambda: aj.DB(None, tiny_model), r"DB\(None, \.\.\.\).*path of a directory"),
         (lambda: aj.DB(tmp_path / "x", "smollm2-135m"), r"aj\.load"),
         (lambda: aj.DB(tmp_path / "x", tiny_model, "1GiB"), r"aj\.Budget\(device='1GiB'\)"),

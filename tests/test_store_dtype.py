@@ -34,7 +34,12 @@ def answers(db, prompt, attention=None, **options):
     return ids, logits, session.reused[0]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("int8", name) for name in PLANS] + [("fp8", "range")])
+PAIRS = [("int8", "full"), ("int8", "graph"), ("int8", "sketch"), ("fp8", "range")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*PAIRS, pytest.param("int8", "range", marks=pytest.mark.slow)]
+)
 def test_any_plan_answers_where_it_lies_as_in_the_pool(open_db, document, rng, kind, name):
     db = open_db(store_dtype=kind)
     context = db.import_context(document)

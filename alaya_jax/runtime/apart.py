@@ -78,6 +78,7 @@ class Apart(Stack):
         shapes = x.shape, fed.table.pages.shape
         for link in chain.links:
             (block,), first = link.blocks, link.group.first
+            chain.before(link, layer)
             with self._first("layers", chain, link, shapes):
                 x, *qkv = ask(self.outer, block, x, layer, new, frame=self.frame)
                 with jax.default_device(self._home):
@@ -132,6 +133,7 @@ class Apart(Stack):
         shapes = x.shape, fed.table.pages.shape, np.shape(take)
         for link in chain.links:
             (block,) = link.blocks
+            chain.before(link, layer)
             with self._first("queries", chain, link, shapes):
                 x, *qkv = ask(self.outer, block, x, layer, new, frame=self.frame)
                 qkv = self.at_cache(tuple(qkv))

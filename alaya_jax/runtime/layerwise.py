@@ -95,6 +95,7 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """See `Session.attention`; `queries` has looked at q."""
     c, t = batch.model.config, _tokens_of(q)
+    batch.reading(plans).require_room()
     table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)
     pool, place = batch.pool, getattr(q, "sharding", None)
@@ -103,6 +104,7 @@ def attention(
         kv = pool.kv
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
         indexed = batch.cover(plans)
+        batch.reading(plans).before(layer, 1, kv.k[layer])
         out, counts = engine.attend(
             of_layer(plans, layer),
             batch.stack.at_cache(q) if pool.device is not None else q,
@@ -111,9 +113,9 @@ def attention(
             mesh=pool.mesh,
             rules=pool.rules,
         )
-    if counts.met is not None:
-        batch.verify(dataclasses.replace(counts, met=counts.met[None]), layer)
-        counts = dataclasses.replace(counts, met=None)
+    one = jax.tree.map(lambda x: x[None], counts)
+    met = batch.verify_met(plans, one, layer)
+    counts = dataclasses.replace(counts, met=None)
     way = Way.of(of_layer(plans, layer))
     for b, length in enumerate(batch.lengths):
         end, origin = length + int(batch.ahead[layer]), batch.origins[b]
@@ -122,7 +124,7 @@ def attention(
     by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(pool.mesh))
     # The account is kept by token: the last layer closes it.
     counted = [t if layer == c.num_hidden_layers - 1 else 0] * batch.size
-    on_read(by_layer, np.asarray(table.length).tolist(), counted, t)
+    on_read(by_layer, np.asarray(table.length).tolist(), counted, t, met)
     return out if pool.device is None or place is None else jax.device_put(out, place)
 
 
