@@ -16,9 +16,21 @@ class Budget:
       device: for the KV pages of all contexts in use and all sessions, over all devices that the
         pages are split over; bytes, or a string such as "8GiB". What a mesh holds in copies (one
         for each step of its `data` axis) is counted once.
+      host: for what is read where it lies, in files that are mapped: so much of them, and of what
+        indexes know of their pages, is kept in memory by this process; what was read longest ago
+        is let go of, pages of pinned contexts after others, and what indexes know last. Bytes, a
+        string, or None: as much as the system keeps.
+
+    Raises:
+      RequestError: `host` is no size.
     """
 
     device: int | str = "2GiB"
+    host: int | str | None = None
+
+    def __post_init__(self):
+        if self.host is not None:
+            bytes_of(self.host, "Budget(host=...)")
 
     @property
     def device_bytes(self) -> int:
@@ -30,9 +42,19 @@ class Budget:
         return bytes_of(self.device, "Budget(device=...)")
 
     @property
+    def host_bytes(self) -> int | None:
+        """`host` in bytes; None: no bound."""
+        return None if self.host is None else bytes_of(self.host, "Budget(host=...)")
+
+    @property
     def setting(self) -> str:
-        """How errors name this setting."""
+        """How errors name `device`."""
         return f"Budget(device={self.device!r})"
+
+    @property
+    def host_setting(self) -> str:
+        """How errors name `host`."""
+        return f"Budget(host={self.host!r})"
 
     def pages(self, model: Model, page_size: int) -> int:
         """How many pages of a model's keys and values fit.

@@ -19,6 +19,7 @@ from alaya_jax import prompts
 from alaya_jax.at_rest import STORE_DTYPES, StoreDtype
 from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagedSequence, PagePool
+from alaya_jax.cache.residency import PagesMet
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.catalogue import Catalogue, Tier, finite
 from alaya_jax.contexts.context import Context
@@ -43,15 +44,45 @@ class DatabaseStats(StoreStats):
     Attributes:
       bytes_pool: keys and values that the pool has room for.
       bytes_pool_used: of these, in pages of contexts in memory and of sessions.
+      bytes_host: keys and values of mapped files, and what indexes know of them, that were read
+        and not let go of since.
+      bytes_host_leaves: of these, what indexes know.
+      host_limit: bytes that they may be, `Budget(host=...)`; None: no bound.
+      pages_memory: how often a program met a mapped page of a kv head that was in memory, by this
+        account.
+      pages_disk: and one that was not.
+      bytes_read: keys and values that came into memory so.
+      bytes_verified: that were compared with their checksums.
     """
 
     bytes_pool: int
     bytes_pool_used: int
+    bytes_host: int
+    bytes_host_leaves: int
+    host_limit: int | None
+    pages_memory: int
+    pages_disk: int
+    bytes_read: int
+    bytes_verified: int
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the mapped pages met that were in memory; None where none was met."""
+        return PagesMet.hit_rate(self.pages_memory, self.pages_disk)
 
     def rows(self) -> dict[str, str]:
         """The same for people."""
         pool = f"{nbytes(self.bytes_pool_used)} of {nbytes(self.bytes_pool)} are in use"
-        return super().rows() | {"pool": pool}
+        most = "no bound" if self.host_limit is None else f"at most {nbytes(self.host_limit)}"
+        leaves = nbytes(self.bytes_host_leaves)
+        host = f"{nbytes(self.bytes_host)} of mapped pages are kept ({most}; {leaves} of leaves)"
+        rows = super().rows() | {"pool": pool, "host": host}
+        if self.hit_rate is not None:
+            rows["met"] = (
+                f"{self.pages_memory + self.pages_disk:,} mapped pages, {self.hit_rate:.1%} were "
+                f"in memory; {nbytes(self.bytes_read)} read, {nbytes(self.bytes_verified)} verified"
+            )
+        return rows
 
 
 Reuse = Literal["exact", "any"]
@@ -128,16 +159,15 @@ class DB:
                 "to store keys and values as they were computed"
             )
         self.store_dtype = store_dtype
-        num_pages = self.budget.pages(model, page_size)
+        self.budget.pages(model, page_size)  # refused before anything is made
         shared = RemoteContexts(SharedStore(remote)) if remote is not None else None
         store = PoolStore(path, read_only=read_only)
         self._catalogue = Catalogue(
             store,
             model,
             namespace,
-            num_pages=num_pages,
             page_size=page_size,
-            setting=self.budget.setting,
+            budget=self.budget,
             store_dtype=store_dtype,
         )
         self._sharing = Sharing(self._catalogue, shared) if shared is not None else None
@@ -412,10 +442,18 @@ class DB:
         """
         there, pool = self._catalogue.store.stats(), self.pool
         used = (pool.capacity_tokens - pool.free_tokens) * self.token_bytes
+        kept = self._catalogue.residency
         return DatabaseStats(
             **dataclasses.asdict(there),
             bytes_pool=pool.capacity_tokens * self.token_bytes,
             bytes_pool_used=used,
+            bytes_host=kept.nbytes,
+            bytes_host_leaves=kept.leaves_nbytes,
+            host_limit=kept.limit,
+            pages_memory=kept.memory,
+            pages_disk=kept.disk,
+            bytes_read=kept.bytes_read,
+            bytes_verified=kept.bytes_verified,
         )
 
     def close(self) -> None:

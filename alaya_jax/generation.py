@@ -254,7 +254,7 @@ class _Request:
             prefill = attention  # which says what it means for a prefill
         plans = session.plans(attention, longest), session.plans(prefill, max(ends), prefill=True)
         # The last token sampled is never fed, so it needs no room.
-        session.batch.make_room([len(row) + max_new_tokens - 1 for row in rows])
+        session.batch.make_room([len(row) + max_new_tokens - 1 for row in rows], *plans)
 
         self.session = session
         self._tokenizer = model.tokenizer
@@ -341,8 +341,7 @@ class _Request:
         return Decoding(
             session.batch.stack,
             session.pool,
-            self._attention,
-            lambda: session.batch.cover(self._attention),
+            lambda: session.batch.chain(self._attention),
             end_ids,
             (self._processors, self._sampler),
         )
@@ -361,10 +360,11 @@ class _Request:
                 under_way, left = decoding.step(), left - 1
             if finished is not None:
                 token, logprob, alternatives, length, count = read(finished)
-                self.session.batch.verify(finished.counts)
+                batch, plans = self.session.batch, self._attention
+                met = batch.verify_met(plans, finished.counts)
                 if count.any():
                     self.session.account.count(
-                        "decode", self._attention, finished.counts, length.tolist(), count
+                        "decode", plans, finished.counts, length.tolist(), count, met=met
                     )
                     yield token, logprob, alternatives
 

@@ -189,7 +189,7 @@ class Session:
             raise RequestError("prefill: there are no tokens to run the model over")
         longest = max(n + len(row) for n, row in zip(self.lengths, rows, strict=True))
         plans = self.plans(attention, longest, prefill=True)
-        self.batch.make_room([len(row) for row in rows])
+        self.batch.make_room([len(row) for row in rows], plans)
         on_read = self.account.on_read("prefill", plans)
         passed, _ = self.batch.feed(rows, plans, on_read, on_chunk)
         return self.batch.stack.logits(passed)

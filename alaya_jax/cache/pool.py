@@ -324,7 +324,7 @@ class PagePool:
         pages = sequence.pages[: -(-length // self.page_size)]
         with self.lock:
             self._allocator.share(self.own(pages))
-        return PagedSequence(pages.copy(), length, sequence.host)
+        return PagedSequence(pages.copy(), length, sequence.host and sequence.host.again())
 
     def mapped(self, host: HostPool, length: int) -> PagedSequence:
         """The first `length` tokens in mapped files: they take nothing of the pool."""

@@ -6,6 +6,7 @@ attention reads a page where it lies. On a CPU a mapped file enters a program as
 copy: of a context on disk only the pages that are read come into memory.
 """
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from alaya_jax.at_rest import StoreDtype, decoded
+from alaya_jax.cache.residency import FileAccount, PagesMet, Residency
 
 
 @jax.tree_util.register_dataclass
@@ -72,9 +74,9 @@ class HostPages:
 class Verify(Protocol):
     """Compares pages of a layer with their checksums."""
 
-    def __call__(self, layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> None:
-        """Raises ContextError where one is damaged; of `asked`, bool [2, K, n], only keys (0) and
-        values (1) of heads and pages that are true.
+    def __call__(self, layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> int:
+        """How many bytes were not compared before; raises ContextError where a page is damaged. Of
+        `asked`, bool [2, K, n], only keys (0) and values (1) of heads and pages that are true.
         """
         ...
 
@@ -102,6 +104,10 @@ class Leaves(Protocol):
         """Puts leaves, [K, n, ...] of each array, into the file; whether `arrays` hold them now."""
         ...
 
+    def let_go(self, pages: np.ndarray) -> None:
+        """Gives back the memory of some pages' leaves; they are read again when next used."""
+        ...
+
 
 class HostPool:
     """A context's pages in mapped files, of all layers. They stay as long as this object lives.
@@ -111,6 +117,8 @@ class HostPool:
       layers: of each layer; among the Q pages are those of other contexts.
       pages: int32 [n], the context's, in order.
       births: int64 [n], which write made each: what was learnt of a page holds for its birth.
+      account: of what is kept of these files in memory.
+      reads: what was met of its pages since somebody last took this account.
     """
 
     def __init__(
@@ -120,7 +128,8 @@ class HostPool:
         pages: np.ndarray,
         births: np.ndarray,
         *,
-        verify: Verify = lambda layer, pages, asked=None: None,
+        account: FileAccount | None = None,
+        verify: Verify = lambda layer, pages, asked=None: 0,
         leaves: Callable[
             [int, Mapping[str, Any], Sequence[tuple[tuple[int, ...], str]]], Leaves | None
         ] = lambda layer, made, arrays: None,
@@ -128,22 +137,61 @@ class HostPool:
     ):
         """Args:
         name, layers, pages, births: see the class.
+        account: see the class; None begins one without a bound.
         verify: see `Verify`.
         leaves: opens the file of what an index knows of a layer: (layer, all that it depends on
           beside the pages, shape and dtype of each array); None where there is none.
         release: called when nobody holds the pool any more.
         """
         self.name, self.layers, self.pages, self.births = name, layers, pages, births
+        k = layers[0].k
+        heads = k.shape[0]
+        rows = k.rows if isinstance(k, Coded) else k
+        self.account = account or FileAccount(Residency(), name, rows)
         self._verify, self.leaves = verify, leaves
-        pieces = len(layers), 2, layers[0].k.shape[0], len(pages)
-        self._verified = np.zeros(pieces, bool)
+        self._verified = np.zeros((len(layers), 2, heads, len(pages)), bool)
         """Of each layer, of keys and values, each head and page."""
+        self.reads = PagesMet.nothing(len(layers))
+        self._first: HostPool | None = None
         self._end = weakref.finalize(self, release)
+
+    def again(self) -> "HostPool":
+        """The same pages for another holder, with an account of its own of what was met."""
+        other = copy.copy(self)
+        other._first = self._first or self
+        other.reads = PagesMet.nothing(len(self.layers))
+        return other
 
     @property
     def num_pages(self) -> int:
         """Q."""
         return self.layers[0].k.shape[1]
+
+    def take_reads(self) -> PagesMet:
+        """`reads`, which begins anew."""
+        reads, self.reads = self.reads, PagesMet.nothing(len(self.layers))
+        return reads
+
+    def meet(self, layer: int, met: UInt8[np.ndarray, "K N"] | int, *, in_pool: int = 0) -> int:
+        """Counts pages that a program meets.
+
+        Args:
+          layer: which.
+          met: of the first N pages, whether keys (1) and values (2) are read; or N: all of these.
+          in_pool: pages of each head that it meets in the pool.
+
+        Returns:
+          bytes that were not in memory.
+        """
+        count, pieces = (met, None) if isinstance(met, int) else (met.shape[1], met)
+        residency, kept = self.account.residency, self.account.layer(layer)
+        memory, disk, size = residency.touch(kept, self.pages[:count], pieces)
+        residency.count(memory, disk)
+        self.reads.pool[layer] += in_pool
+        self.reads.memory[layer] += memory
+        self.reads.disk[layer] += disk
+        self.reads.bytes_read[layer] += size
+        return size
 
     def verify(self, layer: int, pages: np.ndarray | None = None) -> None:
         """Compares a layer's pages, or some of them, with their checksums, once.
@@ -153,28 +201,39 @@ class HostPool:
         """
         if self._verified[layer].all():
             return
-        if pages is not None:
-            self._verify(layer, pages)
-        else:
-            self._verify(layer, self.pages)
+        self._read(layer, self.pages if pages is None else pages)
+        if pages is None:
             self._verified[layer] = True
 
-    def verify_met(self, layer: int, met: UInt8[np.ndarray, "K N"]) -> None:
-        """Compares pages that an answer came from with their checksums, once.
+    def _read(self, layer: int, pages: np.ndarray) -> None:
+        """Compares pages with their checksums; they are in memory then."""
+        residency = self.account.residency
+        since = residency.now
+        *_, size = residency.touch(self.account.layer(layer), pages)
+        self.reads.bytes_read[layer] += size
+        residency.make_room(since=since)
+        self._compared(layer, self._verify(layer, pages))
 
-        Args:
-          layer: which.
-          met: of the first N pages, whether keys (1) and values (2) were read.
+    def _compared(self, layer: int, count: int) -> None:
+        self.reads.bytes_verified[layer] += count
+        self.account.residency.verified(count)
+
+    def verify_met(self, layer: int, met: UInt8[np.ndarray, "K N"], *, in_pool: int = 0) -> int:
+        """Counts pages that an answer came from, and compares them with their checksums, once.
+
+        Args, returns: see `meet`.
 
         Raises:
           ContextError: one is damaged.
         """
+        size = self.meet(layer, met, in_pool=in_pool)
         known = self._verified[layer][..., : met.shape[1]]
         missing = np.stack([met & 1, met & 2]).astype(bool) & ~known
         pages = np.flatnonzero(missing.any(axis=(0, 1)))
         if len(pages):
-            self._verify(layer, self.pages[pages], missing[..., pages])
+            self._compared(layer, self._verify(layer, self.pages[pages], missing[..., pages]))
             known |= missing
+        return size
 
     def verified(self) -> tuple[HostPages, ...]:
         """`layers`, all of them compared with their checksums; raises as `verify`."""
@@ -189,7 +248,7 @@ class HostPool:
           ContextError: one is damaged.
         """
         for layer in range(len(self.layers)):
-            self._verify(layer, pages)
+            self._read(layer, pages)
         k, v = (
             np.stack([_copied(pool, pages) for pool in pools])
             for pools in zip(*((one.k, one.v) for one in self.layers), strict=True)

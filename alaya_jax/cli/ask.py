@@ -37,6 +37,7 @@ def ask(
     stop: options.Stop = None,
     date: options.Day = None,
     memory: options.Memory = None,
+    host_memory: options.HostMemory = None,
     json: options.Json = False,
 ) -> None:
     """Answer a question about a document.
@@ -71,7 +72,7 @@ def ask(
     loaded = runtime.load_model(model, options.scheme(quantize), options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
-    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)
+    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory, host_memory)
     database, start = runtime.open_for_document(
         path, loaded, budget, document, date, options.store_dtype(store_dtype)
     )

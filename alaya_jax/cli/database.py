@@ -235,6 +235,7 @@ def index(
     rope: options.Rope = None,
     db: options.Database = None,
     memory: options.Memory = None,
+    host_memory: options.HostMemory = None,
     json: options.Json = False,
 ) -> None:
     """Build an index over the keys of a context, and keep it.
@@ -256,9 +257,8 @@ def index(
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
 
-    with DB(
-        options.database_path(db), loaded, budget_for(loaded, record.num_tokens, memory)
-    ) as opened:
+    budget = budget_for(loaded, record.num_tokens, memory, host_memory)
+    with DB(options.database_path(db), loaded, budget) as opened:
         if record.id not in {context.id for context in opened.contexts}:
             raise ContextError(
                 f"context {record.id} was made by another model than {loaded.name}; give it with "

@@ -35,6 +35,7 @@ def explain(
     ] = "recovery",
     date: options.Day = None,
     memory: options.Memory = None,
+    host_memory: options.HostMemory = None,
     json: options.Json = False,
 ) -> None:
     """Show what an answer reads of a document, and how good that is.
@@ -68,7 +69,7 @@ def explain(
     loaded = runtime.load_model(model, rope=options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
-    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory)
+    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory, host_memory)
     database, start = runtime.open_for_document(path, loaded, budget, document, date)
     with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):

@@ -44,6 +44,7 @@ def generate(
     stop: options.Stop = None,
     date: options.Day = None,
     memory: options.Memory = None,
+    host_memory: options.HostMemory = None,
     json: options.Json = False,
 ) -> None:
     """Generate text from a prompt.
@@ -82,7 +83,7 @@ def generate(
         ids = prompts.prompt(tokenizer, [{"role": "user", "content": text}], date=date).ids
     else:
         ids = tokenizer.encode(text, allow_special=False)
-    budget = runtime.budget_for(loaded, len(ids) + max_new_tokens, memory)
+    budget = runtime.budget_for(loaded, len(ids) + max_new_tokens, memory, host_memory)
     with (
         tempfile.TemporaryDirectory(prefix="alaya-") as scratch,
         DB(db or Path(scratch) / "db", loaded, budget, read_only=db is not None) as database,

@@ -56,6 +56,15 @@ Memory = Annotated[
         show_default="what the prompt needs",
     ),
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for stored pages that --memory has no room for, which are read in the "
+        "database's files.",
+        show_default="what the system keeps",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Stop after so many tokens.")]
 Temperature = Annotated[
     float,

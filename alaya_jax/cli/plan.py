@@ -44,6 +44,7 @@ def plan(
             show_default="what the device has beside the weights",
         ),
     ] = None,
+    host_memory: options.HostMemory = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -78,17 +79,32 @@ def plan(
     asked = Auto(tpot=tpot, recovery=recovery, device_memory=memory)
     runtime.start_jax()
 
+    from alaya_jax.budget import Budget
+    from alaya_jax.errors import PlanError
     from alaya_jax.optimizer.situation import choose_before
+    from alaya_jax.runtime.reading import least
+    from alaya_jax.units import nbytes
 
     config, kind, of_model = described(model, options.rope(rope))
     tokens = tokens or config.max_length
     choice = choose_before(asked, config, dtype or kind, tokens, batch=batch, **of_model)
     if tokens > config.max_length:
         note(f"{model} declares at most {config.max_length:,} tokens.")
+    plans = [layer.plan for layer in choice.layers]
+    pages = -(-tokens // choice.work.page_size)
+    need = least(plans, config, choice.work.page_size, choice.work.dtype, [pages] * batch)
+    limit = Budget(host=host_memory).host_bytes
+    if limit is not None and (problem := need.problem(limit)):
+        raise PlanError(f"{problem} (--host-memory)")
     if json:
-        report({"model": model, **choice.to_dict()})
+        host = {"least": need.nbytes, "leaves": need.leaves, "limit": limit}
+        report({"model": model, **choice.to_dict(), "host": host})
     else:
         show(choice.table())
+        note(
+            f"Read in a database's files, it keeps at least {nbytes(need.nbytes)} of them in "
+            "memory (--host-memory)."
+        )
 
 
 def described(model: str, rope: "Rope | None" = None) -> "tuple[LlamaConfig, str, dict[str, Any]]":

@@ -74,17 +74,25 @@ def load_model(name: str, quantize: "Scheme | None" = None, rope: "Rope | None" 
     return load(name, quantize=quantize, rope=rope)
 
 
-def budget_for(model: "Model", tokens: int, memory: str | None = None) -> "Budget":
-    """Memory for prompts of so many tokens, unless a size is given.
+def budget_for(
+    model: "Model", tokens: int, memory: str | None = None, host_memory: str | None = None
+) -> "Budget":
+    """Memory for prompts of so many tokens, unless a size is given; and for what is read in files.
 
     A power of two, because programs are compiled anew for another size.
     """
     from alaya_jax.budget import Budget
 
     if memory is not None:
-        return Budget(device=memory)
+        return Budget(device=memory, host=host_memory)
     room = max(_LEAST_ROOM, 1 << (tokens + _SLACK - 1).bit_length())
-    return Budget(device=room * model.token_bytes)
+    return Budget(device=room * model.token_bytes, host=host_memory)
+
+
+def with_option(error: CacheFullError) -> CacheFullError:
+    """The same, naming the command line's option."""
+    option = "--host-memory" if "Budget(host=" in str(error) else "--memory"
+    return CacheFullError(f"{error} (on the command line: {option} SIZE)")
 
 
 def open_for_document(
@@ -133,7 +141,7 @@ def import_document(db: "DB", tokens: "np.ndarray", title: str) -> Imported:
     try:
         context = db.import_context(tokens, title=title)
     except CacheFullError as error:
-        raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error
+        raise with_option(error) from error
     return Imported(context, context.id not in before, time.perf_counter() - started)
 
 
@@ -238,7 +246,7 @@ def answer(
             result.compile_s = run.timing.compile_s
             decode = session.explain().to_dict()["phases"].get("decode")
     except CacheFullError as error:
-        raise CacheFullError(f"{error} (on the command line: --memory SIZE)") from error
+        raise with_option(error) from error
     if decode:
         result.keys_per_step = {
             name: decode[f"keys_{name}_per_step"] for name in ("visible", "scanned", "attended")

@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from alaya_jax.at_rest import StoreDtype, decoded, encoded
+from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagedSequence, PagePool
+from alaya_jax.cache.residency import FileAccount, Residency
 from alaya_jax.cache.tiers import Coded, HostPages, HostPool
 from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
@@ -45,6 +47,7 @@ class Catalogue:
     Attributes:
       store: where they are at rest.
       pool: pages of the contexts that are in memory, and of all sessions.
+      residency: what is kept in memory of pages that are read where they lie.
       indexes: what indexes know of these pages.
       stack: the model's layers, as compiled programs.
     """
@@ -55,17 +58,19 @@ class Catalogue:
         model: Model,
         namespace: str,
         *,
-        num_pages: int,
         page_size: int,
-        setting: str,
+        budget: Budget,
         store_dtype: StoreDtype | None = None,
     ):
         """Args:
         store: taken over: `close` closes it.
         model, namespace: whose contexts these are; others in the store are not shown.
-        num_pages, page_size: of the pool, which evicts contexts when its pages run out.
-        setting: the one to name when that is not enough.
+        page_size: of the pool, which evicts contexts when its pages run out.
+        budget: of the pool, and of what is kept in memory of mapped files.
         store_dtype: what new contexts are stored in; None: as they were computed.
+
+        Raises:
+          RequestError: see `Budget.pages`.
         """
         self._model, self._namespace = model, namespace
         self._store_dtype: StoreDtype | None = store_dtype
@@ -73,13 +78,16 @@ class Catalogue:
         self.pool = PagePool(
             model.config,
             model.dtype,
-            num_pages,
+            budget.pages(model, page_size),
             page_size,
-            setting,
+            budget.setting,
             mesh=model.mesh,
             rules=model.rules,
             evict=self.evict,
         )
+        self.residency = Residency(budget.host_bytes, budget.host_setting)
+        self._mapped: dict[str, dict[str, tuple[Context, np.ndarray]]] = {}
+        """Contexts that were mapped and their pages, by the files' name and their id."""
         self.indexes = PageIndexes(self.pool)
         self.stack = Stack(model.params, model.frame, model.layers_per_program)
         self._contexts: dict[str, Context] = {}
@@ -229,22 +237,36 @@ class Catalogue:
 
         try:
             there = tuple(HostPages(*map(entered, mapped.layer(layer))) for layer in layers)
+            keys, _ = mapped.layer(0)
         except BaseException:
             mapped.close()
             raise
 
-        def verify(layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> None:
+        def verify(layer: int, pages: np.ndarray, asked: np.ndarray | None = None) -> int:
             try:
-                mapped.verify(layer, pages, asked)
+                return mapped.verify(layer, pages, asked)
             except ContextError as error:
                 context.problem = str(error)
                 raise
 
-        listed = mapped.pages, mapped.births
+        name = mapped.name
+        beside = self._mapped.setdefault(name, {})
+        beside[context.id] = context, mapped.pages
+
+        def pinned() -> np.ndarray | None:
+            lists = [pages for context, pages in list(beside.values()) if context.pinned]
+            if not lists:
+                return None
+            found = np.zeros(keys.shape[1], bool)
+            found[np.concatenate(lists)] = True
+            return found
+
         host = HostPool(
-            mapped.name,
+            name,
             there,
-            *listed,
+            mapped.pages,
+            mapped.births,
+            account=FileAccount(self.residency, name, keys, let_go=mapped.let_go, pinned=pinned),
             verify=verify,
             leaves=mapped.leaves,
             release=mapped.close,
@@ -326,7 +348,9 @@ class Catalogue:
         shown = {record.id: record for record in filter(None, map(self._shown, self.store.list()))}
         for id, context in list(self._contexts.items()):
             if id not in shown or shown[id].created != context.created:
-                self.drop(self._contexts.pop(id))
+                gone = self._contexts.pop(id)
+                gone.pinned = False
+                self.drop(gone)
         for id, record in shown.items():
             if id in self._contexts:
                 self._contexts[id].pinned = record.pinned

@@ -20,6 +20,7 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan
 from alaya_jax.runtime.programs import Fed
+from alaya_jax.runtime.reading import Reading
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.storage import ContextStore
 
@@ -101,8 +102,10 @@ def _asked(
     group = c.num_attention_heads // c.num_key_value_heads
     step = max(1, math.ceil(group / index.queries))  # every head of a group asks
     none = (None,) * c.num_hidden_layers
-    host = None if sequence.host is None else sequence.host.verified()
-    chain = stack.chain(Plan(Full()), stack.put(Indexed(none, np.zeros(1, np.int32), host)))  # type: ignore[arg-type]
+    host = None if sequence.host is None else sequence.host.layers
+    indexed = Indexed(none, np.zeros(1, np.int32), host)  # type: ignore[arg-type]
+    plan = Plan(Full())
+    chain = stack.chain(plan, stack.put(indexed), Reading(pool, [sequence], plan))
     for first in range(0, len(tokens), CHUNK):
         part = tokens[first : first + CHUNK]
         chunk = np.zeros((1, CHUNK), np.int32)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.residency import PagesMet
 from alaya_jax.explain.reads import Reads
 from alaya_jax.model import Model
 from alaya_jax.optimizer.choice import PlanChoice
@@ -42,6 +43,7 @@ class Account:
         lengths: list[int],
         new: Any,
         tokens: int = 1,
+        met: PagesMet | None = None,
     ) -> None:
         """Adds what a program read.
 
@@ -51,6 +53,7 @@ class Account:
           lengths: tokens of each sequence before it.
           new: new tokens of each.
           tokens: of each sequence that the program took at once.
+          met: pages, where some are mapped.
         """
         reads = self.reads.get(phase)
         if reads is None or not reads.is_of(plans):
@@ -62,3 +65,5 @@ class Account:
             for length, n in zip(lengths, new, strict=True)
         )
         reads.add(counts, visible, int(np.sum(new)))
+        if met is not None:
+            reads.met.add(met)

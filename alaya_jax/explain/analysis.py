@@ -28,6 +28,7 @@ from alaya_jax.query import DIPR, Full, Tiles
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.programs import Fed
+from alaya_jax.runtime.reading import Reading
 from alaya_jax.sharding import laid, whole
 
 REPEATS = 5
@@ -167,12 +168,14 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
     before = dataclasses.replace(table, length=table.length - 1)
     stack = batch.stack
     one = Fed(tokens[None, -1:], np.ones(1, np.int32), before)  # type: ignore[arg-type]
-    chain = stack.chain(plans, stack.put(indexed))
+    chain = stack.chain(plans, stack.put(indexed), Reading(pool, [held], plans))
     asked = stack.queries(pool.kv, chain, stack.put(one), np.zeros(1, np.int32))
     q = list(asked)  # of each layer [1, 1, H, D]
     shares = [_wanted(of_layer(plans, i), wanted) for i in range(layers)]
     rows = []
+    whole_layers = Reading(pool, [held], Plan(Full()))
     for layer in range(layers):
+        whole_layers.before(layer, 1)
         plan, index = of_layer(plans, layer), indexed.layers[layer]
         memory = Memory(pool.kv, before, indexed).layer(layer)
         attend = functools.partial(

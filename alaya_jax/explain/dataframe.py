@@ -33,6 +33,13 @@ COLUMNS = {
     "mass_estimated": "share of the attention mass by the index's estimate, mean over query heads",
     "searches_widened": "searches that had no room and were answered by a scan, over all heads",
     "bytes": "of keys, values and index read for a query token, all heads",
+    "pages_met": "pages of a kv head that were met, each time; None where none are mapped",
+    "pages_pool": "of these, in the pool",
+    "pages_memory": "of mapped files, met before and not let go of since",
+    "pages_disk": "of mapped files, others",
+    "hit_rate": "share of the mapped pages met that were in memory",
+    "bytes_read": "keys and values that came into memory from mapped files",
+    "bytes_verified": "keys and values that were compared with their checksums",
     "recovery": "analysis: the true share of the mass, mean over query heads",
     "recovery_least": "analysis: of the worst head",
     "error": "analysis: |out - full| / |full|, mean over query heads",
@@ -103,7 +110,14 @@ def _read(phase: str, row: dict[str, Any], reads: Reads) -> dict[str, Any]:
         "mass_estimated": _mean(row["mass_estimated"]),
         "searches_widened": sum(row["widened"]),
         "bytes": row["bytes"],
+        **_pages(row["pages"] or {}),
     }
+
+
+def _pages(pages: dict[str, Any]) -> dict[str, Any]:
+    counts = {f"pages_{name}": pages.get(name) for name in ("met", "pool", "memory", "disk")}
+    names = "hit_rate", "bytes_read", "bytes_verified"
+    return counts | {name: pages.get(name) for name in names}
 
 
 def _analyzed(row: dict[str, Any]) -> dict[str, Any]:

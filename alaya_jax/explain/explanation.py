@@ -149,7 +149,11 @@ class Explanation:
         why = {"prefill": self.prefill.reason} if self.prefill else {}
         if self.choice and self.choice.graph:
             why |= dict.fromkeys(("decode", "attention"), self.choice.graph)
-        found = [_reads_table(name, reads, why.get(name)) for name, reads in self.phases.items()]
+        found = []
+        for name, reads in self.phases.items():
+            found.append(_reads_table(name, reads, why.get(name)))
+            if reads.tier == "host":
+                found.append(_pages_table(name, reads.to_dict()))
         if self.planned is not None:
             found.append(_planned_table(self.planned, self.choice))
         if self.analysis is not None:
@@ -224,6 +228,26 @@ def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
     columns = ("layer", "<plan", "scored", "read (by kv head)", "attended (by head)")
     columns = (*columns, "least est. mass", "bytes a token")
     return show.Table(title, columns, show.alike(rows), tuple(notes))
+
+
+def _pages_table(name: str, d: dict[str, Any]) -> show.Table:
+    """Where the pages were that a phase met."""
+
+    def row(pages: dict[str, Any]) -> tuple[str, ...]:
+        rate = pages["hit_rate"]
+        counts = (units.count(pages[name]) for name in ("met", "pool", "memory", "disk"))
+        sizes = (units.nbytes(pages[name]) for name in ("bytes_read", "bytes_verified"))
+        return (*counts, "-" if rate is None else f"{rate:.1%}", *sizes)
+
+    columns = ("layer", "met", "in the pool", "in memory", "from disk", "hit rate", "read")
+    columns = (*columns, "verified")
+    rows = show.alike([row(one["pages"]) for one in d["by_layer"]])
+    title = f"{name}: pages of a kv head, each time it was met, {d['steps']} query tokens"
+    notes = (
+        "of mapped pages, in memory: met before and not let go of since (Budget(host=...)), by "
+        "the session's own account",
+    )
+    return show.Table(title, columns, [*rows, ("all", *row(d["pages"]))], notes)
 
 
 def _planned_table(planned: list[dict[str, Any]], choice: PlanChoice | None) -> show.Table:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
+from alaya_jax.cache.residency import PagesMet
 from alaya_jax.explain.implementation import implementation_of
 from alaya_jax.index import Flat, Graph
 from alaya_jax.model import Model
@@ -24,6 +25,7 @@ class Reads:
       attended, scored, read: int64 [L, H], summed over them; see `Counts`.
       mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
       widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
+      met: pages, where some are mapped.
     """
 
     def __init__(self, plans: Plans, model: Model, page_size: int, tokens: int = 1):
@@ -37,6 +39,7 @@ class Reads:
             np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(4)
         )
         self.mass = np.zeros(self.read.shape)
+        self.met = PagesMet.nothing(c.num_hidden_layers)
         self._model, self._page_size = model, page_size
         self._pending: list[Counts] = []
 
@@ -85,11 +88,29 @@ class Reads:
             "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
             "widened": self.widened[layer].tolist(),
             "bytes": self._bytes(plan, layer, read),
+            "pages": self._pages(layer),
         }
 
     def _placed(self, layer: int) -> dict[str, Any]:
         plan = of_layer(self.plans, layer)
-        return _placed(implementation_of(plan, self._model, self._page_size, self._tokens))
+        runs = implementation_of(plan, self._model, self._page_size, self._tokens)
+        return _placed(runs, self.tier)
+
+    @property
+    def tier(self) -> str:
+        """Where stored pages were: "host", where any were in mapped files, else "device"."""
+        return "host" if (self.met.memory + self.met.disk).any() else "device"
+
+    def _pages(self, layer: int | slice = slice(None)) -> dict[str, Any] | None:
+        """Pages of a kv head that were met, in a layer or in all, each time they were: of the pool,
+        of mapped files in memory, and those that were not; None where none are mapped.
+        """
+        if self.tier == "device":
+            return None
+        met = dataclasses.asdict(self.met)
+        counts = {name: int(np.sum(numbers[layer])) for name, numbers in met.items()}
+        pool, memory, disk = counts["pool"], counts["memory"], counts["disk"]
+        return {"met": pool + memory + disk, **counts, "hit_rate": PagesMet.hit_rate(memory, disk)}
 
     def mean(self, what: str) -> np.ndarray:
         """float64 [L, H], "attended" or "mass_estimated" a query token."""
@@ -130,7 +151,7 @@ class Reads:
             "query": _describe(self.plans),
             "index": ", ".join(dict.fromkeys(indexes)) or None,
             "implementation": ", ".join(dict.fromkeys(row["implementation"] for row in rows)),
-            "tier": "device",
+            "tier": self.tier,
             "steps": self.queries,
             "keys_visible_per_step": self.visible / n,
             "keys_scanned_per_step": float(self.scored.mean() / n),
@@ -139,20 +160,23 @@ class Reads:
             "bytes_per_step": float(sum(row["bytes"] for row in rows)),
             "mass_estimated": float(np.mean(masses)) if masses else None,
             "searches_widened": int(self.widened.sum()),
+            "pages": self._pages(),
             "layers": by_layer.tolist(),
             "by_layer": rows,
         }
 
 
 def planned_rows(
-    plans: Plans, model: Model, page_size: int, choice: PlanChoice | None
+    plans: Plans, model: Model, page_size: int, choice: PlanChoice | None, tier: str = "device"
 ) -> list[dict[str, Any]]:
-    """What would run, one row a layer; with predictions where `Auto` chose."""
+    """What would run, one row a layer; with predictions where `Auto` chose. `tier`: where stored
+    pages are read.
+    """
     rows = []
     for layer in range(model.config.num_hidden_layers):
         plan = of_layer(plans, layer)
         runs = implementation_of(plan, model, page_size)
-        row = {"layer": layer, **plan_fields(plan), **_placed(runs)}
+        row = {"layer": layer, **plan_fields(plan), **_placed(runs, tier)}
         if choice is not None:
             row |= choice.layers[layer].to_dict()
         rows.append(row)
@@ -171,10 +195,10 @@ def plan_fields(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _placed(runs: Implementation) -> dict[str, Any]:
+def _placed(runs: Implementation, tier: str) -> dict[str, Any]:
     """Where it runs and by what; `passed_over`: what is faster, and why it cannot."""
     return {
-        "tier": "device",
+        "tier": tier,
         "implementation": runs.implementation,
         "passed_over": dict(runs.passed_over),
         "platform": runs.target.platform,

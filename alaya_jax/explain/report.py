@@ -40,7 +40,9 @@ def report(
         choice = None
     wanted = choice.auto.recovery if choice else WANTED
     in_files = [batch.pool.in_files(sequence) for sequence in batch.sequences]
-    rows = planned_rows(plans, batch.model, batch.pool.page_size, choice) if planned else None
+    tier, size = "host" if any(in_files) else "device", batch.pool.page_size
+    rows = planned_rows(plans, batch.model, size, choice, tier) if planned else None
+    analysis = None if analyzed is None else analyze(batch, plans, analyzed, wanted)
     return Explanation(
         tokens=batch.lengths,
         reused=batch.reused,
@@ -50,7 +52,7 @@ def report(
         planned=rows,
         choice=choice,
         prefill=_prefill_choice(account),
-        analysis=None if analyzed is None else analyze(batch, plans, analyzed, wanted),
+        analysis=analysis,
         in_files=in_files if any(in_files) else None,
     )
 

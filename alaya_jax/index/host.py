@@ -10,6 +10,7 @@ room.
 
 import functools
 import mmap
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,16 @@ class HostIndex:
     def in_memory(self) -> bool:
         """Whether it is held in this process's memory."""
         return self._memory is not None
+
+    @property
+    def let_go(self) -> Callable[[np.ndarray], None] | None:
+        """Gives back the memory of some pages' leaves; None: they are held, and nowhere else."""
+        return None if self._leaves is None or self.in_memory else self._leaves.let_go
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return sum(x.nbytes // x.shape[1] for x in jax.tree.leaves(self._empty))
 
     def build(
         self,

@@ -92,6 +92,12 @@ class PageIndexes:
         held = known[index, layer]
         for host, count in in_files:
             held.build(host, layer, host.pages[:count], host.births[:count])
+        account, residency = first.account, first.account.residency
+        since = residency.now
+        kept = account.leaves((index, layer, held.in_memory), held.page_bytes, held.let_go)
+        for host, count in in_files:
+            residency.touch(kept, host.pages[:count])
+        residency.make_room(since=since)
         return held.index
 
     def _leaves(

@@ -12,16 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from alaya_jax.attention.counts import Counts
-from alaya_jax.attention.met import tells
 from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
+from alaya_jax.cache.residency import PagesMet
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin, Way
-from alaya_jax.query.plan import Plans, indexes_of, of_layer
+from alaya_jax.query.plan import Plans, indexes_of
 from alaya_jax.runtime.programs import Fed, Passed
-from alaya_jax.runtime.stack import Stack
+from alaya_jax.runtime.reading import Reading
+from alaya_jax.runtime.stack import Chain, Stack
 
 CHUNKS = (8, 64, 512)
 """Tokens that one step of a prefill takes; the last chunk of a prefill is padded to the
@@ -33,9 +34,9 @@ GPU_CHUNK = 4096
 an H100 has multiprocessors.
 """
 
-OnRead = Callable[[Counts, list[int], Any, int], None]
+OnRead = Callable[[Counts, list[int], Any, int, PagesMet | None], None]
 """Told what a program read, [L, B, H]; lengths before it; new tokens of each sequence; how many it
-took at once."""
+took at once; pages met, where some are mapped."""
 
 
 class GraphSource(Protocol):
@@ -144,21 +145,16 @@ class Batch:
     def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
         """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
 
-        Pages in mapped files that a layer may read without saying so are verified; of the others
-        those that it met are to be, behind it (`verify`).
+        Pages in mapped files are verified beside the programs, see `Reading`.
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none; or pages
-            that are read where they lie are damaged.
+            that an index is made of are damaged.
         """
         rows = list(range(self.size)) if rows is None else rows
         wanted = indexes_of(plans, self.model.config.num_hidden_layers)
         sequences = [self.sequences[b] for b in rows]
         hosts = [s.host for s in sequences if s.host is not None]
-        for host in hosts:
-            for layer in range(len(wanted)):
-                if not tells(of_layer(plans, layer)):
-                    host.verify(layer)
         indexed = self.indexes.cover(wanted, sequences)
         layers = (
             tuple(self.graphs.layer(b, index, i) for b in rows)
@@ -169,28 +165,45 @@ class Batch:
         host = hosts[0].layers if hosts else None  # all of one name
         return dataclasses.replace(indexed, layers=tuple(layers), host=host)
 
-    def verify(self, counts: Counts | None = None, layer: int = 0) -> None:
-        """Compares pages in mapped files with their checksums: those that were met, before what
-        came of them is used; waits for the program.
+    def reading(self, plans: Plans) -> Reading:
+        """What these plans read of mapped pages."""
+        return Reading(self.pool, self.sequences, plans)
+
+    def chain(self, plans: Plans) -> Chain:
+        """The layers, as these plans have them attend; raises as `cover`."""
+        stack = self.stack
+        return stack.chain(plans, stack.put(self.cover(plans)), self.reading(plans))
+
+    def verify(self) -> None:
+        """Compares all mapped pages with their checksums; raises ContextError for damage."""
+        for sequence in self.sequences:
+            if sequence.host is not None:
+                sequence.host.verified()
+
+    def verify_met(self, plans: Plans, counts: Counts, layer: int = 0) -> PagesMet | None:
+        """Compares mapped pages that were met with their checksums, before what came of them is
+        used; waits for the program.
 
         Args:
-          counts: what some layers read, [L', B, ...]; None: all pages, of all layers.
+          plans: that were answered.
+          counts: what some layers read, [L', B, ...].
           layer: the first of them.
+
+        Returns:
+          what was met since this was asked last; None where no pages are mapped.
 
         Raises:
           ContextError: one is damaged.
         """
-        met = None if counts is None or counts.met is None else np.asarray(counts.met)
-        for b, sequence in enumerate(self.sequences):
-            host = sequence.host
-            if host is None:
-                continue
-            if counts is None:
-                host.verified()
-            elif met is not None:
-                there = len(sequence.pages) - len(self.pool.own(sequence.pages))
-                for i, one in enumerate(met):
-                    host.verify_met(layer + i, one[b, :, :there])
+        hosts = [s.host for s in self.sequences if s.host is not None]
+        if not hosts:
+            return None
+        if counts.met is not None:
+            self.reading(plans).after(layer, np.asarray(counts.met))
+        met = PagesMet.nothing(self.model.config.num_hidden_layers)
+        for host in hosts:
+            met.add(host.take_reads())
+        return met
 
     def feed(
         self,
@@ -225,14 +238,14 @@ class Batch:
                 x = stack.between(self.size, width)
             fed = stack.put(Fed(chunk, new, self.pool.table(self.sequences)))  # type: ignore
             with self.pool.lock:
-                chain = stack.chain(plans, stack.put(self.cover(plans)))
+                chain = self.chain(plans)
                 passed = stack.start(self.size, passed, chain.account(fed.table))
                 if not self.pool.allocated:  # that goes on in another thread
                     stack.compile(self.pool.abstract, chain, fed.table, width)
                 with self.pool.lend() as lent:
                     x, passed = stack.layers(lent, chain, x, passed, fed)
-            self.verify(passed.counts)
-            on_read(stack.counts(passed), self.lengths, new, width)
+            met = self.verify_met(plans, passed.counts)
+            on_read(stack.counts(passed), self.lengths, new, width, met)
             with uninterrupted():
                 for b, count in enumerate(new):
                     self._commit(b, rows[b][done : done + count].tolist(), way)
@@ -244,13 +257,20 @@ class Batch:
         assert fed is not None
         return passed, fed
 
-    def make_room(self, counts: list[int]) -> None:
+    def make_room(self, counts: list[int], *plans: Plans) -> None:
         """Reserves pages for new tokens of each sequence.
+
+        Args:
+          counts: of each.
+          plans: that these tokens will be answered by.
 
         Raises:
           RequestError: a sequence would be longer than the model allows.
-          CacheFullError: no room; no sequence got any.
+          CacheFullError: no room, and no sequence got any; or a plan reads more mapped pages at
+            once than may be kept in memory.
         """
+        for asked in plans:
+            self.reading(asked).require_room()
         if any(self.ahead):
             raise RequestError(
                 "update() wrote new tokens in some layers only; finish the other layers first"

@@ -14,8 +14,6 @@ import numpy as np
 
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.pool import PagePool
-from alaya_jax.index import Indexed
-from alaya_jax.query.plan import Plans
 from alaya_jax.runtime.programs import Fed, Going, Passed, Row
 from alaya_jax.runtime.sampling.sampler import Processors, SamplerState
 from alaya_jax.runtime.stack import Chain, Stack
@@ -31,24 +29,21 @@ class Decoding:
         self,
         stack: Stack,
         pool: PagePool,
-        plans: Plans,
-        cover: Callable[[], Indexed],
+        chain: Callable[[], Chain],
         end_ids: np.ndarray,
         sampling: tuple[Processors, SamplerState],
     ):
         """Args:
         stack: the model's layers.
         pool: where the sequences are.
-        plans: how attention is answered.
-        cover: says what the plans' indexes know of the sequences.
+        chain: the layers, with what indexes know of the sequences now.
         end_ids: ids that end each sequence, int32 [B, M], padded with -1.
         sampling: see `sampler.init_sampler`.
         """
-        self._stack, self._pool, self._plans, self._cover = stack, pool, plans, cover
+        self._stack, self._pool, self._make = stack, pool, chain
         self._processors, self._sampler = sampling
         self._end_ids = stack.put(end_ids)
         self._chain: Chain | None = None
-        self._indexed: Indexed | None = None
         self._account: tuple[int, ...] | None = None
         self._steps = 0
         self._allowed = np.ones(len(end_ids), bool)
@@ -62,7 +57,7 @@ class Decoding:
           table: pages of all tokens to come.
         """
         with self._pool.lock:
-            chain = self._stack.chain(self._plans, self._stack.put(self._cover()))
+            chain = self._make()
         self._account = chain.account(table)
         return self._stack.ahead(self._pool.abstract, chain, table, 1)
 
@@ -112,10 +107,8 @@ class Decoding:
 
     def _current(self) -> Chain:
         """The layers, with what indexes know now; whoever has them learn a page donates them."""
-        lost = any(x.is_deleted() for x in jax.tree.leaves(self._indexed))
-        if self._chain is None or lost or self._steps % COVER == 0:
-            self._indexed = self._stack.put(self._cover())
-            self._chain = self._stack.chain(self._plans, self._indexed)
+        if self._chain is None or self._chain.is_lost or self._steps % COVER == 0:
+            self._chain = self._make()
         return self._chain
 
 

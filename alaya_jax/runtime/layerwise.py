@@ -94,6 +94,7 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """See `Session.attention`; `queries` has looked at q."""
     c, t = batch.model.config, _tokens_of(q)
+    batch.reading(plans).require_room()
     table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)
     count = jnp.full(batch.size, t, jnp.int32)
@@ -101,6 +102,7 @@ def attention(
         kv = batch.pool.kv
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
         indexed = batch.cover(plans)
+        batch.reading(plans).before(layer, 1, kv.k[layer])
         out, counts = engine.attend(
             of_layer(plans, layer),
             q,
@@ -109,9 +111,9 @@ def attention(
             mesh=batch.model.mesh,
             rules=batch.model.rules,
         )
-    if counts.met is not None:
-        batch.verify(dataclasses.replace(counts, met=counts.met[None]), layer)
-        counts = dataclasses.replace(counts, met=None)
+    one = jax.tree.map(lambda x: x[None], counts)
+    met = batch.verify_met(plans, one, layer)
+    counts = dataclasses.replace(counts, met=None)
     way = Way.of(of_layer(plans, layer))
     for b, length in enumerate(batch.lengths):
         end, origin = length + int(batch.ahead[layer]), batch.origins[b]
@@ -120,7 +122,7 @@ def attention(
     by_layer = _of_layer(counts, layer, layers=c.num_hidden_layers, place=whole(batch.model.mesh))
     # The account is kept by token: the last layer closes it.
     counted = [t if layer == c.num_hidden_layers - 1 else 0] * batch.size
-    on_read(by_layer, np.asarray(table.length).tolist(), counted, t)
+    on_read(by_layer, np.asarray(table.length).tolist(), counted, t, met)
     return out
 
 

@@ -26,6 +26,7 @@ from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime import programs
 from alaya_jax.runtime.groups import Group, groups
 from alaya_jax.runtime.programs import Asked, Fed, Going, Passed, Row
+from alaya_jax.runtime.reading import Reading
 from alaya_jax.runtime.sampling.sampler import Processors
 from alaya_jax.sharding import laid, spread, whole
 
@@ -126,22 +127,31 @@ class Stack:
         shape = batch, tokens, self.frame.config.hidden_size
         return self.put(np.zeros(shape, self.dtype))
 
-    def chain(self, plans: Plans, indexed: Indexed | None) -> "Chain":
-        """The groups of layers that share a program each, and how their layers attend."""
+    def chain(
+        self, plans: Plans, indexed: Indexed | None, reading: Reading | None = None
+    ) -> "Chain":
+        """The groups of layers that share a program each, and how their layers attend.
+
+        Args:
+          plans: how attention is answered.
+          indexed: what indexes know.
+          reading: what is read of mapped pages, by these plans; None: nothing.
+        """
         layers = range(len(self._blocks))
         each = [of_layer(plans, i) for i in layers]
         indexes = [None] * len(each) if indexed is None else indexed.layers
         of = _Kinds()
         kinds = list(zip(self._kinds, map(of, each), map(of, indexes), strict=True))
         links = []
-        for group in groups(kinds, self._per_program):
+        most = [n for n in (self._per_program, reading and reading.most_layers) if n is not None]
+        for group in groups(kinds, min(most, default=None)):
             part = slice(group.first, group.first + group.layers)
             covered = None if indexed is None else indexed.covered
             host = indexed.host[part] if indexed is not None and indexed.host else None
             asked = Asked(tuple(each[part]), tuple(indexes[part]), covered, host)
             key = group.layers, kinds[group.first], _kind(host)
             links.append(_Link(group, tuple(self._blocks[part]), asked, key))
-        return Chain(links)
+        return Chain(links, reading)
 
     def layers(
         self, lent: Lent, chain: "Chain", x: Array, passed: Passed, fed: Fed
@@ -160,6 +170,7 @@ class Stack:
         """
         shapes = x.shape, fed.table.pages.shape
         for link in chain.links:
+            chain.before(link, passed.layer)
             with self._first("layers", chain, link, shapes):
                 x, kv, passed = programs.layers(
                     self.outer,
@@ -276,6 +287,7 @@ class Stack:
         fed = dataclasses.replace(fed, take=self.put(np.asarray(take, np.int32)))
         shapes = x.shape, fed.table.pages.shape, np.shape(take)
         for link in chain.links:
+            chain.before(link, layer)
             with self._first("queries", chain, link, shapes):
                 x, layer, q = programs.queries(
                     self.outer,
@@ -330,11 +342,24 @@ class Chain:
 
     Attributes:
       links: the groups in order.
+      reading: what they read of mapped pages; None: nothing.
       called: programs that were called, with which shapes.
     """
 
     links: list[_Link]
+    reading: Reading | None = None
     called: set[Any] = dataclasses.field(default_factory=set)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody had an index learn a page since, which donates its arrays."""
+        held = [link.asked.indexes for link in self.links]
+        return any(x.is_deleted() for x in jax.tree.leaves(held))
+
+    def before(self, link: _Link, running: Array) -> None:
+        """Makes room for what a group reads of mapped pages; see `Reading.before`."""
+        if self.reading is not None:
+            self.reading.before(*link.group, running)
 
     def account(self, table: PageTable) -> tuple[int, ...] | None:
         """[B, K, N], the pages of a table of which layers say whether they met them; None: no layer

@@ -276,7 +276,7 @@ class MappedContext(Protocol):
         """
         ...
 
-    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> None:
+    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> int:
         """Compares pages of a layer with their checksums, each once in the life of a process.
 
         Args:
@@ -284,6 +284,9 @@ class MappedContext(Protocol):
           pages: of this context, [m].
           asked: of keys (0) and values (1), each kv head and page, whether it is to be compared,
             bool [2, K, m]; None: all are.
+
+        Returns:
+          how many bytes were not compared before.
 
         Raises:
           ContextError: one is damaged; it names context, layer, page and file.
@@ -309,7 +312,9 @@ class MappedContext(Protocol):
         ...
 
     def let_go(self, layer: int, pages: Any) -> None:
-        """Gives back the memory of pages [m] of a layer; they are read again when next used."""
+        """Gives back the memory of pages [m] of a layer; they are read again when next used. Pages
+        of other contexts in the same files are taken too, and it may be closed.
+        """
         ...
 
     def resident_bytes(self) -> int:

@@ -132,7 +132,7 @@ class LeafFile:
         # The file that is mapped is written to, whatever its name means later.
         self._fd = opened_leaves(path, self._size, read_only=read_only)
         weakref.finalize(self, os.close, self._fd)
-        mapped = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._map = mapped = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
         rows = layout.num_kv_heads, layout.num_pages
         self.arrays = tuple(
             np.ndarray((*rows, *shape), _DTYPES[dtype], mapped, start)
@@ -187,6 +187,17 @@ class LeafFile:
         except OSError as error:
             _log.debug("leaves are kept in memory: %s", error)
             return False
+
+    def let_go(self, pages: np.ndarray) -> None:
+        """Gives back the memory of some pages' leaves; they are read again when next used."""
+        for start, heads, piece in self._regions[1:]:
+            for head in range(heads):
+                first = start + head * self._layout.num_pages * piece
+                for one, stop in runs(np.unique(pages)):
+                    begin, end = first + one * piece, first + stop * piece
+                    begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                    self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                    os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def _require_whole(self) -> None:
         """Raises OSError where a part that programs may read is gone."""

@@ -68,13 +68,15 @@ class MappedPages:
         self._require(layer)
         return self._segment.mapped(layer)
 
-    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> None:
+    def verify(self, layer: int, pages: Any, asked: np.ndarray | None = None) -> int:
         """See `MappedContext`."""
         self._require(layer)
         index = self._index(pages)
         some = PageList(self._listed.slots[index], self._listed.births[index])
-        if wrong := self._segment.verify(some, layer, asked):
+        wrong, compared = self._segment.verify(some, layer, asked)
+        if wrong:
             raise self._damaged(layer, [(int(index[i]), kind) for i, kind in wrong])
+        return compared
 
     def leaves(
         self, layer: int, made: Mapping[str, Any], arrays: Sequence[tuple[tuple[int, ...], str]]
@@ -92,9 +94,7 @@ class MappedPages:
 
     def let_go(self, layer: int, pages: Any) -> None:
         """See `MappedContext`."""
-        self._require(layer)
-        slots = self._listed.slots[np.unique(self._index(pages))]
-        self._segment.advise(layer, slots, mmap.MADV_DONTNEED)
+        self._segment.let_go(layer, np.unique(np.asarray(pages, np.int64)))
 
     def resident_bytes(self) -> int:
         """See `MappedContext`."""

@@ -9,6 +9,7 @@ All are sparse: a page that nobody holds takes no room. A page that a context ho
 written again.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from alaya_jax.errors import ContextError
 from alaya_jax.storage import checksums, leaves
 from alaya_jax.storage.files import (
     flush_directory,
@@ -143,7 +145,7 @@ class Segment:
 
     def verify(
         self, pages: PageList, layer: int, asked: np.ndarray | None = None
-    ) -> list[tuple[int, int]]:
+    ) -> tuple[list[tuple[int, int]], int]:
         """Compares mapped pages of a layer with their checksums, each once in a process.
 
         Args:
@@ -152,7 +154,8 @@ class Segment:
           asked: of each kind, head and page whether it is, bool [2, K, m]; None: all are.
 
         Returns:
-          (index in `pages`, kind) of those that are not what was stored.
+          (index in `pages`, kind) of those that are not what was stored; how many bytes were not
+          compared before.
 
         Raises:
           ContextError: a file is missing or cut.
@@ -161,7 +164,7 @@ class Segment:
         if asked is not None:
             missing &= asked
         if not missing.any():
-            return []
+            return [], 0
         self.check_files(layer)  # a page that a file no longer has would end us
         listed = np.flatnonzero(missing.any(axis=(0, 1)))
         stored = self._stored(PageList(pages.slots[listed], pages.births[listed]), layer)
@@ -179,7 +182,7 @@ class Segment:
                     right = now == stored[place[part], kind, head]
                     wrong.update((int(i), kind) for i in part[~right])
                     self._now_verified(slots[right], births[right], (layer, kind, head))
-        return sorted(wrong)
+        return sorted(wrong), int(missing.sum()) * self.layout.piece
 
     def mapped(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a layer, each [K, P, Z, D], read-only and mapped."""
@@ -199,6 +202,21 @@ class Segment:
         """Remembers that pages of a layer, kind and head were found right."""
         with self._guard:
             self._verified[where][slots[self._births[slots] == births]] = True
+
+    def let_go(self, layer: int, slots: np.ndarray) -> None:
+        """Gives back the memory of pages of a layer, what the system keeps of the files too."""
+        self.advise(layer, slots, mmap.MADV_DONTNEED)
+        piece = self.layout.piece
+        for kind in range(len(KINDS)):
+            # A file that is gone, or cut, has nothing more to give.
+            with (
+                contextlib.suppress(ContextError),
+                self._open(_name(kind, layer), os.O_RDONLY) as fd,
+            ):
+                for head in range(self.layout.num_kv_heads):
+                    for start, stop in runs(slots):
+                        first = (head * self.layout.num_pages + start) * piece
+                        os.posix_fadvise(fd, first, (stop - start) * piece, os.POSIX_FADV_DONTNEED)
 
     def advise(self, layer: int, slots: np.ndarray, advice: int) -> None:
         """`madvise` for pages of a layer, of keys and values."""

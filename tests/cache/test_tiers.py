@@ -76,6 +76,7 @@ def test_what_was_met_is_verified_once_piece_by_piece(rng):
         seen.append((layer, pages.tolist(), asked.astype(int).tolist()))
         if layer == 1:
             raise ContextError("layer 1 is damaged")
+        return 7
 
     layers = (HostPages(k, k),) * 2
     host = HostPool("here", layers, np.array([4, 2, 0]), np.array([7, 7, 7]), verify=verify)
@@ -93,6 +94,35 @@ def test_what_was_met_is_verified_once_piece_by_piece(rng):
     for _ in range(2):  # what is damaged stays so
         with pytest.raises(ContextError, match="layer 1 is damaged"):
             host.verify_met(1, met)
+    reads = host.take_reads()
+    assert reads.bytes_verified.tolist() == [14, 0]
+    assert (reads.disk + reads.memory).tolist() == [2 + 2 + 3, 3 + 3]
+    assert (reads.disk.tolist(), host.take_reads().disk.tolist()) == ([4, 3], [0, 0])
+
+
+def test_a_second_holder_counts_for_itself(rng):
+    k = jnp.zeros((2, Q, 4, 3))
+    released = []
+    host = HostPool(
+        "here",
+        (HostPages(k, k),),
+        np.array([4, 2]),
+        np.array([7, 7]),
+        release=lambda: released.append(1),
+    )
+    other = host.again().again()
+    host.meet(0, 2)
+    other.meet(0, 2, in_pool=5)
+    assert host.reads.disk.tolist() == [4]
+    assert host.reads.bytes_read.tolist() == [2 * k.nbytes * 2 // Q]
+    assert (other.reads.disk.tolist(), other.reads.memory.tolist()) == ([0], [4])
+    assert other.reads.pool.tolist() == [5]
+    del host
+    gc.collect()
+    assert not released, "somebody holds it still"
+    del other
+    gc.collect()
+    assert released == [1]
 
 
 def test_mapped_pages_are_verified_once_and_let_go_with_their_last_holder(rng):
@@ -104,6 +134,7 @@ def test_mapped_pages_are_verified_once_and_let_go_with_their_last_holder(rng):
         seen.append((layer, list(pages)))
         if layer == 1:
             raise ContextError("layer 1 is damaged")
+        return 7
 
     layers = tuple(HostPages(jnp.asarray(k + i), jnp.asarray(k - i)) for i in range(2))
     listed = np.array([4, 2]), np.array([7, 7])

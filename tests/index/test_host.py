@@ -84,7 +84,7 @@ def hosted(store, id, verified=None):
     def verify(layer, pages):
         if verified is not None:
             verified.extend(pages.tolist())
-        mapped.verify(layer, pages)
+        return mapped.verify(layer, pages)
 
     layers = (HostPages(*map(jax.device_put, mapped.layer(0))),)
     listed = mapped.pages, mapped.births
