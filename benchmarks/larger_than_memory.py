@@ -1,7 +1,7 @@
 """Decoding behind a context that is larger than memory, where it lies in files.
 
     python benchmarks/larger_than_memory.py [--tokens 1048576] [--layers 16] [--steps 4]
-        [--plans graph sketch] [--queries 0.02] [--degree 16] [--directory DIR]
+        [--plans graph sketch] [--queries 0.02] [--degree 16] [--host 4GiB] [--directory DIR]
 
 A context of Llama-3.2-1B's attention shape (8 kv heads of 64 for 32 heads, bfloat16, pages of 16)
 is stored with a graph; 1,048,576 tokens of 16 layers are 32 GiB. Then, each plan in a process of
@@ -73,7 +73,8 @@ class Made:
     def database(self) -> aj.DB:
         """With room for new tokens alone."""
         room = 1024 * self.model.token_bytes
-        return aj.DB(self.directory / "db", self.model, aj.Budget(device=room))
+        budget = aj.Budget(device=room, host=self.options.host)
+        return aj.DB(self.directory / "db", self.model, budget)
 
     def plan(self, name: str) -> aj.Plan:
         """The range of alpha 0.0144, through a graph or a sketch of 2 bits."""
@@ -294,6 +295,7 @@ def run(options: argparse.Namespace) -> None:
     again = [sys.executable, __file__, "--directory", str(options.directory)]
     for name in ("tokens", "layers", "steps", "queries", "degree", "l0"):
         again += [f"--{name}", str(getattr(options, name))]
+    again += ["--host", options.host] if options.host else []
     truth = full(made)
     for name in options.plans:
         if name == "sketch":  # its leaves are made by one process, and found by the next
@@ -313,6 +315,7 @@ def main() -> None:
     parser.add_argument("--queries", type=float, default=0.02, help="a share of the tokens")
     parser.add_argument("--degree", type=int, default=16)
     parser.add_argument("--l0", type=int, default=256, help="how far a walk goes at least")
+    parser.add_argument("--host", help="what of mapped files is kept in memory, such as 4GiB")
     parser.add_argument("--directory", type=Path, help="what is made stays there")
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -350,6 +350,42 @@ class PagePool:
         pages = host.pages[: -(-length // self.page_size)]
         return PagedSequence((pages + self.num_pages).astype(np.int32), length, host)
 
+    def bring(self, sequence: PagedSequence) -> None:
+        """Copies a sequence's mapped pages into the pool, in their place.
+
+        Raises:
+          CacheFullError: there is no room; ContextError: a page is damaged. Nothing changes.
+        """
+        host, count = sequence.host, len(sequence.pages) - len(self.own(sequence.pages))
+        if host is None:
+            return
+        with self.lock:
+            with self.alone():
+                self._take_back()
+                fresh = self._allocate(count, None)
+                self._generations[fresh] += 1
+            try:
+                new = PagedSequence(np.asarray(fresh, np.int32))
+                for layer in range(len(host.layers)):
+                    k, v = host.read_layer(layer, sequence.pages[:count] - self.num_pages)
+                    heads, *_, dim = k.shape
+                    self.write(new, layer, k.reshape(heads, -1, dim), v.reshape(heads, -1, dim))
+            except BaseException:
+                self._allocator.release(fresh)
+                raise
+            sequence.pages = np.concatenate([new.pages, sequence.pages[count:]])
+            sequence.host = None
+
+    @uninterrupted()
+    def map_first(self, sequence: PagedSequence, host: HostPool, count: int) -> None:
+        """Takes a sequence's first pages from mapped files, which hold the same, and gives its own
+        back.
+        """
+        first, rest = sequence.pages[:count], sequence.pages[count:]
+        mapped = (host.pages[:count] + self.num_pages).astype(np.int32)
+        sequence.pages, sequence.host = np.concatenate([mapped, rest]), host
+        self._returned.append(self.own(first))
+
     @uninterrupted()
     def release(self, sequence: PagedSequence) -> None:
         """Gives back all pages of a sequence, which is empty then; waits for nobody."""

@@ -247,13 +247,15 @@ class HostPool:
         Raises:
           ContextError: one is damaged.
         """
-        for layer in range(len(self.layers)):
-            self._read(layer, pages)
-        k, v = (
-            np.stack([_copied(pool, pages) for pool in pools])
-            for pools in zip(*((one.k, one.v) for one in self.layers), strict=True)
-        )
+        each = [self.read_layer(layer, pages) for layer in range(len(self.layers))]
+        k, v = (np.stack(copies) for copies in zip(*each, strict=True))
         return k, v
+
+    def read_layer(self, layer: int, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of some pages of a layer, each [K, n, Z, D]; raises as `read`."""
+        self._read(layer, pages)
+        one = self.layers[layer]
+        return _copied(one.k, pages), _copied(one.v, pages)
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,14 +28,12 @@ from alaya_jax.index import Graph
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
+from alaya_jax.query.plan import Tier
 from alaya_jax.runtime.apart import Apart
-from alaya_jax.runtime.batch import Batch
+from alaya_jax.runtime.batch import Batch, Placing
 from alaya_jax.runtime.stack import Stack
 from alaya_jax.sharding import cpu_beside
 from alaya_jax.storage import ContextHeader, ContextRecord, ContextStore, Source, sampled
-
-Tier = Literal["device", "host"]
-"""Where a stored context's pages are read: in the pool, or where they lie in the store."""
 
 EXACT = Origin()
 """Of keys and values that were computed by attention to every key."""
@@ -88,6 +86,7 @@ class Catalogue:
           RequestError: see `Budget.pages`.
         """
         self._model, self._namespace = model, namespace
+        self._setting = budget.setting
         self._store_dtype: StoreDtype | None = store_dtype
         self.store = store
         self.pool = PagePool(
@@ -337,6 +336,9 @@ class Catalogue:
           ContextError, CacheFullError, RequestError: see `lock`.
         """
         sequences, found, origins = [], [], []
+        asked, reason = tier, f"create_session(tier={tier!r})"
+        if tier is None:
+            reason = f"the prompt does not fit into {self._setting}"
         if tier is None and self._no_host is None:
             pages = sum(-(-len(tokens) // self.pool.page_size) + 1 for tokens in rows)
             if pages * self.pool.page_size > self.pool.capacity_tokens:
@@ -367,7 +369,19 @@ class Catalogue:
                 raise
         tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
         lent = Lending(home.pool, found, tokens, self.match_graph)
-        batch = Batch(self._model, home.stack, home.indexes, lent, sequences, tokens, origins)
+
+        def mapped(b: int) -> HostPool | None:
+            context = found[b]
+            if self._beside is not None and home.pool is self.pool:
+                raise RequestError(
+                    "Plan(tier='host'): this session's cache is on the model's devices; open "
+                    "another with create_session(tier='host')"
+                )
+            return None if context is None else self._map(context, len(tokens[b])).host
+
+        placing = Placing(asked, reason, mapped)
+        what = home.stack, home.indexes, lent
+        batch = Batch(self._model, *what, sequences, tokens, origins, placing)
         return batch, found
 
     def _is_for_home(self, rows: list[np.ndarray], exact: bool) -> bool:

@@ -50,6 +50,7 @@ class Explanation:
       prefill: why a prefill did what it did, where `Auto` chose.
       in_files: tokens of each sequence that are read where they lie in the database's files; None:
         none are.
+      placed: why.
     """
 
     tokens: list[int]
@@ -62,6 +63,7 @@ class Explanation:
     analysis: Analysis | None = None
     prefill: PrefillChoice | None = None
     in_files: list[int] | None = None
+    placed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +71,7 @@ class Explanation:
             "tokens": self.tokens,
             "reused": self.reused,
             "in_files": self.in_files,
+            "placed": self.placed or None,
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -166,6 +169,7 @@ class Explanation:
         head = f"tokens {self.tokens}, of which from stored contexts {self.reused}"
         if self.in_files is not None:
             head += f"\nread where they lie in the database's files {self.in_files}"
+            head += f" ({self.placed})" if self.placed else ""
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

@@ -54,6 +54,7 @@ def report(
         prefill=_prefill_choice(account),
         analysis=analysis,
         in_files=in_files if any(in_files) else None,
+        placed=batch.placing.reason if any(in_files) else "",
     )
 
 

@@ -29,6 +29,9 @@ SKETCH_FROM = 4096
 
 STATIC = {"static": True}
 
+Tier = Literal["device", "host"]
+"""Where a stored context's pages are read: in the pool, or where they lie in the store."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Plan:
       implementation: of attention: None takes the fastest that can run. "mosaic_gpu" (kernels for
         Hopper), "xla", or "reference" (the kernels' definition, slow); one that cannot run is
         refused with the reason.
+      tier: where stored pages are read: "device": in the pool, into which they are brought before
+        it runs; "host": where they lie in the database's files; None: where they are. It changes no
+        answer; see `DB.create_session`. Plans that run together name no two.
     """
 
     query: Query
@@ -59,6 +65,7 @@ class Plan:
     implementation: Literal["mosaic_gpu", "xla", "reference"] | None = field(
         default=None, metadata=STATIC
     )
+    tier: Tier | None = field(default=None, metadata=STATIC)
 
     def __post_init__(self):
         if isinstance(self.query, str | type | int | float):
@@ -74,6 +81,7 @@ class Plan:
             ("by", ("key", "page")),
             ("share", ("head", "group", "layer")),
             ("implementation", (None, "mosaic_gpu", "xla", "reference")),
+            ("tier", (None, "device", "host")),
         ):
             if getattr(self, name) not in options:
                 raise RequestError(f"Plan({name}={getattr(self, name)!r}): use one of {options}")
@@ -179,7 +187,7 @@ def plan_for(
                     "query heads; give one number, or for a range one a head"
                 )
         if not asked.retrieves:
-            return Plan(query, implementation=asked.implementation)
+            return Plan(query, implementation=asked.implementation, tier=asked.tier)
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
             wants_sketch = wants_sketch and not isinstance(query, Custom)
@@ -212,6 +220,22 @@ def indexes_of(plans: Plans, layers: int) -> tuple[Index, ...]:
     return tuple(of_layer(plans, i).index or Flat() for i in range(layers))
 
 
+def tier_of(*asked: Plans) -> Tier | None:
+    """Where plans that run together say that stored pages are read.
+
+    Raises:
+      RequestError: they name both.
+    """
+    each = [plan for plans in asked for plan in (plans if isinstance(plans, tuple) else (plans,))]
+    named: set[Tier] = {plan.tier for plan in each if plan.tier is not None}
+    if len(named) > 1:
+        raise RequestError(
+            "Plan(tier=...): some plans name 'device' and others 'host', and a session's pages lie "
+            "in one place for all layers, for a prefill and what follows it; name one"
+        )
+    return named.pop() if named else None
+
+
 def same_plans(one: Plans, other: Plans) -> bool:
     """Whether they are equal; a beta may be an array."""
     (ours, shape), (theirs, others) = jax.tree.flatten(one), jax.tree.flatten(other)
@@ -223,8 +247,10 @@ __all__ = [
     "Attention",
     "Plan",
     "Plans",
+    "Tier",
     "indexes_of",
     "of_layer",
     "plan_for",
     "same_plans",
+    "tier_of",
 ]

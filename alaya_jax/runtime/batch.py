@@ -14,12 +14,13 @@ import numpy as np
 from alaya_jax.attention.counts import Counts
 from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
 from alaya_jax.cache.residency import PagesMet
+from alaya_jax.cache.tiers import HostPool
 from alaya_jax.errors import CacheFullError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin, Way
-from alaya_jax.query.plan import Plans, indexes_of
+from alaya_jax.query.plan import Plans, Tier, indexes_of, tier_of
 from alaya_jax.runtime.programs import Fed, Passed
 from alaya_jax.runtime.reading import Reading
 from alaya_jax.runtime.stack import Chain, Stack
@@ -61,6 +62,22 @@ class GraphSource(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Placing:
+    """Where a batch's stored pages are read, and why.
+
+    Attributes:
+      tier: as it was asked for when the batch was opened; None: it was not.
+      reason: why they are where they are.
+      mapped: the mapped pages of a sequence's context; None where it has no context. Raises
+        RequestError where none can be mapped.
+    """
+
+    tier: Tier | None = None
+    reason: str = ""
+    mapped: Callable[[int], HostPool | None] = lambda b: None
+
+
 class Batch:
     """Sequences in a pool, their tokens, and the indexes and graphs of their keys.
 
@@ -71,6 +88,7 @@ class Batch:
       pool, indexes: where its pages are, and what indexes know of pages.
       graphs: what its sequences may ask.
       origins: how the keys and values of each sequence were computed.
+      placing: where its stored pages are read.
       reused: tokens of each that were there when it was made.
       pending: tokens of each that were generated but are not in the cache yet: the next call feeds
         them first.
@@ -87,12 +105,14 @@ class Batch:
         sequences: list[PagedSequence],
         tokens: list[np.ndarray],
         origins: list[Origin],
+        placing: Placing | None = None,
     ):
         """Takes over the pages of `sequences`, which hold `tokens`."""
         self.model, self.stack = model, stack
         self.pool: PagePool = indexes.pool
         self.indexes, self.graphs = indexes, graphs
         self.origins = origins
+        self.placing = placing or Placing()
         self.reused = [s.length for s in sequences]
         self.pending: list[list[int]] = [[] for _ in sequences]
         self.ahead = np.zeros(model.config.num_hidden_layers, np.int64)
@@ -258,6 +278,48 @@ class Batch:
         assert fed is not None
         return passed, fed
 
+    def place(self, *plans: Plans) -> None:
+        """Has stored pages where plans say that they are read, if they do.
+
+        Pages of other files than the batch's first stay in the pool.
+
+        Raises:
+          RequestError: plans name two tiers, or another than the batch was opened for, or one that
+            is not to be had here.
+          CacheFullError: pages that are brought into the pool do not fit.
+          ContextError: the context is damaged, or no longer there.
+        """
+        tier, placing = tier_of(*plans), self.placing
+        if tier is None:
+            return
+        if placing.tier not in (None, tier):
+            raise RequestError(
+                f"Plan(tier={tier!r}): the session was opened by create_session(tier="
+                f"{placing.tier!r}); leave one of the two out"
+            )
+        if tier == "device" and self.pool.device is not None:
+            raise RequestError(
+                "Plan(tier='device'): this session's cache is on the CPU beside the model's devices; "
+                "open another with create_session(tier='device')"
+            )
+        with self.pool.lock:
+            before = [s.host for s in self.sequences]
+            for b, sequence in enumerate(self.sequences):
+                if tier == "device":
+                    self.pool.bring(sequence)
+                elif sequence.host is None:
+                    self._map(b, sequence)
+            if before != [s.host for s in self.sequences]:
+                self.placing = dataclasses.replace(placing, reason=f"Plan(tier={tier!r})")
+
+    def _map(self, b: int, sequence: PagedSequence) -> None:
+        """Takes what a sequence has of its context from where that lies: whole pages."""
+        count = self.reused[b] // self.pool.page_size
+        host = self.placing.mapped(b) if count else None
+        names = {s.host.name for s in self.sequences if s.host is not None}
+        if host is not None and names <= {host.name}:
+            self.pool.map_first(sequence, host, count)
+
     def make_room(self, counts: list[int], *plans: Plans) -> None:
         """Reserves pages for new tokens of each sequence.
 
@@ -266,10 +328,11 @@ class Batch:
           plans: that these tokens will be answered by.
 
         Raises:
-          RequestError: a sequence would be longer than the model allows.
+          RequestError: a sequence would be longer than the model allows; or see `place`.
           CacheFullError: no room, and no sequence got any; or a plan reads more mapped pages at
             once than may be kept in memory.
         """
+        self.place(*plans)
         for asked in plans:
             self.reading(asked).require_room()
         if any(self.ahead):
@@ -322,6 +385,7 @@ class Batch:
             [self.pool.share(s, s.length) for s in self.sequences],
             self.tokens,
             list(self.origins),
+            self.placing,
         )
         other.reused = list(self.reused)
         other.pending = [list(p) for p in self.pending]

@@ -95,6 +95,7 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """See `Session.attention`; `queries` has looked at q."""
     c, t = batch.model.config, _tokens_of(q)
+    batch.place(plans)
     batch.reading(plans).require_room()
     table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)

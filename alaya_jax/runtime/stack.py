@@ -22,7 +22,7 @@ from alaya_jax.index import Indexed
 from alaya_jax.models import llama
 from alaya_jax.models.llama import Params
 from alaya_jax.models.matrices import Matrix
-from alaya_jax.query.plan import Plans, of_layer
+from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.runtime import programs
 from alaya_jax.runtime.groups import Group, groups
 from alaya_jax.runtime.programs import Asked, Fed, Going, Passed, Row
@@ -146,7 +146,7 @@ class Stack:
           reading: what is read of mapped pages, by these plans; None: nothing.
         """
         layers = range(len(self._blocks))
-        each = [of_layer(plans, i) for i in layers]
+        each = [_without_tier(of_layer(plans, i)) for i in layers]
         indexes = [None] * len(each) if indexed is None else indexed.layers
         of = _Kinds()
         kinds = list(zip(self._kinds, map(of, each), map(of, indexes), strict=True))
@@ -391,6 +391,11 @@ class _Kinds:
         if id(tree) not in self._of:
             self._of[id(tree)] = _kind(tree)
         return self._of[id(tree)]
+
+
+def _without_tier(plan: Plan) -> Plan:
+    """Where pages are is in the arguments: no program is compiled for what a plan says of it."""
+    return plan if plan.tier is None else dataclasses.replace(plan, tier=None)
 
 
 def _kind(tree: Any) -> tuple[Any, ...]:

@@ -134,5 +134,11 @@ def test_what_cannot_be_is_refused(open_db, document, rng, elsewhere, monkeypatc
     assert cpu_beside(None) is None
     with db.create_session([*document, 33], tier="host")[0] as session:
         session.prefill([33])
-    with pytest.raises(RequestError, match="tier"):
-        db.create_session([*document, 33], tier="disk")
+    for tier, other in (("device", "host"), ("host", "device")):
+        session, rest = db.create_session([*document, 33], tier=None if tier == "device" else tier)
+        plan = aj.Plan(aj.Full(), tier=other)
+        with (
+            session,
+            pytest.raises(RequestError, match=f"create_session\\(tier='?{other}|leave one"),
+        ):
+            next(iter(aj.generate(session, rest, max_new_tokens=1, attention=plan)))
