@@ -299,8 +299,8 @@ class Batch:
             )
         if tier == "device" and self.pool.device is not None:
             raise RequestError(
-                "Plan(tier='device'): this session's cache is on the CPU beside the model's devices; "
-                "open another with create_session(tier='device')"
+                "Plan(tier='device'): this session's cache is on the CPU beside the model's "
+                "devices; open another with create_session(tier='device')"
             )
         with self.pool.lock:
             before = [s.host for s in self.sequences]
