@@ -311,15 +311,16 @@ class Catalogue:
         device = self._beside
         if device is None:
             return Home(self.pool, self.indexes, self.stack)
-        if self._home is None:
-            size, model = self.pool.page_size, self._model
-            pages = min(self.pool.num_pages, -(-HOME_TOKENS // size) + 1)
-            pool = PagePool(
-                model.config, model.dtype, pages, size, f"{HOME_TOKENS:,} tokens", where=device
-            )
-            stack = Apart(model.params, model.frame, device)
-            self._home = Home(pool, PageIndexes(pool), stack)
-        return self._home
+        with self.pool.lock:
+            if self._home is None:
+                size, model = self.pool.page_size, self._model
+                pages = min(self.pool.num_pages, -(-HOME_TOKENS // size) + 1)
+                setting = f"{HOME_TOKENS:,} tokens"
+                pool = PagePool(model.config, model.dtype, pages, size, setting, where=device)
+                pool.lock = self.pool.lock  # one: contexts are looked at under either
+                stack = Apart(model.params, model.frame, device)
+                self._home = Home(pool, PageIndexes(pool), stack)
+            return self._home
 
     def open(
         self, rows: list[np.ndarray], *, exact: bool, tier: Tier | None = None

@@ -248,7 +248,7 @@ class Batch:
         x, fed, done, way = None, None, 0, Way.of(plans)
         while done < max(len(row) for row in rows):
             left = max(len(row) for row in rows) - done
-            widths = CHUNKS if self.model.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
+            widths = CHUNKS if self.pool.target.platform == "cpu" else (*CHUNKS, GPU_CHUNK)
             width = next((c for c in widths if c >= left), widths[-1])
             chunk = np.zeros((self.size, width), np.int32)
             new = np.zeros(self.size, np.int32)

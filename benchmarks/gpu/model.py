@@ -252,10 +252,16 @@ def run_session(number: int, quick: bool, say: Callable[..., None]) -> None:
             "DIPR(38) @ Sketch": aj.Plan(aj.DIPR(beta=38.0), aj.Sketch()),
             "recovery 0.9 @ Sketch": aj.Plan(aj.DIPR(recovery=0.9), aj.Sketch()),
         }
-        for label, plan in plans.items():
+        where = {label: (plan, "device") for label, plan in plans.items()}
+        on_cpu = "DIPR(38) @ Sketch"  # the cache is on the CPU, which attends
+        where |= {
+            f"{on_cpu}, in files": (plans[on_cpu], "host"),
+            "Full, in files": (aj.Full(), "host"),
+        }
+        for label, (plan, tier) in where.items():
             times, ids = [], []
             for _ in range(2):
-                session, rest = db.create_session(np.append(prompt, 7))
+                session, rest = db.create_session(np.append(prompt, 7), tier=tier)
                 with session:
                     stream = aj.generate(
                         session, rest, max_new_tokens=new, sampling=sampling, attention=plan
