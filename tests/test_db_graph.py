@@ -126,7 +126,7 @@ def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, 
     session, rest = again.create_session([*document, 9])
     session.prefill(rest)
     compare(session, 70, rng)
-    built = context._graph[1][1]
+    built = context._graph[1][1, None]
     assert built.neighbours.shape == (2, 256, 8)
     assert (np.asarray(built.neighbours)[:, 70:] == -1).all()
     assert again._catalogue.evict()
@@ -144,7 +144,7 @@ def test_a_graph_of_a_round_size_stays_in_its_file(open_db, rng, monkeypatch):
     context = db.import_context(document)
     db.build_index(context, GRAPH, progress=False)
     found = db._catalogue.store.read_index(context.id, "graph", 1)["neighbours"]
-    layer = context.graph(GRAPH, db.model, 1)
+    layer = context.graph(GRAPH, db.pool, 1)
     np.testing.assert_array_equal(layer.neighbours, found)
     of_file = Path("/proc/self/maps").read_text().splitlines()
     at = layer.neighbours.unsafe_buffer_pointer()
