@@ -251,7 +251,7 @@ def test_only_layers_that_ask_a_graph_have_it_in_memory(db, rng):
     through = aj.Plan(aj.DIPR(beta=5.0, window=WINDOW), GRAPH)
     session, rest = db.create_session([*document, 77])
     list(aj.generate(session, rest, max_new_tokens=2, attention=[aj.Full(), through]))
-    assert list(context._graph[1]) == [1]
+    assert list(context._graph[1]) == [(1, None)]
 
 
 @pytest.mark.slow
