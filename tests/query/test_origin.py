@@ -114,7 +114,7 @@ def test_an_exact_session_reuses_what_is_exact(open_db, all_logits, document, wh
         asked.close()
         db.close()
         db = open_db()
-    with pytest.raises(RequestError, match=r"reuse='all'.*'exact' or 'any'"):
+    with pytest.raises(RequestError, match=r"reuse='all'.*'exact', 'any' or None"):
         db.create_session(tokens, reuse="all")
 
 
