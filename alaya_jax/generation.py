@@ -361,7 +361,7 @@ class _Request:
             if finished is not None:
                 token, logprob, alternatives, length, count = read(finished)
                 batch, plans = self.session.batch, self._attention
-                met = batch.verify_met(plans, finished.counts)
+                met = batch.verify_met(plans, finished.counts.met)
                 if count.any():
                     self.session.account.count(
                         "decode", plans, finished.counts, length.tolist(), count, met=met

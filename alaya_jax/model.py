@@ -20,7 +20,7 @@ from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params
 from alaya_jax.models.quantized import QuantizedMatrix, Scheme
 from alaya_jax.models.tokenizer import Tokenizer
-from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
+from alaya_jax.pallas_kernels.dispatch import Target, target_of
 from alaya_jax.rope import Rope, stretched
 from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules, auto_axes
@@ -131,7 +131,7 @@ class Model:
     @property
     def target(self) -> Target:
         """What its programs are compiled for."""
-        return current_target() if self.mesh is None else target_of(self.mesh.devices.flat[0])
+        return target_of(self.mesh)
 
     @property
     def length_limit(self) -> int:

@@ -19,6 +19,7 @@ model: its context of `--model-tokens`, against computing it.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import statistics
@@ -31,36 +32,19 @@ import jax.numpy as jnp
 import machine
 import ml_dtypes
 import numpy as np
+from bare import LLAMA_3_8B, on_device
 from planted import Planted
 from store_throughput import forget
 
 import alaya_jax as aj
 from alaya_jax.contexts.graphs import KIND
 from alaya_jax.index.graph.build import link, query_lists
-from alaya_jax.models.config import LlamaConfig
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
-GROUP = HEADS // KV_HEADS
+HEADS, KV_HEADS, DIM, GROUP = (*dataclasses.astuple(LLAMA_3_8B), LLAMA_3_8B.group)
 ASKED = 0.05
 """Queries that the graph is built from, a share of the tokens."""
 
 GRAPH = aj.Graph(queries=ASKED)
-
-
-def bare_model(layers: int, tokens: int) -> aj.Model:
-    """A model that is only asked for attention: it has no layers of its own."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=HEADS * DIM,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=DIM,
-        max_position_embeddings=2 * tokens,
-    )
-    embedding = jnp.zeros((64, HEADS * DIM), jnp.bfloat16)
-    return aj.Model(config, {"embed": {"embedding": embedding}}, fingerprint="lazy", name="lazy")
 
 
 def recipe(layer: int, tokens: int) -> Planted:
@@ -116,7 +100,8 @@ def first_output(db: aj.DB, ids: np.ndarray, plan: aj.Plan, tier: str) -> tuple[
         host = session.sequences[0].host
         verified = 1.0 if host is None else float(host._verified.mean())
         del host
-        taken = db.stats().bytes_pool_used + sum(session.batch.indexes.nbytes().values())
+        account = on_device(db, session)
+        taken = account["pages"] + account["indexes"]
     said = {"verified": verified, "on_device": taken / (tokens * db.model.token_bytes)}
     return np.stack(done).astype(np.float32), {k: round(x, 4) for k, x in said.items()}
 
@@ -140,7 +125,7 @@ def opened(directory: Path, model: aj.Model, ids: np.ndarray, plan: aj.Plan, tie
 
 
 def compare(directory: Path, tokens: int, layers: int, rounds: int) -> None:
-    model = bare_model(layers, tokens)
+    model = LLAMA_3_8B.model(layers, tokens, "lazy")
     ids = np.random.default_rng(0).integers(0, 64, tokens).astype(np.int32)
     beta = recipe(0, tokens).beta
     plans = {

@@ -79,8 +79,11 @@ def current_target() -> Target:
     return target_of(default)
 
 
-def target_of(device: Any) -> Target:
-    """The target that a `jax.Device` is."""
+def target_of(where: Any) -> Target:
+    """The target that a `jax.Device` is, or the devices of a mesh; of None, the current one."""
+    if where is None:
+        return current_target()
+    device = where.devices.flat[0] if isinstance(where, jax.sharding.Mesh) else where
     return _target_of(device.platform, device.device_kind)
 
 

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test (before jax starts); a tiny model and its database."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -196,6 +197,26 @@ def llama3(
         return path
 
     return write
+
+
+@pytest.fixture
+def on_mesh() -> Callable[..., Any]:
+    """Lays a model on a mesh: the same weights."""
+    import jax
+
+    import alaya_jax as aj
+    from alaya_jax.models import llama
+    from alaya_jax.sharding import tree_shardings
+
+    def lay(model: Any, mesh: Any, rules: Any = None) -> Any:
+        rules = rules or aj.ShardingRules()
+        axes = llama.logical_axes(model.config)
+        places = tree_shardings(mesh, rules, axes, model.params)
+        params = jax.tree.map(jax.device_put, model.params, places)
+        where = {"params": params, "mesh": mesh, "rules": rules}
+        return dataclasses.replace(model, **where, fingerprint=model.fingerprint)
+
+    return lay
 
 
 @pytest.fixture

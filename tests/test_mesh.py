@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,9 +9,7 @@ import alaya_jax as aj
 from alaya_jax import DIPR, Sketch, TopK, Window
 from alaya_jax.compilation import by_name
 from alaya_jax.errors import CacheFullError, ConfigError, RequestError
-from alaya_jax.models import llama
 from alaya_jax.query.plan import Plan
-from alaya_jax.sharding import tree_shardings
 
 WINDOW = Window(2, 6)
 ATTENTION = (Plan(DIPR(beta=3.0, window=WINDOW), Sketch()), Plan(TopK(5, WINDOW)))
@@ -27,19 +24,11 @@ def narrow(monkeypatch):
 
 
 @pytest.fixture
-def laid_on(tiny_model):
+def laid_on(tiny_model, on_mesh):
     """The tiny model on a mesh; by none, itself."""
 
     def lay(**axes):
-        if not axes:
-            return tiny_model
-        mesh, rules = aj.make_mesh(**axes), aj.ShardingRules()
-        shardings = tree_shardings(
-            mesh, rules, llama.logical_axes(tiny_model.config), tiny_model.params
-        )
-        params = jax.tree.map(jax.device_put, tiny_model.params, shardings)
-        where = {"params": params, "mesh": mesh, "rules": rules}
-        return dataclasses.replace(tiny_model, **where, fingerprint=tiny_model.fingerprint)
+        return on_mesh(tiny_model, aj.make_mesh(**axes)) if axes else tiny_model
 
     return lay
 

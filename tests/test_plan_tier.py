@@ -8,10 +8,8 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.models import llama
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import plan_for, tier_of
-from alaya_jax.sharding import tree_shardings
 
 FULL = aj.Plan(aj.Full())
 ON_HOST, ON_DEVICE = (dataclasses.replace(FULL, tier=tier) for tier in ("host", "device"))
@@ -137,13 +135,9 @@ def test_a_model_of_ones_own_and_batches(open_db, prompt, tiny_model):
     np.testing.assert_array_equal(outs[:2], outs[2:])
 
 
-def test_a_plan_moves_no_cache_from_a_mesh_to_the_cpu(open_db, tiny_model, rng):
+def test_a_plan_moves_no_cache_from_a_mesh_to_the_cpu(open_db, tiny_model, rng, on_mesh):
     """It is refused by name, with the way out: a session on the CPU, see runtime/test_apart.py."""
-    mesh, rules = aj.make_mesh(tensor=2), aj.ShardingRules()
-    places = tree_shardings(mesh, rules, llama.logical_axes(tiny_model.config), tiny_model.params)
-    params = jax.device_put(tiny_model.params, places)
-    where = {"params": params, "mesh": mesh, "rules": rules, "fingerprint": tiny_model.fingerprint}
-    db = open_db(dataclasses.replace(tiny_model, **where))
+    db = open_db(on_mesh(tiny_model, aj.make_mesh(tensor=2)))
     c, document = tiny_model.config, rng.integers(32, 126, 40)
     shape = c.num_hidden_layers, 2, c.num_key_value_heads, 40, c.head_dim
     kv = rng.standard_normal(shape).astype(np.float32)

@@ -24,21 +24,12 @@ from alaya_jax.sharding import memory_of, parse_axes, tree_shardings
 TOLERANCE = 2e-4  # absolute, on logits; float32
 
 
-def on_mesh(model, mesh, rules=None):
-    rules = rules or aj.ShardingRules()
-    axes = llama.logical_axes(model.config)
-    shardings = tree_shardings(mesh, rules, axes, model.params)
-    params = jax.tree.map(jax.device_put, model.params, shardings)
-    where = {"params": params, "mesh": mesh, "rules": rules}
-    return dataclasses.replace(model, **where, fingerprint=model.fingerprint)  # the same weights
-
-
 @pytest.mark.parametrize(
     "axes",
     [{"data": 2, "tensor": 2}, {"tensor": 2, "data": 4}, {"data": 8}],
     ids=str,
 )
-def test_forward_on_a_mesh(tiny_model, all_logits, rng, axes):
+def test_forward_on_a_mesh(tiny_model, all_logits, rng, axes, on_mesh):
     """Parameters by the rules, a batch over "data"."""
     mesh = aj.make_mesh(**axes)
     model = on_mesh(tiny_model, mesh)
@@ -86,7 +77,7 @@ def test_a_split_vocabulary_is_trained(rng):
 
 
 @pytest.mark.slow
-def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng):
+def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng, on_mesh):
     """Prefill, many decode steps a call, copy on write, a context from disk: as on one device."""
     mesh = aj.make_mesh(data=2, tensor=2)
     model = on_mesh(tiny_model, mesh)
@@ -120,7 +111,7 @@ def test_a_database_on_a_mesh(open_db, tiny_model, greedy, rng):
     assert [t.id for t in aj.generate(session, rest, max_new_tokens=12)] == expected[0]
 
 
-def test_rules_say_where_each_parameter_lies(tiny_model):
+def test_rules_say_where_each_parameter_lies(tiny_model, on_mesh):
     mesh = aj.make_mesh(data=2, tensor=2)
     params = on_mesh(tiny_model, mesh).params
     specs = {
@@ -160,7 +151,7 @@ def test_large_models_fit_the_meshes_they_are_for():
         assert split == len(shardings) - norms
 
 
-def test_rules_that_do_not_fit_are_named(open_db, tiny_model):
+def test_rules_that_do_not_fit_are_named(open_db, tiny_model, on_mesh):
     mesh = aj.make_mesh(data=2, tensor=4)
     with pytest.raises(
         ConfigError, match=r"'kv_heads' of size 2 .*'tensor' of size 4.*kv_heads=None"

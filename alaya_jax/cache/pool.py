@@ -28,7 +28,7 @@ from alaya_jax.cache.tables import bucket, table_width
 from alaya_jax.cache.tiers import HostPool, Pool, joined
 from alaya_jax.errors import CacheFullError, DatabaseError
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.pallas_kernels.dispatch import Target, current_target, target_of
+from alaya_jax.pallas_kernels.dispatch import Target, target_of
 from alaya_jax.settings import for_other_threads
 from alaya_jax.sharding import ShardingRules, laid, whole
 
@@ -202,9 +202,7 @@ class PagePool:
     @property
     def target(self) -> Target:
         """What reads the cache."""
-        if self.mesh is not None:
-            return target_of(self.mesh.devices.flat[0])
-        return current_target() if self.device is None else target_of(self.device)
+        return target_of(self.device if self.mesh is None else self.mesh)
 
     @property
     def capacity_tokens(self) -> int:
@@ -247,8 +245,11 @@ class PagePool:
 
     def in_files(self, sequence: PagedSequence) -> int:
         """Tokens of a sequence that lie in mapped files."""
-        there = len(sequence.pages) - len(self.own(sequence.pages))
-        return min(there * self.page_size, sequence.length)
+        return min(self.mapped_pages(sequence) * self.page_size, sequence.length)
+
+    def mapped_pages(self, sequence: PagedSequence) -> int:
+        """How many of a sequence's pages are in mapped files: its first ones."""
+        return len(sequence.pages) - len(self.own(sequence.pages))
 
     def generations(self, pages: np.ndarray) -> np.ndarray:
         """A number of each page that grows whenever its contents may change: what was learnt of a
@@ -347,8 +348,11 @@ class PagePool:
 
     def mapped(self, host: HostPool, length: int) -> PagedSequence:
         """The first `length` tokens in mapped files: they take nothing of the pool."""
-        pages = host.pages[: -(-length // self.page_size)]
-        return PagedSequence((pages + self.num_pages).astype(np.int32), length, host)
+        return PagedSequence(self._of_files(host, -(-length // self.page_size)), length, host)
+
+    def _of_files(self, host: HostPool, count: int) -> np.ndarray:
+        """Ids of the first mapped pages of a context."""
+        return (host.pages[:count] + self.num_pages).astype(np.int32)
 
     def bring(self, sequence: PagedSequence) -> None:
         """Copies a sequence's mapped pages into the pool, in their place.
@@ -356,7 +360,7 @@ class PagePool:
         Raises:
           CacheFullError: there is no room; ContextError: a page is damaged. Nothing changes.
         """
-        host, count = sequence.host, len(sequence.pages) - len(self.own(sequence.pages))
+        host, count = sequence.host, self.mapped_pages(sequence)
         if host is None:
             return
         with self.lock:
@@ -382,8 +386,8 @@ class PagePool:
         back.
         """
         first, rest = sequence.pages[:count], sequence.pages[count:]
-        mapped = (host.pages[:count] + self.num_pages).astype(np.int32)
-        sequence.pages, sequence.host = np.concatenate([mapped, rest]), host
+        sequence.pages = np.concatenate([self._of_files(host, count), rest])
+        sequence.host = host
         self._returned.append(self.own(first))
 
     @uninterrupted()

@@ -12,13 +12,10 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
-
-if TYPE_CHECKING:
-    import jax
 
 BOTH = 3
 """Keys (1) and values (2) of a page."""
@@ -249,7 +246,7 @@ class FileAccount:
         self,
         residency: Residency,
         name: str,
-        keys: "jax.Array | np.ndarray",
+        keys: jax.Array | np.ndarray,
         *,
         let_go: Callable[[int, np.ndarray], None] | None = None,
         pinned: Callable[[], np.ndarray | None] = lambda: None,

@@ -37,7 +37,7 @@ from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.quantized import Scheme, check_scheme
 from alaya_jax.models.tokenizer import Tokenizer
-from alaya_jax.pallas_kernels.dispatch import current_target
+from alaya_jax.pallas_kernels.dispatch import target_of
 from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import ShardingRules
 
@@ -128,7 +128,7 @@ def read_checkpoint(
     tokenizer = source.read_tokenizer()
     if cast is None:
         cast = source.dtype
-        platform = (mesh.devices.flat[0] if mesh is not None else current_target()).platform
+        platform = target_of(mesh).platform
         if source.quantized and platform != "cpu":
             cast = np.dtype(ml_dtypes.bfloat16)
 

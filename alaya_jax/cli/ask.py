@@ -69,12 +69,12 @@ def ask(
     from alaya_jax import prompts
     from alaya_jax.cli import runtime
 
-    loaded = runtime.load_model(model, options.scheme(quantize), options.rope(rope))
+    loaded = runtime.load_model(model, options.value(quantize), options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
     budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory, host_memory)
     database, start = runtime.open_for_document(
-        path, loaded, budget, document, date, options.store_dtype(store_dtype)
+        path, loaded, budget, document, date, options.value(store_dtype)
     )
     with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):

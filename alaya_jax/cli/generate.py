@@ -70,7 +70,7 @@ def generate(
     from alaya_jax.cli import runtime
     from alaya_jax.db import DB
 
-    loaded = runtime.load_model(model, options.scheme(quantize), options.rope(rope))
+    loaded = runtime.load_model(model, options.value(quantize), options.rope(rope))
     tokenizer = prompts.tokenizer_of(loaded)
     as_chat = tokenizer.chat is not None if chat is None else chat
     if as_chat and tokenizer.chat is None:

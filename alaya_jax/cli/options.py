@@ -11,8 +11,6 @@ from alaya_jax.cli.terminal import load_jax
 from alaya_jax.errors import AlayaError
 
 if TYPE_CHECKING:
-    from alaya_jax.at_rest import StoreDtype as StoreKind
-    from alaya_jax.models.quantized import Scheme
     from alaya_jax.query.plan import Attention as Asked
     from alaya_jax.rope import Rope as Stretched
     from alaya_jax.runtime.sampling.params import Sampling
@@ -162,14 +160,9 @@ StoreDtype = Annotated[
 ]
 
 
-def scheme(quantize: Quantization | None) -> "Scheme | None":
-    """The scheme that a --quantize option means."""
-    return None if quantize is None else quantize.value
-
-
-def store_dtype(stored: Storage | None) -> "StoreKind | None":
-    """What a --store-dtype option means."""
-    return None if stored is None else stored.value
+def value(chosen: enum.StrEnum | None) -> Any:
+    """What an option of a few words means: the word."""
+    return None if chosen is None else chosen.value
 
 
 def rope(text: str | None) -> "Stretched | None":

@@ -79,7 +79,7 @@ def verify(
         if against is not None:
             found = checkpoint.verify_against(a, against.value, python=peer_python)
         else:
-            found = checkpoint.verify(a, b or a, logits=logits, quantize=options.scheme(quantize))
+            found = checkpoint.verify(a, b or a, logits=logits, quantize=options.value(quantize))
     if json:
         report(found.to_dict())
     else:

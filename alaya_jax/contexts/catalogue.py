@@ -242,14 +242,14 @@ class Catalogue:
         """The pages of a context's first tokens where they lie."""
         if self._no_host is not None:
             raise RequestError(f"tier='host': {self._no_host}; leave tier= out")
-        pool = self._at_home().pool
+        pool = self._at("host").pool
         mapped = self.store.mapped(context.id)
         layers = range(self._model.config.num_hidden_layers)
-        store_dtype: Any = context.header.store_dtype if context.header else ""
+        kind = context.store_dtype
 
         def entered(half: np.ndarray) -> Any:
             rows = jax.device_put(half)
-            return Coded(rows, store_dtype, self._model.dtype) if store_dtype else rows
+            return rows if kind is None else Coded(rows, kind, self._model.dtype)
 
         try:
             with pool.here():
@@ -304,12 +304,12 @@ class Catalogue:
         """The CPU that reads pages where they lie, if the model runs elsewhere."""
         return None if self._no_host is not None else cpu_beside(self._model.mesh)
 
-    def _at_home(self) -> "Home":
-        """Where sequences are whose pages are read where they lie: with all others, or, where these
-        are on devices that cannot read files, on the CPU beside them.
+    def _at(self, tier: Tier | None) -> "Home":
+        """Where sequences are: all together, but for those whose pages are read where they lie,
+        beside devices that cannot read files; these are on the CPU.
         """
         device = self._beside
-        if device is None:
+        if tier != "host" or device is None:
             return Home(self.pool, self.indexes, self.stack)
         with self.pool.lock:
             if self._home is None:
@@ -342,11 +342,10 @@ class Catalogue:
             reason = f"the prompt does not fit into {self._setting}"
         if tier is None and self._no_host is None:
             pages = sum(-(-len(tokens) // self.pool.page_size) + 1 for tokens in rows)
-            if pages * self.pool.page_size > self.pool.capacity_tokens:
-                tier = "host" if self._is_for_home(rows, exact) else None
-        home = Home(self.pool, self.indexes, self.stack)
-        if tier == "host" and self._no_host is None:
-            home = self._at_home()
+            too_long = pages * self.pool.page_size > self.pool.capacity_tokens
+            if too_long and self._is_for_home(rows, exact):
+                tier = "host"
+        home = self._at(tier)
         with self.pool.lock:
             try:
                 for tokens in rows:
@@ -393,7 +392,7 @@ class Catalogue:
             return True
         known = [self.match(tokens, exact=exact)[1] for tokens in rows]
         new = [len(tokens) - length for tokens, length in zip(rows, known, strict=True)]
-        return all(known) and sum(new) < self._at_home().pool.capacity_tokens
+        return all(known) and sum(new) < self._at("host").pool.capacity_tokens
 
     def _lock_prefix(
         self, tokens: np.ndarray, exact: bool, tier: Tier | None
@@ -456,10 +455,10 @@ class Catalogue:
 
     def _computed(self, context: Context, halves: tuple[np.ndarray, ...]) -> Any:
         """Keys and values at rest as the model computes with them."""
-        store_dtype: Any = context.header.store_dtype if context.header else ""
-        if not store_dtype:
+        kind = context.store_dtype
+        if kind is None:
             return halves
-        return tuple(decoded(half, store_dtype, self._model.dtype) for half in halves)
+        return tuple(decoded(half, kind, self._model.dtype) for half in halves)
 
     def _is_there(self, context: Context) -> bool:
         """Whether no other process removed it."""

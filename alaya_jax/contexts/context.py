@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from alaya_jax.at_rest import StoreDtype
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
@@ -101,6 +102,12 @@ class Context:
         """Lets it be removed, and leave memory, again. Raises as `pin` does."""
         self.store.pin(self.id, False)
         self.pinned = False
+
+    @property
+    def store_dtype(self) -> StoreDtype | None:
+        """What its keys and values are stored in; None: as they were computed."""
+        found: Any = self.header.store_dtype if self.header else ""
+        return found or None
 
     @property
     def exact_tokens(self) -> int:

@@ -54,9 +54,9 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
     found = calibration.find(model.fingerprint, model.directory)
     with pool.here():
         machine = _machine(work, progress=True)
-    if pool.device is not None:  # a CPU does not say what it has
-        return choose(auto, work, machine, found, None)
-    return choose(auto, work, machine, found, memory_beside(weights, model.mesh))
+    # A CPU beside the model's devices does not say what it has.
+    room = memory_beside(weights, pool.mesh) if pool.device is None else None
+    return choose(auto, work, machine, found, room)
 
 
 def choose_prefill_for(auto: Auto, batch: Batch, length: int) -> PrefillChoice:

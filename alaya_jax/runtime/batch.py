@@ -201,13 +201,13 @@ class Batch:
             if sequence.host is not None:
                 sequence.host.verified()
 
-    def verify_met(self, plans: Plans, counts: Counts, layer: int = 0) -> PagesMet | None:
+    def verify_met(self, plans: Plans, met: Any, layer: int = 0) -> PagesMet | None:
         """Compares mapped pages that were met with their checksums, before what came of them is
         used; waits for the program.
 
         Args:
           plans: that were answered.
-          counts: what some layers read, [L', B, ...].
+          met: of some layers, uint8 [L', B, K, N], see `Counts`; None: none of them says it.
           layer: the first of them.
 
         Returns:
@@ -219,12 +219,12 @@ class Batch:
         hosts = [s.host for s in self.sequences if s.host is not None]
         if not hosts:
             return None
-        if counts.met is not None:
-            self.reading(plans).after(layer, np.asarray(counts.met))
-        met = PagesMet.nothing(self.model.config.num_hidden_layers)
+        if met is not None:
+            self.reading(plans).after(layer, np.asarray(met))
+        pages = PagesMet.nothing(self.model.config.num_hidden_layers)
         for host in hosts:
-            met.add(host.take_reads())
-        return met
+            pages.add(host.take_reads())
+        return pages
 
     def feed(
         self,
@@ -265,7 +265,7 @@ class Batch:
                     stack.compile(self.pool.abstract, chain, fed.table, width)
                 with self.pool.lend() as lent:
                     x, passed = stack.layers(lent, chain, x, passed, fed)
-            met = self.verify_met(plans, passed.counts)
+            met = self.verify_met(plans, passed.counts.met)
             on_read(stack.counts(passed), self.lengths, new, width, met)
             with uninterrupted():
                 for b, count in enumerate(new):

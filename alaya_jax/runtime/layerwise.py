@@ -108,14 +108,13 @@ def attention(
         batch.reading(plans).before(layer, 1, kv.k[layer])
         out, counts = engine.attend(
             of_layer(plans, layer),
-            batch.stack.at_cache(q) if pool.device is not None else q,
+            batch.stack.at_cache(q),
             Memory(kv, table, indexed).layer(layer),
             count,
             mesh=pool.mesh,
             rules=pool.rules,
         )
-    one = jax.tree.map(lambda x: x[None], counts)
-    met = batch.verify_met(plans, one, layer)
+    met = batch.verify_met(plans, None if counts.met is None else counts.met[None], layer)
     counts = dataclasses.replace(counts, met=None)
     way = Way.of(of_layer(plans, layer))
     for b, length in enumerate(batch.lengths):

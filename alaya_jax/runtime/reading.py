@@ -123,20 +123,16 @@ class Reading:
         """K."""
         return self._pool.config.num_key_value_heads
 
-    def _there(self, sequence: PagedSequence) -> int:
-        """How many of a sequence's pages are mapped: its first ones."""
-        return len(sequence.pages) - len(self._pool.own(sequence.pages))
-
     @functools.cached_property
     def _count(self) -> int:
         """Mapped pages of all sequences."""
-        lists = [s.pages[: self._there(s)] for s, _ in self._mapped]
+        lists = [s.pages[: self._pool.mapped_pages(s)] for s, _ in self._mapped]
         return len(np.unique(np.concatenate(lists)))
 
     def _least(self) -> "Least":
         pool = self._pool
         shape = pool.config, pool.page_size, pool.dtype
-        counts = [self._there(s) for s, _ in self._mapped]
+        counts = [self._pool.mapped_pages(s) for s, _ in self._mapped]
         return least(self._each, *shape, counts, self._count, self._account.page_bytes)
 
     def require_room(self) -> None:
@@ -174,7 +170,7 @@ class Reading:
         since = residency.now
         for layer in some:
             for sequence, host in self._mapped:
-                there = self._there(sequence)
+                there = self._pool.mapped_pages(sequence)
                 held = -(-sequence.length // self._pool.page_size)
                 host.meet(layer, there, in_pool=self._heads * (held - there))
         residency.make_room(since=since, wait=lambda: jax.block_until_ready(running))
@@ -197,7 +193,7 @@ class Reading:
         for i, one in enumerate(met):
             for b, sequence in enumerate(self._sequences):
                 if sequence.host is not None and tells(self._each[first + i]):
-                    there = self._there(sequence)
+                    there = self._pool.mapped_pages(sequence)
                     held = int(np.count_nonzero(one[b, :, there:]))
                     new += sequence.host.verify_met(first + i, one[b, :, :there], in_pool=held)
         if self._mapped:

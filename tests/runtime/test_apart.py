@@ -7,7 +7,7 @@ import pytest
 import alaya_jax as aj
 from alaya_jax.contexts import catalogue
 from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.sharding import cpu_beside, tree_shardings
+from alaya_jax.sharding import cpu_beside
 
 WINDOW = aj.Window(8, 24)
 PLANS = {
@@ -29,23 +29,6 @@ def elsewhere(monkeypatch):
     home = jax.devices("cpu")[3]
     monkeypatch.setattr(catalogue, "cpu_beside", lambda mesh: home)
     return home
-
-
-def on_mesh(model, **axes):
-    from alaya_jax.models import llama
-
-    mesh, rules = aj.make_mesh(**axes), aj.ShardingRules()
-    places = tree_shardings(mesh, rules, llama.logical_axes(model.config), model.params)
-    params = jax.device_put(model.params, places)
-    return aj.Model(
-        model.config,
-        params,
-        model.tokenizer,
-        fingerprint=model.fingerprint,
-        name=model.name,
-        mesh=mesh,
-        rules=rules,
-    )
 
 
 def stored(open_db, document):
@@ -93,11 +76,11 @@ def test_nothing_of_the_cache_is_with_the_weights(open_db, document, rng, elsewh
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"context": 2}], ids=str)
-def test_a_mesh_reads_files_on_the_cpu(open_db, tiny_model, document, rng, axes):
+def test_a_mesh_reads_files_on_the_cpu(open_db, tiny_model, document, rng, on_mesh, axes):
     stored(open_db, document)
     prompt = [*document, *rng.integers(32, 126, 5)]
     expected, logits, _ = answers(open_db(), prompt, "device", PLANS["sketch"])
-    db = open_db(on_mesh(tiny_model, **axes))
+    db = open_db(on_mesh(tiny_model, aj.make_mesh(**axes)))
     ids, found, _ = answers(db, prompt, "host", PLANS["sketch"])
     assert ids == expected
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
