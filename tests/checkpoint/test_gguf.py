@@ -65,7 +65,7 @@ def test_quantized_types_become_what_the_target_computes_in(
         return default_dtype({"Q8_0": 9}), read(path).params["embed"]["embedding"].dtype.name
 
     assert dtypes() == ("float32", "float32")
-    for module in ("checkpoint", "optimizer.situation"):
+    for module in ("pallas_kernels.dispatch", "optimizer.situation"):
         monkeypatch.setattr(f"alaya_jax.{module}.current_target", lambda: H100)
     assert dtypes() == ("bfloat16", "bfloat16")
 
