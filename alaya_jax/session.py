@@ -212,7 +212,8 @@ class Session:
             return self.account.choice.plans
 
         asked = Full() if attention is None else attention
-        plans = plan_for(asked, self.model.config, length, choose)
+        learnt = self.batch.indexes.learnt is not None
+        plans = plan_for(asked, self.model.config, length, choose, learnt)
         self.batch.require_graphs(plans)
         return plans
 

@@ -24,7 +24,7 @@ from alaya_jax.contexts import graphs
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import AlayaError, CacheFullError, ConfigError, ContextError, RequestError
-from alaya_jax.index import Graph
+from alaya_jax.index import Graph, learnt
 from alaya_jax.index.pages import PageIndexes
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
@@ -102,7 +102,7 @@ class Catalogue:
         self.residency = Residency(budget.host_bytes, budget.host_setting)
         self._mapped: dict[str, dict[str, tuple[Context, np.ndarray]]] = {}
         """Contexts that were mapped and their pages, by the files' name and their id."""
-        self.indexes = PageIndexes(self.pool)
+        self.indexes = PageIndexes(self.pool, self._find_learnt)
         self.stack = Stack(model.params, model.frame, model.layers_per_program)
         self._home: Home | None = None
         self._contexts: dict[str, Context] = {}
@@ -304,6 +304,9 @@ class Catalogue:
         """The CPU that reads pages where they lie, if the model runs elsewhere."""
         return None if self._no_host is not None else cpu_beside(self._model.mesh)
 
+    def _find_learnt(self) -> learnt.Learnt | None:
+        return learnt.find(self._model.fingerprint, self._model.directory)
+
     def _at(self, tier: Tier | None) -> "Home":
         """Where sequences are: all together, but for those whose pages are read where they lie,
         beside devices that cannot read files; these are on the CPU.
@@ -319,7 +322,7 @@ class Catalogue:
                 pool = PagePool(model.config, model.dtype, pages, size, setting, where=device)
                 pool.lock = self.pool.lock  # one: contexts are looked at under either
                 stack = Apart(model.params, model.frame, device)
-                self._home = Home(pool, PageIndexes(pool), stack)
+                self._home = Home(pool, PageIndexes(pool, self._find_learnt), stack)
             return self._home
 
     def open(

@@ -51,6 +51,7 @@ class Explanation:
       in_files: tokens of each sequence that are read where they lie in the database's files; None:
         none are.
       placed: why.
+      sketch: in which basis sketches round keys, where plans ask any.
     """
 
     tokens: list[int]
@@ -64,6 +65,7 @@ class Explanation:
     prefill: PrefillChoice | None = None
     in_files: list[int] | None = None
     placed: str = ""
+    sketch: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,6 +74,7 @@ class Explanation:
             "reused": self.reused,
             "in_files": self.in_files,
             "placed": self.placed or None,
+            "sketch": self.sketch or None,
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -170,6 +173,8 @@ class Explanation:
         if self.in_files is not None:
             head += f"\nread where they lie in the database's files {self.in_files}"
             head += f" ({self.placed})" if self.placed else ""
+        if self.sketch:
+            head += f"\nsketches round keys in {self.sketch}"
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

@@ -4,8 +4,9 @@ from alaya_jax.explain.account import Account
 from alaya_jax.explain.analysis import WANTED, analyze
 from alaya_jax.explain.explanation import Explanation
 from alaya_jax.explain.reads import planned_rows
+from alaya_jax.index import Sketch
 from alaya_jax.optimizer.prefill import PrefillChoice
-from alaya_jax.query.plan import Plans, same_plans
+from alaya_jax.query.plan import Plans, indexes_of, same_plans
 from alaya_jax.runtime.batch import Batch
 
 
@@ -54,8 +55,23 @@ def report(
         prefill=_prefill_choice(account),
         analysis=analysis,
         in_files=in_files if any(in_files) else None,
+        sketch=_sketch(batch, plans),
         placed=batch.placing.reason if any(in_files) else "",
     )
+
+
+def _sketch(batch: Batch, plans: Plans) -> str:
+    """In which basis sketches round keys, where plans ask any."""
+    asked = indexes_of(plans, batch.model.config.num_hidden_layers)
+    bases = {index.basis for index in asked if isinstance(index, Sketch)}
+    learnt = batch.indexes.learnt
+    if not bases:
+        return ""
+    if "learnt" in bases:
+        return str(learnt)
+    if learnt is None:
+        return "a random rotation: no basis was learnt of this model (aj.calibrate)"
+    return f"a random rotation, as asked; there is {learnt}"
 
 
 def _prefill_choice(account: Account) -> PrefillChoice | None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float16, Int8, UInt8
 
-STEPS = {2: 0.9957, 4: 0.3352, 8: 0.0308}
+STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
 """Bits -> distance of levels, in standard deviations, of least square error for normal numbers (J.
 Max, Quantizing for minimum distortion, 1960); a rotated key's channels are nearly that.
 """

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from alaya_jax.cache.tiers import HostPages, HostPool, Leaves
-from alaya_jax.index import LayerIndex
+from alaya_jax.index import LayerIndex, SketchLayer
+from alaya_jax.index.basis import Basis
 
 AT_ONCE = 256
 """Pages that are looked at together, at most."""
@@ -33,13 +34,20 @@ class HostIndex:
       index: arrays [K, Q, ...], which programs read where they are.
     """
 
-    def __init__(self, empty: LayerIndex, num_pages: int, leaves: Leaves | None = None):
+    def __init__(
+        self,
+        empty: LayerIndex,
+        num_pages: int,
+        leaves: Leaves | None = None,
+        basis: Basis | None = None,
+    ):
         """Args:
         empty: such an index, of any number of pages.
         num_pages: Q.
         leaves: the file; None: it is held in memory.
+        basis: that a sketch is made by.
         """
-        self._empty, self._leaves = empty, leaves
+        self._empty, self._leaves, self._basis = empty, leaves, basis
         self._memory: list[np.ndarray] | None = None
         """In place of what is mapped."""
         self._built = np.full(num_pages, -1, np.int64)
@@ -93,7 +101,7 @@ class HostIndex:
         host.verify(layer, pages)
         ids = np.full(1 + AT_ONCE, pages[0], np.int32)  # the first is lost: see `NO_PAGE`
         ids[1 : 1 + len(pages)] = pages
-        found = jax.tree.leaves(_of_pages(self._empty, host.layers[layer], ids))
+        found = jax.tree.leaves(_of_pages(self._empty, self._basis, host.layers[layer], ids))
         return [np.asarray(part)[:, 1 : 1 + len(pages)] for part in found]
 
     def _take(self, pages: np.ndarray, births: np.ndarray) -> None:
@@ -139,13 +147,18 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 @jax.jit
-def _of_pages(empty: LayerIndex, host: HostPages, ids: Int[Array, " n"]) -> LayerIndex:
+def _of_pages(
+    empty: LayerIndex, basis: Basis | None, host: HostPages, ids: Int[Array, " n"]
+) -> LayerIndex:
     """The index of just these pages."""
     k, v = host.k[:, ids], host.v[:, ids]
     number = ids.shape[0]
     grown = jax.tree.map(functools.partial(_grown, number), empty)
     filled = jnp.full(number, k.shape[2], jnp.int32)
-    return grown.build(k, v, jnp.arange(number, dtype=jnp.int32), filled)
+    args = k, v, jnp.arange(number, dtype=jnp.int32), filled
+    if isinstance(grown, SketchLayer):
+        return grown.seen_by(basis).build(*args).seen_by(None)
+    return grown.build(*args)
 
 
 def _grown(number: int, x: Array) -> Array:

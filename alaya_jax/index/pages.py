@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alaya_jax import cache
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
 from alaya_jax.cache.tiers import HostPool, Leaves, Tiers
-from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
+from alaya_jax.errors import RequestError
+from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch, SketchLayer
+from alaya_jax.index.basis import Basis
 from alaya_jax.index.host import AT_ONCE, HostIndex
+from alaya_jax.index.learnt import Learnt
 from alaya_jax.sharding import ShardingRules
 
 INDEX_WIDTH = 8
@@ -30,12 +33,44 @@ class PageIndexes:
       pool: whose pages.
     """
 
-    def __init__(self, pool: PagePool):
-        """Of this pool's pages; what was learnt of a page holds for its generation."""
+    def __init__(self, pool: PagePool, find_learnt: Callable[[], Learnt | None] | None = None):
+        """Of this pool's pages; what was learnt of a page holds for its generation.
+
+        Args:
+          pool: of a model.
+          find_learnt: looks for what the model's sketches learnt; what it once found stays.
+        """
         self.pool = pool
+        self._find_learnt, self._learnt = find_learnt, None
+        self._bases: dict[tuple[float, int], Basis] = {}
         self._host: dict[str, dict[tuple[Block | Sketch, int], HostIndex]] = {}
         """Of pages in mapped files, by the files' name."""
         self._indexes: dict[tuple[Block | Sketch, int], _LayerState] = {}
+
+    @property
+    def learnt(self) -> Learnt | None:
+        """What the model's sketches learnt of its queries and keys; None: nothing that is there."""
+        with self.pool.lock:
+            if self._learnt is None and self._find_learnt is not None:
+                self._learnt = self._find_learnt()
+            return self._learnt
+
+    def _basis(self, index: Block | Sketch, layer: int) -> Basis | None:
+        if not isinstance(index, Sketch) or index.basis == "random":
+            return None
+        learnt, key = self.learnt, (index.bits, layer)
+        if learnt is None:
+            raise RequestError(
+                f"{index!r}: nothing was learnt of this model's keys; run aj.calibrate(model, "
+                f"texts), or use {index.random()!r}"
+            )
+        if key not in self._bases:
+            made, pool = learnt.layers[layer].basis(index.bits), self.pool
+            if pool.mesh is not None:
+                spec = PartitionSpec(pool.rules.axis("kv_heads", pool.mesh))
+                made = jax.device_put(made, NamedSharding(pool.mesh, spec))
+            self._bases[key] = made
+        return self._bases[key]
 
     def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
         """Has the indexes know the full pages of these sequences.
@@ -61,23 +96,29 @@ class PageIndexes:
                 if isinstance(index, Flat | Graph):
                     layers.append(None)
                     continue
+                basis = self._basis(index, layer)
                 state = self._indexes.get((index, layer))
                 if state is None:
                     state = self._indexes[index, layer] = self._new_index(index)
                 missing = own[state.built[own] != pool.generations(own)]
                 if len(missing):
-                    self._build(state, layer, missing)
+                    self._build(state, layer, missing, basis)
                 held = state.index
                 if in_files:
-                    held = jax.tree.map(Tiers, held, self._host_index(index, layer, in_files))
-                layers.append(held)
+                    beside = self._host_index(index, layer, in_files, basis)
+                    held = jax.tree.map(Tiers, held, beside)
+                layers.append(_seen(held, basis))
             return Indexed(
                 tuple(layers),
                 jax.device_put(np.asarray([len(p) * size for p in full], np.int32)),
             )
 
     def _host_index(
-        self, index: Block | Sketch, layer: int, in_files: list[tuple[HostPool, int]]
+        self,
+        index: Block | Sketch,
+        layer: int,
+        in_files: list[tuple[HostPool, int]],
+        basis: Basis | None,
     ) -> LayerIndex:
         """What an index knows of pages in mapped files: of each context, the first so many among
         them. The contexts' files are of one name.
@@ -88,7 +129,7 @@ class PageIndexes:
             p = self.pool
             few = index.create(p.config, 1, p.page_size, p.dtype)
             leaves = self._leaves(index, layer, first, few)
-            known[index, layer] = HostIndex(few, first.num_pages, leaves)
+            known[index, layer] = HostIndex(few, first.num_pages, leaves, basis)
         held = known[index, layer]
         for host, count in in_files:
             held.build(host, layer, host.pages[:count], host.births[:count])
@@ -105,7 +146,11 @@ class PageIndexes:
     ) -> Leaves | None:
         """The file of what an index knows of a layer of mapped pages."""
         arrays = [(x.shape[2:], x.dtype.name) for x in jax.tree.leaves(of_one)]
-        made = {"index": repr(index), **index.formula(self.pool.config)}
+        formula = index.formula(self.pool.config)
+        if isinstance(index, Sketch) and index.basis == "learnt":
+            assert self._learnt is not None
+            formula = index.formula(self.pool.config, self._learnt.digest())
+        made = {"index": repr(index), **formula}
         return host.leaves(layer, made, arrays)
 
     def share_leaves(self, sequence: PagedSequence, host: HostPool) -> None:
@@ -147,7 +192,9 @@ class PageIndexes:
             sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
         return sizes
 
-    def _build(self, state: "_LayerState", layer: int, missing: np.ndarray) -> None:
+    def _build(
+        self, state: "_LayerState", layer: int, missing: np.ndarray, basis: Basis | None
+    ) -> None:
         pool, kv = self.pool, self.pool.kv
         shard, local = np.divmod(missing, pool.num_pages // pool.shards)
         by_shard = [local[shard == s] for s in range(pool.shards)]
@@ -163,6 +210,7 @@ class PageIndexes:
                 kv.v[layer],
                 ids.ravel(),
                 filled.ravel(),
+                basis,
                 mesh=pool.mesh,
                 rules=pool.rules,
             )
@@ -189,19 +237,29 @@ def _build_index(
     v_pages: jax.Array,
     ids: jax.Array,
     filled: jax.Array,
+    basis: Basis | None,
     *,
     mesh: Mesh | None,
     rules: ShardingRules,
 ) -> LayerIndex:
+    def make(index: LayerIndex, basis: Basis | None, *args: jax.Array) -> LayerIndex:
+        return _seen(_seen(index, basis).build(*args), None)
+
     if mesh is None:
-        return index.build(k_pages, v_pages, ids, filled)
+        return make(index, basis, k_pages, v_pages, ids, filled)
     pages = rules.axis("pages", mesh)
-    pool, some = PartitionSpec(rules.axis("kv_heads", mesh), pages), PartitionSpec(pages)
+    heads = PartitionSpec(rules.axis("kv_heads", mesh))
+    pool, some = PartitionSpec(*heads, pages), PartitionSpec(pages)
     build = jax.shard_map(
-        lambda index, k, v, ids, filled: index.build(k, v, ids, filled),
+        make,
         mesh=mesh,
-        in_specs=(pool, pool, pool, some, some),
+        in_specs=(pool, heads, pool, pool, some, some),
         out_specs=pool,
         check_vma=False,
     )
-    return build(index, k_pages, v_pages, ids, filled)
+    return build(index, basis, k_pages, v_pages, ids, filled)
+
+
+def _seen(index: LayerIndex, basis: Basis | None) -> LayerIndex:
+    """An index with the basis that it is looked at by, or without it, as it is kept."""
+    return index.seen_by(basis) if isinstance(index, SketchLayer) else index

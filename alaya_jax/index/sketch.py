@@ -33,19 +33,22 @@ own centre never goes stale, whoever shares the page and whatever is appended be
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8, UInt32
 
 from alaya_jax import cache
 from alaya_jax.cache import NO_PAGE, page_zeros
 from alaya_jax.cache.views import FEW_ROWS, KeyRange, Pages, over_tiles, read_pages
 from alaya_jax.errors import ConfigError
+from alaya_jax.index.basis import BITS, Basis
 from alaya_jax.index.codes import (
     STEPS,
+    RoundedQuery,
     deviations,
     fields,
     length,
@@ -79,26 +82,56 @@ class SketchLayer:
     """The sketch of one layer's keys.
 
     Attributes:
-      codes: uint8 [K, P, Z, D * bits / 8]. Byte m holds channels m, m + D * bits / 8, ... of the
-        rotated residual, lowest bits first, each as a two's complement integer c: level 2 c + 1.
+      codes: of a random rotation uint8 [K, P, Z, D * bits / 8]: byte m holds channels m, m + D *
+        bits / 8, ... of the rotated residual, lowest bits first, each as a two's complement integer
+        c: level 2 c + 1. Of a learnt basis uint32 [K, P, D * bits / 32, Z], see there.
       scale: float16 [K, P, Z], s above.
       spread: float16 [K, P, Z], standard deviation of the error for |q| = 1.
-      centre: int8 [K, P, D], of a page, not rotated; times `centre_scale` float16 [K, P].
-      value, value_scale: likewise the mean of the page's values.
+      centre: of a page, not rotated: int8 [K, P, D], times `centre_scale` float16 [K, P]; with a
+        basis uint8 [K, P, D / 2], see there.
+      value, value_scale: int8 [K, P, D] and float16 [K, P], the mean of the page's values.
+      basis: learnt, where pages are looked at; None: a random rotation, or not looked at.
     """
 
-    codes: UInt8[Array, "K P Z D*bits/8"]
+    codes: UInt8[Array, "K P Z D*bits/8"] | UInt32[Array, "K P W Z"]
     scale: Float16[Array, "K P Z"]
     spread: Float16[Array, "K P Z"]
-    centre: Int8[Array, "K P D"]
+    centre: Int8[Array, "K P D"] | UInt8[Array, "K P D/2"]
     centre_scale: Float16[Array, "K P"]
     value: Int8[Array, "K P D"]
     value_scale: Float16[Array, "K P"]
+    basis: Basis | None = None
 
     @property
-    def bits(self) -> int:
-        """Bits a channel."""
-        return 8 * self.codes.shape[-1] // self.centre.shape[-1]
+    def bits(self) -> float:
+        """Bits a channel, on average."""
+        size, dim = self.scale.shape[-1], self.value.shape[-1]
+        bits = 8 * self.codes.dtype.itemsize * math.prod(self.codes.shape[2:]) / (size * dim)
+        return int(bits) if bits.is_integer() else bits
+
+    def seen_by(self, basis: Basis | None) -> "SketchLayer":
+        """With the basis that its codes are of; None: kept without."""
+        return dataclasses.replace(self, basis=basis)
+
+    def ask(self, q: Float[Array, "K N D"], miss: float) -> RoundedQuery:
+        """Queries as a scan takes them; `miss`: see `scan`."""
+        if self.basis is None:
+            return round_query(q, int(self.bits), miss)
+        return self.basis.ask(q, miss)
+
+    def _products(self, codes: Array, integers: Int8[Array, "K R F"]) -> Float[Array, "K R S"]:
+        """Of queries' integers and the levels of some pages' keys."""
+        heads, rows, _ = integers.shape
+        if self.basis is not None:
+            return self.basis.products(codes, integers).reshape(heads, rows, -1)
+        # Field by field: put together, the codes would be written once more.
+        of_key = fields(codes.reshape(heads, -1, codes.shape[3]), int(self.bits))
+        levels = sum(
+            jnp.einsum("ksd,krd->ksr", field, part, preferred_element_type=jnp.int32)
+            for field, part in zip(of_key, jnp.split(integers, len(of_key), -1), strict=True)
+        )
+        total = jnp.sum(integers, axis=-1, keepdims=True, dtype=jnp.int32)
+        return 2 * jnp.swapaxes(levels, 1, 2).astype(jnp.float32) + total
 
     def build(
         self,
@@ -118,17 +151,19 @@ class SketchLayer:
         """
 
         def write(layer: "SketchLayer", ids: Array, filled: Array) -> "SketchLayer":
-            new = _sketch(k_pages[:, ids], v_pages[:, ids], filled, self.bits)
+            new = _sketch(k_pages[:, ids], v_pages[:, ids], filled, self)
             return jax.tree.map(lambda pool, pages: cache.write_pages(pool, ids, pages), layer, new)
 
+        pages = self.seen_by(None)
         if ids.shape[0] <= _BLOCK:
-            return write(self, ids, filled)
+            return write(pages, ids, filled).seen_by(self.basis)
         pad = (0, -ids.shape[0] % _BLOCK)
         ids = jnp.pad(ids, pad, constant_values=NO_PAGE).reshape(-1, _BLOCK)
         filled = jnp.pad(filled, pad).reshape(-1, _BLOCK)
-        return lax.fori_loop(
-            0, ids.shape[0], lambda i, layer: write(layer, ids[i], filled[i]), self
+        built = lax.fori_loop(
+            0, ids.shape[0], lambda i, layer: write(layer, ids[i], filled[i]), pages
         )
+        return built.seen_by(self.basis)
 
     def scan(
         self,
@@ -148,35 +183,30 @@ class SketchLayer:
         """
         q = q.astype(jnp.float32)
         heads, group, t, dim = q.shape
-        size = self.codes.shape[2]
+        size = self.scale.shape[2]
         rows = q.reshape(heads, group * t, dim)
-        asked = round_query(rows, self.bits, miss)
-        integers, step = asked.integers, asked.step[..., None]
-        total = jnp.sum(integers, axis=-1, keepdims=True, dtype=jnp.int32)
+        asked = self.ask(rows, miss)
+        step = asked.step[..., None]
+        of_centre, offset = self._ask_centre(rows)
 
         if group * t <= FEW_ROWS:
             pages = pages.in_tiles(SCAN_TOKENS)
 
         def visit(read_page: Any, tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             read = functools.partial(read_page, tile=tile)
-            # Field by field: put together, the codes would be written once more.
-            codes = fields(read(self.codes).reshape(heads, -1, self.codes.shape[3]), self.bits)
-            levels = sum(
-                jnp.einsum("ksd,krd->ksr", field, part, preferred_element_type=jnp.int32)
-                for field, part in zip(codes, jnp.split(integers, len(codes), -1), strict=True)
-            )
-            levels = jnp.swapaxes(levels, 1, 2).astype(jnp.float32)
+            levels = self._products(read(self.codes), asked.integers)
             scale, spread = (read(x).reshape(heads, -1) for x in (self.scale, self.spread))
             centre = (
                 jnp.einsum(
                     "krd,kpd->krp",
-                    rows,
-                    read(self.centre).astype(jnp.float32),
+                    of_centre,
+                    self._whole_centre(read(self.centre)).astype(jnp.float32),
                     precision=lax.Precision.HIGHEST,
                 )
                 * read(self.centre_scale).astype(jnp.float32)[:, None]
+                + offset
             )
-            estimate = scale.astype(jnp.float32)[:, None] * (step * (2 * levels + total))
+            estimate = scale.astype(jnp.float32)[:, None] * (step * levels)
             estimate = estimate.reshape(*centre.shape, size) + centre[..., None]
             seen = keys.mask(pages.positions(tile))
             new = (
@@ -211,6 +241,20 @@ class SketchLayer:
         spread = jnp.minimum(spread.astype(jnp.float32), FAR)
         of_key = spread, scale.astype(jnp.float32)
         return Scan(estimate, of_row, of_key, deviations(miss / 2, dim))
+
+    def _ask_centre(
+        self, rows: Float[Array, "K R D"]
+    ) -> tuple[Float[Array, "K R D"], Float[Array, "K R 1"] | float]:
+        """Queries for the integers of centres, and what every key's score has beside these."""
+        if self.basis is None:
+            return rows, 0.0
+        offset = jnp.einsum("krd,kd->kr", rows, self.basis.offset, precision=lax.Precision.HIGHEST)
+        return rows * self.basis.grain[:, None], offset[..., None]
+
+    def _whole_centre(self, centre: Array) -> Int8[Array, "K N D"]:
+        if self.basis is None:
+            return centre
+        return jnp.concatenate(fields(centre, 4), axis=-1)
 
     def attend_means(
         self,
@@ -262,19 +306,43 @@ class SketchLayer:
         return acc.reshape(q.shape) / safe[..., None], lse
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sketch:
     """The index of keys at a few bits a channel.
 
     Attributes:
-      bits: a channel: 2, 4 or 8.
+      bits: a channel, on average. 1, 2, 4 or 8 of a random rotation; 0.5, 1, 1.5, 2 or 4 of a
+        learnt basis, whose channels have 0 to 8 bits each.
+      basis: "random": the same rotation for all models, whose bound is proven. "learnt": the
+        model's own (`aj.calibrate`), which does with one bit what a random one does with two to
+        four; where a model has none, plans say "random" instead, and so does `explain`.
     """
 
-    bits: int = 4
+    bits: float = 4
+    basis: Literal["random", "learnt"] = "random"
 
     def __post_init__(self):
-        if self.bits not in tuple(STEPS):
-            raise ConfigError(f"Sketch(bits={self.bits!r}): use one of {sorted(STEPS)}")
+        allowed = {"random": tuple(STEPS), "learnt": BITS}
+        if self.basis not in allowed:
+            raise ConfigError(
+                f"Sketch(basis={self.basis!r}): use one of {sorted(allowed, reverse=True)}"
+            )
+        if self.bits not in allowed[self.basis]:
+            raise ConfigError(
+                f"Sketch(bits={self.bits!r}, basis={self.basis!r}): use one of "
+                f"{sorted(allowed[self.basis])}"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"Sketch(bits={self.bits})"
+            if self.basis == "random"
+            else (f"Sketch(bits={self.bits}, basis={self.basis!r})")
+        )
+
+    def random(self) -> "Sketch":
+        """The one of as many bits, or half a bit more, that any model has."""
+        return Sketch(math.ceil(self.bits))
 
     def create(
         self,
@@ -291,53 +359,75 @@ class Sketch:
           ConfigError: the codes of a key do not fill whole bytes.
         """
         del dtype
-        dim, bits = config.head_dim, self.bits
-        if dim * bits % 8 or dim < 4:
+        dim = config.head_dim
+        learnt = self.basis == "learnt"
+        word = 32 if learnt else 8
+        if dim * self.bits % word or dim < 4:
             raise ConfigError(
-                f"Sketch(bits={bits}): {dim} channels (head_dim) do not fill whole bytes; use 8"
+                f"{self!r}: {dim} channels (head_dim) do not fill words of {word} bits; use "
+                "Sketch(8)"
             )
         zeros = functools.partial(page_zeros, config, num_pages, mesh, rules)
+        words = int(dim * self.bits) // word
         return SketchLayer(
-            codes=zeros((page_size, dim * bits // 8), jnp.uint8),
+            codes=zeros((words, page_size), jnp.uint32)
+            if learnt
+            else zeros((page_size, words), jnp.uint8),
             scale=zeros((page_size,), jnp.float16),
             spread=zeros((page_size,), jnp.float16),
-            centre=zeros((dim,), jnp.int8),
+            centre=zeros((dim // 2,), jnp.uint8) if learnt else zeros((dim,), jnp.int8),
             centre_scale=zeros((), jnp.float16),
             value=zeros((dim,), jnp.int8),
             value_scale=zeros((), jnp.float16),
         )
 
-    def formula(self, config: LlamaConfig) -> dict[str, Any]:
+    def formula(self, config: LlamaConfig, basis: str | None = None) -> dict[str, Any]:
         """All that sketches depend on beside the page, as plain data: they are kept in files under
         it, and read by nobody who would make others.
+
+        Args:
+          config: of the model.
+          basis: digest of what was learnt, for a learnt basis.
         """
-        turned = rotation_digest(config.head_dim)
+        turned = rotation_digest(config.head_dim) if self.basis == "random" else basis
         return {"sketch": VERSION, **dataclasses.asdict(self), "rotation": turned}
 
     def page_bytes(self, config: LlamaConfig, page_size: int, dtype: jax.typing.DTypeLike) -> int:
         """Bytes of one page, one layer."""
         del dtype
         dim = config.head_dim
-        page = page_size * (dim * self.bits // 8 + 4) + 2 * (dim + 2)
+        centre = dim // 2 if self.basis == "learnt" else dim
+        page = page_size * (int(dim * self.bits) // 8 + 4) + centre + dim + 4
         return config.num_key_value_heads * page
 
 
 def _sketch(
-    k: Float[Array, "K N Z D"], v: Float[Array, "K N Z D"], filled: Int[Array, " N"], bits: int
+    k: Float[Array, "K N Z D"],
+    v: Float[Array, "K N Z D"],
+    filled: Int[Array, " N"],
+    like: SketchLayer,
 ) -> SketchLayer:
-    """The sketch of N pages."""
-    size = k.shape[2]
+    """The sketch of N pages, of the bits and the basis of another."""
+    size, basis = k.shape[2], like.basis
     valid = (jnp.arange(size) < filled[:, None])[None, :, :, None]
     # A page holds whatever was there before.
     k, v = (jnp.where(valid, x.astype(jnp.float32), 0.0) for x in (k, v))
     count = jnp.maximum(jnp.minimum(filled, size), 1)[None, :, None]
-    centre, unit = _to_int8(jnp.sum(k, axis=2) / count)
+    mean = jnp.sum(k, axis=2) / count
     value, value_unit = _to_int8(jnp.sum(v, axis=2) / count)
-    middle = centre.astype(jnp.float32) * unit.astype(jnp.float32)[..., None]
+    if basis is None:
+        centre, unit = _to_int8(mean)
+        middle = centre.astype(jnp.float32) * unit.astype(jnp.float32)[..., None]
+    else:
+        centre, unit, middle = basis.centre(mean)
     residual = jnp.where(valid, k - middle[:, :, None], 0.0)
 
-    codes, scale, spread = quantize(residual, bits)
-    spread = to_half_above(spread + _EPSILON * length(k))
+    if basis is None:
+        codes, scale, spread = quantize(residual, int(like.bits))
+        spread = to_half_above(spread + _EPSILON * length(k))
+    else:
+        codes, scale, spread = basis.quantize(residual)
+        spread = to_half_above(spread + _EPSILON * basis.size(k))
     spread = jnp.where(valid[..., 0], spread, 0)
     return SketchLayer(codes, scale, spread, centre, unit, value, value_unit)
 

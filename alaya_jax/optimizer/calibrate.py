@@ -13,10 +13,12 @@ from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks, score_range
 from alaya_jax.errors import RequestError
+from alaya_jax.frame import Frame
 from alaya_jax.index import of_pages, recover
+from alaya_jax.index.learnt import LEAST_TOKENS, Learnt, Moments
 from alaya_jax.model import Model
-from alaya_jax.models.config import LlamaConfig
 from alaya_jax.models.llama import Params, forward
+from alaya_jax.models.rope import inverse_frequencies, rotate, rotation
 from alaya_jax.optimizer.calibration import PAGE, SURE, Calibration, keep
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Window
@@ -43,6 +45,10 @@ def calibrate(
     progress: bool = True,
 ) -> Calibration:
     """Measures how many keys each head needs, on texts; what `Auto` predicts from is kept.
+
+    Sketches learn from the same texts, if they have 2,048 tokens together, the basis in which they
+    round keys (`Sketch(basis="learnt")`), for contexts of any length that the model takes. A DB
+    that is opened afterwards, or has found none before, uses it.
 
     Args:
       model: whose heads.
@@ -76,6 +82,7 @@ def calibrate(
     rng = np.random.default_rng(0)
     ranges = tuple(float(np.sqrt(model.config.head_dim) * x) for x in _RANGES)
     found: dict[int, list[tuple[np.ndarray, ...]]] = {n: [] for n in seen}
+    moments: list[tuple[Moments, int]] = []
     width = -(-length // _BLOCK) * _BLOCK
     with progress_bar("calibrating", sum(map(len, pieces)), show=progress) as advance:
         for piece in pieces:
@@ -87,13 +94,15 @@ def calibrate(
             measured = _needed(
                 model.params,
                 jnp.asarray(tokens),
+                len(piece),
                 jnp.asarray(np.concatenate(at), jnp.int32),
                 jnp.asarray(recoveries, jnp.float32),
                 jnp.asarray(ranges, jnp.float32),
                 window,
-                config=model.config,
-                rope_length=model.rope_length,
+                frame=model.frame,
             )
+            *measured, of_piece = measured
+            moments.append((of_piece, len(piece)))
             arrays = [np.asarray(x, np.float64) for x in measured]
             for i, n in enumerate(fits):
                 part = slice(i * queries, (i + 1) * queries)
@@ -124,29 +133,39 @@ def calibrate(
         ranges=ranges,
         in_range=in_range,
         read_in_range=read_in_range,
+        learnt=_learnt(model, moments),
     )
     if save:
         keep(result, model.directory)
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rope_length"))
+def _learnt(model: Model, moments: list[tuple[Moments, int]]) -> Learnt | None:
+    """What sketches learn, if that was enough text."""
+    if sum(n for _, n in moments) < LEAST_TOKENS:
+        return None
+    inv_freq, _ = inverse_frequencies(model.config, model.rope_length)
+    return Learnt.of(moments, inv_freq, model.length_limit, model.fingerprint)
+
+
+@functools.partial(jax.jit, static_argnames=("frame",))
 def _needed(
     params: Params,
     tokens: Int[Array, " T"],
+    length: Int[Array, ""],
     at: Int[Array, " n"],
     recoveries: Float[Array, " R"],
     ranges: Float[Array, " J"],
     window: Window,
     *,
-    config: LlamaConfig,
-    rope_length: int | None,
-) -> tuple[Array, Array, Array, Array, Array, Array]:
+    frame: Frame,
+) -> tuple[Array, Array, Array, Array, Array, Array, Moments]:
     """The model over one piece of text, with full attention.
 
     Args:
-      params, config, rope_length: the model.
+      params, frame: the model.
       tokens: of the piece; what is behind its end is never seen from `at`.
+      length: of the text, tokens.
       at: positions of the sampled queries.
       recoveries: shares of the mass.
       ranges: of scores.
@@ -155,13 +174,41 @@ def _needed(
     Returns:
       keys needed int32 [L, R, H, n], for all heads of a group together [L, R, K, n], keys of the
       pages that those need [L, R, K, n], and their range of scores float32 [L, R, H, n]; keys
-      within each range int32 [L, J, H, n], and for all heads of a group together [L, J, K, n].
+      within each range int32 [L, J, H, n], and for all heads of a group together [L, J, K, n];
+      and the moments of all queries and keys.
     """
-    positions = jnp.arange(tokens.shape[0])
+    config, positions = frame.config, jnp.arange(tokens.shape[0])
+    inv_freq, _ = inverse_frequencies(config, frame.rope_length)
+
+    def turned_back(x: Array, by: Array) -> Array:
+        """Vectors [T, heads, D] as they were that many positions before."""
+        return rotate(x[None].astype(jnp.float32), *rotation(-by[None], inv_freq, 1.0))[0]
+
+    def moments_of(q: Array, k: Array) -> Moments:
+        """Of [T, H, D] and [T, K, D]."""
+        t, kv_heads, dim = k.shape
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        here = (positions < length)[:, None, None]
+        rows = jnp.where(here, turned_back(q, positions), 0.0).reshape(t, kv_heads, -1, dim)
+        count = length // PAGE
+        # Keys of a page turn together.
+        keys = turned_back(k, positions // PAGE * PAGE).reshape(-1, PAGE, kv_heads, dim)
+        whole = (jnp.arange(t // PAGE) < count)[:, None, None]
+        centres = jnp.where(whole, jnp.mean(keys, axis=1), 0.0)
+        rest = jnp.where(whole[:, None], keys - centres[:, None], 0.0)
+        mean = jnp.sum(centres, axis=0) / count
+        apart = jnp.where(whole, centres - mean, 0.0)
+        return Moments(
+            product("tkgd,tkge->kde", rows, rows) / (length * rows.shape[2]),
+            product("nzkd,nzke->kde", rest, rest) / (count * PAGE),
+            product("nkd,nke->kde", apart, apart) / count,
+            mean,
+        )
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         del layer
         t, kv_heads, dim = k.shape[1:]
+        learnt = moments_of(q[0], k[0])
         # [1, T, K, D] as pages of PAGE tokens
         k, v = (jnp.moveaxis(x[0], 1, 0).reshape(kv_heads, -1, PAGE, dim) for x in (k, v))
         pages = Pages(k, v, jnp.arange(t // PAGE))
@@ -196,7 +243,7 @@ def _needed(
         def within(beta: Array) -> tuple[Array, Array]:
             return counted((scores >= top - beta) & (scores > -jnp.inf))
 
-        found = *jax.lax.map(needed, recoveries), *jax.lax.map(within, ranges)
+        found = *jax.lax.map(needed, recoveries), *jax.lax.map(within, ranges), learnt
         return out, (*state, found)
 
     _, by_layer = forward(
@@ -207,6 +254,6 @@ def _needed(
         attend,
         (),
         logits_at=jnp.zeros(1, jnp.int32),
-        rope_length=rope_length,
+        rope_length=frame.rope_length,
     )
     return jax.tree.map(lambda *x: jnp.stack(x), *by_layer)

@@ -8,7 +8,6 @@ the attention mass, by exact scores, beside a window; and how many keys lie with
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,8 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from alaya_jax import show
-from alaya_jax.checkpoint.bundled import cache_directory
+from alaya_jax.checkpoint import beside
 from alaya_jax.errors import RequestError
+from alaya_jax.index import learnt as learning
+from alaya_jax.index.learnt import LEAST_TOKENS, Learnt
 from alaya_jax.optimizer.cost import KeysKept
 from alaya_jax.query import Window
 
@@ -52,6 +53,8 @@ class Calibration:
       ranges: [J] ranges of scores, ascending.
       in_range: float [J, N, L, H], keys of a query head within each range of its best score.
       read_in_range: float [J, N, L, K], keys that are so for any query head of a kv head.
+      learnt: what sketches learn of the texts, where it was just measured on enough of them; it is
+        kept in a file of its own.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Calibration:
     ranges: tuple[float, ...]
     in_range: np.ndarray
     read_in_range: np.ndarray
+    learnt: Learnt | None = dataclasses.field(default=None, repr=False)
 
     def kept(
         self, layer: int, recovery: float, length: int, by: Literal["key", "page"] = "key"
@@ -166,12 +170,14 @@ class Calibration:
             f"share of {n:,} keys beside a window of {self.window.sink} + {self.window.recent}, "
             f"over {self.queries[-1]} queries; beta holds for {SURE:.0%} of them",
             f"layers that read more than 30% of the keys for 0.95: {full or 'none'}",
+            f"sketches: {self.learnt or f'no basis: that takes {LEAST_TOKENS:,} tokens of text'}",
         )
         return show.Table(f"keys that {self.model} needs", tuple(columns), rows, notes)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; see `from_dict`."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "learnt"]
+        data = {name: getattr(self, name) for name in fields}
         data["window"] = dataclasses.asdict(self.window)
         for name in _ARRAYS:
             data[name] = np.round(data[name], 3).tolist()
@@ -190,11 +196,7 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(self.to_dict()))
-        part.replace(place)
+        beside.replace(Path(path), json.dumps(self.to_dict()).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Calibration":
@@ -230,32 +232,20 @@ def assumed(
 
 
 def places(fingerprint: str, directory: Path | None) -> list[Path]:
-    """Where a model's calibration may lie: beside its files, or in the cache directory.
-
-    Args:
-      fingerprint: of the model.
-      directory: of its files; None where they are one file, or come in a package.
-    """
-    name = f"alaya-calibration-{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}.json"
-    beside = [] if directory is None else [directory / name]
-    return [*beside, cache_directory() / "calibration" / name]
+    """Where a model's calibration may lie; see `beside.places`."""
+    return beside.places("calibration", fingerprint, ".json", directory)
 
 
 def keep(calibration: Calibration, directory: Path | None) -> Path:
-    """Saves a calibration in the first place that can be written; says where.
+    """Saves a calibration in the first place that can be written; says where. What sketches learn
+    goes beside it.
 
     Raises:
       OSError: none can be.
     """
-    *first, last = places(calibration.fingerprint, directory)
-    for path in first:
-        try:
-            calibration.save(path)
-        except OSError:
-            continue  # a model that others own: the cache directory is ours
-        return path
-    calibration.save(last)
-    return last
+    if calibration.learnt is not None:
+        learning.keep(calibration.learnt, directory)
+    return beside.keep(calibration.save, places(calibration.fingerprint, directory))
 
 
 def find(fingerprint: str, directory: Path | None) -> Calibration | None:

@@ -27,6 +27,9 @@ SKETCH_FROM = 4096
 (benchmarks/decode_attention.py).
 """
 
+LEARNT = Sketch(2, "learnt")
+"""What it asks where a basis was learnt."""
+
 STATIC = {"static": True}
 
 Tier = Literal["device", "host"]
@@ -152,6 +155,7 @@ def plan_for(
     config: LlamaConfig,
     length: int,
     choose: Callable[[Auto], Plans] | None = None,
+    learnt: bool | None = None,
 ) -> Plans:
     """The plans that answer what was asked.
 
@@ -159,6 +163,8 @@ def plan_for(
       attention: a query or plan, or a sequence with one a layer; or `Auto`.
       config: of the model.
       length: tokens there will be; decides where a plan leaves the index open.
+      learnt: whether there is a learnt basis for sketches; without one, a plan that names it gets
+        the random one. None: not known; what a plan names is taken as it is.
       choose: makes plans of an `Auto`: what it takes to know the machine (see `optimizer.choose`).
 
     Raises:
@@ -191,7 +197,10 @@ def plan_for(
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
             wants_sketch = wants_sketch and not isinstance(query, Custom)
-            asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
+            usual = LEARNT if learnt else Sketch()
+            asked = dataclasses.replace(asked, index=usual if wants_sketch else Flat())
+        if learnt is False and isinstance(asked.index, Sketch) and asked.index.basis == "learnt":
+            asked = dataclasses.replace(asked, index=asked.index.random())
         return asked
 
     if isinstance(attention, Query | Plan):
