@@ -16,7 +16,7 @@ from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
 from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
-from alaya_jax.index.codes import RoundedQuery, deviations, round_query
+from alaya_jax.index.codes import RoundedQuery, deviations
 from alaya_jax.index.scan import FAR
 from alaya_jax.pallas_kernels.dispatch import Choice, Target
 from alaya_jax.pallas_kernels.page_lists import Entries, compact
@@ -207,7 +207,7 @@ def _asked(batch: LayerQueries) -> RoundedQuery:
     kv_heads = batch.memory.k.shape[0]
     rows = batch.q[:, 0].reshape(b, kv_heads, -1, dim)
     rows = jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
-    return round_query(rows, batch.memory.index.bits, MISS)
+    return batch.memory.index.ask(rows, MISS)
 
 
 def _errors(
