@@ -124,7 +124,7 @@ def keep_below(
         return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
 
     def sums(beta: Float[Array, "K G T"]) -> Float[Array, "2 K G T"]:
-        """What misses, and the mass, of the keys that a range leaves unread."""
+        """Of the keys that a range leaves unread what misses, and mass that may not be there."""
         return across(lax.psum, _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries), axis)
 
     def mass(lse: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
@@ -134,16 +134,16 @@ def keep_below(
     of_ones = across(lax.psum, jnp.sum(summaries.spread, axis=-1), axis)[:, None, None]
     of_ones = widest_page * jnp.broadcast_to(of_ones, best.shape)
 
-    def enough_for(norm: Array, read: Array, unread: Array, halvings: int) -> Array:
-        """The least range that keeps the bound, for an output of this length: of the mass, what is
-        read counts in full, the rest at most as far as it is still unread.
+    def enough_for(norm: Array, whole: Array, unsure: Array, halvings: int) -> Array:
+        """The least range that keeps the bound, for an output of this length and this mass, as
+        much of which may not be there: once it is read, it does not count.
         """
         each = error * norm / FACTOR  # what may miss, of each part of the mass
-        spare = each * read
+        spare = each * jnp.maximum(whole - unsure, 0.0)
 
         def over(betas: list[Array]) -> Float[Array, "n K G T"]:
             missing, left = jnp.stack([sums(beta) for beta in betas], axis=1)
-            return missing - each * jnp.minimum(left, unread)
+            return missing - each * jnp.minimum(left, unsure)
 
         end = jnp.log(jnp.maximum(of_ones, _LEAST)) - jnp.log(jnp.maximum(spare, _LEAST))
         end = jnp.maximum(end / scale, 0.0)
@@ -158,14 +158,16 @@ def keep_below(
             beta = jnp.where(condition, value, beta)
         return beta
 
-    first = look(weights, kept(nothing))
-    beta = enough_for(first.norm, mass(first.read), mass(first.unread), LOOK)
-    second = look(weights, kept(beta))
-    missing, read, unread = sums(beta)[0], mass(second.read), mass(second.unread)
-    whole = read + unread
+    def look_at(beta: Array) -> tuple[Array, Array, Array, Array]:
+        found = look(weights, kept(beta))
+        return found.norm, mass(found.read) + mass(found.unread), *sums(beta)
+
+    norm, whole, _, unsure = look_at(nothing)
+    beta = enough_for(norm, whole, unsure, LOOK)
+    norm, whole, missing, unsure = look_at(beta)
     astray = jnp.where(whole > 0, FACTOR * missing / jnp.where(whole > 0, whole, 1.0), 0.0)
-    norm = jnp.maximum(second.norm - astray, 0.0)
-    beta = enough_for(norm, read, unread, FURTHER)
+    norm = jnp.maximum(norm - astray, 0.0)
+    beta = enough_for(norm, whole, unsure, FURTHER)
     missing = sums(beta)[0]
     return Bounded(kept(beta), jnp.log(FACTOR * missing) + scale * best, weights)
 
@@ -176,8 +178,9 @@ def _unread_sums(
     squares: Float[Array, "K G T N"] | float,
     summaries: Summaries,
 ) -> Float[Array, "2 K G T"]:
-    """Over keys of a weight below `least`: what misses, as a length, and their weights; `squares`:
-    see `Scan.square_above`.
+    """Over keys of a weight below `least`: what misses, as a length, and the part of their weights
+    by which a mean of lognormal variables exceeds what most of them are. `squares`: see
+    `Scan.square_above`.
     """
     n = summaries.spread.shape[-1]
     axis = heads_axis(weight)
@@ -191,7 +194,7 @@ def _unread_sums(
         size = in_pages.shape[-1]
         varies = jnp.maximum(twice * squares - once * once / size, 0.0) * (size / max(size - 1, 1))
         missing = jnp.sum(jnp.sqrt(varies) * spread[:, None], axis=-1)
-        return jnp.stack([missing, jnp.sum(once, axis=-1)])
+        return jnp.stack([missing, jnp.sum(once * (1 - 1 / squares), axis=-1)])
 
     # By heads: XLA's CPU backend writes out what it adds up.
     spread = jnp.broadcast_to(summaries.spread[:, None], (*weight.shape[:2], n))
