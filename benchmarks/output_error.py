@@ -10,7 +10,7 @@ first, and over the others:
     keys      share of the keys outside the window that are attended to, mean
     error     |out - full| / |full|: mean, and the 99th and 99.9th percentile over heads and queries
     held      share of heads and queries with an error of at most what was asked for
-    estimated mean of the errors that the plan states; `factor_needed` is what `FACTOR` would have to
+    estimated mean of the errors that the plan states; `factor_needed`: what `FACTOR` would have to
               be for 99% of the true errors to be below what is stated
     at_equal_mean, at_equal_p99   keys of a recovery with this mean error, and with this 99th
               percentile: between the two nearest of those that were run, by logarithms
@@ -177,7 +177,9 @@ def main() -> None:
     )
     errors = Errors(plans(options.errors, options.recoveries, options.bits))
     for i, (k, v) in enumerate(zip(kv.k, kv.v, strict=True)):
-        errors.add({n: q[i] for n, q in queries.items()}, k, v, sketched(model.config, k, v, options.bits))
+        errors.add(
+            {n: q[i] for n, q in queries.items()}, k, v, sketched(model.config, k, v, options.bits)
+        )
     for row in errors.results():
         print(json.dumps(row), flush=True)
 

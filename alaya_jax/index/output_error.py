@@ -13,9 +13,8 @@ the values' spread in *one* direction and not in all: a page has the fourth root
 sum of squares, which is |v - m| where its values lie on a line and |v - m| / D^(1/4) where they go
 everywhere. The sum, times `FACTOR`, over all mass and the output's length, is the estimated error.
 
-`FACTOR` is such that true errors stay below the estimate for 99% of heads and queries. On three
-texts and two models it would be 1.4 to 1.6 for bounds of 1 to 5% (benchmarks/output_error.py), where
-the plain sum of squares over unread keys would take 11 to 16, and errors vary more around it.
+`FACTOR` is such that true errors stay below the estimate for 99% of heads and queries
+(benchmarks/output_error.py; docs/decisions.md says how often, where, and what else was tried).
 """
 
 import dataclasses
@@ -125,7 +124,9 @@ def keep_below(
 
     def sums(beta: Float[Array, "K G T"]) -> Float[Array, "2 K G T"]:
         """Of the keys that a range leaves unread what misses, and mass that may not be there."""
-        return across(lax.psum, _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries), axis)
+        return across(
+            lax.psum, _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries), axis
+        )
 
     def mass(lse: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
         return jnp.exp(jnp.minimum(lse - scale * best, _MOST))
@@ -206,11 +207,10 @@ def _unread_sums(
 def spread_of(
     v: Float[Array, "K N Z D"], valid: Bool[Array, "1 N Z 1"], mean: Float[Array, "K N D"]
 ) -> Float[Array, "K N"]:
-    """How far the valid values of each page lie from its mean, in one direction: with n of them,
+    """How far the valid values of each page lie from its mean, in one direction.
 
-        (sum over i != j of <v_i - m, v_j - m>^2 / (n (n - 1)))^(1/4),
-
-    which leaves out i = j, so that the few values of a page do not pass for as many directions.
+    With n of them, (sum over i != j of <v_i - m, v_j - m>^2 / (n (n - 1)))^(1/4): i = j is left
+    out, so that the few values of a page do not pass for as many directions.
     """
     apart = jnp.where(valid, v - mean[:, :, None], 0.0)
     most = jnp.max(jnp.abs(apart), axis=(2, 3), keepdims=True)

@@ -207,12 +207,12 @@ def recover(
 
 
 def smallest(
-    values: Callable[[list[Array]], Float[Array, "n *R"]],
-    interval: tuple[Float[Array, "*R"], Float[Array, "*R"], Float[Array, "*R"]],
+    values: Callable[[list[Array]], Float[Array, "M ..."]],
+    interval: tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]],
     enough: Callable[[Array], Array],
     halvings: int,
     axis: str | None,
-) -> tuple[Float[Array, "*R"], Float[Array, "*R"]]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The smallest number of an interval whose value is enough, to 2**-halvings of it; its value.
 
     Args:

@@ -19,8 +19,8 @@ from alaya_jax.query import DIPR, Custom, Query, Tiles, TopK
 from alaya_jax.query.auto import Auto
 
 _QUERIES = (
-    "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), DIPR(error=...), TopK(k), Tiles(...), "
-    "Custom(select)"
+    "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), DIPR(error=...), TopK(k), "
+    "Tiles(...), Custom(select)"
 )
 
 SKETCH_FROM = 4096
@@ -190,8 +190,9 @@ def plan_for(
                 f"attention={asked!r}: {_QUERIES}, a Plan of one, or Auto(...) for all layers"
             )
         query = asked.query
-        for number in ("beta", "recovery", "error") if isinstance(query, DIPR | Tiles) else ():
-            shape = np.shape(getattr(query, number, None))
+        numbers = {DIPR: ("beta", "recovery", "error"), Tiles: ("beta", "recovery")}
+        for number in numbers.get(type(query), ()):
+            shape = np.shape(getattr(query, number))
             if shape and (shape != (heads,) or (isinstance(query, Tiles) and number == "recovery")):
                 raise RequestError(
                     f"{type(query).__name__}({number} of shape {shape}): the model has {heads} "

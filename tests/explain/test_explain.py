@@ -135,6 +135,23 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
     assert first.analysis.position == full.position
 
 
+def test_a_promise_of_the_error_is_shown_beside_the_error(session):
+    asked = aj.Plan(aj.DIPR(error=np.asarray([0.02, 0.3, 0.02, 0.3]), window=WINDOW), aj.Sketch())
+    list(aj.generate(session, [5], max_new_tokens=3, attention=asked))
+    found = session.explain(analyze=True)
+    analysis = found.analysis
+    np.testing.assert_array_equal(analysis.error_asked, [[0.02, 0.3] * 2] * 2)
+    assert (analysis.error_estimated <= analysis.error_asked).all()
+    assert found.to_dict()["analysis"]["error_violations"] == analysis.violations.sum()
+    assert "error asked for: at most 30.00%; estimated" in str(found)
+    row = found.to_dict()["phases"]["decode"]["by_layer"][0]
+    assert (np.asarray(row["error_estimated"]) <= [0.02, 0.3] * 2).all()
+    assert "error of the output, by estimate" in str(found)
+    plain = session.explain(analyze=True, attention=aj.TopK(3, WINDOW))
+    assert np.isnan(plain.analysis.error_asked).all()
+    assert "error asked for" not in str(plain)
+
+
 @pytest.mark.slow
 def test_analysis_takes_what_decoding_did(session, monkeypatch, tmp_path):
     monkeypatch.setenv("ALAYA_CACHE", str(tmp_path))

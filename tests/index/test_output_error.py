@@ -28,8 +28,9 @@ def test_spread_is_by_definition(rng, scale):
     filled = np.array([16, 7, 1, 0])
     valid = (np.arange(16) < filled[:, None])[None, :, :, None]
     v = np.where(valid, v, np.nan).astype(np.float32)  # a page holds whatever was there before
-    mean = np.stack([[np.zeros(32) if n == 0 else row[:n].mean(0) for row, n in zip(head, filled)]
-                     for head in v]).astype(np.float32)  # fmt: skip
+    mean = np.zeros((2, 4, 32), np.float32)
+    for head, page in np.ndindex(2, 3):
+        mean[head, page] = v[head, page, : filled[page]].mean(0)
     found = np.asarray(jax.jit(spread_of)(v, valid, mean))
     for at in np.ndindex(2, 4):
         want = spread_by_definition(v[at][: filled[at[1]]], mean[at])
