@@ -7,11 +7,15 @@ lay in a page without regard to weights, that would have the length
 
     sqrt(sum (w_j - mean w)^2 / (Z - 1) * sum |v_j - m|^2)
 
-in the mean over their orders. They do not: keys that are attended to hold values that are alike,
-on one page as on another. So pages are added up as if all missed in the same direction, but with
-the values' spread in *one* direction and not in all: a page has the fourth root of its covariance's
-sum of squares, which is |v - m| where its values lie on a line and |v - m| / D^(1/4) where they go
-everywhere. The sum, times `FACTOR`, over all mass and the output's length, is the estimated error.
+in the mean over their orders: a page's spread R, the root mean square of |v_j - m|, times that of
+the weights. Were what pages miss unrelated, the squares of that would add up. But keys that are
+attended to hold values that are alike, on one page as on another, and those add up as they are: as
+far as values lie in one direction, for which a page's spread R is taken times the share |C| / tr C,
+C the covariance of its values and |C| the root of its sum of squares; 1 where they lie on a line,
+1 / sqrt(D) where they go everywhere. The two sums together, times `FACTOR`, over all mass and the
+output's length, are the estimated error.
+
+Scores that may err make weights that vary, too: the squares are those that are expected.
 
 `FACTOR` is such that true errors stay below the estimate for 99% of heads and queries
 (benchmarks/output_error.py; docs/decisions.md says how often, where, and what else was tried).
@@ -29,8 +33,8 @@ from alaya_jax.index.recovery import FURTHER, LOOK, Weights, heads_axis, smalles
 from alaya_jax.index.scan import Scan
 from alaya_jax.sharding import across
 
-FACTOR = 1.5
-"""Estimated errors are this many times the sum over pages; see above."""
+FACTOR = 2.0
+"""Estimated errors are this many times the sums over pages; see above."""
 
 _MOST = 60.0  # of a logarithm: sums of exponentials stay finite
 _LARGE, _SQUARES = 2.0**30, 30.0  # of weights, and of a logarithm: so do sums of squares
@@ -43,11 +47,12 @@ class Summaries:
     """What stands in for the keys that are not read.
 
     Attributes:
-      spread: float32 [K, N], of each page's values; 0 for pages out of range.
+      spread: float32 [K, N, 2], of each page's values: R, and R |C| / tr C; 0 for pages out of
+        range.
       known: bool [S], keys whose page has a mean; the others are always read.
     """
 
-    spread: Float[Array, "K N"]
+    spread: Float[Array, "K N 2"]
     known: Bool[Array, " S"]
 
 
@@ -115,24 +120,25 @@ def keep_below(
     weights = Weights.of(scan, best, head_dim)
     weight, best = weights.weight, weights.best
     error = jnp.broadcast_to(jnp.asarray(error, jnp.float32), best.shape)
-    size = weight.shape[-1] // summaries.spread.shape[-1]
+    size = weight.shape[-1] // summaries.spread.shape[1]
     squares = scan.square_above(size, head_dim, _SQUARES)
     nothing, everything = jnp.full_like(best, -jnp.inf), jnp.full_like(best, jnp.inf)
 
     def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
         return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
 
-    def sums(beta: Float[Array, "K G T"]) -> Float[Array, "2 K G T"]:
+    def sums(beta: Float[Array, "K G T"]) -> tuple[Array, Array]:
         """Of the keys that a range leaves unread what misses, and mass that may not be there."""
-        return across(
-            lax.psum, _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries), axis
-        )
+        found = _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries)
+        apart, along, unsure = across(lax.psum, found, axis)
+        return jnp.sqrt(apart) + along, unsure
 
     def mass(lse: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
         return jnp.exp(jnp.minimum(lse - scale * best, _MOST))
 
     widest_page = size / max(size - 1, 1) ** 0.5  # sqrt(sum (w - mean w)^2 * Z / (Z - 1)) <= this
-    of_ones = across(lax.psum, jnp.sum(summaries.spread, axis=-1), axis)[:, None, None]
+    of_ones = jnp.sum(summaries.spread, axis=(1, 2))[:, None, None]
+    of_ones = across(lax.psum, of_ones, axis)
     of_ones = widest_page * jnp.broadcast_to(of_ones, best.shape)
 
     def enough_for(norm: Array, whole: Array, unsure: Array, halvings: int) -> Array:
@@ -143,8 +149,10 @@ def keep_below(
         spare = each * jnp.maximum(whole - unsure, 0.0)
 
         def over(betas: list[Array]) -> Float[Array, "n K G T"]:
-            missing, left = jnp.stack([sums(beta) for beta in betas], axis=1)
-            return missing - each * jnp.minimum(left, unsure)
+            found = (sums(beta) for beta in betas)
+            return jnp.stack(
+                [missing - each * jnp.minimum(left, unsure) for missing, left in found]
+            )
 
         end = jnp.log(jnp.maximum(of_ones, _LEAST)) - jnp.log(jnp.maximum(spare, _LEAST))
         end = jnp.maximum(end / scale, 0.0)
@@ -178,15 +186,15 @@ def _unread_sums(
     least: Float[Array, "K G T"],
     squares: Float[Array, "K G T N"] | float,
     summaries: Summaries,
-) -> Float[Array, "2 K G T"]:
-    """Over keys of a weight below `least`: what misses, as a length, and the part of their weights
-    by which a mean of lognormal variables exceeds what most of them are. `squares`: see
-    `Scan.square_above`.
+) -> Float[Array, "3 K G T"]:
+    """Over keys of a weight below `least`: what pages miss, squared, and in one direction; and the
+    part of the weights by which a mean of lognormal variables exceeds what most of them are.
+    `squares`: see `Scan.square_above`.
     """
-    n = summaries.spread.shape[-1]
+    n = summaries.spread.shape[1]
     axis = heads_axis(weight)
 
-    def head(args: tuple[Array, Array, Array, Array]) -> Float[Array, "2 A T"]:
+    def head(args: tuple[Array, Array, Array, Array]) -> Float[Array, "3 A T"]:
         weight, least, squares, spread = args
         unread = jnp.where((weight < least[..., None]) & summaries.known, weight, 0.0)
         unread = jnp.minimum(unread, _LARGE)
@@ -194,11 +202,13 @@ def _unread_sums(
         once, twice = jnp.sum(in_pages, axis=-1), jnp.sum(in_pages * in_pages, axis=-1)
         size = in_pages.shape[-1]
         varies = jnp.maximum(twice * squares - once * once / size, 0.0) * (size / max(size - 1, 1))
-        missing = jnp.sum(jnp.sqrt(varies) * spread[:, None], axis=-1)
-        return jnp.stack([missing, jnp.sum(once * (1 - 1 / squares), axis=-1)])
+        length = jnp.sqrt(varies)[..., None] * spread[:, None]
+        apart, along = length[..., 0], length[..., 1]
+        terms = apart * apart, along, once * (1 - 1 / squares)
+        return jnp.stack([jnp.sum(term, axis=-1) for term in terms])
 
     # By heads: XLA's CPU backend writes out what it adds up.
-    spread = jnp.broadcast_to(summaries.spread[:, None], (*weight.shape[:2], n))
+    spread = jnp.broadcast_to(summaries.spread[:, None], (*weight.shape[:2], n, 2))
     squares = jnp.broadcast_to(squares, (*least.shape, n))
     each = (jnp.moveaxis(x, axis, 0) for x in (weight, least, squares, spread))
     return jnp.moveaxis(jnp.moveaxis(lax.map(head, tuple(each)), 1, 0), 1, axis + 1)
@@ -206,11 +216,11 @@ def _unread_sums(
 
 def spread_of(
     v: Float[Array, "K N Z D"], valid: Bool[Array, "1 N Z 1"], mean: Float[Array, "K N D"]
-) -> Float[Array, "K N"]:
-    """How far the valid values of each page lie from its mean, in one direction.
+) -> Float[Array, "K N 2"]:
+    """How far the valid values of each page lie from its mean: R, and R |C| / tr C.
 
-    With n of them, (sum over i != j of <v_i - m, v_j - m>^2 / (n (n - 1)))^(1/4): i = j is left
-    out, so that the few values of a page do not pass for as many directions.
+    With n of them, |C|^2 is taken to be sum over i != j of <v_i - m, v_j - m>^2 / (n (n - 1)): with
+    i = j left out, the few values of a page do not pass for as many directions.
     """
     apart = jnp.where(valid, v - mean[:, :, None], 0.0)
     most = jnp.max(jnp.abs(apart), axis=(2, 3), keepdims=True)
@@ -218,5 +228,7 @@ def spread_of(
     products = jnp.einsum("knid,knjd->knij", apart, apart, precision=lax.Precision.HIGHEST)
     others = jnp.where(jnp.eye(v.shape[2], dtype=bool), 0.0, products)
     n = jnp.sum(valid, axis=(2, 3), dtype=jnp.float32)
-    mean_square = jnp.sum(others * others, axis=(2, 3)) / jnp.maximum(n * (n - 1), 1.0)
-    return most[:, :, 0, 0] * jnp.sqrt(jnp.sqrt(mean_square))
+    spread = jnp.sqrt(jnp.sum(apart * apart, axis=(2, 3)) / jnp.maximum(n, 1.0))
+    square = jnp.sum(others * others, axis=(2, 3)) / jnp.maximum(n * (n - 1), 1.0)
+    along = jnp.minimum(jnp.sqrt(square) / jnp.where(spread > 0, spread, 1.0), spread)
+    return most[:, :, 0] * jnp.stack([spread, along], axis=-1)

@@ -3,8 +3,8 @@
 A page's keys are centred on their mean, rotated by a random orthogonal matrix R and rounded to
 2**bits levels, in the manner of RaBitQ (arXiv 2405.12497; several bits: 2409.09913). In place of D
 numbers a key has D * bits / 8 bytes of codes and two float16: its scale and its spread. The page's
-mean is kept at 8 bits a channel, D / Z bytes a key; so is the mean of its values, with one float16
-that says how far they lie from it (`output_error.py`).
+mean is kept at 8 bits a channel, D / Z bytes a key; so is the mean of its values, with two
+float16 that say how far they lie from it (`output_error.py`).
 
 The estimate. Let k = c + r, c the page's centre *as stored*, u = R r. The codes are odd integers
 g, near u in direction; s = |u|^2 / <g, u>. Then s g = u + e with e at right angles to u, and
@@ -87,7 +87,7 @@ class SketchLayer:
       spread: float16 [K, P, Z], standard deviation of the error for |q| = 1.
       centre: int8 [K, P, D], of a page, not rotated; times `centre_scale` float16 [K, P].
       value, value_scale: likewise the mean of the page's values.
-      value_spread: float16 [K, P], how far they lie from it; see `output_error.spread_of`.
+      value_spread: float16 [K, P, 2], how far they lie from it; see `output_error.spread_of`.
     """
 
     codes: UInt8[Array, "K P Z D*bits/8"]
@@ -97,7 +97,7 @@ class SketchLayer:
     centre_scale: Float16[Array, "K P"]
     value: Int8[Array, "K P D"]
     value_scale: Float16[Array, "K P"]
-    value_spread: Float16[Array, "K P"]
+    value_spread: Float16[Array, "K P 2"]
 
     @property
     def bits(self) -> int:
@@ -216,16 +216,17 @@ class SketchLayer:
         of_key = spread, scale.astype(jnp.float32)
         return Scan(estimate, of_row, of_key, deviations(miss / 2, dim))
 
-    def value_spreads(self, pages: Pages, keys: KeyRange) -> Float[Array, "K N"]:
+    def value_spreads(self, pages: Pages, keys: KeyRange) -> Float[Array, "K N 2"]:
         """How far the values of each page lie from their mean; 0 for pages out of range."""
 
         def visit(tile: Array, spreads: Array) -> Array:
             new = read_pages(self.value_spread, pages.tile_ids(tile)).astype(jnp.float32)
             seen = keys.mask(pages.positions(tile)).any(0).reshape(-1, pages.size).any(-1)
-            new = jnp.where(seen, jnp.minimum(new, FAR), 0.0)
-            return lax.dynamic_update_slice_in_dim(spreads, new, pages.first_page(tile), -1)
+            new = jnp.where(seen[:, None], jnp.minimum(new, FAR), 0.0)
+            return lax.dynamic_update_slice_in_dim(spreads, new, pages.first_page(tile), 1)
 
-        return over_tiles(pages, keys, visit, jnp.zeros((len(self.codes), pages.ids.shape[0])))
+        start = jnp.zeros((len(self.codes), pages.ids.shape[0], 2))
+        return over_tiles(pages, keys, visit, start)
 
     def attend_means(
         self,
@@ -320,7 +321,7 @@ class Sketch:
             centre_scale=zeros((), jnp.float16),
             value=zeros((dim,), jnp.int8),
             value_scale=zeros((), jnp.float16),
-            value_spread=zeros((), jnp.float16),
+            value_spread=zeros((2,), jnp.float16),
         )
 
     def formula(self, config: LlamaConfig) -> dict[str, Any]:
@@ -334,7 +335,7 @@ class Sketch:
         """Bytes of one page, one layer."""
         del dtype
         dim = config.head_dim
-        page = page_size * (dim * self.bits // 8 + 4) + 2 * (dim + 2) + 2
+        page = page_size * (dim * self.bits // 8 + 4) + 2 * (dim + 2) + 4
         return config.num_key_value_heads * page
 
 

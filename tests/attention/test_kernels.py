@@ -86,7 +86,8 @@ def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
             zeros((D,), jnp.int8),
             zeros((), jnp.float16),
             zeros((D,), jnp.int8),
-            *(zeros((), jnp.float16),) * 2,
+            zeros((), jnp.float16),
+            zeros((2,), jnp.float16),
         ),
         Block("mean"): BlockLayer(zeros((1, D), jnp.float32), "mean"),
     }

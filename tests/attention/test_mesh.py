@@ -111,7 +111,7 @@ class Batch:
             centre_scale=byte(jnp.float16),
             value=zeros((D,), jnp.int8),
             value_scale=byte(jnp.float16),
-            value_spread=byte(jnp.float16),
+            value_spread=half((2,)),
         )
         layers = {Sketch(): sketch, Flat(): None, None: None}
         layers[Block("mean")] = BlockLayer(zeros((1, D), jnp.float32), "mean")

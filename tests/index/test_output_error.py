@@ -14,12 +14,14 @@ DIM, SIZE, PAGES = 32, 8, 20
 
 
 def spread_by_definition(v, mean):
-    """Of one page's values [n, D]."""
+    """Of one page's values [n, D]: R, and R |C| / tr C."""
     apart = (v - mean).astype(np.float64)
     products = apart @ apart.T
-    np.fill_diagonal(products, 0)
     n = len(v)
-    return (np.sum(products**2) / max(n * (n - 1), 1)) ** 0.25
+    spread = np.sqrt(np.trace(products) / max(n, 1))
+    np.fill_diagonal(products, 0)
+    size = np.sqrt(np.sum(products**2) / max(n * (n - 1), 1))
+    return np.array([spread, min(size / spread, spread) if spread else 0])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e15])
@@ -37,16 +39,18 @@ def test_spread_is_by_definition(rng, scale):
         np.testing.assert_allclose(found[at], want, rtol=1e-5, atol=scale * 1e-6)
 
 
-def test_spread_is_of_one_direction(rng):
+def test_spread_in_one_direction(rng):
     """Of values on a line their distance from the mean; of any others less, the less alike."""
     n, dim = 512, 64
     along = rng.standard_normal((n, 1)) * rng.standard_normal(dim)
     apart = rng.standard_normal((n, dim))
     v = np.stack([along - along.mean(0), apart - apart.mean(0)])[None].astype(np.float32)
-    line, sphere = np.asarray(spread_of(v, np.ones((1, 2, n, 1), bool), np.zeros((1, 2, dim))))[0]
+    found = np.asarray(spread_of(v, np.ones((1, 2, n, 1), bool), np.zeros((1, 2, dim))))[0]
     distance = np.sqrt(np.mean(np.sum(v * v, -1), -1))[0]
-    assert line == pytest.approx(distance[0], rel=0.05)
-    assert sphere == pytest.approx(distance[1] / dim**0.25, rel=0.05)
+    np.testing.assert_allclose(found[:, 0], distance, rtol=1e-4)
+    line, sphere = found[:, 1] / distance
+    assert line == pytest.approx(1, rel=0.05)
+    assert sphere == pytest.approx(dim**-0.5, rel=0.05)
 
 
 def output(xp, values, weight, mask):
@@ -100,7 +104,9 @@ class Case:
         read, rest, out = output(np, values, weight, kept)
         unread = np.where(kept, 0, weight).reshape(*weight.shape[:-1], PAGES, SIZE)
         varies = unread.var(-1) * SIZE * SIZE / (SIZE - 1)
-        missing = FACTOR * (np.sqrt(varies) * self.spread).sum(-1)
+        apart, along = np.moveaxis(self.spread[0], -1, 0)
+        missing = np.sqrt((varies * apart**2).sum(-1)) + (np.sqrt(varies) * along).sum(-1)
+        missing = FACTOR * missing
         full = output(np, values, weight, np.ones_like(kept))[-1]
         true = np.linalg.norm(out - full, axis=-1) / np.linalg.norm(full, axis=-1)
         return missing, missing / (read + rest) / np.linalg.norm(out, axis=-1), true
