@@ -120,6 +120,7 @@ def _by_key(plan: Plan, rows: Rows) -> tuple[Retrieved, Bool[Array, "K N"] | Non
         error, dim = by_row(query.error, q), q.shape[-1]
         found = keep_below(scan, _summaries(rows), best, error, dim, _look(plan, rows), axis)
         mask, weights, missing = found.kept, found.weights, found.missing
+        looked_at = met.of_mask(pages, found.looked_at) if account else None
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
         read = _mass_read(plan, rows)
@@ -181,7 +182,7 @@ def _look(plan: Plan, rows: Rows) -> Callable[[Weights, Array], Look]:
         read = merge(rows.window, merge_across(near, rows.axis))
         means = Partial(*index.attend_means(rows.q, rows.pages, weights, mask))
         unread = merge_across(means, rows.axis)
-        return Look(jnp.linalg.norm(merge(read, unread).out, axis=-1), read.lse, unread.lse)
+        return Look(jnp.linalg.norm(merge(read, unread).out, axis=-1), read.lse)
 
     return look
 

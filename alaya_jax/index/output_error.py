@@ -63,13 +63,12 @@ class Look:
 
     Attributes:
       norm: float32 [K, G, T], its length.
-      read, unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)): of the keys that are
-        read, with the window's, by exact scores; of the others as expected.
+      read: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the keys that are read,
+        and the window's, by exact scores.
     """
 
     norm: Float[Array, "K G T"]
     read: Float[Array, "K G T"]
-    unread: Float[Array, "K G T"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,11 +82,13 @@ class Bounded:
       missing: float32 [K, G, T], log of what the sum of exp(score / sqrt(D)) * value over all keys
         is estimated to miss, as a length; -inf for nothing.
       weights: of all keys.
+      looked_at: bool [K, G, T, S], keys of the second look, which need not be kept.
     """
 
     kept: Bool[Array, "K G T S"]
     missing: Float[Array, "K G T"]
     weights: Weights
+    looked_at: Bool[Array, "K G T S"]
 
 
 def keep_below(
@@ -127,32 +128,28 @@ def keep_below(
     def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
         return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
 
-    def sums(beta: Float[Array, "K G T"]) -> tuple[Array, Array]:
-        """Of the keys that a range leaves unread what misses, and mass that may not be there."""
+    def sums(beta: Float[Array, "K G T"]) -> tuple[Array, Array, Array]:
+        """Of the keys that a range leaves unread what misses, the mass that is there, and more that
+        may be.
+        """
         found = _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries)
-        apart, along, unsure = across(lax.psum, found, axis)
-        return jnp.sqrt(apart) + along, unsure
-
-    def mass(lse: Float[Array, "K G T"]) -> Float[Array, "K G T"]:
-        return jnp.exp(jnp.minimum(lse - scale * best, _MOST))
+        apart, along, sure, unsure = across(lax.psum, found, axis)
+        return jnp.sqrt(apart) + along, sure, unsure
 
     widest_page = size / max(size - 1, 1) ** 0.5  # sqrt(sum (w - mean w)^2 * Z / (Z - 1)) <= this
-    of_ones = jnp.sum(summaries.spread, axis=(1, 2))[:, None, None]
-    of_ones = across(lax.psum, of_ones, axis)
-    of_ones = widest_page * jnp.broadcast_to(of_ones, best.shape)
+    of_ones = jnp.sum(jnp.sqrt(squares) * summaries.spread.sum(-1)[:, None, None], axis=-1)
+    of_ones = widest_page * jnp.broadcast_to(across(lax.psum, of_ones, axis), best.shape)
 
-    def enough_for(norm: Array, whole: Array, unsure: Array, halvings: int) -> Array:
-        """The least range that keeps the bound, for an output of this length and this mass, as
-        much of which may not be there: once it is read, it does not count.
+    def enough_for(norm: Array, sure: Array, unsure: Array, halvings: int) -> Array:
+        """The least range that keeps the bound, for an output of this length and this mass, and
+        more that may be there: once that is read, it does not count.
         """
         each = error * norm / FACTOR  # what may miss, of each part of the mass
-        spare = each * jnp.maximum(whole - unsure, 0.0)
+        spare = each * sure
 
         def over(betas: list[Array]) -> Float[Array, "n K G T"]:
-            found = (sums(beta) for beta in betas)
-            return jnp.stack(
-                [missing - each * jnp.minimum(left, unsure) for missing, left in found]
-            )
+            found = [sums(beta) for beta in betas]
+            return jnp.stack([miss - each * jnp.minimum(left, unsure) for miss, _, left in found])
 
         end = jnp.log(jnp.maximum(of_ones, _LEAST)) - jnp.log(jnp.maximum(spare, _LEAST))
         end = jnp.maximum(end / scale, 0.0)
@@ -167,18 +164,21 @@ def keep_below(
             beta = jnp.where(condition, value, beta)
         return beta
 
-    def look_at(beta: Array) -> tuple[Array, Array, Array, Array]:
-        found = look(weights, kept(beta))
-        return found.norm, mass(found.read) + mass(found.unread), *sums(beta)
+    def look_at(kept: Array, beta: Array) -> tuple[Array, Array, Array, Array]:
+        found, (missing, sure, unsure) = look(weights, kept), sums(beta)
+        read = jnp.exp(jnp.minimum(found.read - scale * best, _MOST))
+        return found.norm, read + sure, unsure, missing
 
-    norm, whole, _, unsure = look_at(nothing)
-    beta = enough_for(norm, whole, unsure, LOOK)
-    norm, whole, missing, unsure = look_at(beta)
+    norm, sure, unsure, _ = look_at(kept(nothing), nothing)
+    beta = enough_for(norm, sure, unsure, LOOK)
+    looked_at = kept(beta)
+    norm, sure, unsure, missing = look_at(looked_at, beta)
+    whole = sure + unsure
     astray = jnp.where(whole > 0, FACTOR * missing / jnp.where(whole > 0, whole, 1.0), 0.0)
     norm = jnp.maximum(norm - astray, 0.0)
-    beta = enough_for(norm, whole, unsure, FURTHER)
+    beta = enough_for(norm, sure, unsure, FURTHER)
     missing = sums(beta)[0]
-    return Bounded(kept(beta), jnp.log(FACTOR * missing) + scale * best, weights)
+    return Bounded(kept(beta), jnp.log(FACTOR * missing) + scale * best, weights, looked_at)
 
 
 def _unread_sums(
@@ -186,15 +186,15 @@ def _unread_sums(
     least: Float[Array, "K G T"],
     squares: Float[Array, "K G T N"] | float,
     summaries: Summaries,
-) -> Float[Array, "3 K G T"]:
-    """Over keys of a weight below `least`: what pages miss, squared, and in one direction; and the
-    part of the weights by which a mean of lognormal variables exceeds what most of them are.
-    `squares`: see `Scan.square_above`.
+) -> Float[Array, "4 K G T"]:
+    """Over keys of a weight below `least`: what pages miss, squared, and in one direction; the
+    weights over `squares` (see `Scan.square_above`), which most of lognormal variables exceed, and
+    what is left of their means.
     """
     n = summaries.spread.shape[1]
     axis = heads_axis(weight)
 
-    def head(args: tuple[Array, Array, Array, Array]) -> Float[Array, "3 A T"]:
+    def head(args: tuple[Array, Array, Array, Array]) -> Float[Array, "4 A T"]:
         weight, least, squares, spread = args
         unread = jnp.where((weight < least[..., None]) & summaries.known, weight, 0.0)
         unread = jnp.minimum(unread, _LARGE)
@@ -204,7 +204,7 @@ def _unread_sums(
         varies = jnp.maximum(twice * squares - once * once / size, 0.0) * (size / max(size - 1, 1))
         length = jnp.sqrt(varies)[..., None] * spread[:, None]
         apart, along = length[..., 0], length[..., 1]
-        terms = apart * apart, along, once * (1 - 1 / squares)
+        terms = apart * apart, along, once / squares, once * (1 - 1 / squares)
         return jnp.stack([jnp.sum(term, axis=-1) for term in terms])
 
     # By heads: XLA's CPU backend writes out what it adds up.

@@ -225,7 +225,7 @@ class SketchLayer:
             new = jnp.where(seen[:, None], jnp.minimum(new, FAR), 0.0)
             return lax.dynamic_update_slice_in_dim(spreads, new, pages.first_page(tile), 1)
 
-        start = jnp.zeros((len(self.codes), pages.ids.shape[0], 2))
+        start = jnp.zeros((self.codes.shape[0], pages.ids.shape[0], 2))
         return over_tiles(pages, keys, visit, start)
 
     def attend_means(

@@ -68,8 +68,8 @@ def found(scores, sigma, spread, known, values, error):
 
     def look(weights, mask):
         weight = weights.weight * jnp.exp(DIM**-0.5 * weights.best)[..., None]
-        read, rest, out = output(jnp, values, weight, mask)
-        return Look(jnp.linalg.norm(out, axis=-1), jnp.log(read), jnp.log(rest))
+        read, _, out = output(jnp, values, weight, mask)
+        return Look(jnp.linalg.norm(out, axis=-1), jnp.log(read))
 
     of_row = jnp.full(scores.shape[:-1], sigma * DIM**0.5)
     scan = Scan(scores, (of_row,), (jnp.ones((1, scores.shape[-1])),))
