@@ -22,6 +22,8 @@ Scores that may err make weights that vary, too: the squares are those that are 
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -29,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alaya_jax.index.recovery import FURTHER, LOOK, Weights, heads_axis, smallest
+from alaya_jax.index.recovery import FURTHER, LOOK, Weights, smallest
 from alaya_jax.index.scan import Scan
 from alaya_jax.sharding import across
 
@@ -121,8 +123,7 @@ def keep_below(
     weights = Weights.of(scan, best, head_dim)
     weight, best = weights.weight, weights.best
     error = jnp.broadcast_to(jnp.asarray(error, jnp.float32), best.shape)
-    size = weight.shape[-1] // summaries.spread.shape[1]
-    squares = scan.square_above(size, head_dim, _SQUARES)
+    unread = _Unread.of(weight, scan, summaries, head_dim)
     nothing, everything = jnp.full_like(best, -jnp.inf), jnp.full_like(best, jnp.inf)
 
     def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
@@ -132,13 +133,11 @@ def keep_below(
         """Of the keys that a range leaves unread what misses, the mass that is there, and more that
         may be.
         """
-        found = _unread_sums(weight, jnp.exp(-scale * beta), squares, summaries)
-        apart, along, sure, unsure = across(lax.psum, found, axis)
+        found = across(lax.psum, unread.sums(jnp.exp(-scale * beta)), axis)
+        apart, along, sure, unsure = found
         return jnp.sqrt(apart) + along, sure, unsure
 
-    widest_page = size / max(size - 1, 1) ** 0.5  # sqrt(sum (w - mean w)^2 * Z / (Z - 1)) <= this
-    of_ones = jnp.sum(jnp.sqrt(squares) * summaries.spread.sum(-1)[:, None, None], axis=-1)
-    of_ones = widest_page * jnp.broadcast_to(across(lax.psum, of_ones, axis), best.shape)
+    of_ones = across(lax.psum, unread.widest(), axis)
 
     def enough_for(norm: Array, sure: Array, unsure: Array, halvings: int) -> Array:
         """The least range that keeps the bound, for an output of this length and this mass, and
@@ -181,37 +180,53 @@ def keep_below(
     return Bounded(kept(beta), jnp.log(FACTOR * missing) + scale * best, weights, looked_at)
 
 
-def _unread_sums(
-    weight: Float[Array, "K G T S"],
-    least: Float[Array, "K G T"],
-    squares: Float[Array, "K G T N"] | float,
-    summaries: Summaries,
-) -> Float[Array, "4 K G T"]:
-    """Over keys of a weight below `least`: what pages miss, squared, and in one direction; the
-    weights over `squares` (see `Scan.square_above`), which most of lognormal variables exceed, and
-    what is left of their means.
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """Weights of the keys that have a mean, of which those below a threshold are unread.
+
+    Attributes:
+      weight: float32 [K, G, T, Z, N], at most `_LARGE`; 0 for keys that are not eligible. Laid so
+        that the keys of a page are added up in whole vectors.
+      squares: float32 [K, G, T, N]; see `Scan.square_above`.
+      spread: float32 [K, N, 2]; see `Summaries`.
     """
-    n = summaries.spread.shape[1]
-    axis = heads_axis(weight)
 
-    def head(args: tuple[Array, Array, Array, Array]) -> Float[Array, "4 A T"]:
-        weight, least, squares, spread = args
-        unread = jnp.where((weight < least[..., None]) & summaries.known, weight, 0.0)
-        unread = jnp.minimum(unread, _LARGE)
-        in_pages = unread.reshape(*least.shape, n, -1)
-        once, twice = jnp.sum(in_pages, axis=-1), jnp.sum(in_pages * in_pages, axis=-1)
-        size = in_pages.shape[-1]
-        varies = jnp.maximum(twice * squares - once * once / size, 0.0) * (size / max(size - 1, 1))
-        length = jnp.sqrt(varies)[..., None] * spread[:, None]
+    weight: Float[Array, "K G T Z N"]
+    squares: Float[Array, "K G T N"]
+    spread: Float[Array, "K N 2"]
+
+    @classmethod
+    def of(cls, weight: Float[Array, "K G T S"], scan: Scan, of: Summaries, dim: int) -> "_Unread":
+        n = of.spread.shape[1]
+        size = weight.shape[-1] // n
+        squares = scan.square_above(size, dim, _SQUARES)
+        known = jnp.where(of.known, jnp.minimum(weight, _LARGE), 0.0)
+        laid = jnp.swapaxes(known.reshape(*weight.shape[:-1], n, size), -1, -2)
+        return cls(laid, jnp.broadcast_to(squares, (*weight.shape[:-1], n)), of.spread)
+
+    def widest(self) -> Float[Array, "K G T"]:
+        """What misses, at most, of each unit of a threshold."""
+        size = self.weight.shape[-2]
+        each = jnp.sqrt(self.squares) * self.spread.sum(-1)[:, None, None]
+        return size / max(size - 1, 1) ** 0.5 * jnp.sum(each, axis=-1)
+
+    def sums(self, least: Float[Array, "K G T"]) -> Float[Array, "4 K G T"]:
+        """Over keys of a weight below `least`: what pages miss, squared, and in one direction; the
+        weights over `squares`, which most of lognormal variables exceed, and what is left of their
+        means.
+        """
+        size = self.weight.shape[-2]
+        parts = (self.weight[..., slot, :] for slot in range(size))
+        unread = [jnp.where(part < least[..., None], part, 0.0) for part in parts]
+        once = functools.reduce(operator.add, unread)
+        twice = functools.reduce(operator.add, (part * part for part in unread))
+        once, twice = lax.optimization_barrier((once, twice))  # each term would add them up anew
+        varies = twice * self.squares - once * once / size
+        varies = jnp.maximum(varies, 0.0) * (size / max(size - 1, 1))
+        length = jnp.sqrt(varies)[..., None] * self.spread[:, None, None]
         apart, along = length[..., 0], length[..., 1]
-        terms = apart * apart, along, once / squares, once * (1 - 1 / squares)
+        terms = apart * apart, along, once / self.squares, once * (1 - 1 / self.squares)
         return jnp.stack([jnp.sum(term, axis=-1) for term in terms])
-
-    # By heads: XLA's CPU backend writes out what it adds up.
-    spread = jnp.broadcast_to(summaries.spread[:, None], (*weight.shape[:2], n, 2))
-    squares = jnp.broadcast_to(squares, (*least.shape, n))
-    each = (jnp.moveaxis(x, axis, 0) for x in (weight, least, squares, spread))
-    return jnp.moveaxis(jnp.moveaxis(lax.map(head, tuple(each)), 1, 0), 1, axis + 1)
 
 
 def spread_of(
