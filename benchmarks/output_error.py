@@ -1,7 +1,7 @@
 """The output's error of `DIPR(error=...)` and of `DIPR(recovery=...)` with its tail, on real keys.
 
     python benchmarks/output_error.py [--model smollm2-135m] [--text FILE ...] [--length 8192]
-        [--errors 0.01,0.02,0.05] [--recoveries 0.9,0.95,0.98] [--bits 4]
+        [--errors 0.01,0.02,0.05] [--recoveries 0.9,0.95,0.98] [--bits 4|learnt2|...]
 
 Prefills a text and asks with the last 8 queries at eight lengths up to `--length`, all layers and
 heads, through the library's attention. Prints JSON lines, for each plan over all layers, over the
@@ -26,12 +26,11 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, WINDOW, prefill
+from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, WINDOW, asked, bases_of, prefill, sketched
 
 import alaya_jax as aj
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
-from alaya_jax.index import Sketch
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.index.output_error import FACTOR
 from alaya_jax.query import DIPR, Full, Window
@@ -87,7 +86,7 @@ class Errors:
                     "layers": part,
                     "recovery": plan.query.recovery,
                     "asked": plan.query.error,
-                    "bits": plan.index.bits,
+                    "sketch": repr(plan.index),
                     "keys": keys.mean(),
                     "error": error.mean(),
                     "error_p99": np.quantile(error, 0.99),
@@ -120,19 +119,12 @@ def _round(x):
     return x
 
 
-def plans(errors, recoveries, bits):
+def plans(errors, recoveries, spec):
     """Those with a recovery first."""
     window = Window(*WINDOW)
     queries = [DIPR(recovery=p, window=window) for p in recoveries]
     queries += [DIPR(error=e, window=window) for e in errors]
-    return [Plan(query, Sketch(bits), tail=True) for query in queries]
-
-
-def sketched(config, k, v, bits):
-    """The sketch of one layer's pages 1, 2, ..."""
-    ids = jnp.arange(1, k.shape[1])
-    empty = Sketch(bits).create(config, k.shape[1], PAGE)
-    return jax.jit(lambda k, v: empty.build(k, v, ids, jnp.full(len(ids), PAGE)))(k, v)
+    return [Plan(query, spec, tail=True) for query in queries]
 
 
 def main() -> None:
@@ -148,7 +140,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="a multiple of 512")
     parser.add_argument("--errors", type=numbers, default=ERRORS)
     parser.add_argument("--recoveries", type=numbers, default=RECOVERIES)
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=asked, default="4", help="such as 4 or learnt2")
     options = parser.parse_args()
     if options.length % CHUNK or options.length < CHUNK * (LENGTHS + 2):
         parser.error(f"--length: a multiple of {CHUNK}, at least {CHUNK * (LENGTHS + 2)}")
@@ -175,11 +167,12 @@ def main() -> None:
         ),
         flush=True,
     )
-    errors = Errors(plans(options.errors, options.recoveries, options.bits))
-    for i, (k, v) in enumerate(zip(kv.k, kv.v, strict=True)):
-        errors.add(
-            {n: q[i] for n, q in queries.items()}, k, v, sketched(model.config, k, v, options.bits)
-        )
+    spec = options.bits
+    errors = Errors(plans(options.errors, options.recoveries, spec))
+    bases = bases_of(spec, model, len(kv.k))
+    for i, (k, v, basis) in enumerate(zip(kv.k, kv.v, bases, strict=True)):
+        sketch = sketched(spec, model.config, k, v, basis)
+        errors.add({n: q[i] for n, q in queries.items()}, k, v, sketch)
     for row in errors.results():
         print(json.dumps(row), flush=True)
 

@@ -40,7 +40,7 @@ from alaya_jax.attention.retrieve import pivot
 from alaya_jax.attention.softmax import share_read
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import KeyRange, Pages
-from alaya_jax.index import MISS, Flat, Sketch, learnt, recover
+from alaya_jax.index import MISS, Flat, Sketch, SketchLayer, learnt, recover
 from alaya_jax.index.codes import quantize
 from alaya_jax.index.memory import Memory
 from alaya_jax.index.recovery import MARGIN
@@ -62,6 +62,26 @@ def asked(name):
     bits = float(name.removeprefix("learnt"))
     bits = int(bits) if bits.is_integer() else bits
     return Sketch(bits, "learnt" if name.startswith("learnt") else "random")
+
+
+def bases_of(spec, model, layers):
+    """What each layer's sketch is made by."""
+    if spec.basis == "random":
+        return [None] * layers
+    found = model and learnt.find(model.fingerprint, model.directory)
+    if not found:
+        raise SystemExit(f"--bits: {spec} needs a basis; run `alaya calibrate` on the model")
+    return [layer.basis(spec.bits) for layer in found.layers]
+
+
+def sketched(spec, config, k, v, basis):
+    """The sketch of one layer's pages 1, 2, ..."""
+    ids = jnp.arange(1, k.shape[1])
+    empty = spec.create(config, k.shape[1], PAGE)
+    return _built(empty.seen_by(basis), k, v, ids, jnp.full(len(ids), PAGE))
+
+
+_built = jax.jit(SketchLayer.build)
 
 
 def stretched(model, factor):
@@ -362,20 +382,8 @@ def main() -> None:
         )
     )
     for spec in map(asked, options.bits.split(",")):
-        ids = jnp.arange(1, max(lengths) // PAGE + 1)
-        empty = spec.create(config, len(ids) + 1, PAGE)
-
-        @jax.jit
-        def build(k, basis, ids=ids, empty=empty):
-            return empty.seen_by(basis).build(k, k, ids, jnp.full(len(ids), PAGE))
-
-        bases = [None] * len(k)
-        if spec.basis == "learnt":
-            found = None if options.planted else learnt.find(model.fingerprint, model.directory)
-            if found is None:
-                parser.error(f"--bits: {spec} needs a basis; run `alaya calibrate` on the model")
-            bases = [layer.basis(spec.bits) for layer in found.layers]
-        sketch = tuple(map(build, k, bases))
+        bases = bases_of(spec, None if options.planted else model, len(k))
+        sketch = [sketched(spec, config, x, x, basis) for x, basis in zip(k, bases, strict=True)]
         for n in lengths:
             for what in (bound, ranges, recoveries):
                 name = {"ranges": "range", "recoveries": "recovery"}.get(what.__name__, "bound")
