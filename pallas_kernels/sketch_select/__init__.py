@@ -28,6 +28,8 @@ from alaya_jax.pallas_kernels.sketch_select.request import (
 )
 
 _HEAD_DIMS = {Codes: (64, 128), Signs: (64, 96, 128)}
+# The factors of centres that queries have taken on for `Signs` may leave float16's range.
+_DTYPES = {Codes: (jnp.bfloat16, jnp.float16), Signs: (jnp.bfloat16,)}
 _PAGE_SIZES = (16, 32, 64, 128)
 _POOL_TOKENS = 512  # that the kernel may copy at once
 _GROUP = 8
@@ -42,8 +44,9 @@ def _unfit_for_mosaic_gpu(
         return why
     kv_heads, pool, size = keys.scale.shape
     _, heads, dim = query.q.shape
-    if query.q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"queries are {query.q.dtype}; needs bfloat16 or float16"
+    if query.q.dtype not in _DTYPES[type(keys)]:
+        allowed = " or ".join(jnp.dtype(x).name for x in _DTYPES[type(keys)])
+        return f"queries are {query.q.dtype}; needs {allowed}"
     if dim not in _HEAD_DIMS[type(keys)]:
         return f"head_dim is {dim}; needs one of {_HEAD_DIMS[type(keys)]}"
     if isinstance(keys, Signs) and keys.codes.shape[2] > _WORDS:
