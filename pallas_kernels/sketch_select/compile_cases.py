@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from alaya_jax.pallas_kernels.compile_case import CompileCase, Work
+from alaya_jax.pallas_kernels.paged_decode import PagedDecode
+from alaya_jax.pallas_kernels.paged_decode import compile_cases as paged_decode
+from alaya_jax.pallas_kernels.paged_decode import paged_decode as decode
 from alaya_jax.pallas_kernels.sketch_select import (
     Codes,
     Query,
@@ -75,6 +78,38 @@ def _call(
     )
 
 
+def with_decode(keys: int, share: float) -> CompileCase:
+    """A scan of one bit a channel, and `paged_decode` of the pages found, a share of all."""
+    scan = case("", keys, bits=1)
+    query, _, table, *_ = scan.arguments
+    read = paged_decode.case("", keys, share=share)
+    batch, heads, dim = query.q.shape
+    kv_heads, _, size, _ = read.arguments[1].shape
+    listed = read.arguments[3].shape[-1]
+    group = heads // kv_heads
+    return CompileCase(
+        name=f"sketch_select and paged_decode: B {batch} K {kv_heads} G {group} D {dim} Z {size} 1 "
+        f"learnt bits bfloat16, {listed * size:,} of {size * table.shape[1]:,} keys",
+        call=functools.partial(_call_with_decode, capacity=listed),
+        arguments=(*scan.arguments, *read.arguments[1:3]),
+        kernels=("sketch_select", "paged_decode"),
+        claims=scan.claims,
+        work=Work(scan.work.bytes + read.work.bytes, scan.work.flops + read.work.flops),
+    )
+
+
+def _call_with_decode(
+    query: Query, keys: Codes | Signs, pages: jax.Array, low: jax.Array, high: jax.Array,
+    beta: jax.Array, k: jax.Array, v: jax.Array, *, capacity: int,
+) -> PagedDecode:  # fmt: skip
+    found = sketch_select(
+        query, keys, pages, low, high, beta=beta, capacity=capacity, implementation="mosaic_gpu"
+    )
+    lists = found.page_ids, jnp.minimum(found.count, capacity), high
+    options = {"starts": found.starts, "threshold": found.best - beta}
+    return decode(query.q, k, v, *lists, **options, implementation="mosaic_gpu")
+
+
 def work(
     batch: int,
     kv_heads: int,
@@ -115,4 +150,6 @@ def cases() -> list[CompileCase]:
         case("long pages", 131072, size=128, bits=1),
         case("Llama 3.2 1B", 131072, dim=64, size=32, bits=1, lse=True),
         case("few words", 131072, dim=64, size=64, bits=0.5),
+        with_decode(131072, 0.05),
+        with_decode(1048576, 0.015),
     ]

@@ -31,6 +31,9 @@ from jaxtyping import Array, Float, Int8
 from alaya_jax.pallas_kernels import mosaic
 from alaya_jax.pallas_kernels.sketch_select.request import WORD, Codes, Query, Signs
 
+TOKENS = 16
+"""Tokens per page, as the kernel counts pages."""
+
 KEYS = 512
 """Keys per step."""
 
@@ -170,10 +173,6 @@ class Fields:
         return inner + product(jnp.int32, [(high, integers[1])])
 
 
-TOKENS = 16
-"""Tokens per page, as the kernel counts pages."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Words:
     """Signs, 32 to a word, word by word."""
@@ -260,9 +259,7 @@ class Words:
             words = slot.at[pl.ds(lax.div(t, parts), 1), :, part]
         spread = _spread_simulated if interpret else _spread
         left = [spread(words, group) for group in range(self.groups)]
-        right = [
-            integers[0].at[:, pl.ds(group * _SIGNS, _SIGNS)] for group in range(self.groups)
-        ]
+        right = [integers[0].at[:, pl.ds(group * _SIGNS, _SIGNS)] for group in range(self.groups)]
         if not interpret:
             return product(jnp.int32, zip(left, right, strict=True))
         # The simulator knows no operand of wgmma in registers.
@@ -295,7 +292,7 @@ def _spread(words: Any, group: int) -> Any:
     def spread(ctx: Any, ref: Any) -> Any:
         del ctx
         of_words, i32 = layout.to_mgpu(), ir.IntegerType.get_signless(32)
-        index = ir.IndexType.get()
+        i8, index = ir.IntegerType.get_signless(8), ir.IndexType.get()
 
         def number(x: int, kind: Any = index) -> Any:
             return arith.constant(kind, ir.IntegerAttr.get(kind, x))
@@ -313,7 +310,6 @@ def _spread(words: Any, group: int) -> Any:
             shifted = arith.shli(loaded[key], number(j, i32))
             top = arith.andi(shifted, number(_TOP - 2**32, i32))
             one = vector.broadcast(ir.VectorType.get((1,), i32), top)
-            i8 = ir.IntegerType.get_signless(8)
             registers[at] = vector.bitcast(ir.VectorType.get((4,), i8), one)
         return mgpu.FragmentedArray(_registers=registers, _layout=of_words, _is_signed=True)
 
