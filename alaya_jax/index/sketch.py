@@ -329,18 +329,12 @@ class Sketch:
             raise ConfigError(
                 f"Sketch(basis={self.basis!r}): use one of {sorted(allowed, reverse=True)}"
             )
-        if self.bits not in allowed[self.basis]:
-            raise ConfigError(
-                f"Sketch(bits={self.bits!r}, basis={self.basis!r}): use one of "
-                f"{sorted(allowed[self.basis])}"
-            )
+        if isinstance(self.bits, bool) or self.bits not in allowed[self.basis]:
+            raise ConfigError(f"{self!r}: use one of {sorted(allowed[self.basis])}")
 
     def __repr__(self) -> str:
-        return (
-            f"Sketch(bits={self.bits})"
-            if self.basis == "random"
-            else (f"Sketch(bits={self.bits}, basis={self.basis!r})")
-        )
+        basis = "" if self.basis == "random" else f", basis={self.basis!r}"
+        return f"Sketch(bits={self.bits!r}{basis})"
 
     def random(self) -> "Sketch":
         """The one of as many bits, or half a bit more, that any model has."""

@@ -31,7 +31,7 @@ _AT_ONCE = 256
 """Pages that are copied to be verified."""
 
 _SIDE = np.dtype([("birth", "<i8"), ("sum", "<u8")])
-_DTYPES = {**DTYPES, "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
+_DTYPES = {**DTYPES, **{name: np.dtype(name) for name in ("int8", "uint8", "uint32")}}
 _ALIGNED = 4096
 _MOST = 1 << 46
 """Bytes of a file that is believed."""

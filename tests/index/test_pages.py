@@ -19,9 +19,9 @@ def built(monkeypatch):
     """(ids) of each build."""
     calls, build = [], pages._build_index
 
-    def counted(index, k, v, ids, filled, **static):
+    def counted(index, k, v, ids, filled, basis, **static):
         calls.append(np.asarray(ids)[np.asarray(filled) > 0].tolist())
-        return build(index, k, v, ids, filled, **static)
+        return build(index, k, v, ids, filled, basis, **static)
 
     monkeypatch.setattr(pages, "_build_index", counted)
     return calls

@@ -187,10 +187,15 @@ def test_sizes_on_device(tiny_model):
 
 
 def test_bits_are_checked():
-    with pytest.raises(ConfigError, match=r"bits=3\): use one of \[2, 4, 8\]"):
-        Sketch(bits=3)
+    for wrong in (3, 0.5, True):
+        with pytest.raises(ConfigError, match=r"bits=.*\): use one of \[1, 2, 4, 8\]"):
+            Sketch(bits=wrong)
+    with pytest.raises(ConfigError, match=r"'learnt'\): use one of \[0.5, 1, 1.5, 2, 4\]"):
+        Sketch(8, "learnt")
+    with pytest.raises(ConfigError, match=r"basis='pca'"):
+        Sketch(4, "pca")
     odd = LlamaConfig.from_hf({**configs.load("llama-tiny"), "head_dim": 6})
-    with pytest.raises(ConfigError, match="use 8"):
+    with pytest.raises(ConfigError, match=r"use Sketch\(8\)"):
         Sketch(bits=2).create(odd, 2, 16)
 
 
