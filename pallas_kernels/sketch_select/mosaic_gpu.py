@@ -232,7 +232,7 @@ def _scratch(layout: Fields | Words, stages: int, dtype: Any, lse: bool) -> list
     small = 2 * PAGES // _BOX + 2
     of_pages = 1 if layout.small else layout.page_copies
     return [
-        tiled(COMPUTE, HEADS, layout.dim, dtype=dtype),
+        tiled(COMPUTE, HEADS, layout.dim, dtype=dtype, part=layout.centre_part),
         layout.integer_scratch(),
         plgpu.SMEM((COMPUTE, 4, HEADS), jnp.float32),
         layout.scratch(stages),
@@ -240,7 +240,7 @@ def _scratch(layout: Fields | Words, stages: int, dtype: Any, lse: bool) -> list
         plgpu.SMEM((stages, KEYS), jnp.float16),
         plgpu.SMEM((stages, ROWS, layout.centre_bytes), jnp.int8),
         plgpu.SMEM((stages, ROWS), jnp.float32),
-        tiled(COMPUTE, ROWS, layout.dim, dtype=dtype),
+        tiled(COMPUTE, ROWS, layout.dim, dtype=dtype, part=layout.centre_part),
         plgpu.SMEM((COMPUTE, ROWS, HEADS), jnp.float32),
         columns(COMPUTE, ROWS, ROWS),
         columns(COMPUTE, ROWS, ROWS if lse else HEADS),

@@ -51,10 +51,10 @@ _LANE_WORDS = 4  # threads that share a row of wgmma's first operand
 _SIGNS = _LANE_WORDS * WORD
 
 
-def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:
-    """A matrix in shared memory, as wgmma reads it."""
+def tiled(*shape: int, dtype: Any = jnp.int8, part: int | None = None) -> Any:
+    """A matrix in shared memory, as wgmma reads it; `part`: columns that are written at a time."""
     itemsize = jnp.dtype(dtype).itemsize
-    row = next(x for x in (128, 64, 32) if shape[-1] * itemsize % x == 0)
+    row = next(x for x in (128, 64, 32) if (part or shape[-1]) * itemsize % x == 0)
     return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(row, itemsize))
 
 
@@ -96,6 +96,7 @@ class Fields:
 
     @property
     def half(self) -> int:
+        """Bytes of a key, and channels of a half."""
         return self.dim // 2
 
     @property
@@ -104,11 +105,17 @@ class Fields:
         return self.dim
 
     @property
+    def centre_part(self) -> int:
+        """Columns that `centre` writes at a time."""
+        return self.dim
+
+    @property
     def small(self) -> bool:
         """Whether a page has less than TMA can place."""
         return False
 
     def operands(self, query: Query, keys: Codes) -> Operands:
+        """A call's arrays."""
         # The kernel multiplies 16 times the fields, plus 128 in the low halves; a level is 2
         # fields + 1.
         low_half, whole = (
@@ -131,6 +138,7 @@ class Fields:
         return [tiled(stages, KEYS, half), tiled(COMPUTE, ROWS, half), tiled(COMPUTE, ROWS, half)]
 
     def integer_scratch(self) -> list[Any]:
+        """Of the query's integers."""
         return [tiled(COMPUTE, HEADS, self.half)] * 2
 
     @property
@@ -192,11 +200,17 @@ class Words:
         return self.dim // 2
 
     @property
+    def centre_part(self) -> int:
+        """Columns that `centre` writes at a time."""
+        return self.dim // 2
+
+    @property
     def small(self) -> bool:
         """Whether a page has less than TMA can place."""
         return 4 * self.words * self.size % mosaic.ALIGNMENT != 0
 
     def operands(self, query: Query, keys: Signs) -> Operands:
+        """A call's arrays."""
         batch, heads, signs = query.integers.shape
         missing = (0, self.groups * _SIGNS - signs)
         x = jnp.pad(query.integers, ((0, 0), (0, 0), missing))
@@ -217,6 +231,7 @@ class Words:
         return [plgpu.SMEM((stages, KEYS // self.size, self.words, self.size), jnp.uint32)]
 
     def integer_scratch(self) -> list[Any]:
+        """Of the query's integers."""
         return [tiled(COMPUTE, HEADS, self.groups * _SIGNS)]
 
     @property
@@ -248,7 +263,7 @@ class Words:
             wide.at[:, columns][...] = plgpu.layout_cast(half, plgpu.Layout.WGMMA)
 
     def inner(self, slot: Any, t: Any, work: Any, integers: Any, interpret: bool) -> Any:
-        """Of 64 keys and the query's integers, int32 [64, 8]: -128 times those whose sign is set."""
+        """-128 times the sum of the integers of signs that are set, of 64 keys, int32 [64, 8]."""
         del work
         if self.size <= ROWS:
             pages = ROWS // self.size

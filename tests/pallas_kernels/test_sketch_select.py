@@ -329,21 +329,21 @@ def test_what_does_not_fit_says_why(rng):
     learnt = request_of(rng, low=[3], high=[520], words=2)
     assert op.choose(*learnt, target=H100).implementation == "mosaic_gpu"
     half = dataclasses.replace(learnt[0], q=learnt[0].q.astype(jnp.float16))
-    with pytest.raises(KernelError, match="float16; needs bfloat16$"):
+    with pytest.raises(KernelError, match=r"float16; needs bfloat16$"):
         op.choose(half, *learnt[1:], target=H100, implementation="mosaic_gpu")
     many = request_of(rng, low=[3], high=[520], words=17)
     with pytest.raises(KernelError, match="544 signs; needs at most 512"):
         op.choose(*many, target=H100, implementation="mosaic_gpu")
-    with pytest.raises(KernelError, match="query.offset is"):
+    with pytest.raises(KernelError, match=r"query\.offset is"):
         op.choose(dataclasses.replace(learnt[0], offset=jnp.zeros(3)), *learnt[1:])
+    wrong = dataclasses.replace(learnt[0], integers=many[0].integers[..., :96])
     with pytest.raises(KernelError, match=r"keys.codes is .*, not \(1, 80, 3, 16\)"):
-        wrong = dataclasses.replace(learnt[0], integers=many[0].integers[..., :96])
         op.choose(wrong, *learnt[1:])
     with pytest.raises(KernelError, match=r"keys.codes is .*, not \(1, 80, 16, 32\)"):
         op.choose(query, short, *rest)
 
 
-@pytest.mark.parametrize("implementation", ("reference", "xla"))
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_learnt_sketch_of_the_index_is_what_is_scanned(implementation, rng):
     """Its bounds are those of the layer's own scan."""
     dim, size, heads, pool, bits = 64, 16, 2, 20, 1.5
