@@ -43,7 +43,7 @@ def _unfit_for_mosaic_gpu(
     if (why := not_a_hopper(target)) is not None:
         return why
     kv_heads, pool, size = keys.scale.shape
-    _, heads, dim = query.q.shape
+    heads, dim = query.q.shape[1:]
     if query.q.dtype not in _DTYPES[type(keys)]:
         allowed = " or ".join(jnp.dtype(x).name for x in _DTYPES[type(keys)])
         return f"queries are {query.q.dtype}; needs {allowed}"

@@ -106,8 +106,15 @@ def _call_with_decode(
         query, keys, pages, low, high, beta=beta, capacity=capacity, implementation="mosaic_gpu"
     )
     lists = found.page_ids, jnp.minimum(found.count, capacity), high
-    options = {"starts": found.starts, "threshold": found.best - beta}
-    return decode(query.q, k, v, *lists, **options, implementation="mosaic_gpu")
+    return decode(
+        query.q,
+        k,
+        v,
+        *lists,
+        starts=found.starts,
+        threshold=found.best - beta,
+        implementation="mosaic_gpu",
+    )
 
 
 def work(

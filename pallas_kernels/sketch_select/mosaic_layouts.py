@@ -114,7 +114,7 @@ class Fields:
         """Whether a page has less than TMA can place."""
         return False
 
-    def operands(self, query: Query, keys: Codes) -> Operands:
+    def operands(self, query: Query, keys: Codes | Signs) -> Operands:
         """A call's arrays."""
         # The kernel multiplies 16 times the fields, plus 128 in the low halves; a level is 2
         # fields + 1.
@@ -209,7 +209,7 @@ class Words:
         """Whether a page has less than TMA can place."""
         return 4 * self.words * self.size % mosaic.ALIGNMENT != 0
 
-    def operands(self, query: Query, keys: Signs) -> Operands:
+    def operands(self, query: Query, keys: Codes | Signs) -> Operands:
         """A call's arrays."""
         batch, heads, signs = query.integers.shape
         missing = (0, self.groups * _SIGNS - signs)
@@ -300,10 +300,6 @@ def _spread(words: Any, group: int) -> Any:
     _, count, size = words.shape
     shape, layout = (ROWS, _SIGNS), plgpu.Layout.WGMMA_8BIT
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=layout),
-    )
     def spread(ctx: Any, ref: Any) -> Any:
         del ctx
         of_words, i32 = layout.to_mgpu(), ir.IntegerType.get_signless(32)
@@ -328,7 +324,11 @@ def _spread(words: Any, group: int) -> Any:
             registers[at] = vector.bitcast(ir.VectorType.get((4,), i8), one)
         return mgpu.FragmentedArray(_registers=registers, _layout=of_words, _is_signed=True)
 
-    return spread(words)
+    inline = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout=layout),
+    )
+    return inline(spread)(words)
 
 
 def _spread_simulated(words: Any, group: int) -> Array:

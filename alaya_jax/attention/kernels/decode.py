@@ -205,7 +205,7 @@ def _scan(
         q = by_head(of_centre).astype(whole)
     known = jnp.minimum(high, batch.covered)
     found = bounds(
-        SketchQuery(q, *numbers, offset),
+        SketchQuery(q, *numbers, offset=offset),
         _codes(index),
         batch.memory.table.pages,
         low,
