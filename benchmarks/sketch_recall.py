@@ -40,7 +40,7 @@ from alaya_jax.attention.retrieve import pivot
 from alaya_jax.attention.softmax import share_read
 from alaya_jax.cache import PagedKV, PageTable
 from alaya_jax.cache.views import KeyRange, Pages
-from alaya_jax.index import MISS, Flat, Sketch, recover
+from alaya_jax.index import MISS, Flat, Sketch, learnt, recover
 from alaya_jax.index.codes import quantize
 from alaya_jax.index.memory import Memory
 from alaya_jax.index.recovery import MARGIN
@@ -55,6 +55,13 @@ PAGE, CHUNK, QUERIES = 16, 512, 8
 WINDOW = (128, 512)
 ALPHAS = (0.0144, 0.001)
 SAVED = {"layers": (6, 20), "tokens": 1024}
+
+
+def asked(name):
+    """A sketch, from such as "4" or "learnt1.5"."""
+    bits = float(name.removeprefix("learnt"))
+    bits = int(bits) if bits.is_integer() else bits
+    return Sketch(bits, "learnt" if name.startswith("learnt") else "random")
 
 
 def stretched(model, factor):
@@ -175,8 +182,9 @@ def bound(sketch, k, q, n):
         tokens = keys[:, held]
         mean = jnp.mean(tokens, (1, 2), keepdims=True)
         spreads["page"] += float(jnp.mean(layer.spread[:, held].astype(jnp.float32)))
-        spreads["context"] += float(jnp.mean(quantize_jit(tokens - mean, layer.bits)[2]))
-        spreads["none"] += float(jnp.mean(quantize_jit(tokens, layer.bits)[2]))
+        if layer.basis is None:
+            spreads["context"] += float(jnp.mean(quantize_jit(tokens - mean, layer.bits)[2]))
+            spreads["none"] += float(jnp.mean(quantize_jit(tokens, layer.bits)[2]))
     for i, miss in enumerate(stated):
         yield {
             "stated": miss,
@@ -307,7 +315,8 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--lengths", default="2048,4096,8192", help="multiples of 512")
-    parser.add_argument("--bits", default="4,2,8")
+    parser.add_argument("--bits", default="4,2,8", help="such as 4,2,learnt1,learnt1.5")
+    parser.add_argument("--text", type=Path, help="in place of this repository's")
     parser.add_argument("--save-keys", type=Path, metavar="FILE")
     parser.add_argument("--yarn", type=float, help="stretch RoPE by this factor")
     parser.add_argument("--planted", action="store_true", help="synthetic keys of one layer")
@@ -327,14 +336,15 @@ def main() -> None:
         model = aj.load(options.model, dtype="float32", progress=False)
         if options.yarn:
             model = stretched(model, options.yarn)
-        text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
+        texts = [options.text] if options.text else [machine.ROOT / path for path in TEXTS]
+        text = "\n\n".join(path.read_text() for path in texts)
         if max(lengths) > model.length_limit:
             parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
         # Again from the start where the texts are too short.
         tokens = np.resize(model.encode(text), max(lengths))
         kv, queries = prefill(model, tokens, lengths)
         config, k = model.config, kv.k
-        source = {"model": repr(model), "yarn": options.yarn, "texts": TEXTS}
+        source = {"model": repr(model), "yarn": options.yarn, "texts": [x.name for x in texts]}
         if options.save_keys:
             save_keys(options.save_keys, k, queries)
             return
@@ -351,19 +361,28 @@ def main() -> None:
             }
         )
     )
-    for bits in (int(b) for b in options.bits.split(",")):
+    for spec in map(asked, options.bits.split(",")):
         ids = jnp.arange(1, max(lengths) // PAGE + 1)
-        empty = Sketch(bits).create(config, len(ids) + 1, PAGE)
-        build = jax.jit(
-            lambda k, ids=ids, empty=empty: empty.build(k, k, ids, jnp.full(len(ids), PAGE))
-        )
-        sketch = tuple(map(build, k))
+        empty = spec.create(config, len(ids) + 1, PAGE)
+
+        @jax.jit
+        def build(k, basis, ids=ids, empty=empty):
+            return empty.seen_by(basis).build(k, k, ids, jnp.full(len(ids), PAGE))
+
+        bases = [None] * len(k)
+        if spec.basis == "learnt":
+            found = None if options.planted else learnt.find(model.fingerprint, model.directory)
+            if found is None:
+                parser.error(f"--bits: {spec} needs a basis; run `alaya calibrate` on the model")
+            bases = [layer.basis(spec.bits) for layer in found.layers]
+        sketch = tuple(map(build, k, bases))
         for n in lengths:
             for what in (bound, ranges, recoveries):
                 name = {"ranges": "range", "recoveries": "recovery"}.get(what.__name__, "bound")
                 for row in what(sketch, k, queries[n], n):
                     print(
-                        json.dumps({"result": name, "bits": bits, "context": n, **row}), flush=True
+                        json.dumps({"result": name, "sketch": repr(spec), "context": n, **row}),
+                        flush=True,
                     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 
 _ATTENTION = "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE or auto[:SHARE]"
-_INDEXES = "@flat, @sketch, @sketch2, @sketch8, @block or @graph"
+_INDEXES = "@flat, @sketch, @sketch1, @sketch2, @sketch8, @learnt, @learnt1, @block or @graph"
 
 Attention = Annotated[
     str,
@@ -29,7 +29,8 @@ Attention = Annotated[
         "best; recovery:0.95 the fewest that hold 95% of the attention; the first and last tokens "
         "(the window) are always read. auto:0.95 takes, layer by layer, the fastest way to hold "
         "95% on this machine. What finds the keys may follow, as in dipr:50@sketch: "
-        f"{_INDEXES} (codes of 4, 2 or 8 bits a channel; summaries of pages, and a graph that "
+        f"{_INDEXES} (codes of 4, 1, 2 or 8 bits a channel, or of 2 or 1 in a basis that alaya "
+        "calibrate learnt; summaries of pages, and a graph that "
         "alaya db index --graph built, for topk and dipr); else it is chosen by length.",
     ),
 ]
@@ -241,8 +242,10 @@ def _index(name: str) -> Any:
             return index.Flat()
         case "sketch":
             return index.Sketch()
-        case "sketch2" | "sketch8":
+        case "sketch1" | "sketch2" | "sketch8":
             return index.Sketch(int(name[-1]))
+        case "learnt" | "learnt1":
+            return index.Sketch(1 if name.endswith("1") else 2, "learnt")
         case "block":
             return index.Block()
         case "graph":

@@ -51,19 +51,18 @@ class Moments:
     centres: Float[Array, "L K D D"]
     mean: Float[Array, "L K D"]
 
-    @classmethod
-    def joined(cls, parts: "Sequence[tuple[Moments, int]]") -> "Moments":
-        """Of texts of so many tokens each, together; float64."""
-        total = sum(tokens for _, tokens in parts)
-        wide = [(jax.tree.map(lambda x: np.asarray(x, np.float64), m), n) for m, n in parts]
 
-        def mean_of(name: str) -> np.ndarray:
-            return np.sum([getattr(m, name) * n for m, n in wide], axis=0) / total
-
-        mean = mean_of("mean")
-        apart = sum(n * np.einsum("lkd,lke->lkde", *[m.mean - mean] * 2) for m, n in wide)
-        centres = mean_of("centres") + apart / total
-        return cls(mean_of("queries"), mean_of("residuals"), centres, mean)
+def joined(parts: "Sequence[tuple[Moments, int]]") -> dict[str, np.ndarray]:
+    """Moments of texts of so many tokens each, together, by name; float64."""
+    total = sum(tokens for _, tokens in parts)
+    wide = [
+        ({f.name: np.asarray(getattr(m, f.name), np.float64) for f in dataclasses.fields(m)}, n)
+        for m, n in parts
+    ]
+    together = {name: np.sum([m[name] * n for m, n in wide], axis=0) / total for name in wide[0][0]}
+    apart = [n * np.einsum("lkd,lke->lkde", *[m["mean"] - together["mean"]] * 2) for m, n in wide]
+    together["centres"] = together["centres"] + np.sum(apart, axis=0) / total
+    return together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,14 +107,14 @@ class Learnt:
                 f"{LEAST_TOKENS:,}: a basis of fewer misses keys, or lets too many pass"
             )
         turn = functools.partial(turned_to, inverse_frequencies, length)
-        m = Moments.joined(parts)
+        m = joined(parts)
         layers = []
-        for i, of_layer in enumerate(m.mean):
+        for i, of_layer in enumerate(m["mean"]):
             heads = []
             for h, mean in enumerate(of_layer):
-                queries, residuals = turn(m.queries[i, h]), turn(m.residuals[i, h])
+                queries, residuals = turn(m["queries"][i, h]), turn(m["residuals"][i, h])
                 common = _mean_turned_to(inverse_frequencies, length, mean)
-                centres = turn(m.centres[i, h] + np.outer(mean, mean))
+                centres = turn(m["centres"][i, h] + np.outer(mean, mean))
                 of_pages = np.diag(centres) - common**2
                 heads.append(_turned(queries, residuals, of_pages, common))
             layers.append(Turned(*map(np.stack, zip(*heads, strict=True))))

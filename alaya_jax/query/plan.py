@@ -27,9 +27,6 @@ SKETCH_FROM = 4096
 (benchmarks/decode_attention.py).
 """
 
-LEARNT = Sketch(2, "learnt")
-"""What it asks where a basis was learnt."""
-
 STATIC = {"static": True}
 
 Tier = Literal["device", "host"]
@@ -197,8 +194,7 @@ def plan_for(
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
             wants_sketch = wants_sketch and not isinstance(query, Custom)
-            usual = LEARNT if learnt else Sketch()
-            asked = dataclasses.replace(asked, index=usual if wants_sketch else Flat())
+            asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
         if learnt is False and isinstance(asked.index, Sketch) and asked.index.basis == "learnt":
             asked = dataclasses.replace(asked, index=asked.index.random())
         return asked
