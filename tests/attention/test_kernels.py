@@ -298,6 +298,18 @@ def test_inside_a_sharded_program(name, tokens):
     check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dipr, learnt"])
+def test_heads_of_a_sketch_over_devices(name, tokens):
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 1), ("tensor", "context"), kinds, devices=jax.devices()[:2])
+    case = tokens
+    plan = dataclasses.replace(DECODE[name], implementation="reference")
+    memory = case.memory(case.indexes[plan.index])
+    got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
+    want, _ = both(DECODE[name], case, "xla")
+    check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+
+
 def test_what_is_chosen_and_why(simulated):
     case = simulated
 
