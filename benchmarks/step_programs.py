@@ -55,7 +55,7 @@ def of_a_step(
     of_counts = c.num_hidden_layers, batch, c.num_attention_heads
     by_heads = programs.by_heads(frame)
     number, mass = some(of_counts, place=by_heads), some(of_counts, jnp.float32, by_heads)
-    counts = Counts(number, number, number, mass, number)
+    counts = Counts(number, number, number, mass, number, mass)
     passed = Passed(some((batch, c.hidden_size), stack.dtype), some(()), counts)
     x = some((batch, tokens, c.hidden_size), stack.dtype)
     fed = Fed(some((batch, tokens)), some((batch,)), table)

@@ -65,6 +65,7 @@ def sketched(q, k_pages, ids, positions):
         jnp.zeros((heads, pages), jnp.float16),
         jnp.zeros((heads, pages, dim), jnp.int8),
         jnp.zeros((heads, pages), jnp.float16),
+        jnp.zeros((heads, pages, 2), jnp.float16),
     ).build(k_pages, k_pages, ids, jnp.full(len(ids), size))
     keys = KeyRange(jnp.zeros_like(positions), positions + 1)
     estimate = layer.scan(q, Pages(k_pages, k_pages, ids), keys).estimate

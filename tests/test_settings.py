@@ -21,7 +21,10 @@ SETTINGS = {
     "debug nans": lambda: jax.debug_nans(True),
 }
 WINDOW = aj.Window(4, 16)
-PLAN = aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Sketch(), tail=True)
+PLAN = (
+    aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), aj.Sketch(), tail=True),
+    aj.Plan(aj.DIPR(error=0.2, window=WINDOW), aj.Sketch()),
+)
 PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 120, 90)]
 
 

@@ -23,6 +23,7 @@ class Counts:
         where nothing was estimated.
       widened: int32 [B, T, H], 1 where an approximate search found more than it had room for, so
         that a scan of all keys answered instead.
+      error: float32 [B, T, H], estimated |out - full| / |full|; NaN where nothing was estimated.
       met: uint8 [B, K, N], of the pages in the table those that the answer came from: keys (1),
         values (2); see `met`. None: not recorded.
     """
@@ -32,6 +33,7 @@ class Counts:
     read: Int[Array, "B T H"]
     mass: Float[Array, "B T H"]
     widened: Int[Array, "B T H"]
+    error: Float[Array, "B T H"]
     met: UInt8[Array, "B K N"] | None = None
 
     def by_row(self, function: Callable[[Array], Array]) -> "Counts":
@@ -48,8 +50,9 @@ class Counts:
         read: Array | int = 0,
         mass: Array | float = jnp.nan,
         widened: Array | int = 0,
+        error: Array | float = jnp.nan,
         met: Array | None = None,
     ) -> "Counts":
         """Counts of this shape, [B, T, H]; each number is broadcast to it, `met` is kept as is."""
-        each = (attended, scored, read, mass, widened)
+        each = (attended, scored, read, mass, widened, error)
         return cls(*(jnp.broadcast_to(x, shape) for x in each), met=met)

@@ -8,8 +8,8 @@ Tiles         blocks of keys for each block of queries, in a prefill
 
 On a mesh each device works on the sequences (data), heads (tensor) and pages (context) that it
 holds. What crosses the context axis does not grow with the context: the best score, log-sum-exp and
-sum of the partial attentions, each device's k best scores for `TopK`, and the mass above a few
-thresholds for `DIPR(recovery)`.
+sum of the partial attentions, each device's k best scores for `TopK`, and the mass (and what is
+missing) beyond a few thresholds for `DIPR(recovery)` and `DIPR(error)`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from alaya_jax.attention.paged import attend_range
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Axes, Held, Rows
 from alaya_jax.attention.selection import select_tiles
-from alaya_jax.attention.softmax import merge, merge_across, share_read
+from alaya_jax.attention.softmax import merge, merge_across, relative_error, share_read
 from alaya_jax.attention.tiles import attend_list
 from alaya_jax.attention.window import Split
 from alaya_jax.cache import PageTable
@@ -171,7 +171,7 @@ def _on_mesh(plan: Plan, batch: LayerQueries, mesh: Mesh, rules: ShardingRules) 
         attend,
         mesh=mesh,
         in_specs=([spec(heads) if jnp.ndim(x) else spec() for x in numbers], places),
-        out_specs=(by_head, Counts(*(by_head,) * 5)),
+        out_specs=(by_head, Counts(*(by_head,) * 6)),
         check_vma=False,
     )
     return run(numbers, batch)
@@ -258,8 +258,8 @@ def _attend_tiles(
     mass = tiles.mass[:, :, block] if rule.recovery is not None else jnp.full(q.shape[:-1], jnp.nan)
     # Each device estimates a share of its own mass; the lowest bounds the share of the whole.
     mass = across(lax.pmin, mass, axis)
-    none = jnp.zeros_like(attended)
-    return merge_across(partial, axis).out, Counts(attended, scored, read, mass, none)
+    counts = Counts.of(q.shape[:-1], attended, scored, read, mass)
+    return merge_across(partial, axis).out, counts
 
 
 def _attend_rows(
@@ -302,5 +302,8 @@ def _attend_rows(
     read = jnp.where(jnp.arange(q.shape[2]) == 0, read[:, None, None], 0)
     attended, read = (across(lax.psum, x, axis) for x in (attended, read))
     mass = jnp.nan if mass is None else mass
+    whole = merge(*parts)
+    error = jnp.nan if found.missing is None else relative_error(found.missing, whole)
     all_met = met.together(of_window, found.met)
-    return merge(*parts).out, counts(attended + in_window, end, read, mass, met=all_met)
+    total = counts(attended + in_window, end, read, mass, error=error, met=all_met)
+    return whole.out, total

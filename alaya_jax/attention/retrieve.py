@@ -14,11 +14,28 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from alaya_jax.attention import met
 from alaya_jax.attention.custom import select_custom
-from alaya_jax.attention.kept import Kept, best_kept, lse_kept, scores_at, scores_listed
+from alaya_jax.attention.kept import (
+    Kept,
+    attend_kept,
+    best_kept,
+    lse_kept,
+    scores_at,
+    scores_listed,
+)
 from alaya_jax.attention.rows import Rows
-from alaya_jax.attention.softmax import Partial, merge_across, share_read
+from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
 from alaya_jax.cache.views import KeyRange, Pages, score_range
-from alaya_jax.index import BlockLayer, Scan, SketchLayer, Weights, of_pages, recover
+from alaya_jax.index import (
+    BlockLayer,
+    Look,
+    Scan,
+    SketchLayer,
+    Summaries,
+    Weights,
+    keep_below,
+    of_pages,
+    recover,
+)
 from alaya_jax.index.flat import Flat
 from alaya_jax.index.select import as_mask, by_row, in_range, largest, largest_of_all
 from alaya_jax.query import DIPR, Custom, TopK
@@ -42,6 +59,8 @@ class Retrieved:
       unread: float32 [K, G, T], expected log of the sum of exp(score / sqrt(D)) over the keys in
         range that are not kept, on all devices; None where it was not estimated.
       weights: estimated weights of all keys, for the tail; None for a plan without one.
+      missing: float32 [K, G, T], log of what the tail is estimated to miss, as `index.Bounded` has
+        it; None where it was not estimated.
       met: pages that the choice was made from, or that are kept; None: not recorded.
     """
 
@@ -49,6 +68,7 @@ class Retrieved:
     floor: Float[Array, "K G T"] | None = None
     unread: Float[Array, "K G T"] | None = None
     weights: Weights | None = None
+    missing: Float[Array, "K G T"] | None = None
     met: UInt8[Array, "K N"] | None = None
 
     def share_read(self, read: Partial) -> Float[Array, "K G T"] | None:
@@ -83,7 +103,7 @@ def _by_key(plan: Plan, rows: Rows) -> tuple[Retrieved, Bool[Array, "K N"] | Non
     rows = dataclasses.replace(rows, q=rows.q.astype(pages.operand_dtype))
     q, best = rows.q, rows.best
     scan = _scan(rows)
-    floor, unread, weights, looked_at = None, None, None, None
+    floor, unread, weights, missing, looked_at = None, None, None, None, None
     account = met.kept_account(plan, pages)
     if isinstance(query, Custom):
         mask = select_custom(query, rows, scan.estimate)
@@ -96,6 +116,11 @@ def _by_key(plan: Plan, rows: Rows) -> tuple[Retrieved, Bool[Array, "K N"] | Non
             looked_at = met.of_mask(pages, may_be) if account else None
         chosen = largest_of_all(scores, pages.position_of(column), axis)
         mask = as_mask(column, chosen, pages.columns)
+    elif query.error is not None:
+        error, dim = by_row(query.error, q), q.shape[-1]
+        found = keep_below(scan, _summaries(rows), best, error, dim, _look(plan, rows), axis)
+        mask, weights, missing = found.kept, found.weights, found.missing
+        looked_at = met.of_mask(pages, found.looked_at) if account else None
     elif query.recovery is not None:
         recovery = by_row(query.recovery, q)
         read = _mass_read(plan, rows)
@@ -123,11 +148,43 @@ def _by_key(plan: Plan, rows: Rows) -> tuple[Retrieved, Bool[Array, "K N"] | Non
             estimate, mask = lax.optimization_barrier((scan.estimate, mask))
             left = dataclasses.replace(scan, estimate=estimate)
             weights = Weights.of(left, jnp.max(estimate, axis=-1), q.shape[-1])
-        mask |= (pages.all_positions() >= rows.held.covered) & (weights.weight > 0)
+        mask |= ~_known(rows) & (weights.weight > 0)
     if plan.share == "group":
         mask = jnp.broadcast_to(mask.any(1, keepdims=True), scan.estimate.shape)
         mask, floor = mask & (scan.estimate > -jnp.inf), None
-    return Retrieved(Kept(pages, keys, mask), floor, unread, weights), looked_at
+    return Retrieved(Kept(pages, keys, mask), floor, unread, weights, missing), looked_at
+
+
+def _known(rows: Rows) -> Bool[Array, " S"]:
+    """Keys that the index covers."""
+    return rows.pages.all_positions() < rows.held.covered
+
+
+def _summaries(rows: Rows) -> Summaries:
+    index = rows.held.index
+    assert isinstance(index, SketchLayer)
+    return Summaries(index.value_spreads(rows.pages, _by_index(rows)[0]), _known(rows))
+
+
+def _look(plan: Plan, rows: Rows) -> Callable[[Weights, Array], Look]:
+    """A function from a mask to the output with its keys, those that are always read, the window
+    and means of the others, for `keep_below`.
+    """
+    index, always = rows.held.index, ~_known(rows)
+    assert isinstance(index, SketchLayer)
+
+    def look(weights: Weights, mask: Bool[Array, "K G T S"]) -> Look:
+        eligible = weights.weight > 0
+        mask = (mask | always) & eligible
+        if plan.share == "group":
+            mask = mask.any(1, keepdims=True) & eligible
+        near = attend_kept(rows.q, Kept(rows.pages, rows.keys, mask))[0]
+        read = merge(rows.window, merge_across(near, rows.axis))
+        means = Partial(*index.attend_means(rows.q, rows.pages, weights, mask))
+        unread = merge_across(means, rows.axis)
+        return Look(jnp.linalg.norm(merge(read, unread).out, axis=-1), read.lse)
+
+    return look
 
 
 def _mass_read(plan: Plan, rows: Rows) -> Callable[[Array], Array]:

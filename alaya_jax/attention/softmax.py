@@ -126,6 +126,19 @@ def share_read(read: Float[Array, "..."], unread: Float[Array, "..."]) -> Float[
     return jnp.where(none, 1.0, 1 / (1 + jnp.exp(jnp.where(none, 0.0, unread - read))))
 
 
+def relative_error(missing: Float[Array, "..."], whole: Partial) -> Float[Array, "..."]:
+    """Of an output that misses a vector of this length from its sum of exp(score) * value.
+
+    Args:
+      missing: logarithm of that length; -inf for nothing.
+      whole: the output.
+    """
+    norm = jnp.linalg.norm(whole.out, axis=-1)
+    none = jnp.isneginf(missing) | jnp.isneginf(whole.lse)
+    share = jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, missing - whole.lse)))
+    return jnp.where(none, 0.0, share / jnp.where(norm > 0, norm, 1.0))
+
+
 def _weight(lse: Array, top: Array) -> Array:
     """The weight of a part; 0 where all sets are empty, which would otherwise be -inf - -inf."""
     return jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))

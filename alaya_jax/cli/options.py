@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 
-_ATTENTION = "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE or auto[:SHARE]"
+_ATTENTION = (
+    "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE, error:SHARE or auto[:SHARE]"
+)
 _INDEXES = "@flat, @sketch, @sketch1, @sketch2, @sketch8, @learnt, @learnt1, @block or @graph"
 
 Attention = Annotated[
@@ -26,7 +28,9 @@ Attention = Annotated[
         metavar="POLICY",
         help=f"Which keys a new token attends to: {_ATTENTION}. full reads every key; topk:100 the "
         "100 best for the token; dipr:50 those whose product with the query is within 50 of the "
-        "best; recovery:0.95 the fewest that hold 95% of the attention; the first and last tokens "
+        "best; recovery:0.95 the fewest that hold 95% of the attention; error:0.02 the fewest that "
+        "keep the output's error below 2% by estimate, the others being estimated; the first and "
+        "last tokens "
         "(the window) are always read. auto:0.95 takes, layer by layer, the fastest way to hold "
         "95% on this machine. What finds the keys may follow, as in dipr:50@sketch: "
         f"{_INDEXES} (codes of 4, 1, 2 or 8 bits a channel, or of 2 or 1 in a basis that alaya "
@@ -213,6 +217,8 @@ def attention(text: str) -> "Asked":
                 found = query.DIPR(beta=beta)
             case "recovery", [share]:
                 found = query.DIPR(recovery=share)
+            case "error", [share]:
+                found = query.DIPR(error=share)
             case "topk", [k]:
                 found = query.TopK(_whole(k))
             case "auto", []:

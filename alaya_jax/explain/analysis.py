@@ -21,6 +21,7 @@ from alaya_jax.attention.counts import Counts
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.tiers import Pool
 from alaya_jax.errors import RequestError
+from alaya_jax.explain.reads import known
 from alaya_jax.explain.truth import Truth, truth
 from alaya_jax.index import Graphs, LayerIndex
 from alaya_jax.index.memory import Memory
@@ -54,6 +55,8 @@ class Analysis:
       estimated: float64 [L, H], share of the mass as estimated by the plan's scan; or NaN.
       recovery: float64 [L, H], the true share.
       error: float64 [L, H], |out - full| / |full|.
+      error_estimated, error_asked: float64 [L, H], what the plan's scan estimated, and at most
+        asked for; or NaN.
       beta, beta_needed: float64 [L, H]; see `Truth`.
       positions, retrieved: L x H arrays of ascending positions: keys attended to, and those of
         them outside the window.
@@ -74,12 +77,19 @@ class Analysis:
     estimated: np.ndarray
     recovery: np.ndarray
     error: np.ndarray
+    error_estimated: np.ndarray
+    error_asked: np.ndarray
     beta: np.ndarray
     beta_needed: np.ndarray
     positions: tuple[tuple[np.ndarray, ...], ...]
     retrieved: tuple[tuple[np.ndarray, ...], ...]
     tokens: np.ndarray
     decode: Callable[[Any], str] | None
+
+    @property
+    def violations(self) -> np.ndarray:
+        """bool [L, H], where the error is larger than was asked for."""
+        return self.error > self.error_asked  # nothing is larger than NaN
 
     def layer(self, layer: int) -> dict[str, Any]:
         """Of one layer; lists have one number a query head, `keys_read` one a kv head."""
@@ -95,8 +105,10 @@ class Analysis:
             "keys_attended": self.attended[layer].tolist(),
             "keys_needed": self.keys_needed[layer].tolist(),
             "recovery": self.recovery[layer].tolist(),
-            "mass_estimated": None if np.isnan(estimated).any() else estimated.tolist(),
+            "mass_estimated": known(estimated),
             "error": self.error[layer].tolist(),
+            "error_estimated": known(self.error_estimated[layer]),
+            "error_asked": known(self.error_asked[layer]),
             "beta": self.beta[layer].tolist(),
             "beta_needed": self.beta_needed[layer].tolist(),
         }
@@ -112,6 +124,7 @@ class Analysis:
             "recovery_mean": float(self.recovery.mean()),
             "recovery_least": float(self.recovery.min()),
             "error_mean": float(self.error.mean()),
+            "error_violations": int(self.violations.sum()),
             "layers": [self.layer(i) for i in range(len(self.seconds))],
             "retrieved": [[at.tolist() for at in heads] for heads in self.retrieved],
         }
@@ -205,6 +218,8 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
             true, out, counts = _laid((true, out, counts), everywhere)
             rows.append(_row(true, out, counts, seconds, seconds_full, held.length))
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    for row, i in zip(rows, range(layers), strict=True):
+        row["error_asked"] = _asked(of_layer(plans, i), heads)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     stacked = {n: np.stack(x) for n, x in columns.items() if n not in ("positions", "retrieved")}
     stacked["read"] = stacked["read"].reshape(layers, kv_heads, heads // kv_heads)[:, :, 0]
@@ -224,6 +239,12 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
 def _wanted(plan: Plan, otherwise: float) -> float:
     recovery = plan.query.recovery if isinstance(plan.query, DIPR) else None
     return otherwise if recovery is None else float(np.max(np.asarray(recovery)))
+
+
+def _asked(plan: Plan, heads: int) -> np.ndarray:
+    """float64 [H], the error that a plan promises to keep; NaN without one."""
+    error = plan.query.error if isinstance(plan.query, DIPR) else None
+    return np.broadcast_to(np.asarray(np.nan if error is None else error, np.float64), heads)
 
 
 def _row(
@@ -248,6 +269,7 @@ def _row(
         "estimated": np.asarray(counts.mass[0, 0], np.float64),
         "recovery": np.asarray(true.recovery, np.float64),
         "error": np.linalg.norm(got - want, axis=-1) / np.where(norm > 0, norm, 1.0),
+        "error_estimated": np.asarray(counts.error[0, 0], np.float64),
         "beta": np.asarray(true.beta, np.float64),
         "beta_needed": np.asarray(true.beta_needed, np.float64),
         "positions": at(true.attended),

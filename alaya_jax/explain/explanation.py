@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HEAT_MAPS = {
     "recovery": "share of the attention mass",
     "error": "|out - full| / |full|",
+    "error_estimated": "|out - full| / |full|",
     "attended": "keys attended to",
     "keys_needed": "keys outside the window",
     "beta": "range of raw scores",
@@ -127,7 +128,8 @@ class Explanation:
     def plot(self, what: str = "recovery") -> "Figure":
         """A heat map, layer by head, of a figure that `analyze=True` found.
 
-        "attended" and "mass_estimated" are known without it, as means over the tokens decoded.
+        "attended", "mass_estimated" and "error_estimated" are known without it, as means over the
+        tokens decoded.
 
         Raises:
           RequestError: it is no such figure or not known, or matplotlib is not installed.
@@ -137,7 +139,7 @@ class Explanation:
         if self.analysis is not None:
             name = "estimated" if what == "mass_estimated" else what
             values, of = getattr(self.analysis, name), f"token {self.analysis.position:,}"
-        elif what in ("attended", "mass_estimated") and self.phases:
+        elif what in ("attended", "mass_estimated", "error_estimated") and self.phases:
             phase = "decode" if "decode" in self.phases else next(iter(self.phases))
             values, of = self.phases[phase].mean(what), f"mean over {phase}"
         else:
@@ -223,6 +225,8 @@ def _reads_table(name: str, reads: Reads, why: str | None) -> show.Table:
         )
     if d["mass_estimated"] is not None and d["index"]:
         notes.append(f"attention mass kept, by estimate: {d['mass_estimated']:.3f}")
+    if d["error_estimated"] is not None:
+        notes.append(f"error of the output, by estimate: {d['error_estimated']:.2%}")
     rows = [
         (
             _short(row),
@@ -294,6 +298,15 @@ def _analysis_table(found: Analysis, choice: PlanChoice | None) -> show.Table:
         f"attention of all layers: {units.seconds(found.seconds.sum())}, "
         f"in full {units.seconds(found.seconds_full.sum())} (each layer a call of its own)",
     )
+    if not np.isnan(found.error_asked).all():
+        asked, broken = ~np.isnan(found.error_asked), found.violations
+        notes = (
+            *notes,
+            f"error asked for: at most {np.nanmax(found.error_asked):.2%}; estimated "
+            f"{np.nanmean(found.error_estimated[asked]):.2%} in the mean and true "
+            f"{found.error[asked].mean():.2%}; larger than asked in {broken.sum()} of "
+            f"{asked.sum()} heads",
+        )
     title = f"analysis of the query at position {found.position:,} of sequence {found.sequence}"
     return show.Table(title, tuple(columns), rows, notes)
 

@@ -25,6 +25,7 @@ class Reads:
       visible: keys that those could see, summed over them; the same for each layer and head.
       attended, scored, read: int64 [L, H], summed over them; see `Counts`.
       mass: float64 [L, H], sum of estimated shares of the mass; NaN where there are none.
+      error: float64 [L, H], sum of estimated errors of the output; NaN where there are none.
       widened: int64 [L, H], query tokens whose search overflowed; all keys were scanned for them.
       met: pages, where some are mapped.
     """
@@ -39,7 +40,7 @@ class Reads:
         self.attended, self.scored, self.read, self.widened = (
             np.zeros((c.num_hidden_layers, c.num_attention_heads), np.int64) for _ in range(4)
         )
-        self.mass = np.zeros(self.read.shape)
+        self.mass, self.error = np.zeros(self.read.shape), np.zeros(self.read.shape)
         self.met = PagesMet.nothing(c.num_hidden_layers)
         self._model, self._page_size = model, page_size
         self._pending: list[Counts] = []
@@ -54,14 +55,15 @@ class Reads:
 
     def _settle(self) -> None:
         for counts in self._pending:
-            attended, scored, read, mass = (
+            attended, scored, read, mass, error = (
                 np.asarray(x).sum(1)
-                for x in (counts.attended, counts.scored, counts.read, counts.mass)
+                for x in (counts.attended, counts.scored, counts.read, counts.mass, counts.error)
             )
             self.attended += attended
             self.scored += scored
             self.read += read
             self.mass += mass
+            self.error += error
             self.widened += np.asarray(counts.widened).sum(1)
         self._pending = []
 
@@ -75,7 +77,7 @@ class Reads:
         n, c = max(self.queries, 1), self._model.config
         plan = of_layer(self.plans, layer)
         group = c.num_attention_heads // c.num_key_value_heads
-        mass = self.mass[layer] / n
+        mass, error = self.mass[layer] / n, self.error[layer] / n
         # Each head of a group has the count of the kv head.
         read = float(self.read[layer].sum() / group / n)
         return {
@@ -86,7 +88,8 @@ class Reads:
             "keys_attended": (self.attended[layer] / n).tolist(),
             "keys_read": read,
             "keys_read_by_group": (self.read[layer].reshape(-1, group)[:, 0] / n).tolist(),
-            "mass_estimated": None if np.isnan(mass).any() else mass.tolist(),
+            "mass_estimated": known(mass),
+            "error_estimated": known(error),
             "widened": self.widened[layer].tolist(),
             "bytes": self._bytes(plan, layer, read),
             "pages": self._pages(layer),
@@ -114,10 +117,10 @@ class Reads:
         return {"met": pool + memory + disk, **counts, "hit_rate": PagesMet.hit_rate(memory, disk)}
 
     def mean(self, what: str) -> np.ndarray:
-        """float64 [L, H], "attended" or "mass_estimated" a query token."""
+        """float64 [L, H], "attended", "mass_estimated" or "error_estimated" a query token."""
         self._settle()
-        total = self.mass if what == "mass_estimated" else self.attended
-        return total / max(self.queries, 1)
+        totals = {"mass_estimated": self.mass, "error_estimated": self.error}
+        return totals.get(what, self.attended) / max(self.queries, 1)
 
     def _bytes(self, plan: Plan, layer: int, read: float) -> float:
         """Bytes of keys, values and index that a query token reads, from the counts."""
@@ -148,6 +151,7 @@ class Reads:
         rows = [self.layer(i) for i in layers]
         indexes = [row["index"] for row in rows if row["index"]]
         masses = [row["mass_estimated"] for row in rows if row["mass_estimated"]]
+        errors = [row["error_estimated"] for row in rows if row["error_estimated"]]
         return {
             "query": _describe(self.plans),
             "index": ", ".join(dict.fromkeys(indexes)) or None,
@@ -160,6 +164,7 @@ class Reads:
             "keys_attended_per_step": float(by_layer.mean()),
             "bytes_per_step": float(sum(row["bytes"] for row in rows)),
             "mass_estimated": float(np.mean(masses)) if masses else None,
+            "error_estimated": float(np.mean(errors)) if errors else None,
             "searches_widened": int(self.widened.sum()),
             "pages": self._pages(),
             "layers": by_layer.tolist(),
@@ -208,6 +213,11 @@ def _placed(runs: Implementation, tier: str) -> dict[str, Any]:
         "passed_over": dict(runs.passed_over),
         "platform": runs.target.platform,
     }
+
+
+def known(numbers: np.ndarray) -> list[float] | None:
+    """For JSON; None where a number is not known."""
+    return None if np.isnan(numbers).any() else numbers.tolist()
 
 
 def _index_name(plan: Plan) -> str | None:

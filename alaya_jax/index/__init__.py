@@ -32,6 +32,7 @@ from alaya_jax.index.found import Found
 from alaya_jax.index.graph.build import GraphSpec
 from alaya_jax.index.graph.layer import GraphLayer
 from alaya_jax.index.graph.spec import Graph
+from alaya_jax.index.output_error import Look, Summaries, keep_below
 from alaya_jax.index.recovery import BOUND, Recovered, Weights, of_pages, recover
 from alaya_jax.index.scan import Scan
 from alaya_jax.index.sketch import MISS, Sketch, SketchLayer
@@ -75,11 +76,14 @@ __all__ = [
     "Index",
     "Indexed",
     "LayerIndex",
+    "Look",
     "Recovered",
     "Scan",
     "Sketch",
     "SketchLayer",
+    "Summaries",
     "Weights",
+    "keep_below",
     "of_pages",
     "recover",
 ]

@@ -195,7 +195,7 @@ def _places(fingerprint: str, directory: Path | None) -> list[Path]:
     return beside.places("basis", fingerprint, ".safetensors", directory)
 
 
-_BROUGHT = Path(__file__).parent / "data"
+_BROUGHT = Path(__file__).parent
 
 _STORED = {"rows": np.float16, "spread": np.float32, "offset": np.float32, "grain": np.float32}
 """Arrays of a file, [L, K, ...]."""

@@ -25,7 +25,7 @@ _PARTS = 8
 _LEAST = 2.0**-126  # of a weight: the least normal float32
 _MOST = 60.0  # of a weight's logarithm: sums of them stay finite
 _HALVINGS = 14
-_LOOK, _FURTHER = 8, 8
+LOOK, FURTHER = 8, 8
 """Halvings for a first look at the keys, which need not be exact, and for a second."""
 _AT_ONCE = 2
 """Halvings with one exchange of masses, where the keys are split over devices: 7 exchanges; the
@@ -136,7 +136,6 @@ def recover(
     weights = Weights.of(scan, best, head_dim)
     weight, best = weights.weight, weights.best
     window = jnp.exp(window_lse - scale * best)
-    parts = 2 if axis is None else 2**_AT_ONCE
 
     def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
         return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
@@ -154,18 +153,8 @@ def recover(
         low: Array, high: Array, at_high: Array, inside: bool, enough: Any, halvings: int
     ) -> tuple[Array, Array]:
         """The smallest beta whose mass is `enough`, and that mass."""
-
-        def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            low, high, at_high = interval
-            step = (high - low) / parts
-            inner = of_range([low + step * i for i in range(1, parts)], inside)
-            first = jnp.sum(~enough(inner), axis=0)  # that is enough
-            inner = jnp.concatenate([inner, at_high[None]])
-            at_high = jnp.take_along_axis(inner, first[None], axis=0)[0]
-            return low + step * first, low + step * (first + 1), at_high
-
-        rounds = halvings if axis is None else halvings // _AT_ONCE
-        return lax.fori_loop(0, rounds, narrow, (low, high, at_high))[1:]
+        masses = functools.partial(of_range, inside=inside)
+        return smallest(masses, (low, high, at_high), enough, halvings, axis)
 
     # 2**-23: the smallest share that float32 tells from nothing.
     keys = across(lax.psum, _sum(weight, lambda part: (part > 0).astype(jnp.float32)), axis)
@@ -176,7 +165,7 @@ def recover(
     at_zero, at_widest, total = of_range([zero, widest, everything], True)
     needed = target * (window + total) - window
     beta, mass = search(
-        zero, widest, at_widest, True, lambda x: x >= needed, _HALVINGS if exact else _LOOK
+        zero, widest, at_widest, True, lambda x: x >= needed, _HALVINGS if exact else LOOK
     )
     for condition, value, other in (
         (at_zero >= needed, zero, at_zero),
@@ -195,7 +184,7 @@ def recover(
             widest = (log_keys - jnp.log(jnp.maximum(spare, _LEAST))) / scale
             widest = jnp.maximum(beta, widest)
             at_widest = of_range([widest], False)[0]
-            wider, left = search(beta, widest, at_widest, False, lambda x: x <= spare, _FURTHER)
+            wider, left = search(beta, widest, at_widest, False, lambda x: x <= spare, FURTHER)
             enough = left <= spare
             wider = jnp.where(enough, wider, jnp.inf)
             left = jnp.where(enough, left, 0.0)
@@ -215,6 +204,37 @@ def recover(
         kept(beta),
         weights,
     )
+
+
+def smallest(
+    values: Callable[[list[Array]], Float[Array, "M ..."]],
+    interval: tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]],
+    enough: Callable[[Array], Array],
+    halvings: int,
+    axis: str | None,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The smallest number of an interval whose value is enough, to 2**-halvings of it; its value.
+
+    Args:
+      values: of some numbers, of all devices.
+      interval: its ends, and the value of the upper one, which is enough.
+      enough: whether a value is.
+      halvings: how often the interval is cut into two.
+      axis: mesh axis that `values` asks across: with one, two halvings are one exchange.
+    """
+    parts = 2 if axis is None else 2**_AT_ONCE
+
+    def narrow(_: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, at_high = interval
+        step = (high - low) / parts
+        inner = values([low + step * i for i in range(1, parts)])
+        first = jnp.sum(~enough(inner), axis=0)  # that is enough
+        inner = jnp.concatenate([inner, at_high[None]])
+        at_high = jnp.take_along_axis(inner, first[None], axis=0)[0]
+        return low + step * first, low + step * (first + 1), at_high
+
+    rounds = halvings if axis is None else halvings // _AT_ONCE
+    return lax.fori_loop(0, rounds, narrow, interval)[1:]
 
 
 def of_pages(scores: Float[Array, "*R S"], size: int, head_dim: int) -> Float[Array, "*R N"]:

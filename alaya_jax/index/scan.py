@@ -44,10 +44,24 @@ class Scan:
         """
         return 0.0 if self.exact else sum_of_products(self.of_row, self.of_key)
 
+    def worst_of_pages(self, size: int) -> tuple[Float[Array, "K N"], ...]:
+        """`of_key`, of the worst key of each page of `size` keys."""
+        return tuple(x.reshape(len(x), -1, size).max(-1) for x in self.of_key)
+
     def by_page(self, estimate: Float[Array, "K G T N"], size: int) -> "Scan":
         """Pages of `size` keys with these estimates: each errs like the worst of its keys."""
-        of_key = (x.reshape(len(x), -1, size).max(-1) for x in self.of_key)
-        return Scan(estimate, self.of_row, tuple(of_key), self.deviations)
+        return Scan(estimate, self.of_row, self.worst_of_pages(size), self.deviations)
+
+    def square_above(
+        self, size: int, head_dim: int, most: float
+    ) -> Float[Array, "K G T N"] | float:
+        """How many times the square of its expected weight a key's squared weight is expected to
+        be, for the worst key of each page: as a lognormal variable has it; at most e**most.
+        """
+        if self.exact:
+            return 1.0
+        error = sum_of_products(self.of_row, self.worst_of_pages(size)) / self.deviations
+        return jnp.exp(jnp.minimum(error * head_dim**-0.5 * error * head_dim**-0.5, most))
 
     def likely(self, head: Array, axis: int, head_dim: int) -> Array:
         """Scores of one head along `axis` (0: K, 1: G, which is kept) that count, in a sum of

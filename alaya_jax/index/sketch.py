@@ -3,7 +3,8 @@
 A page's keys are centred on their mean, rotated by a random orthogonal matrix R and rounded to
 2**bits levels, in the manner of RaBitQ (arXiv 2405.12497; several bits: 2409.09913). In place of D
 numbers a key has D * bits / 8 bytes of codes and two float16: its scale and its spread. The page's
-mean is kept at 8 bits a channel, D / Z bytes a key.
+mean is kept at 8 bits a channel, D / Z bytes a key; so is the mean of its values, with two
+float16 that say how far they lie from it (`output_error.py`).
 
 The estimate. Let k = c + r, c the page's centre *as stored*, u = R r. The codes are odd integers
 g, near u in direction; s = |u|^2 / <g, u>. Then s g = u + e with e at right angles to u, and
@@ -58,6 +59,7 @@ from alaya_jax.index.codes import (
     to_half,
     to_half_above,
 )
+from alaya_jax.index.output_error import spread_of
 from alaya_jax.index.recovery import Weights, heads_axis
 from alaya_jax.index.scan import FAR, Scan
 from alaya_jax.models.config import LlamaConfig
@@ -69,7 +71,7 @@ MISS = 1e-4
 SCAN_TOKENS = 4096
 """Keys scanned at once, for few queries: enough that starting an operation costs little."""
 
-VERSION = 1
+VERSION = 2
 """Of how sketches are made, to be raised when they come out otherwise."""
 
 _BLOCK = 128  # pages sketched at once: bounds the float32 copies
@@ -90,6 +92,7 @@ class SketchLayer:
       centre: of a page, not rotated: int8 [K, P, D], times `centre_scale` float16 [K, P]; with a
         basis uint8 [K, P, D / 2], see there.
       value, value_scale: int8 [K, P, D] and float16 [K, P], the mean of the page's values.
+      value_spread: float16 [K, P, 2], how far they lie from it; see `output_error.spread_of`.
       basis: learnt, where pages are looked at; None: a random rotation, or not looked at.
     """
 
@@ -100,6 +103,7 @@ class SketchLayer:
     centre_scale: Float16[Array, "K P"]
     value: Int8[Array, "K P D"]
     value_scale: Float16[Array, "K P"]
+    value_spread: Float16[Array, "K P 2"]
     basis: Basis | None = None
 
     @property
@@ -258,6 +262,18 @@ class SketchLayer:
             return centre
         return jnp.concatenate(fields(centre, 4), axis=-1)
 
+    def value_spreads(self, pages: Pages, keys: KeyRange) -> Float[Array, "K N 2"]:
+        """How far the values of each page lie from their mean; 0 for pages out of range."""
+
+        def visit(tile: Array, spreads: Array) -> Array:
+            new = read_pages(self.value_spread, pages.tile_ids(tile)).astype(jnp.float32)
+            seen = keys.mask(pages.positions(tile)).any(0).reshape(-1, pages.size).any(-1)
+            new = jnp.where(seen[:, None], jnp.minimum(new, FAR), 0.0)
+            return lax.dynamic_update_slice_in_dim(spreads, new, pages.first_page(tile), 1)
+
+        start = jnp.zeros((self.codes.shape[0], pages.ids.shape[0], 2))
+        return over_tiles(pages, keys, visit, start)
+
     def attend_means(
         self,
         q: Float[Array, "K G T D"],
@@ -375,6 +391,7 @@ class Sketch:
             centre_scale=zeros((), jnp.float16),
             value=zeros((dim,), jnp.int8),
             value_scale=zeros((), jnp.float16),
+            value_spread=zeros((2,), jnp.float16),
         )
 
     def formula(self, config: LlamaConfig, basis: str | None = None) -> dict[str, Any]:
@@ -393,7 +410,7 @@ class Sketch:
         del dtype
         dim = config.head_dim
         centre = dim // 2 if self.basis == "learnt" else dim
-        page = page_size * (int(dim * self.bits) // 8 + 4) + centre + dim + 4
+        page = page_size * (int(dim * self.bits) // 8 + 4) + centre + dim + 8
         return config.num_key_value_heads * page
 
 
@@ -425,7 +442,8 @@ def _sketch(
         codes, scale, spread = basis.quantize(residual)
         spread = to_half_above(spread + _EPSILON * basis.size(k))
     spread = jnp.where(valid[..., 0], spread, 0)
-    return SketchLayer(codes, scale, spread, centre, unit, value, value_unit)
+    apart = spread_of(v, valid, value.astype(jnp.float32) * value_unit[..., None])
+    return SketchLayer(codes, scale, spread, centre, unit, value, value_unit, to_half_above(apart))
 
 
 def _to_int8(x: Float[Array, "K N D"]) -> tuple[Int8[Array, "K N D"], Float16[Array, "K N"]]:

@@ -96,8 +96,9 @@ def _exact_until(plan: Plan) -> float:
         return math.inf
     if isinstance(query, Tiles):  # obeys both rules
         unbounded = _least(query.beta) == math.inf and _least(query.recovery, 1.0) >= 1
-    elif isinstance(query, DIPR) and not isinstance(plan.index, Graph):  # has one of the two
+    elif isinstance(query, DIPR) and not isinstance(plan.index, Graph):  # has one of three
         unbounded = _least(query.beta, 0.0) == math.inf or _least(query.recovery, 0.0) >= 1
+        unbounded |= query.error is not None and not np.any(np.asarray(query.error))
         unbounded = unbounded and query.before is None
     else:
         unbounded = False

@@ -19,7 +19,8 @@ from alaya_jax.query import DIPR, Custom, Query, Tiles, TopK
 from alaya_jax.query.auto import Auto
 
 _QUERIES = (
-    "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), TopK(k), Tiles(...), Custom(select)"
+    "use Full(), Window(), DIPR(beta=...), DIPR(recovery=...), DIPR(error=...), TopK(k), "
+    "Tiles(...), Custom(select)"
 )
 
 SKETCH_FROM = 4096
@@ -48,7 +49,7 @@ class Plan:
         "layer": all heads of the layer share one, by the mean of their scores (InfLLM); by page
         only.
       tail: adds an estimate of what was not read: each unread key's estimated weight times its
-        page's mean value. `Sketch` only, by key.
+        page's mean value. `Sketch` only, by key. `DIPR(error=...)` counts on it: there it is True.
       implementation: of attention: None takes the fastest that can run. "mosaic_gpu" (kernels for
         Hopper), "xla", or "reference" (the kernels' definition, slow); one that cannot run is
         refused with the reason.
@@ -101,6 +102,9 @@ class Plan:
                 f"Plan(Custom(...), index={self.index!r}, by={self.by!r}, tail={self.tail}): the "
                 "function chooses keys by exact scores; use Flat(), by='key', and no tail"
             )
+        if isinstance(self.query, DIPR) and self.query.error is not None:
+            self._check_error()
+            object.__setattr__(self, "tail", True)
         if isinstance(self.index, Graph):
             self._check_graph()
         if (self.tail and not (self.index is None or isinstance(self.index, Sketch))) or (
@@ -108,6 +112,13 @@ class Plan:
         ):
             raise RequestError(
                 "Plan(tail=True): needs estimates of every score; use Sketch() and by='key'"
+            )
+
+    def _check_error(self) -> None:
+        if not isinstance(self.index, Sketch | None) or self.by != "key":
+            raise RequestError(
+                f"Plan(DIPR(error=...), index={self.index!r}, by={self.by!r}): the error is "
+                "estimated from every key's score and the means of pages; use Sketch() and by='key'"
             )
 
     def _check_graph(self) -> None:
@@ -182,7 +193,8 @@ def plan_for(
                 f"attention={asked!r}: {_QUERIES}, a Plan of one, or Auto(...) for all layers"
             )
         query = asked.query
-        for number in ("beta", "recovery") if isinstance(query, DIPR | Tiles) else ():
+        numbers = {DIPR: ("beta", "recovery", "error"), Tiles: ("beta", "recovery")}
+        for number in numbers.get(type(query), ()):
             shape = np.shape(getattr(query, number))
             if shape and (shape != (heads,) or (isinstance(query, Tiles) and number == "recovery")):
                 raise RequestError(

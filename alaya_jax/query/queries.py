@@ -63,6 +63,14 @@ def _check_window(query: Any) -> None:
         )
 
 
+def _check_error(query: Any) -> None:
+    _refuse_text(query, "error", "a number")
+    if _is_number(query.error) and not 0 <= query.error < 1:
+        raise RequestError(
+            f"DIPR(error={query.error}): |out - full| / |full|, at least 0 and below 1"
+        )
+
+
 def _check_share(query: Any, field: str) -> None:
     _refuse_text(query, field, "a number")
     value = getattr(query, field)
@@ -105,9 +113,12 @@ class DIPR:
     The products are raw, not scaled by 1/sqrt(D): `beta = -sqrt(D) * ln(alpha)` keeps the keys
     whose attention weight is at least alpha times the largest.
 
-    Give one of the two: `DIPR(beta=50.0)`, or `DIPR(recovery=0.95)`, which takes, for each query
-    and head, the smallest beta whose keys hold that share of the attention mass, by the estimated
-    scores of the scan (see `index.recover`).
+    Give one of three: `DIPR(beta=50.0)`; or `DIPR(recovery=0.95)`, which takes, for each query and
+    head, the smallest beta whose keys hold that share of the attention mass, by the estimated
+    scores of the scan (see `index.recover`); or `DIPR(error=0.02)`, which takes the smallest beta
+    whose output is estimated to err by at most that, |out - full| / |full|, with the keys that it
+    leaves out answered by their pages' mean values (`Plan(tail=True)`, which it implies; see
+    `index.output_error` for the estimate and what it is worth).
 
     Attributes:
       beta: range, at least 0. A number, or an array [H] (one a query head).
@@ -115,20 +126,26 @@ class DIPR:
       recovery: share of the attention mass to keep, above 0 and at most 1; a number or [H].
       before: of the keys outside the window, only those at positions below this are eligible: the
         others are not retrieved, and count neither for the maximum nor for the mass; None: all.
+      error: of the output, relative to its length, at least 0 (which keeps every key) and below 1;
+        a number or [H]. Needs `Sketch`, by key.
     """
 
     beta: float | jax.Array | None = None
     window: Window = Window()
     recovery: float | jax.Array | None = None
     before: int | jax.Array | None = None
+    error: float | jax.Array | None = None
 
     def __post_init__(self):
-        if self.beta is None and self.recovery is None:
-            raise RequestError("DIPR(): give beta=..., or recovery=...")
-        if _is_number(self.beta) and self.recovery is not None:
-            raise RequestError("DIPR(beta=..., recovery=...): give one of the two")
+        given = [x for x in ("beta", "recovery", "error") if getattr(self, x) is not None]
+        if not given:
+            raise RequestError("DIPR(): give beta=..., recovery=... or error=...")
+        if len(given) > 1 and any(_is_number(getattr(self, x)) for x in given):
+            names = ", ".join(f"{x}=..." for x in given)
+            raise RequestError(f"DIPR({names}): give one of them")
         _check(self, "beta", 0.0)
         _check_share(self, "recovery")
+        _check_error(self)
         _check(self, "before", 0, whole=True)
         _check_window(self)
 

@@ -123,7 +123,7 @@ class Stack:
         zero: Any = np.zeros(shape, np.int32)
         mass: Any = np.zeros(shape, np.float32)
         met: Any = None if account is None else np.zeros((shape[0], *account), np.uint8)
-        return Counts(zero, zero, zero, mass, zero, met)
+        return Counts(zero, zero, zero, mass, zero, mass, met)
 
     def counts(self, passed: Passed) -> Counts:
         """What the layers read, where every process can read it."""

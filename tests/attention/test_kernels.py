@@ -41,6 +41,7 @@ DECODE = {
     "dipr, learnt": Plan(DIPR(beta=60.0, window=WINDOW), LEARNT),
     "recovery, page, learnt": Plan(DIPR(recovery=0.8, window=WINDOW), LEARNT, "page", "group"),
     "dipr, page, learnt": Plan(DIPR(beta=60.0, window=WINDOW), LEARNT, "page", "group"),
+    "error": Plan(DIPR(error=0.1, window=WINDOW), Sketch()),
     "topk": Plan(TopK(9, WINDOW), Sketch()),
     "topk, page": Plan(TopK(64, WINDOW), Flat(), "page"),
     "quest": Plan(TopK(64, WINDOW), Block("mean"), "page", "group"),
@@ -101,6 +102,7 @@ def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
             zeros((), jnp.float16),
             zeros((D,), jnp.int8),
             zeros((), jnp.float16),
+            zeros((2,), jnp.float16),
         ),
         LEARNT: SketchLayer(
             zeros((D // 32, Z), jnp.uint32),
@@ -109,6 +111,7 @@ def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
             zeros((), jnp.float16),
             zeros((D,), jnp.int8),
             zeros((), jnp.float16),
+            zeros((2,), jnp.float16),
             basis_of(np.random.default_rng(9), LEARNT.bits),
         ),
         Block("mean"): BlockLayer(zeros((1, D), jnp.float32), "mean"),
@@ -156,7 +159,8 @@ def check(got, want, real, atol):
         np.testing.assert_array_equal(
             np.where(real, getattr(counts, name), 0), np.where(real, getattr(seen, name), 0), name
         )
-    np.testing.assert_allclose(counts.mass, seen.mass, atol=1e-4)
+    for name in ("mass", "error"):
+        np.testing.assert_allclose(getattr(counts, name), getattr(seen, name), atol=1e-4)
     # Whole pages are read, those of the keys at least.
     assert np.all(np.asarray(counts.read).sum(1) >= np.asarray(seen.read).sum(1))
 
@@ -175,6 +179,7 @@ FAST = (
     "recovery, page",
     "dipr, learnt",
     "recovery, page, learnt",
+    "error",
     "topk",
     "quest",
 )

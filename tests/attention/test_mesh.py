@@ -37,6 +37,7 @@ CASES = {
     "dipr, sketch": (Plan(DIPR(beta=60.0, window=WINDOW), Sketch()), 3, 1),
     "dipr, tail": (Plan(DIPR(beta=40.0, window=WINDOW), Sketch(), tail=True), 2, 1),
     "recovery, group": (Plan(DIPR(recovery=0.9, window=WINDOW), Sketch(), share="group"), 1, 1),
+    "error": (Plan(DIPR(error=0.2, window=WINDOW), Sketch()), 2, 1),
     "topk": (Plan(TopK(9, WINDOW)), 3, 1),
     "topk, sketch, group": (Plan(TopK(9, WINDOW), Sketch(), share="group"), 2, 1),
     "topk, block, layer": (Plan(TopK(24, WINDOW), Block("mean"), "page", "layer"), 2, 1),
@@ -110,6 +111,7 @@ class Batch:
             centre_scale=byte(jnp.float16),
             value=zeros((D,), jnp.int8),
             value_scale=byte(jnp.float16),
+            value_spread=half((2,)),
         )
         layers = {Sketch(): sketch, Flat(): None, None: None}
         layers[Block("mean")] = BlockLayer(zeros((1, D), jnp.float32), "mean")
@@ -160,7 +162,8 @@ def check(got, want, case):
     np.testing.assert_allclose(got[0], want[0], atol=2e-6, rtol=1e-5)
     for name in ("attended", "scored", "read"):
         np.testing.assert_array_equal(getattr(got[1], name), getattr(want[1], name), err_msg=name)
-    np.testing.assert_allclose(got[1].mass, want[1].mass, rtol=1e-5)
+    for name in ("mass", "error"):
+        np.testing.assert_allclose(getattr(got[1], name), getattr(want[1], name), rtol=1e-5)
     plan, rows, _ = CASES[case]
     if plan.retrieves:  # something was, and not everything
         visible = np.asarray(LENGTHS[:rows])[:, None]

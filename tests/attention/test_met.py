@@ -28,6 +28,7 @@ PLANS = {
     "range, sketch, by page": Plan(RANGE, Sketch(), by="page"),
     "promise, sketch": Plan(DIPR(recovery=0.6, window=WINDOW), Sketch()),
     "tail, sketch": Plan(DIPR(recovery=0.6, window=WINDOW), Sketch(), tail=True),
+    "error, sketch": Plan(DIPR(error=0.3, window=WINDOW), Sketch()),
     "promise, by page": Plan(DIPR(recovery=0.6, window=WINDOW), Sketch(), by="page"),
     "best, sketch": Plan(TopK(10, window=WINDOW), Sketch()),
     "range, block": Plan(RANGE, Block("bounds"), by="page"),
@@ -78,6 +79,7 @@ def indexed(plan, host, covered, rng):
 
 
 FAST = {"window", "range, sketch", "best, sketch", "best, block", "range, graph", "promise, sketch"}
+FAST |= {"error, sketch"}
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,10 @@ class Layer:
         memory = LayerMemory(self.k, self.v, self.table, self.index(plan), self.covered)
         return self.q[None, None], memory, jnp.ones(1, jnp.int32)
 
-    def attend(self, plan):
-        """Output [H, D], keys attended to, and the mass stated."""
+    def attend(self, plan, stated="mass"):
+        """Output [H, D], keys attended to, and the mass or error stated."""
         out, counts = engine.attend(plan, *self.asked(plan))
-        return tuple(np.asarray(x)[0, 0] for x in (out, counts.attended, counts.mass))
+        return tuple(np.asarray(x)[0, 0] for x in (out, counts.attended, getattr(counts, stated)))
 
     def judge(self, plan):
         pages = (self.k, self.v, self.ids, None)
@@ -128,6 +128,42 @@ def test_a_recovery_holds_with_poor_estimates(name, outliers):
     assert mass.min() >= P
     assert np.all(stated <= mass + 1e-4), "the mass that is stated is a bound"
     assert stated.min() >= P - 1e-3
+
+
+@pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("error", [0.1, 0.3])
+def test_an_error_holds_with_poor_estimates(error, share, outliers):
+    layer, _ = outliers
+    plan = Plan(DIPR(error=error, window=WINDOW), Sketch(), share=share)
+    assert plan.tail
+    out, attended, stated = layer.attend(plan, "error")
+    full = np.asarray(layer.judge(plan).out)
+    true = np.linalg.norm(out - full, axis=-1) / np.linalg.norm(full, axis=-1)
+    assert true.max() <= error
+    assert stated.max() <= error
+    assert attended.max() <= N
+
+
+def test_an_error_of_zero_is_full_attention(outliers):
+    layer, _ = outliers
+    plan = Plan(DIPR(error=0.0, window=WINDOW), Sketch())
+    out, attended, stated = layer.attend(plan, "error")
+    np.testing.assert_array_equal(attended, N)
+    np.testing.assert_array_equal(stated, 0)
+    np.testing.assert_allclose(out, layer.judge(plan).out, rtol=1e-4, atol=1e-4)
+
+
+def test_where_scores_are_alike_no_key_is_read():
+    """Their pages' means are the answer; of the window, and of keys without a mean, the values."""
+    rng = np.random.default_rng(6)
+    layer = Layer(np.zeros((1, N, D)), rng.standard_normal((G, D)), rng.standard_normal((1, N, D)))
+    plan = Plan(DIPR(error=0.05, window=WINDOW), Sketch())
+    layer.covered = layer.covered - 2 * Z
+    out, attended, _ = layer.attend(plan, "error")
+    uncovered = N - WINDOW.recent - int(layer.covered[0])
+    np.testing.assert_array_equal(attended, WINDOW.sink + WINDOW.recent + max(uncovered, 0))
+    full = np.asarray(layer.judge(plan).out)
+    assert np.all(np.linalg.norm(out - full, axis=-1) <= 0.01 * np.linalg.norm(full, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames="target")

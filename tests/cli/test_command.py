@@ -111,6 +111,8 @@ def test_what_is_not_understood_is_a_usage_error(alaya, arguments, said):
         ("auto:0.9", Auto(recovery=0.9)),
         ("dipr:50@flat", Plan(DIPR(beta=50.0), Flat())),
         ("recovery:0.9@sketch", Plan(DIPR(recovery=0.9), Sketch())),
+        ("error:0.02", DIPR(error=0.02)),
+        ("error:0.02@sketch", Plan(DIPR(error=0.02), Sketch(), tail=True)),
         ("dipr:50@sketch2", Plan(DIPR(beta=50.0), Sketch(2))),
         ("topk:100@block", Plan(TopK(100), Block(), by="page")),
         ("dipr:50@graph", Plan(DIPR(50.0), Graph())),

@@ -10,7 +10,8 @@ from alaya_jax.explain.account import Account
 def counts(config, batch, attended):
     shape = config.num_hidden_layers, batch, config.num_attention_heads
     keys = np.full(shape, attended, np.int32)
-    return Counts(keys, keys, keys, np.zeros(shape, np.float32), 0 * keys)
+    zero = np.zeros(shape, np.float32)
+    return Counts(keys, keys, keys, zero, 0 * keys, zero)
 
 
 def test_what_new_tokens_see_is_counted_for_each_sequence(tiny_model):

@@ -33,6 +33,8 @@ def analysis():
         estimated=np.array([[0.5, np.nan], [0.5, 0.5]]),
         recovery=shares,
         error=1 - shares,
+        error_estimated=np.array([[0.3, np.nan], [0.0, 0.5]]),
+        error_asked=np.array([[np.nan, np.nan], [0.1, 0.5]]),
         beta=shares,
         beta_needed=shares,
         positions=at,
@@ -48,6 +50,10 @@ def test_sums_means_and_the_least(analysis):
     assert (told["seconds"], told["seconds_full"]) == (0.75, 3.0)
     assert told["recovery_mean"] == pytest.approx(2.5 / 4)
     assert told["recovery_least"] == 0.25
+    assert told["error_violations"] == 1
+    assert told["layers"][0]["error_asked"] is None
+    assert told["layers"][1]["error_asked"] == [0.1, 0.5]
+    assert told["layers"][1]["error_estimated"] == [0.0, 0.5]
     assert told["retrieved"] == [[[], [1]], [[1, 2], [1, 2, 3]]]
 
 

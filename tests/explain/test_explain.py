@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 
 import alaya_jax as aj
 from alaya_jax import show
+from alaya_jax.checkpoint import bundled
 from alaya_jax.errors import RequestError
 from alaya_jax.models import llama
 from alaya_jax.optimizer.cost import Machine
@@ -133,6 +135,56 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
     assert scores.shape == weights.shape == (4, 50)
     assert (needed == 0).all(), "the default window holds all 50 keys"
     assert first.analysis.position == full.position
+
+
+def test_a_promise_of_the_error_is_shown_beside_the_error(session):
+    asked = aj.Plan(aj.DIPR(error=np.asarray([0.02, 0.3, 0.02, 0.3]), window=WINDOW), aj.Sketch())
+    list(aj.generate(session, [5], max_new_tokens=3, attention=asked))
+    found = session.explain(analyze=True)
+    analysis = found.analysis
+    np.testing.assert_array_equal(analysis.error_asked, [[0.02, 0.3] * 2] * 2)
+    assert (analysis.error_estimated <= analysis.error_asked).all()
+    assert found.to_dict()["analysis"]["error_violations"] == analysis.violations.sum()
+    assert "error asked for: at most 30.00%; estimated" in str(found)
+    row = found.to_dict()["phases"]["decode"]["by_layer"][0]
+    assert (np.asarray(row["error_estimated"]) <= [0.02, 0.3] * 2).all()
+    assert "error of the output, by estimate" in str(found)
+    plain = session.explain(analyze=True, attention=aj.TopK(3, WINDOW))
+    assert np.isnan(plain.analysis.error_asked).all()
+    assert "error asked for" not in str(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bundled.find("smollm2-135m") is None, reason="SmolLM2 is not on this machine: `make test`"
+)
+def test_a_promise_of_the_error_holds_on_a_model_and_a_text(tmp_path):
+    """For 99% of heads and tokens, of a text that nothing was fitted to; and with fewer keys than
+    the recovery that has as small an error.
+    """
+    model = aj.load("smollm2-135m", dtype="float32", progress=False)
+    text = (Path(__file__).parents[1] / "data" / "declaration.txt").read_text("utf-8")
+    tokens, window = model.encode(text)[:1280], aj.Window(16, 128)
+    plans = {
+        "error": aj.Plan(aj.DIPR(error=0.03, window=window), aj.Sketch()),
+        "recovery": aj.Plan(aj.DIPR(recovery=0.98, window=window), aj.Sketch(), tail=True),
+    }
+    found = {name: [] for name in plans}
+    with aj.DB(tmp_path / "db", model) as db:
+        session, rest = db.create_session(tokens)
+        for part in np.split(rest, [900, 1100]):
+            session.prefill(part)
+            for name, plan in plans.items():
+                found[name].append(session.explain(analyze=True, attention=plan).analysis)
+    errors = np.stack([x.error for x in found["error"]])
+    stated = np.stack([x.error_estimated for x in found["error"]])
+    assert np.mean(errors <= 0.03) >= 0.99
+    assert errors.max() < 0.06
+    assert stated.max() <= 0.03 * 1.001
+    others = np.stack([x.error for x in found["recovery"]])
+    assert np.quantile(others, 0.99) > np.quantile(errors, 0.99)
+    keys = {name: np.mean([x.attended.mean() for x in each]) for name, each in found.items()}
+    assert keys["error"] < keys["recovery"]
 
 
 @pytest.mark.slow

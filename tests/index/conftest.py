@@ -88,6 +88,7 @@ class Paged:
             stale(jnp.float16),
             stale(jnp.int8, dim),
             stale(jnp.float16),
+            stale(jnp.float16, 2),
         )
 
     def sketch(self, bits=4):

@@ -292,7 +292,7 @@ def test_what_lies_beside_the_pages_that_are_seen_is_of_no_effect(rng):
         seen = jnp.where(jnp.isneginf(scan.estimate), 0.0, scan.estimate)
         weights = Weights.of(scan, jnp.max(scan.estimate, -1), dim)
         means = layer.attend_means(q, pages, weights, seen > 1.0)
-        return scan.estimate, *means
+        return scan.estimate, *means, layer.value_spreads(pages, keys)
 
     filled = jnp.full(4, size, jnp.int32)
     layer = jax.jit(SketchLayer.build)(Sketch().create(config, 8, size), k, v, ids, filled)

@@ -285,6 +285,7 @@ def test_the_sketch_of_the_index_is_what_is_scanned(rng):
         centre_scale=jnp.zeros((heads, pool), jnp.float16),
         value=jnp.zeros((heads, pool, dim), jnp.int8),
         value_scale=jnp.zeros((heads, pool), jnp.float16),
+        value_spread=jnp.zeros((heads, pool, 2), jnp.float16),
     )
     layer = jax.jit(SketchLayer.build)(empty, k, k, jnp.arange(pool), jnp.full(pool, size))
     q = jnp.asarray(rng.standard_normal((1, 4, dim)) * 3, jnp.bfloat16)
@@ -360,6 +361,7 @@ def test_a_learnt_sketch_of_the_index_is_what_is_scanned(implementation, rng):
         centre_scale=half[..., 0],
         value=jnp.zeros((heads, pool, dim), jnp.int8),
         value_scale=half[..., 0],
+        value_spread=jnp.zeros((heads, pool, 2), jnp.float16),
         basis=basis,
     )
     k = jnp.asarray(rng.standard_normal((heads, pool, size, dim)) + offset[:, None, None])

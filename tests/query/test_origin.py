@@ -30,6 +30,8 @@ PLANS = [
     (aj.DIPR(beta=math.inf, window=SMALL), math.inf),
     (aj.DIPR(recovery=1.0, window=SMALL), math.inf),
     (aj.DIPR(recovery=jnp.ones(4), window=SMALL), math.inf),
+    (aj.DIPR(error=jnp.asarray([0.0, 0.1, 0.0, 0.0]), window=SMALL), UNTIL),
+    (aj.DIPR(error=0.0, window=SMALL), math.inf),
     (aj.Plan(aj.DIPR(beta=math.inf, window=SMALL), aj.Sketch()), math.inf),
     (aj.Plan(aj.DIPR(beta=math.inf, window=SMALL), aj.Block(), by="page"), math.inf),
     (aj.Tiles(window=SMALL), math.inf),

@@ -1,6 +1,7 @@
 """What is no query, plan or goal is refused by name, with what to write instead."""
 
 import jax
+import numpy as np
 import pytest
 
 import alaya_jax as aj
@@ -15,6 +16,14 @@ WRONG = {
     "DIPR(beta='x')": lambda: aj.DIPR(beta="x"),
     "DIPR(beta=nan)": lambda: aj.DIPR(beta=float("nan")),
     "DIPR(recovery='x')": lambda: aj.DIPR(recovery="x"),
+    "DIPR(error='x')": lambda: aj.DIPR(error="x"),
+    "DIPR(error=-0.1)": lambda: aj.DIPR(error=-0.1),
+    "DIPR(error=1)": lambda: aj.DIPR(error=1),
+    "DIPR(recovery=..., error=...)": lambda: aj.DIPR(recovery=0.9, error=0.1),
+    "give beta=..., recovery=... or error=...": aj.DIPR,
+    "Plan(DIPR(error=...), index=Flat()": lambda: aj.Plan(aj.DIPR(error=0.1), aj.Flat()),
+    "Plan(DIPR(error=...), index=None, by='page'": lambda: aj.Plan(aj.DIPR(error=0.1), by="page"),
+    "Plan(DIPR(error=...), index=Graph(": lambda: aj.Plan(aj.DIPR(error=0.1), Graph()),
     "DIPR(before=1.5)": lambda: aj.DIPR(beta=1.0, before=1.5),
     "Window(sink='a')": lambda: aj.Window("a"),
     "Window(recent=1.5)": lambda: aj.Window(1, 1.5),
@@ -50,8 +59,21 @@ def test_a_query_where_a_plan_is_wanted():
         of_layer(aj.Full(), 0)
 
 
+def test_an_error_is_one_number_or_one_a_head(tiny_model):
+    config = tiny_model.config
+    with pytest.raises(AlayaError, match=r"DIPR\(error of shape \(3,\)\): the model has 4"):
+        plan_for(aj.DIPR(error=np.full(3, 0.1)), config, 10)
+    plan = plan_for(aj.DIPR(error=np.full(config.num_attention_heads, 0.1)), config, 10)
+    assert plan.tail  # it counts on it
+    assert plan.index == aj.Sketch()
+
+
 def test_trees_of_queries_may_hold_anything():
     """JAX puts placeholders in the place of numbers."""
-    plan = aj.Plan(aj.DIPR(beta=1.0, window=aj.Window(1, 2)), aj.Flat())
+    window = aj.Window(1, 2)
+    plans = (
+        aj.Plan(aj.DIPR(beta=1.0, window=window), aj.Flat()),
+        aj.Plan(aj.DIPR(error=0.1, window=window), aj.Sketch()),
+    )
     for placeholder in (object(), jax.ShapeDtypeStruct((), "float32")):
-        jax.tree.map(lambda _, x=placeholder: x, plan)
+        jax.tree.map(lambda _, x=placeholder: x, plans)

@@ -12,7 +12,7 @@ from alaya_jax.attention.kernels.asking import abstract, passed_over
 from alaya_jax.attention.layer import LayerQueries
 from alaya_jax.attention.retrieve import retrieve
 from alaya_jax.attention.rows import Held, Rows
-from alaya_jax.attention.softmax import Partial, merge, merge_across, share_read
+from alaya_jax.attention.softmax import Partial, merge, merge_across, relative_error, share_read
 from alaya_jax.attention.window import Split
 from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.index import BOUND, MISS, Scan, Sketch, SketchLayer, recover
@@ -147,7 +147,7 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
 
     high = recent if query.before is None else jnp.minimum(recent, query.before)
     answer = _through_sketch if _by_sketch(plan, batch, **options) else _through_mask
-    far, unread, extra, pages = answer(plan, read, sink_end, high, near, best)
+    far, unread, extra, missing, pages = answer(plan, read, sink_end, high, near, best)
     parts = [near, _partial(far, axis)]
     mass = None if unread is None else share_read(merge(*parts).lse, unread)
     assert far.kept is not None
@@ -157,17 +157,19 @@ def attend(plan: Plan, batch: LayerQueries, options: dict[str, Any]) -> tuple[Ar
         mass = share_read(merge(*parts).lse, extra.lse + BOUND) if mass is None else mass
         parts.append(extra)
     group = heads // batch.memory.k.shape[0]
-    return merge(*parts).out[:, None], counts(
+    whole = merge(*parts)
+    return whole.out[:, None], counts(
         attended[:, None],
         end[:, None, None],
         read=jnp.repeat(keys_read, group, axis=1)[:, None],
         mass=jnp.nan if mass is None else mass[:, None],
+        error=jnp.nan if missing is None else relative_error(missing, whole)[:, None],
     )
 
 
-_Found = tuple[PagedDecode, Array | None, Partial | None, Array]
+_Found = tuple[PagedDecode, Array | None, Partial | None, Array | None, Array]
 """The attention over the keys found; the expected log-sum-exp of the others; the attention of the
-tail; pages read [B, K]."""
+tail, and what that misses; pages read [B, K]."""
 
 
 def _codes(index: SketchLayer) -> Codes | Signs:
@@ -300,7 +302,7 @@ def _through_sketch(
         )
         chosen = of_group(recovered.kept)
         far = read(chosen, low=low, high=high)
-        return far, recovered.unread.reshape(b, heads), None, chosen.count
+        return far, recovered.unread.reshape(b, heads), None, None, chosen.count
 
     found, known, uncovered = _scan(read, low, high)
 
@@ -313,12 +315,12 @@ def _through_sketch(
     surely = jnp.maximum(best, found.best.reshape(b, -1))
     if plan.by == "page":
         listed = reaching(surely - beta)
-        return read(listed, low=low, high=high), None, None, listed.count
+        return read(listed, low=low, high=high), None, None, None, listed.count
     top = read(reaching(surely), low=low, high=high).best
     threshold = jnp.maximum(best, top) - beta
     listed = reaching(threshold)
     far = read(listed, low=low, high=high, threshold=threshold)
-    return far, None, None, listed.count
+    return far, None, None, None, listed.count
 
 
 def _through_mask(
@@ -350,7 +352,7 @@ def _through_mask(
         )
         found = retrieve(plan, rows)
         extra = found.tail(rows) if plan.tail else None
-        return found.kept.mask[:, :, 0], found.floor, found.unread, extra
+        return found.kept.mask[:, :, 0], found.floor, found.unread, extra, found.missing
 
     table, covered = batch.memory.table, batch.covered
     each = (
@@ -361,7 +363,7 @@ def _through_mask(
         done = jax.tree.map(lambda x: x[None], done)
     else:
         done = lax.map(of_sequence, each)
-    mask, floor, unread, extra = done
+    mask, floor, unread, extra, missing = done
     if plan.by == "key":
         mask = mask.reshape(*mask.shape[:3], -1, z)  # [B, K, G, N, Z]
         listed = compact(mask.any((2, 4)))
@@ -379,4 +381,5 @@ def _through_mask(
     if extra is not None:
         extra = Partial(extra.out.reshape(b, heads, dim), extra.lse.reshape(b, heads))
         extra = merge_across(extra, batch.axes.pages)
-    return far, None if unread is None else unread.reshape(b, heads), extra, listed.count
+    unread, missing = (x if x is None else x.reshape(b, heads) for x in (unread, missing))
+    return far, unread, extra, missing, listed.count
