@@ -442,7 +442,8 @@ def _sketch(
         codes, scale, spread = basis.quantize(residual)
         spread = to_half_above(spread + _EPSILON * basis.size(k))
     spread = jnp.where(valid[..., 0], spread, 0)
-    apart = spread_of(v, valid, value.astype(jnp.float32) * value_unit[..., None])
+    middle_value = value.astype(jnp.float32) * value_unit.astype(jnp.float32)[..., None]
+    apart = spread_of(v, valid, middle_value)
     return SketchLayer(codes, scale, spread, centre, unit, value, value_unit, to_half_above(apart))
 
 
