@@ -191,7 +191,7 @@ class SketchLayer:
         rows = q.reshape(heads, group * t, dim)
         asked = self.ask(rows, miss)
         step = asked.step[..., None]
-        of_centre, offset = self._ask_centre(rows)
+        of_centre, offset = self.ask_centre(rows)
 
         if group * t <= FEW_ROWS:
             pages = pages.in_tiles(SCAN_TOKENS)
@@ -246,10 +246,12 @@ class SketchLayer:
         of_key = spread, scale.astype(jnp.float32)
         return Scan(estimate, of_row, of_key, deviations(miss / 2, dim))
 
-    def _ask_centre(
+    def ask_centre(
         self, rows: Float[Array, "K R D"]
     ) -> tuple[Float[Array, "K R D"], Float[Array, "K R 1"] | float]:
-        """Queries for the integers of centres, and what every key's score has beside these."""
+        """Queries for the integers of centres, exact where these are bfloat16's, and what every
+        key's score has beside these.
+        """
         if self.basis is None:
             return rows, 0.0
         offset = jnp.einsum("krd,kd->kr", rows, self.basis.offset, precision=lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Which pages may hold keys in range of a query, by a scan of the keys' 4-bit sketch.
+"""Which pages may hold keys in range of a query, by a scan of the keys' sketch.
 
 A single scan computes the best lower bound, and an upper bound for each page: 4 G bytes, beside
 more than Z D / 2 bytes of sketch (16 beside 1,218 at Z 16, D 128, G 4). The threshold is known only
@@ -16,37 +16,47 @@ from alaya_jax.errors import KernelError
 from alaya_jax.pallas_kernels.dispatch import Candidate, Choice, Op, Target, not_a_hopper
 from alaya_jax.pallas_kernels.sketch_select import reference, xla
 from alaya_jax.pallas_kernels.sketch_select.request import (
+    WORD,
     Bounds,
     Codes,
     Query,
     Selected,
+    Signs,
     in_range,
     select,
     wanted,
 )
 
-_HEAD_DIMS = (64, 128)
+_HEAD_DIMS = {Codes: (64, 128), Signs: (64, 96, 128)}
+# The factors of centres that queries have taken on for `Signs` may leave float16's range.
+_DTYPES = {Codes: (jnp.bfloat16, jnp.float16), Signs: (jnp.bfloat16,)}
 _PAGE_SIZES = (16, 32, 64, 128)
 _POOL_TOKENS = 512  # that the kernel may copy at once
 _GROUP = 8
+_WORDS = 16  # of signs a key
 
 
 def _unfit_for_mosaic_gpu(
-    target: Target, query: Query, keys: Codes, *_: Any, **__: Any
+    target: Target, query: Query, keys: Codes | Signs, *_: Any, **__: Any
 ) -> str | None:
     """Why this kernel cannot run a call; None if it can."""
     if (why := not_a_hopper(target)) is not None:
         return why
-    if query.q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"queries are {query.q.dtype}; needs bfloat16 or float16"
-    if query.q.shape[2] not in _HEAD_DIMS:
-        return f"head_dim is {query.q.shape[2]}; needs one of {_HEAD_DIMS}"
-    if keys.codes.shape[2] not in _PAGE_SIZES:
-        return f"the page size is {keys.codes.shape[2]} tokens; needs one of {_PAGE_SIZES}"
-    if keys.codes.shape[1] * keys.codes.shape[2] < _POOL_TOKENS:
-        return f"the pool has {keys.codes.shape[1]} pages; needs at least {_POOL_TOKENS} tokens"
-    if query.q.shape[1] > _GROUP * keys.codes.shape[0]:
-        return f"{query.q.shape[1] // keys.codes.shape[0]} heads a kv head; needs at most {_GROUP}"
+    kv_heads, pool, size = keys.scale.shape
+    heads, dim = query.q.shape[1:]
+    if query.q.dtype not in _DTYPES[type(keys)]:
+        allowed = " or ".join(jnp.dtype(x).name for x in _DTYPES[type(keys)])
+        return f"queries are {query.q.dtype}; needs {allowed}"
+    if dim not in _HEAD_DIMS[type(keys)]:
+        return f"head_dim is {dim}; needs one of {_HEAD_DIMS[type(keys)]}"
+    if isinstance(keys, Signs) and keys.codes.shape[2] > _WORDS:
+        return f"a key has {WORD * keys.codes.shape[2]} signs; needs at most {WORD * _WORDS}"
+    if size not in _PAGE_SIZES:
+        return f"the page size is {size} tokens; needs one of {_PAGE_SIZES}"
+    if pool * size < _POOL_TOKENS:
+        return f"the pool has {pool} pages; needs at least {_POOL_TOKENS} tokens"
+    if heads > _GROUP * kv_heads:
+        return f"{heads // kv_heads} heads a kv head; needs at most {_GROUP}"
     return None
 
 
@@ -69,7 +79,7 @@ OP = Op(
 
 def sketch_select(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Int[Array, "B N"],
     low: Int[Array, " B"],
     high: Int[Array, " B"],
@@ -88,7 +98,7 @@ def sketch_select(
     that some key is known to have, such as the best of the window.
 
     Args:
-      query, keys: see `Query` and `Codes`.
+      query, keys: see `Query`, and `Codes` or `Signs`.
       pages: the pages of each sequence, in order.
       low, high: only keys at positions `low <= p < high` count; others may hold anything.
       beta: range below the best raw score, at least 0; inf keeps every page with a key that counts.
@@ -110,12 +120,12 @@ def sketch_select(
     )
     beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), query.step.shape)
     capacity = pages.shape[1] if capacity is None else capacity
-    return select(found, pages, low, high, beta, best, keys.codes.shape[2], capacity)
+    return select(found, pages, low, high, beta, best, keys.scale.shape[2], capacity)
 
 
 def bounds(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Int[Array, "B N"],
     low: Int[Array, " B"],
     high: Int[Array, " B"],
@@ -130,14 +140,15 @@ def bounds(
       KernelError: as `sketch_select`.
     """
     _check(query, keys, pages, low, high)
-    return OP.run(
+    found = OP.run(
         query, keys, pages, low, high, scale=scale, implementation=implementation, target=target
     )
+    return found if query.offset is None else found.plus(query.offset, scale)
 
 
 def choose(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Any,
     low: Any,
     high: Any,
@@ -160,19 +171,20 @@ def choose(
     )
 
 
-def _check(query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> None:
+def _check(query: Query, keys: Codes | Signs, pages: Any, low: Any, high: Any) -> None:
     batch, heads, dim = query.q.shape
-    kv_heads, pool, size, _ = keys.codes.shape
-    rows = (batch, heads)
+    kv_heads, pool, size = keys.scale.shape
+    rows, levels = (batch, heads), query.integers.shape[-1]
+    signs = isinstance(keys, Signs)
+    of_page = (levels // WORD, size) if signs else (size, levels // 2)
     expected = {
-        "query.integers": (query.integers, (*rows, dim)),
+        "query.integers": (query.integers, (*rows, levels if signs else dim)),
         "query.step": (query.step, rows),
         "query.of_spread": (query.of_spread, rows),
         "query.of_scale": (query.of_scale, rows),
-        "keys.codes": (keys.codes, (kv_heads, pool, size, dim // 2)),
-        "keys.scale": (keys.scale, (kv_heads, pool, size)),
+        "keys.codes": (keys.codes, (kv_heads, pool, *of_page)),
         "keys.spread": (keys.spread, (kv_heads, pool, size)),
-        "keys.centre": (keys.centre, (kv_heads, pool, dim)),
+        "keys.centre": (keys.centre, (kv_heads, pool, dim // 2 if signs else dim)),
         "keys.unit": (keys.unit, (kv_heads, pool)),
         "pages": (pages, (batch, *pages.shape[1:])),
         "low": (low, (batch,)),
@@ -183,6 +195,10 @@ def _check(query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> None:
         for name, (x, shape) in expected.items()
         if tuple(x.shape) != shape
     ]
+    if query.offset is not None and query.offset.shape != rows:
+        wrong.append(f"query.offset is {tuple(query.offset.shape)}, not {rows}")
+    if signs and levels % WORD:
+        wrong.append(f"{levels} integers of a query do not fill words of {WORD} signs")
     if heads % kv_heads:
         wrong.append(f"{heads} heads are no multiple of {kv_heads} kv heads")
     if wrong:
@@ -195,6 +211,7 @@ __all__ = [
     "Codes",
     "Query",
     "Selected",
+    "Signs",
     "bounds",
     "choose",
     "in_range",

@@ -8,18 +8,14 @@ each key on its way through shared memory.
     A step is 512 keys of a sequence: 32 pages of 16 tokens (a longer page counts as several). The
     compute warpgroups take turns.
 
-    GMEM    codes [16, D/2]  scale, spread [16]  centre [D]         of each page
+    GMEM    codes, scale, spread [16]  centre        of each page
               |                   TMA: a whole step at once if its pages are neighbours in the pool.
               |                   Else codes are copied page by page; the rest, of which a page has
               |                   less than TMA can place, comes from a copy by XLA in the order of
               |                   the sequence. `stages` steps are in flight
-    SMEM    bytes [512, D/2]
-              |                     64 keys at a time:
-    regs    byte & 15 ^ 8, byte & 0xf0    the low field + 8, and 16 times the high field
-              |
-    SMEM    int8 2 x [64, D/2]
-              |
-    wgmma   int32 [64 keys, N heads] = fields x the query's integers    N = 8, G of them used
+    SMEM    codes of 512 keys
+              |                     64 keys at a time, as their layout has it (mosaic_layouts.py)
+    wgmma   int32 [64 keys, N heads] = codes x the query's integers    N = 8, G of them used
               |
     regs    estimate = scale * (slope * . + offset) + centre; error; best = max(estimate - error)
               |
@@ -46,22 +42,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alaya_jax.pallas_kernels import mosaic
 from alaya_jax.pallas_kernels.dispatch import Target
-from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
+from alaya_jax.pallas_kernels.sketch_select.mosaic_layouts import (
+    COMPUTE,
+    HEADS,
+    KEYS,
+    ROWS,
+    TOKENS,
+    Fields,
+    Words,
+    layout_of,
+    product,
+    tiled,
+)
+from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query, Signs
 
-TOKENS = 16
-"""Tokens per page, as the kernel counts pages."""
-
-PAGES = 32
-"""Pages per step."""
+PAGES = KEYS // TOKENS
+"""Pages per step, as the kernel counts them."""
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-_KEYS = TOKENS * PAGES
-_ROWS = 64  # rows of a wgmma
-_HEADS = 8  # smallest N of a wgmma
-_COMPUTE = 2  # warpgroups
 _BOX = 16  # pages per copy at most: 256 rows
 
 
@@ -80,7 +81,7 @@ class Tuning:
 
 def bounds(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Int[Array, "B N"],
     low: Int[Array, " B"],
     high: Int[Array, " B"],
@@ -91,39 +92,25 @@ def bounds(
 ) -> Bounds:
     """Computes `Bounds`."""
     batch, n = pages.shape
-    kv_heads, pool, size, half = keys.codes.shape
-    dim, dtype = 2 * half, query.q.dtype
+    kv_heads, pool, size = keys.scale.shape
+    layout, dtype = layout_of(keys), query.q.dtype
     group = query.q.shape[1] // kv_heads
     repeats = size // TOKENS  # pages of the kernel per page
     steps = -(-n * repeats // PAGES)
-    # Log-sum-exp needs a second buffer of estimates; with D = 128 it takes the room of one stage.
-    tuning = tuning or Tuning(stages=2 if scale is not None and dim > 64 else 3)
+    # Log-sum-exp needs a second buffer of estimates, which takes the room of one stage of large
+    # codes.
+    large = isinstance(layout, Fields) and layout.dim > 64
+    tuning = tuning or Tuning(stages=2 if scale is not None and large else 3)
     stages = tuning.stages
-    splits = max(1, min(tuning.blocks // (batch * kv_heads), -(-steps // _COMPUTE)))
+    splits = max(1, min(tuning.blocks // (batch * kv_heads), -(-steps // COMPUTE)))
 
     def padded(x: Array) -> Array:  # [B, H, ...] -> [B, K, 8, ...]
         x = x.reshape(batch, kv_heads, group, *x.shape[2:])
-        return jnp.pad(x, ((0, 0), (0, 0), (0, _HEADS - group)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, HEADS - group)) + ((0, 0),) * (x.ndim - 3))
 
-    # The kernel multiplies 16 times the fields, plus 128 in the low halves; a level is 2
-    # fields + 1.
-    low_half, whole = (
-        jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-        for x in (query.integers[..., :half], query.integers)
-    )
-    factors = jnp.stack(
-        [
-            padded(x)
-            for x in (
-                query.step / 8,
-                query.step * (whole - 16 * low_half),
-                query.of_spread,
-                query.of_scale,
-            )
-        ],
-        axis=2,
-    )
-    integers = padded(query.integers)
+    given = layout.operands(query, keys)
+    factors = (given.slope, given.offset, query.of_spread, query.of_scale)
+    factors = jnp.stack([padded(x) for x in factors], axis=2)
     flat = (kv_heads, pool * size)
     # First row of each of the kernel's pages in the pool of rows, and the factor of its centre.
     table = jnp.pad(pages, ((0, 0), (0, -n % (PAGES // repeats))))
@@ -143,7 +130,9 @@ def bounds(
     scales, spreads = (
         in_order(x, loose).reshape(batch, kv_heads, -1) for x in (keys.scale, keys.spread)
     )
-    centres = jnp.repeat(in_order(keys.centre, loose if repeats == 1 else table), repeats, axis=2)
+    centre_pool = lax.bitcast_convert_type(keys.centre, jnp.int8)
+    centres = jnp.repeat(in_order(centre_pool, loose if repeats == 1 else table), repeats, axis=2)
+    codes = [given.codes] + ([in_order(given.codes, loose)] if layout.small else [])
 
     kernel = functools.partial(
         _kernel,
@@ -151,35 +140,35 @@ def bounds(
             splits,
             stages,
             repeats,
-            dim,
+            layout,
             dtype,
             None if scale is None else scale * _LOG2_E,
+            target.interpret,
         ),
     )
     out_type = [
-        jax.ShapeDtypeStruct((batch, kv_heads, steps, _ROWS // TOKENS, _ROWS), jnp.float32),
-        jax.ShapeDtypeStruct((batch, kv_heads, splits, _COMPUTE, _ROWS, _HEADS), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, steps, ROWS // TOKENS, ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, COMPUTE, ROWS, HEADS), jnp.float32),
     ]
     upper, best, *lse = plgpu.kernel(
         kernel,
         out_type=out_type + ([] if scale is None else out_type[:1]),
-        scratch_types=_scratch(stages, half, dtype, scale is not None),
+        scratch_types=_scratch(layout, stages, dtype, scale is not None),
         grid=(splits, kv_heads, batch),
         grid_names=("split", "head", "batch"),
-        num_threads=_COMPUTE + 1,
+        num_threads=COMPUTE + 1,
         thread_name="wg",
         kernel_name="sketch_select",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=mosaic.interpret(target),
     )(
-        padded(query.q),
-        integers[..., :half],
-        integers[..., half:],
+        padded(given.q),
+        [padded(x) for x in given.integers],
         factors,
-        lax.bitcast_convert_type(keys.codes, jnp.int8).reshape(*flat, half),
+        codes,
         keys.scale.reshape(flat),
         keys.spread.reshape(flat),
-        keys.centre,
+        centre_pool,
         scales,
         spreads,
         centres,
@@ -191,8 +180,8 @@ def bounds(
     )
 
     def of_pages(x: Array) -> Float[Array, "B K N M G"]:
-        x = x.reshape(batch, kv_heads, steps, _ROWS // TOKENS, _KEYS // _ROWS, _HEADS)
-        x = jnp.moveaxis(x, 3, 4).reshape(batch, kv_heads, -1, repeats, _HEADS)
+        x = x.reshape(batch, kv_heads, steps, ROWS // TOKENS, KEYS // ROWS, HEADS)
+        x = jnp.moveaxis(x, 3, 4).reshape(batch, kv_heads, -1, repeats, HEADS)
         return x[:, :, :n, :, :group]
 
     return Bounds(
@@ -209,7 +198,7 @@ def _runs(first_row: Int[Array, "B M"], some: Bool[Array, "B M"], rows: int) -> 
     begin = first_row[..., 0]
     next_to = first_row == begin[..., None] + TOKENS * jnp.arange(PAGES)
     run = jnp.all(next_to | ~some.reshape(steps), axis=-1)
-    return (run & (begin >= 0) & (begin <= rows - _KEYS)).astype(jnp.int32)
+    return (run & (begin >= 0) & (begin <= rows - KEYS)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +208,10 @@ class _Shape:
     splits: int
     stages: int
     repeats: int
-    dim: int
+    layout: Fields | Words
     dtype: Any
     to_log2: float | None  # factor from an estimate to an exponent of 2; None: no log-sum-exp
+    interpret: bool
 
 
 def _turns(stages: int) -> int:
@@ -230,57 +220,52 @@ def _turns(stages: int) -> int:
     A thread knows the phase of a barrier by counting its own waits. So each barrier for arrivals
     belongs to one warpgroup, even if its slot does not.
     """
-    return math.lcm(stages, _COMPUTE)
+    return math.lcm(stages, COMPUTE)
 
 
-def _scratch(stages: int, half: int, dtype: Any, lse: bool) -> list[Any]:
+def _scratch(layout: Fields | Words, stages: int, dtype: Any, lse: bool) -> list[Any]:
     """Shared memory and barriers, in the order of `_kernel`'s arguments."""
 
-    def tiled(*shape: int, dtype: Any = jnp.int8) -> Any:  # in the layout that wgmma reads
-        itemsize = jnp.dtype(dtype).itemsize
-        row = min(128, shape[-1] * itemsize)
-        return plgpu.SMEM(shape, dtype, transforms=mosaic.swizzled(row, itemsize))
-
     def columns(*shape: int) -> Any:  # written eight float32 columns at a time
-        return plgpu.SMEM(shape, jnp.float32, transforms=mosaic.swizzled(4 * _HEADS, 4))
+        return plgpu.SMEM(shape, jnp.float32, transforms=mosaic.swizzled(4 * HEADS, 4))
 
+    small = 2 * PAGES // _BOX + 2
+    of_pages = 1 if layout.small else layout.page_copies
     return [
-        tiled(_COMPUTE, _HEADS, 2 * half, dtype=dtype),
-        tiled(_COMPUTE, _HEADS, half),
-        tiled(_COMPUTE, _HEADS, half),
-        plgpu.SMEM((_COMPUTE, 4, _HEADS), jnp.float32),
-        tiled(stages, _KEYS, half),
-        plgpu.SMEM((stages, _KEYS), jnp.float16),
-        plgpu.SMEM((stages, _KEYS), jnp.float16),
-        plgpu.SMEM((stages, _ROWS, 2 * half), jnp.int8),
-        plgpu.SMEM((stages, _ROWS), jnp.float32),
-        tiled(_COMPUTE, _ROWS, half),
-        tiled(_COMPUTE, _ROWS, half),
-        tiled(_COMPUTE, _ROWS, 2 * half, dtype=dtype),
-        plgpu.SMEM((_COMPUTE, _ROWS, _HEADS), jnp.float32),
-        columns(_COMPUTE, _ROWS, _ROWS),
-        columns(_COMPUTE, _ROWS, _ROWS if lse else _HEADS),
-        plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE),
-        plgpu.Barrier(num_arrivals=3 * PAGES // _BOX + 2, num_barriers=_turns(stages)),
-        plgpu.Barrier(num_arrivals=PAGES + 2 * PAGES // _BOX + 2, num_barriers=_turns(stages)),
+        tiled(COMPUTE, HEADS, layout.dim, dtype=dtype, part=layout.centre_part),
+        layout.integer_scratch(),
+        plgpu.SMEM((COMPUTE, 4, HEADS), jnp.float32),
+        layout.scratch(stages),
+        plgpu.SMEM((stages, KEYS), jnp.float16),
+        plgpu.SMEM((stages, KEYS), jnp.float16),
+        plgpu.SMEM((stages, ROWS, layout.centre_bytes), jnp.int8),
+        plgpu.SMEM((stages, ROWS), jnp.float32),
+        tiled(COMPUTE, ROWS, layout.dim, dtype=dtype, part=layout.centre_part),
+        plgpu.SMEM((COMPUTE, ROWS, HEADS), jnp.float32),
+        columns(COMPUTE, ROWS, ROWS),
+        columns(COMPUTE, ROWS, ROWS if lse else HEADS),
+        plgpu.Barrier(num_arrivals=2 + len(layout.integer_scratch()), num_barriers=COMPUTE),
+        plgpu.Barrier(num_arrivals=layout.run_copies + small, num_barriers=_turns(stages)),
+        plgpu.Barrier(num_arrivals=of_pages + small, num_barriers=_turns(stages)),
         plgpu.Barrier(num_barriers=stages),
     ]
 
 
 def _kernel(shape: _Shape, *all_refs: Any) -> None:
-    (q_ref, integer_low_ref, integer_high_ref, factor_ref, code_ref, scale_ref, spread_ref,
-     centre_ref, scales_ref, spreads_ref, centres_ref, unit_ref, row_ref, run_ref, low_ref,
-     high_ref, *refs) = all_refs  # fmt: skip
+    (q_ref, integer_refs, factor_ref, code_refs, scale_ref, spread_ref, centre_ref, scales_ref,
+     spreads_ref, centres_ref, unit_ref, row_ref, run_ref, low_ref, high_ref,
+     *refs) = all_refs  # fmt: skip
+    layout = shape.layout
     outs, refs = (refs[:2], refs[2:]) if shape.to_log2 is None else (refs[:3], refs[3:])
-    (q_smem, integer_low, integer_high, factor_smem, code_smem, scale_smem, spread_smem,
+    (q_smem, integer_smem, factor_smem, (code_smem, *code_work), scale_smem, spread_smem,
      centre_smem, unit_smem, *work, query_ready, run_ready, page_ready, free) = refs  # fmt: skip
     split = lax.axis_index("split")
     k = lax.axis_index("head")
     b = lax.axis_index("batch")
     wg = lax.axis_index("wg")
     low, high = low_ref[b], high_ref[b]
-    begin = lax.div(low, jnp.int32(_KEYS))
-    end = jnp.where(low < high, lax.div(high - 1, jnp.int32(_KEYS)) + 1, begin)
+    begin = lax.div(low, jnp.int32(KEYS))
+    end = jnp.where(low < high, lax.div(high - 1, jnp.int32(KEYS)) + 1, begin)
     # One in `splits` of the steps from begin to end belongs to this block.
     mine = lax.div(jnp.maximum(end - begin - split, 0) + shape.splits - 1, jnp.int32(shape.splits))
 
@@ -293,22 +278,23 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
         pl.when(run)(lambda: plgpu.barrier_wait(run_ready.at[turn]))
         pl.when(jnp.logical_not(run))(lambda: plgpu.barrier_wait(page_ready.at[turn]))
 
-    @pl.when(wg < _COMPUTE)
+    @pl.when(wg < COMPUTE)
     def _compute() -> None:
         ready = query_ready.at[wg]
         # Each of the two compute warpgroups has its own copies.
         mosaic.bring(q_ref.at[b, k], q_smem.at[wg], ready)
-        mosaic.bring(integer_low_ref.at[b, k], integer_low.at[wg], ready)
-        mosaic.bring(integer_high_ref.at[b, k], integer_high.at[wg], ready)
+        for source, to in zip(integer_refs, integer_smem, strict=True):
+            mosaic.bring(source.at[b, k], to.at[wg], ready)
         mosaic.bring(factor_ref.at[b, k], factor_smem.at[wg], ready)
         plgpu.barrier_wait(ready)
-        query = (q_smem.at[wg], integer_low.at[wg], integer_high.at[wg], factor_smem.at[wg])
+        query = (q_smem.at[wg], [x.at[wg] for x in integer_smem], factor_smem.at[wg])
         stage = (code_smem, scale_smem, spread_smem, centre_smem, unit_smem)
         steps = _Steps((b, k), low, high, mine, step_at, arrived, free)
-        best = _compute_steps(shape, query, stage, [x.at[wg] for x in work], outs, steps, wg)
+        own = ([x.at[wg] for x in code_work], *(x.at[wg] for x in work))
+        best = _compute_steps(shape, query, stage, own, outs, steps, wg)
         outs[1][b, k, split, wg] = best
 
-    @pl.when(wg == _COMPUTE)
+    @pl.when(wg == COMPUTE)
     def _copy() -> None:
         def bring(i: Any) -> None:
             step, slot = step_at(i), lax.rem(i, jnp.int32(shape.stages))
@@ -332,10 +318,10 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
             def _run() -> None:
                 ready, first = run_ready.at[turn], row_ref[b, step * PAGES]
                 in_order(run_ready)
+                layout.bring_run(code_refs[0].at[k], first, code_smem.at[slot], ready)
                 for at, to in zip(range(0, PAGES, _BOX), boxes, strict=True):
                     begin = pl.multiple_of(first + at * TOKENS, TOKENS)
                     rows = pl.ds(begin, _BOX * TOKENS)
-                    mosaic.bring(code_ref.at[k, rows], code_smem.at[slot, to], ready)
                     for smem, pool, _ in small:
                         mosaic.bring(pool.at[k, rows], smem.at[slot, to], ready)
                 if shape.repeats == 1:
@@ -347,17 +333,18 @@ def _kernel(shape: _Shape, *all_refs: Any) -> None:
             def _page_by_page() -> None:
                 ready = page_ready.at[turn]
                 # Request all of them before the first is needed.
-                firsts = [row_ref[b, step * PAGES + at] for at in range(PAGES)]
+                of_codes = 0 if layout.small else PAGES
+                firsts = [row_ref[b, step * PAGES + at] for at in range(of_codes)]
                 in_order(page_ready)
                 for at, to in zip(range(0, PAGES, _BOX), boxes, strict=True):
-                    begin = pl.multiple_of(step * _KEYS + at * TOKENS, TOKENS)
+                    begin = pl.multiple_of(step * KEYS + at * TOKENS, TOKENS)
                     rows = pl.ds(begin, _BOX * TOKENS)
                     for smem, _, copy in small:
                         mosaic.bring(copy.at[b, k, rows], smem.at[slot, to], ready)
-                for at, first in enumerate(firsts):
-                    rows = pl.ds(pl.multiple_of(first, TOKENS), TOKENS)
-                    to = pl.ds(at * TOKENS, TOKENS)
-                    mosaic.bring(code_ref.at[k, rows], code_smem.at[slot, to], ready)
+                if layout.small:
+                    layout.bring_run(code_refs[1].at[b, k], step * KEYS, code_smem.at[slot], ready)
+                else:
+                    layout.bring_pages(code_refs[0].at[k], firsts, code_smem.at[slot], ready)
 
         @pl.loop(0, mine)
         def _step(i: Any) -> None:
@@ -399,11 +386,11 @@ def _compute_steps(
     shape: _Shape, query: Any, stage: Any, work: Any, outs: Any, steps: _Steps, wg: Any
 ) -> Array:
     """Runs the steps of a compute warpgroup; returns the best score of each row and head."""
-    q_smem, integer_low, integer_high, factor_smem = query
+    q_smem, integer_smem, factor_smem = query
     code_smem, scale_smem, spread_smem, centre_smem, unit_smem = stage
-    low_smem, high_smem, wide_smem, score_smem, upper_smem, estimate_smem = work
+    code_work, wide_smem, score_smem, upper_smem, estimate_smem = work
     low, high, where = steps.low, steps.high, steps.where
-    tile = (_ROWS, _HEADS)
+    tile = (ROWS, HEADS)
     layout = plgpu.Layout.WGMMA
     of_key, of_head = layout.reduce(1), layout.reduce(0)
 
@@ -413,50 +400,40 @@ def _compute_steps(
     def wide(x: Any, axis: int) -> Any:
         return lax.broadcast_in_dim(x, tile, [axis])
 
-    def product(dtype: Any, left: Any, right: Any) -> Any:
-        def run(ref: Any) -> Any:
-            plgpu.wgmma(ref, left, right.transpose((1, 0)))
-            return ref[...]
-
-        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(tile, dtype))
-
     slope, offset, of_spread, of_scale = (
         wide(load(factor_smem.at[i], of_head), 1) for i in range(4)
     )
     row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout)
 
     def visit(j: Any, best: Any) -> Any:
-        i = j * _COMPUTE + wg
+        i = j * COMPUTE + wg
         slot, step = lax.rem(i, jnp.int32(shape.stages)), steps.step_at(i)
         steps.arrived(i)
-        centre = load(centre_smem.at[slot], plgpu.Layout.WGMMA_UPCAST_2X)
-        wide_smem[...] = plgpu.layout_cast(centre.astype(shape.dtype), layout)
+        shape.layout.centre(centre_smem.at[slot], wide_smem, shape.dtype)
         plgpu.commit_smem()
-        centre = product(jnp.float32, wide_smem, q_smem)
+        centre = product(jnp.float32, [(wide_smem, q_smem)])
         score_smem[...] = centre * wide(load(unit_smem.at[slot], of_key), 0)
+        plgpu.commit_smem()
 
         def keys(t: Any, best: Any) -> Any:
-            rows = pl.ds(pl.multiple_of(t * _ROWS, _ROWS), _ROWS)
-            heads = pl.ds(pl.multiple_of(t * _HEADS, _HEADS), _HEADS)
-            byte = plgpu.load(code_smem.at[slot, rows], layout=plgpu.Layout.WGMMA_8BIT)
-            low_smem[...] = (byte & 15) ^ 8
-            high_smem[...] = byte & -16
-            plgpu.commit_smem()
-            inner = 16 * product(jnp.int32, low_smem, integer_low)
-            inner += product(jnp.int32, high_smem, integer_high)
+            rows = pl.ds(pl.multiple_of(t * ROWS, ROWS), ROWS)
+            heads = pl.ds(pl.multiple_of(t * HEADS, HEADS), HEADS)
+            inner = shape.layout.inner(
+                code_smem.at[slot], t, code_work, integer_smem, shape.interpret
+            )
             scale, spread = (
                 wide(load(x.at[slot, rows], of_key).astype(jnp.float32), 0)
                 for x in (scale_smem, spread_smem)
             )
             # Four pages of 16 rows each.
-            first = t * (_ROWS // TOKENS)
+            first = t * (ROWS // TOKENS)
             centre = wide(load(score_smem.at[first], of_head), 1)
-            for page in range(1, _ROWS // TOKENS):
+            for page in range(1, ROWS // TOKENS):
                 other = wide(load(score_smem.at[first + page], of_head), 1)
                 centre = jnp.where(row >= page * TOKENS, other, centre)
             estimate = scale * (slope * inner.astype(jnp.float32) + offset) + centre
             error = jnp.where(of_spread > 0, of_spread * spread, 0.0) + of_scale * scale
-            position = step * _KEYS + t * _ROWS + row
+            position = step * KEYS + t * ROWS + row
             seen = (position >= low) & (position < high)
             upper = jnp.where(seen, estimate + error, -jnp.inf)
             upper_smem.at[:, heads][...] = upper
@@ -465,11 +442,11 @@ def _compute_steps(
                 estimate_smem.at[:, heads][...] = scaled
             return jnp.maximum(best, jnp.where(seen, estimate - error, -jnp.inf))
 
-        best = lax.fori_loop(0, _KEYS // _ROWS, keys, best)
+        best = lax.fori_loop(0, KEYS // ROWS, keys, best)
         plgpu.commit_smem()  # the threads' reads come before the next copy's writes
         plgpu.barrier_arrive(steps.free.at[slot])
         # One row per head and 64 keys; 16 columns are a page.
-        pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(_ROWS // TOKENS)]
+        pages = [slice(page * TOKENS, (page + 1) * TOKENS) for page in range(ROWS // TOKENS)]
         uppers = load(upper_smem.transpose((1, 0)), layout)
         for page, columns in enumerate(pages):
             outs[0][*where, step, page] = uppers[:, columns].max(axis=1)
@@ -483,5 +460,5 @@ def _compute_steps(
         return best
 
     start = plgpu.layout_cast(jnp.full(tile, -jnp.inf, jnp.float32), layout)
-    turns = lax.div(jnp.maximum(steps.mine - wg, 0) + _COMPUTE - 1, jnp.int32(_COMPUTE))
+    turns = lax.div(jnp.maximum(steps.mine - wg, 0) + COMPUTE - 1, jnp.int32(COMPUTE))
     return lax.fori_loop(0, turns, visit, start)

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
+from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query, Signs
 
 
 def estimates(
-    query: Query, keys: Codes, pages: Int[Array, "B N"]
+    query: Query, keys: Codes | Signs, pages: Int[Array, "B N"]
 ) -> tuple[Float[Array, "B K N Z G"], Float[Array, "B K N Z G"]]:
     """The estimated raw score of each key of the listed pages, and its largest error."""
-    kv_heads, dim = keys.codes.shape[0], query.q.shape[-1]
+    kv_heads = keys.codes.shape[0]
 
     def grouped(x: Array) -> Array:
         return x.astype(jnp.float32).reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
@@ -22,12 +22,10 @@ def estimates(
     def of_pages(pool: Array) -> Array:  # [K, P, ...] -> [B, K, N, ...]
         return jnp.moveaxis(pool[:, pages], 0, 1)
 
-    byte = of_pages(lax.bitcast_convert_type(keys.codes, jnp.int8))
-    levels = 2 * jnp.concatenate([(byte << 4) >> 4, byte >> 4], axis=-1).astype(jnp.float32) + 1
-    assert levels.shape[-1] == dim
+    levels = keys.levels(of_pages(keys.codes)).astype(jnp.float32)
     exact = lax.Precision.HIGHEST
     inner = jnp.einsum("bknzd,bkgd->bknzg", levels, grouped(query.integers), precision=exact)
-    centre = of_pages(keys.centre).astype(jnp.float32)
+    centre = keys.centres(of_pages(keys.centre)).astype(jnp.float32)
     centre = jnp.einsum("bknd,bkgd->bkng", centre, grouped(query.q), precision=exact)
     centre *= of_pages(keys.unit).astype(jnp.float32)[..., None]
     scale, spread = (of_pages(x).astype(jnp.float32)[..., None] for x in (keys.scale, keys.spread))
@@ -39,7 +37,7 @@ def estimates(
 
 def bounds(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Int[Array, "B N"],
     low: Int[Array, " B"],
     high: Int[Array, " B"],
@@ -48,7 +46,7 @@ def bounds(
 ) -> Bounds:
     """Computes `Bounds`, with the log-sum-exp of `scale * estimate` if a scale is given."""
     estimate, error = estimates(query, keys, pages)
-    size = keys.codes.shape[2]
+    size = keys.scale.shape[2]
     position = jnp.arange(pages.shape[1] * size).reshape(-1, size)
     seen = (position >= low[:, None, None]) & (position < high[:, None, None])
     seen = seen[:, None, ..., None]

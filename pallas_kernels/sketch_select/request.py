@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float16, Int, Int8, UInt8, UInt32
 
 from alaya_jax.pallas_kernels.page_lists import compact
 
@@ -33,6 +34,61 @@ class Codes:
     centre: Int8[Array, "K P D"]
     unit: Float16[Array, "K P"]
 
+    @staticmethod
+    def levels(codes: UInt8[Array, "... Z D/2"]) -> Int8[Array, "... Z D"]:
+        """The levels of some keys."""
+        return 2 * _halves(codes) + 1
+
+    @staticmethod
+    def centres(centre: Int8[Array, "... D"]) -> Int8[Array, "... D"]:
+        """The integers of some centres."""
+        return centre
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """Keys of one layer as F signs each, of channels with more and with fewer of them.
+
+    A key is estimated as the centre of its page plus `scale` times its signs, each of which the
+    query's integers give its weight.
+
+    Attributes:
+      codes: uint32 [K, P, W, Z], W = F / 32; bit i of word w is sign 32 w + i, set where positive.
+      scale, spread: as in `Codes`.
+      centre: uint8 [K, P, D / 2], 4-bit fields in multiples of `unit`, two's complement; byte m
+        holds channel m in its low half and channel m + D / 2 in its high half.
+      unit: float16 [K, P].
+    """
+
+    codes: UInt32[Array, "K P W Z"]
+    scale: Float16[Array, "K P Z"]
+    spread: Float16[Array, "K P Z"]
+    centre: UInt8[Array, "K P D/2"]
+    unit: Float16[Array, "K P"]
+
+    @staticmethod
+    def levels(codes: UInt32[Array, "... W Z"]) -> Int8[Array, "... Z F"]:
+        """The signs of some keys, 1 and -1."""
+        words = jnp.swapaxes(codes, -1, -2)[..., None]
+        bits = ((words >> jnp.arange(WORD, dtype=jnp.uint32)) & 1).astype(jnp.int8)
+        return (2 * bits - 1).reshape(*bits.shape[:-2], -1)
+
+    @staticmethod
+    def centres(centre: UInt8[Array, "... D/2"]) -> Int8[Array, "... D"]:
+        """The integers of some centres."""
+        return _halves(centre)
+
+
+WORD = 32
+"""Signs in a word."""
+
+
+def _halves(codes: UInt8[Array, "... D/2"]) -> Int8[Array, "... D"]:
+    """4-bit fields, two's complement: those of the low halves, then those of the high ones."""
+    byte = lax.bitcast_convert_type(codes, jnp.int8)
+    return jnp.concatenate([(byte << 4) >> 4, byte >> 4], axis=-1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +97,21 @@ class Query:
 
     Attributes:
       q: [B, H, D], in the dtype of the keys, for the products with the centres.
-      integers: int8 [B, H, D], the rotated query in multiples of `step`, rounded.
+      integers: int8 [B, H, F], the query's weights of a key's levels in multiples of `step`,
+        rounded; F is D for `Codes`.
       step: float32 [B, H].
       of_spread, of_scale: float32 [B, H]; the error of an estimate is `of_spread` times the key's
         spread plus `of_scale` times its scale. If `of_spread` is 0, the spread does not count, even
         if it is inf.
+      offset: float32 [B, H], what the scores of all keys have beside their estimates; None: 0.
     """
 
     q: Float[Array, "B H D"]
-    integers: Int8[Array, "B H D"]
+    integers: Int8[Array, "B H F"]
     step: Float[Array, "B H"]
     of_spread: Float[Array, "B H"]
     of_scale: Float[Array, "B H"]
+    offset: Float[Array, "B H"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +130,14 @@ class Bounds:
     upper: Float[Array, "B K N G"]
     best: Float[Array, "B K G"]
     lse: Float[Array, "B K N G"] | None
+
+    def plus(self, offset: Float[Array, "B H"], scale: float | None) -> "Bounds":
+        """Of scores that are higher by an offset; `scale`: that of `lse`."""
+        batch, kv_heads, _, group = self.upper.shape
+        offset = offset.reshape(batch, kv_heads, group)
+        of_page = offset[:, :, None]
+        lse = None if self.lse is None or scale is None else self.lse + scale * of_page
+        return Bounds(self.upper + of_page, self.best + offset, lse)
 
 
 @jax.tree_util.register_dataclass

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query
+from alaya_jax.pallas_kernels.sketch_select.request import Bounds, Codes, Query, Signs
 
 _TILE = 1024  # keys
 
 
 def bounds(
     query: Query,
-    keys: Codes,
+    keys: Codes | Signs,
     pages: Int[Array, "B N"],
     low: Int[Array, " B"],
     high: Int[Array, " B"],
@@ -19,10 +19,9 @@ def bounds(
     scale: float | None,
 ) -> Bounds:
     """Computes `Bounds`, one sequence at a time."""
-    kv_heads, _, size, _ = keys.codes.shape
+    kv_heads, _, size = keys.scale.shape
     n = pages.shape[1]
     tile_pages = min(n, max(1, _TILE // size))
-    codes = lax.bitcast_convert_type(keys.codes, jnp.int8)
 
     def of_sequence(args: tuple[Array, ...]) -> tuple[Array, ...]:
         ids, low, high, *fields = args
@@ -30,21 +29,19 @@ def bounds(
             x.reshape(kv_heads, -1, *x.shape[1:]) for x in fields
         )
         q = q.astype(jnp.float32)
-        total = jnp.sum(integers, axis=-1, dtype=jnp.int32)
         step, of_spread, of_scale = (x[:, None, None] for x in (step, of_spread, of_scale))
 
         def visit(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             upper, best, lse = carry
             first = jnp.minimum(tile * tile_pages, n - tile_pages)
             at = lax.dynamic_slice_in_dim(ids, first, tile_pages)
-            byte = codes[:, at]
-            fields = jnp.concatenate([(byte << 4) >> 4, byte >> 4], axis=-1)
-            inner = jnp.einsum("knzd,kgd->knzg", fields, integers, preferred_element_type=jnp.int32)
-            inner = (2 * inner + total[:, None, None]).astype(jnp.float32)
+            levels = keys.levels(keys.codes[:, at])
+            inner = jnp.einsum("knzf,kgf->knzg", levels, integers, preferred_element_type=jnp.int32)
+            inner = inner.astype(jnp.float32)
             centre = (
                 jnp.einsum(
                     "knd,kgd->kng",
-                    keys.centre[:, at].astype(jnp.float32),
+                    keys.centres(keys.centre[:, at]).astype(jnp.float32),
                     q,
                     precision=lax.Precision.HIGHEST,
                 )

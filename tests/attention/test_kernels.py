@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import AxisType
 
 from alaya_jax.attention import engine, kernels
+from alaya_jax.attention.kernels import decode
 from alaya_jax.cache import PageTable
 from alaya_jax.errors import KernelError, RequestError
 from alaya_jax.index import Block, Flat, Graph, Sketch, SketchLayer
+from alaya_jax.index.basis import Turned
 from alaya_jax.index.block import BlockLayer
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.pallas_kernels.dispatch import CPU, H100, INTERPRET
@@ -22,6 +24,7 @@ from alaya_jax.query.plan import Plan
 K, G, D, Z, N = 2, 3, 64, 16, 24
 POOL = 96
 WINDOW = Window(20, 41)
+LEARNT = Sketch(1, "learnt")
 
 DECODE = {
     "full": Plan(Full()),
@@ -35,6 +38,9 @@ DECODE = {
     "recovery, group": Plan(DIPR(recovery=0.8, window=WINDOW), Sketch(), share="group"),
     "recovery, page": Plan(DIPR(recovery=0.8, window=WINDOW), Sketch(), "page", "group"),
     "dipr, page": Plan(DIPR(beta=60.0, window=WINDOW), Sketch(), "page", "group"),
+    "dipr, learnt": Plan(DIPR(beta=60.0, window=WINDOW), LEARNT),
+    "recovery, page, learnt": Plan(DIPR(recovery=0.8, window=WINDOW), LEARNT, "page", "group"),
+    "dipr, page, learnt": Plan(DIPR(beta=60.0, window=WINDOW), LEARNT, "page", "group"),
     "error": Plan(DIPR(error=0.1, window=WINDOW), Sketch()),
     "topk": Plan(TopK(9, WINDOW), Sketch()),
     "topk, page": Plan(TopK(64, WINDOW), Flat(), "page"),
@@ -64,6 +70,15 @@ class Case:
         return LayerMemory(self.k, self.v, self.table, index, self.covered)
 
 
+def basis_of(rng, bits):
+    """Channels of falling variance, an offset, and centres in units of their own."""
+    rows = np.linalg.qr(rng.standard_normal((K, D, D)))[0]
+    spread = np.broadcast_to(np.exp(-np.arange(D) / 20), (K, D))
+    offset = 0.3 * rng.standard_normal((K, D))
+    grain = 2.0 ** rng.integers(-3, 3, (K, D))
+    return Turned(rows / spread[..., None], spread, offset, grain).basis(bits)
+
+
 def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
     ids = rng.permutation(POOL)[: len(lengths) * N].reshape(-1, N)
     pool = np.full((2, K, POOL, Z, D), np.nan, np.float32)
@@ -88,6 +103,16 @@ def make(rng, lengths, count, t, dtype=jnp.float32) -> Case:
             zeros((D,), jnp.int8),
             zeros((), jnp.float16),
             zeros((2,), jnp.float16),
+        ),
+        LEARNT: SketchLayer(
+            zeros((D // 32, Z), jnp.uint32),
+            *(zeros((Z,), jnp.float16),) * 2,
+            zeros((D // 2,), jnp.uint8),
+            zeros((), jnp.float16),
+            zeros((D,), jnp.int8),
+            zeros((), jnp.float16),
+            zeros((2,), jnp.float16),
+            basis_of(np.random.default_rng(9), LEARNT.bits),
         ),
         Block("mean"): BlockLayer(zeros((1, D), jnp.float32), "mean"),
     }
@@ -152,6 +177,8 @@ FAST = (
     "dipr, tail",
     "recovery",
     "recovery, page",
+    "dipr, learnt",
+    "recovery, page, learnt",
     "error",
     "topk",
     "quest",
@@ -164,11 +191,21 @@ FAST = (
 )
 def test_one_token_of_each_sequence(name, tokens):
     case = tokens
-    if name.endswith("page") and DECODE[name].index == Sketch():
+    if DECODE[name].by == "page" and isinstance(DECODE[name].index, Sketch):
         # What the sketch does not cover would be read, in whole pages, instead of scored.
         case = dataclasses.replace(case, covered=case.table.length // Z * Z)
     got, want = both(DECODE[name], case, "xla")
     check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [p for p in DECODE if "learnt" in p])
+def test_a_learnt_sketch_is_scanned_by_the_kernel(name, simulated):
+    case = simulated
+    batch = kernels.LayerQueries(case.q, case.memory(case.indexes[LEARNT]), case.count)
+    assert decode._by_sketch(DECODE[name], batch, "mosaic_gpu", H100)
+    # Of centres' factors float16 could lose some: XLA scans those.
+    half = dataclasses.replace(batch, q=case.q.astype(jnp.float16))
+    assert not decode._by_sketch(DECODE[name], half, "mosaic_gpu", H100)
 
 
 def test_pages_that_the_sketch_does_not_cover_are_read(tokens):
@@ -190,7 +227,10 @@ def simulated() -> Case:
     [
         "window",
         "recovery",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "dipr, sketch", "topk")),
+        *(
+            pytest.param(p, marks=pytest.mark.slow)
+            for p in ("full", "dipr, sketch", "dipr, learnt", "topk")
+        ),
     ],
 )
 def test_one_token_by_the_simulated_kernel(name, simulated):
@@ -260,6 +300,18 @@ def test_inside_a_sharded_program(name, tokens):
     memory = dataclasses.replace(case.memory(index), table=table)
     got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
     _, want = both(DECODE[name], case, "xla")
+    check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dipr, learnt"])
+def test_heads_of_a_sketch_over_devices(name, tokens):
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 1), ("tensor", "context"), kinds, devices=jax.devices()[:2])
+    case = tokens
+    plan = dataclasses.replace(DECODE[name], implementation="reference")
+    memory = case.memory(case.indexes[plan.index])
+    got = by_engine(plan, case.q, memory, case.count, mesh=mesh)
+    want, _ = both(DECODE[name], case, "xla")
     check(got, want, np.asarray(case.count)[:, None, None] > 0, atol=1e-5)
 
 

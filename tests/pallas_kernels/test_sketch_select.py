@@ -1,5 +1,6 @@
 """One suite for every implementation; the oracle is numpy in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alaya_jax.cache.views import KeyRange, Pages
 from alaya_jax.errors import KernelError
+from alaya_jax.index.basis import Turned
 from alaya_jax.index.codes import deviations, norm_bound, rotate
-from alaya_jax.index.sketch import SketchLayer
+from alaya_jax.index.sketch import MISS, SketchLayer
 from alaya_jax.pallas_kernels import sketch_select as op
 from alaya_jax.pallas_kernels.dispatch import B200, CPU, H100, INTERPRET
-from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu, reference
+from alaya_jax.pallas_kernels.sketch_select import mosaic_gpu, mosaic_layouts, reference
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 SIMULATED_LONG = ("reference", "xla", pytest.param("mosaic_gpu", marks=pytest.mark.slow))
@@ -41,8 +44,10 @@ def compiled(implementation: str, capacity: int | None = None, lse: bool = False
     return jax.jit(run)
 
 
-def request_of(rng, low, high, table=37, page=16, dim=64, run=False, dtype="bfloat16", pool=80):
-    """Random numbers; what belongs to no sequence is inf, NaN and noise."""
+def request_of(
+    rng, low, high, table=37, page=16, dim=64, run=False, dtype="bfloat16", pool=80, words=None
+):
+    """Random numbers; what belongs to no sequence is inf, NaN and noise. `words`: of signs."""
     batch = len(low)
     pool = pool * 16 // page
     shape = (KV_HEADS, pool, page)
@@ -56,24 +61,48 @@ def request_of(rng, low, high, table=37, page=16, dim=64, run=False, dtype="bflo
         pages[b, -(-high[b] // page) :] = np.iinfo(np.int32).max
     unused = ~used.any(0)
     scale[:, unused], spread[:, unused] = np.nan, np.nan
-    keys = op.Codes(
-        codes=jnp.asarray(rng.integers(0, 256, (*shape, dim // 2)), jnp.uint8),
-        scale=jnp.asarray(scale, jnp.float16),
-        spread=jnp.asarray(spread, jnp.float16),
-        centre=jnp.asarray(rng.integers(-127, 128, (KV_HEADS, pool, dim)), jnp.int8),
-        unit=jnp.asarray(
-            np.where(unused.all(-1), np.nan, rng.uniform(0, 0.01, (KV_HEADS, pool))), jnp.float16
-        ),
-    )
+    unit = np.where(unused.all(-1), np.nan, rng.uniform(0, 0.01, (KV_HEADS, pool)))
+    halves = (jnp.asarray(x, jnp.float16) for x in (scale, spread, unit))
+    if words is None:
+        keys = codes_of(
+            jnp.asarray(rng.integers(0, 256, (*shape, dim // 2)), jnp.uint8),
+            jnp.asarray(rng.integers(-127, 128, (KV_HEADS, pool, dim)), jnp.int8),
+            *halves,
+        )
+    else:
+        codes = rng.integers(0, 2**32, (KV_HEADS, pool, words, page), dtype=np.uint64)
+        centre = rng.integers(0, 256, (KV_HEADS, pool, dim // 2))
+        keys = codes_of(codes.astype(np.uint32), jnp.asarray(centre, jnp.uint8), *halves, op.Signs)
+    levels = dim if words is None else 32 * words
     rows = (batch, HEADS)
     query = op.Query(
         q=jnp.asarray(rng.standard_normal((*rows, dim)), dtype),
-        integers=jnp.asarray(rng.integers(-127, 128, (*rows, dim)), jnp.int8),
+        integers=jnp.asarray(rng.integers(-127, 128, (*rows, levels)), jnp.int8),
         step=jnp.asarray(rng.uniform(0.01, 0.02, rows), jnp.float32),
         of_spread=jnp.asarray(rng.uniform(1, 4, rows), jnp.float32),
         of_scale=jnp.asarray(rng.uniform(0, 1, rows), jnp.float32),
+        offset=None if words is None else jnp.asarray(rng.uniform(-9, 9, rows), jnp.float32),
     )
     return query, keys, *(jnp.asarray(x, jnp.int32) for x in (pages, low, high))
+
+
+def codes_of(codes, centre, scale, spread, unit, layout=op.Codes):
+    return layout(jnp.asarray(codes), scale, spread, centre, unit)
+
+
+def fields_of(byte):
+    field = np.concatenate([byte & 15, byte >> 4], axis=-1)
+    return np.where(field >= 8, field - 16, field)
+
+
+def key_of(keys, k, page, z):
+    """The levels of some keys of a page, and the page's centre."""
+    centre = np.asarray(keys.centre[k, page]).astype(int)
+    codes = np.asarray(keys.codes[k, page])
+    if isinstance(keys, op.Codes):
+        return 2 * fields_of(codes[z].astype(int)) + 1, centre
+    octets = np.ascontiguousarray(codes.T[z].astype("<u4")).view(np.uint8)
+    return 2 * np.unpackbits(octets, axis=1, bitorder="little").astype(int) - 1, fields_of(centre)
 
 
 def oracle(query, keys, pages, low, high, beta, best):
@@ -83,7 +112,7 @@ def oracle(query, keys, pages, low, high, beta, best):
         return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, np.float64)
 
     batch, heads, dim = query.q.shape
-    size, table = keys.codes.shape[2], pages.shape[1]
+    size, table = keys.scale.shape[2], pages.shape[1]
     kept, lse = [], np.full((batch, heads, table), -np.inf)
     top = np.full((batch, heads), -np.inf) if best is None else wide(best).copy()
     for b in range(batch):
@@ -96,11 +125,11 @@ def oracle(query, keys, pages, low, high, beta, best):
                 if z.size == 0:
                     continue
                 page = int(pages[b, n])
-                byte = np.asarray(keys.codes[k, page])[z].astype(int)
-                field = np.concatenate([byte & 15, byte >> 4], axis=1)
-                level = 2 * np.where(field >= 8, field - 16, field) + 1
+                level, centre = key_of(keys, k, page, z)
                 scale, spread = wide(keys.scale[k, page])[z], wide(keys.spread[k, page])[z]
-                centre = wide(keys.centre[k, page]) @ wide(query.q[b, h]) * wide(keys.unit[k, page])
+                centre = centre @ wide(query.q[b, h]) * wide(keys.unit[k, page])
+                if query.offset is not None:
+                    centre += float(query.offset[b, h])
                 inner = level @ wide(query.integers[b, h])
                 estimate = scale * float(query.step[b, h]) * inner + centre
                 of_spread = float(query.of_spread[b, h])
@@ -129,7 +158,7 @@ def check(implementation, request, beta, best=None, capacity=None, lse=False):
             shown = index[: got.page_ids.shape[2]]
             np.testing.assert_array_equal(got.page_ids[b, k, : len(shown)], pages[b, shown])
             np.testing.assert_array_equal(
-                got.starts[b, k, : len(shown)], shown * keys.codes.shape[2]
+                got.starts[b, k, : len(shown)], shown * keys.scale.shape[2]
             )
     if lse:
         np.testing.assert_allclose(got.page_lse, mass, rtol=1e-5, atol=1e-4)
@@ -153,10 +182,57 @@ def test_every_page_with_a_key_in_range_is_within_an_infinite_range(rng):
         assert int(got.count[0, 0]) == 37 - 2
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("dim", "words", "page", "run"),
+    [
+        (128, 4, 16, False),  # a bit a channel
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in (
+                (128, 8, 16, True),
+                (128, 2, 64, False),
+                (96, 3, 16, False),  # a page is less than TMA can place
+                (96, 6, 32, True),
+                (64, 1, 128, False),
+            )
+        ),
+    ],
+)
+def test_signs(implementation, dim, words, page, run, rng):
+    table = 592 // page
+    request = request_of(
+        rng, [37, 0], [587 // page * page - 5, 0], table, page, dim, run, words=words
+    )
+    got = check(implementation, request, beta=4.0, lse=True)
+    assert 0 < int(got.count[0, 0]) <= table
+    assert int(got.count[1, 0]) == 0
+
+
+def test_signs_are_in_the_order_that_wgmma_reads(rng):
+    """Each bit of a word meets its integer; words that a group of four lacks meet zeros."""
+    words = 6
+    layout = mosaic_layouts.Words(128, words, 64)
+    codes = rng.integers(0, 2**32, (1, words, 64), dtype=np.uint64).astype(np.uint32)
+    query, keys, *_ = request_of(rng, [0], [16], dim=128, words=words)
+    integers = layout.operands(query, keys).integers[0][0, 0].reshape(layout.groups, -1)
+    spread = [
+        np.asarray(mosaic_layouts._spread_simulated(codes, group), int)
+        for group in range(layout.groups)
+    ]
+    assert {-128, 0} == set(np.unique(spread))
+    got = sum(x @ np.asarray(y, int) for x, y in zip(spread, integers, strict=True)) // -128
+    octets = np.ascontiguousarray(codes[0].T.astype("<u4")).view(np.uint8)
+    signs = np.unpackbits(octets, axis=1, bitorder="little").astype(int)
+    np.testing.assert_array_equal(got, signs @ np.asarray(query.integers[0, 0], int))
+
+
 @pytest.mark.slow
-def test_the_kernel_uses_its_slots_again(rng):
+@pytest.mark.parametrize("words", [None, 2])
+def test_the_kernel_uses_its_slots_again(words, rng):
     low, high = [700], [160 * 16 - 3]  # five steps, less one, in two slots
-    request = request_of(rng, low, high, table=160, run=True, pool=200)
+    request = request_of(rng, low, high, table=160, run=True, pool=200, words=words)
+    request = (dataclasses.replace(request[0], offset=None), *request[1:])
     got = mosaic_gpu.bounds(
         *request, scale=0.1, target=INTERPRET, tuning=mosaic_gpu.Tuning(stages=2, blocks=1)
     )
@@ -174,7 +250,7 @@ def test_an_arrival_barrier_belongs_to_one_warpgroup():
     for stages in range(1, 7):
         turns = mosaic_gpu._turns(stages)
         assert turns % stages == 0
-        assert turns % mosaic_gpu._COMPUTE == 0
+        assert turns % mosaic_layouts.COMPUTE == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -193,7 +269,7 @@ def test_long_pages_and_extreme_numbers(implementation, rng):
     keys = op.Codes(keys.codes, keys.scale, jnp.asarray(spread), keys.centre, keys.unit)
     got = check(implementation, (query, keys, *rest), beta=0.0)
     assert int(rest[0][0, 5]) in np.asarray(got.page_ids[0, 0, : int(got.count[0, 0])])
-    zeros = op.Query(*(jnp.zeros_like(x) for x in jax.tree.leaves(query)))
+    zeros = jax.tree.map(jnp.zeros_like, query)
     got = check(implementation, (zeros, keys, *rest), beta=0.0)  # all score 0, without error
     assert int(got.count[0, 0]) == 8
 
@@ -251,5 +327,71 @@ def test_what_does_not_fit_says_why(rng):
     with pytest.raises(KernelError, match="float32"):
         op.choose(wide, keys, *rest, target=H100, implementation="mosaic_gpu")
     short = op.Codes(keys.codes[..., :16], *jax.tree.leaves(keys)[1:])
+    learnt = request_of(rng, low=[3], high=[520], words=2)
+    assert op.choose(*learnt, target=H100).implementation == "mosaic_gpu"
+    half = dataclasses.replace(learnt[0], q=learnt[0].q.astype(jnp.float16))
+    with pytest.raises(KernelError, match=r"float16; needs bfloat16$"):
+        op.choose(half, *learnt[1:], target=H100, implementation="mosaic_gpu")
+    many = request_of(rng, low=[3], high=[520], words=17)
+    with pytest.raises(KernelError, match="544 signs; needs at most 512"):
+        op.choose(*many, target=H100, implementation="mosaic_gpu")
+    with pytest.raises(KernelError, match=r"query\.offset is"):
+        op.choose(dataclasses.replace(learnt[0], offset=jnp.zeros(3)), *learnt[1:])
+    wrong = dataclasses.replace(learnt[0], integers=many[0].integers[..., :96])
+    with pytest.raises(KernelError, match=r"keys.codes is .*, not \(1, 80, 3, 16\)"):
+        op.choose(wrong, *learnt[1:])
     with pytest.raises(KernelError, match=r"keys.codes is .*, not \(1, 80, 16, 32\)"):
         op.choose(query, short, *rest)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_learnt_sketch_of_the_index_is_what_is_scanned(implementation, rng):
+    """Its bounds are those of the layer's own scan."""
+    dim, size, heads, pool, bits = 64, 16, 2, 20, 1.5
+    spread = np.broadcast_to(np.exp(-np.arange(dim) / 20), (heads, dim))
+    rows = np.linalg.qr(rng.standard_normal((heads, dim, dim)))[0] / spread[..., None]
+    offset, grain = rng.standard_normal((heads, dim)), 2.0 ** rng.integers(-3, 3, (heads, dim))
+    basis = Turned(rows, spread, offset, grain).basis(bits)
+    half = jnp.zeros((heads, pool, size), jnp.float16)
+    empty = SketchLayer(
+        codes=jnp.zeros((heads, pool, int(dim * bits) // 32, size), jnp.uint32),
+        scale=half,
+        spread=half,
+        centre=jnp.zeros((heads, pool, dim // 2), jnp.uint8),
+        centre_scale=half[..., 0],
+        value=jnp.zeros((heads, pool, dim), jnp.int8),
+        value_scale=half[..., 0],
+        value_spread=jnp.zeros((heads, pool, 2), jnp.float16),
+        basis=basis,
+    )
+    k = jnp.asarray(rng.standard_normal((heads, pool, size, dim)) + offset[:, None, None])
+    layer = jax.jit(SketchLayer.build)(empty, k, k, jnp.arange(pool), jnp.full(pool, size))
+    q = jnp.asarray(3 * rng.standard_normal((heads, 2, dim)), jnp.float32)
+    asked = layer.ask(q, MISS)
+    of_centre, of_all = layer.ask_centre(q)
+    query = op.Query(
+        *(
+            x.reshape(1, 4, *x.shape[2:])
+            for x in (of_centre, asked.integers, asked.step, asked.of_spread, asked.of_scale)
+        ),
+        offset=of_all.reshape(1, 4),
+    )
+    keys = op.Signs(layer.codes, layer.scale, layer.spread, layer.centre, layer.centre_scale)
+    ids, end = jnp.arange(pool), pool * size
+    got = op.bounds(
+        query,
+        keys,
+        ids[None],
+        jnp.array([0]),
+        jnp.array([end]),
+        implementation=implementation,
+        target=CPU,
+    )
+    view = Pages(k, k, ids)
+    seen = KeyRange(jnp.zeros(1, jnp.int32), jnp.array([end]))
+    scan = layer.scan(q[:, :, None], view, seen, MISS)
+    ends = scan.estimate + scan.error, scan.estimate - scan.error
+    upper, lower = (x[:, :, 0, :end] for x in ends)
+    upper = upper.reshape(heads, 2, pool, size).max(-1)
+    np.testing.assert_allclose(got.upper[0], np.swapaxes(upper, 1, 2), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(got.best[0], lower.max(-1), rtol=1e-4, atol=1e-3)

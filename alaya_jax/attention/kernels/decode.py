@@ -22,7 +22,14 @@ from alaya_jax.pallas_kernels.dispatch import Choice, Target
 from alaya_jax.pallas_kernels.page_lists import Entries, compact
 from alaya_jax.pallas_kernels.paged_decode import PagedDecode, paged_decode
 from alaya_jax.pallas_kernels.paged_decode import choose as choose_decode
-from alaya_jax.pallas_kernels.sketch_select import Bounds, Codes, bounds, in_range, wanted
+from alaya_jax.pallas_kernels.sketch_select import (
+    Bounds,
+    Codes,
+    Signs,
+    bounds,
+    in_range,
+    wanted,
+)
 from alaya_jax.pallas_kernels.sketch_select import Query as SketchQuery
 from alaya_jax.pallas_kernels.sketch_select import choose as choose_select
 from alaya_jax.query import DIPR, Custom, Full, TopK, Window
@@ -43,8 +50,8 @@ def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Tar
     """Whether `sketch_select` can find the pages."""
     if not (
         isinstance(plan.query, DIPR)
-        and plan.index == Sketch(4)
         and isinstance(batch.memory.index, SketchLayer)
+        and (plan.index == Sketch(4) or batch.memory.index.basis is not None)
         and batch.memory.table.start is None
     ):
         return False
@@ -53,8 +60,10 @@ def _by_sketch(plan: Plan, batch: LayerQueries, implementation: str, target: Tar
         return False
     (b, _, h, d), n = batch.q.shape, batch.memory.table.pages.shape[1]
     numbers = (abstract(b, h, dtype=jnp.float32),) * 3
+    basis = batch.memory.index.basis
+    levels = d if basis is None else basis.channel.shape[-1]
     query = SketchQuery(
-        abstract(b, h, d, dtype=batch.q.dtype), abstract(b, h, d, dtype=jnp.int8), *numbers
+        abstract(b, h, d, dtype=batch.q.dtype), abstract(b, h, levels, dtype=jnp.int8), *numbers
     )
     pages = (abstract(b, n), abstract(b), abstract(b))
     chosen = choose_select(query, _codes(batch.memory.index), *pages, target=target)
@@ -163,8 +172,9 @@ _Found = tuple[PagedDecode, Array | None, Partial | None, Array | None, Array]
 tail, and what that misses; pages read [B, K]."""
 
 
-def _codes(index: SketchLayer) -> Codes:
-    return Codes(index.codes, index.scale, index.spread, index.centre, index.centre_scale)
+def _codes(index: SketchLayer) -> Codes | Signs:
+    layout = Codes if index.basis is None else Signs
+    return layout(index.codes, index.scale, index.spread, index.centre, index.centre_scale)
 
 
 def _scan(
@@ -179,7 +189,7 @@ def _scan(
     batch = read.batch
     assert isinstance(batch.memory.index, SketchLayer)
     b, _, heads, _ = batch.q.shape
-    q, kv_heads = batch.q[:, 0], batch.memory.k.shape[0]
+    index, kv_heads = batch.memory.index, batch.memory.k.shape[0]
     asked = _asked(batch)
 
     def by_head(x: Array) -> Array:  # [K, B * G, ...] -> [B, H, ...]
@@ -187,10 +197,18 @@ def _scan(
         return jnp.moveaxis(x, 0, 1).reshape(b, heads, *x.shape[3:])
 
     numbers = map(by_head, (asked.integers, asked.step, asked.of_spread, asked.of_scale))
+    q, offset = batch.q[:, 0], None
+    if index.basis is not None:
+        of_centre, of_all = index.ask_centre(_rows(batch).astype(jnp.float32))
+        offset = by_head(jnp.squeeze(of_all, -1))
+        # In bfloat16 too the product with a power of two is exact; not in float16, whose range is
+        # small.
+        whole = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
+        q = by_head(of_centre).astype(whole)
     known = jnp.minimum(high, batch.covered)
     found = bounds(
-        SketchQuery(q, *numbers),
-        _codes(batch.memory.index),
+        SketchQuery(q, *numbers, offset=offset),
+        _codes(index),
         batch.memory.table.pages,
         low,
         known,
@@ -205,11 +223,14 @@ def _scan(
 def _asked(batch: LayerQueries) -> RoundedQuery:
     """The queries in the form that a scan takes, [K, B * G]."""
     assert isinstance(batch.memory.index, SketchLayer)
+    return batch.memory.index.ask(_rows(batch).astype(jnp.float32), MISS)
+
+
+def _rows(batch: LayerQueries) -> Float[Array, "K BG D"]:
     b, _, _, dim = batch.q.shape
     kv_heads = batch.memory.k.shape[0]
     rows = batch.q[:, 0].reshape(b, kv_heads, -1, dim)
-    rows = jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
-    return batch.memory.index.ask(rows, MISS)
+    return jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
 
 
 def _errors(

@@ -15,6 +15,7 @@ from alaya_jax.pallas_kernels.dispatch import Target
 from alaya_jax.pallas_kernels.sketch_select import (
     Codes,
     Query,
+    Signs,
     compile_cases,
     mosaic_gpu,
     select,
@@ -36,6 +37,7 @@ class Shape:
     dim: int = 128
     size: int = 16
     low: int = 0
+    bits: float | None = None  # of a learnt basis; None: fields of 4 bits
 
     def describe(self) -> dict:
         return {"op": OP, **dataclasses.asdict(self)}
@@ -47,13 +49,24 @@ ROWS = (
     Shape(1048576),
     Shape(131072, scattered=True),
     Shape(8192),
+    *(Shape(131072, bits=bits) for bits in (0.5, 1, 1.5, 2)),
+    Shape(131072, batch=4, bits=1),
+    Shape(131072, bits=1, scattered=True),
+    Shape(1048576, bits=1),
+    Shape(8192, bits=1),
 )
-QUICK = (Shape(1024, kv_heads=1, dim=64),)
+QUICK = (Shape(1024, kv_heads=1, dim=64), Shape(1024, kv_heads=1, bits=1))
 CHECKED = (
     Shape(5000, batch=2, dim=64, low=700),
     Shape(5000, batch=2),
     Shape(5000, scattered=True),
     Shape(8000, size=64, scattered=True, low=1),
+    *(Shape(5000, batch=2, bits=bits, low=700) for bits in (0.5, 1, 1.5, 2, 4)),
+    Shape(5000, scattered=True, bits=1),
+    Shape(5000, scattered=True, dim=96, groups=8, bits=1),  # a page is less than TMA can place
+    Shape(5000, dim=96, bits=2, size=32),
+    Shape(8000, dim=64, bits=0.5, size=64, scattered=True, low=1),
+    Shape(8000, dim=64, bits=1.5, size=128, low=1),
 )
 
 
@@ -64,20 +77,25 @@ def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
     ids = rng.permutation(pool) if shape.scattered else np.arange(pool)
 
     @jax.jit
-    def make(key: Any) -> tuple[Query, Codes]:
+    def make(key: Any) -> tuple[Query, Codes | Signs]:
         bits, numbers = jax.random.bits, functools.partial(jax.random.uniform, maxval=0.1)
         k = jax.random.split(key, 8)
         keys = (shape.kv_heads, pool, shape.size)
         rows = (shape.batch, shape.kv_heads * shape.groups)
-        codes = Codes(
-            bits(k[0], (*keys, shape.dim // 2), jnp.uint8),
-            numbers(k[1], keys).astype(jnp.float16),
-            numbers(k[2], keys).astype(jnp.float16),
-            jax.random.randint(k[3], (*keys[:2], shape.dim), -127, 128, jnp.int8),
-            numbers(k[4], keys[:2]).astype(jnp.float16) / 10,
-        )
+        scale, spread = (numbers(x, keys).astype(jnp.float16) for x in k[1:3])
+        unit = numbers(k[4], keys[:2]).astype(jnp.float16) / 10
+        levels, dim = shape.dim, shape.dim
+        if shape.bits is None:
+            of_key = bits(k[0], (*keys, dim // 2), jnp.uint8)
+            centre = jax.random.randint(k[3], (*keys[:2], dim), -127, 128, jnp.int8)
+            codes = Codes(of_key, scale, spread, centre, unit)
+        else:
+            levels = round(dim * shape.bits)
+            of_key = bits(k[0], (*keys[:2], levels // 32, shape.size), jnp.uint32)
+            centre = bits(k[3], (*keys[:2], dim // 2), jnp.uint8)
+            codes = Signs(of_key, scale, spread, centre, unit)
         q = jax.random.normal(k[5], (*rows, shape.dim), jnp.bfloat16)
-        integers = jax.random.randint(k[6], q.shape, -127, 128, jnp.int8)
+        integers = jax.random.randint(k[6], (*rows, levels), -127, 128, jnp.int8)
         some = numbers(k[7], rows)
         return Query(q, integers, some / 10, 10 * some, some), codes
 
@@ -96,7 +114,13 @@ def rows(
     """(description, bytes, flops, function that makes {name: (call, inputs)}) of every row."""
     for shape in QUICK if quick else ROWS:
         work = compile_cases.work(
-            shape.batch, shape.kv_heads, shape.groups, shape.dim, shape.size, shape.keys
+            shape.batch,
+            shape.kv_heads,
+            shape.groups,
+            shape.dim,
+            shape.size,
+            shape.keys,
+            shape.bits,
         )
         yield (
             shape.describe(),
@@ -122,12 +146,12 @@ SWEEP = tuple(
 )
 
 
-def _tuned(tuning: Any, query: Query, keys: Codes, pages: Any, low: Any, high: Any) -> Any:
+def _tuned(tuning: Any, query: Query, keys: Codes | Signs, pages: Any, low: Any, high: Any) -> Any:
     found = mosaic_gpu.bounds(
         query, keys, pages, low, high, scale=None, target=dispatch.current_target(), tuning=tuning
     )
     beta = jnp.full_like(query.step, 4.0)
-    return select(found, pages, low, high, beta, None, keys.codes.shape[2], pages.shape[1])
+    return select(found, pages, low, high, beta, None, keys.scale.shape[2], pages.shape[1])
 
 
 TOLERANCE = 1e-3
