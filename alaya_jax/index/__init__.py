@@ -13,7 +13,8 @@ Of one layer, an index answers
                (`Flat`, `Sketch`), or
   scan_pages   a score for each page (`Block`)
 
-`Flat` holds nothing and estimates without error. `Sketch` reads a few bits a channel.
+`Flat` holds nothing and estimates without error. `Sketch` reads a few bits a channel, of a random
+rotation or in a basis learnt from the model's queries and keys (`basis`, `learnt`).
 
 `Graph` is another kind: of a whole stored context, not of pages; it is built once
 (`DB.build_index`) and lives as long as its context. It scores few keys and finds, approximately,

@@ -108,9 +108,9 @@ class Basis:
         u = jnp.einsum("knd,ked->kne", flat, self.keys, precision=lax.Precision.HIGHEST)
         on = self.bits[:, None] > 0
         z = jnp.where(on, u / self.spread[:, None], 0.0)
-        own = length(z) / jnp.sqrt(
-            jnp.sum(on, axis=-1, dtype=jnp.float32)
-        )  # beside an ordinary key
+        # The key's size beside an ordinary one's.
+        count = jnp.sum(on, axis=-1, dtype=jnp.float32)
+        own = length(z) / jnp.sqrt(count)
         own = jnp.where(own > 0, own, 1.0)[..., None]
         half = jnp.where(on, jnp.exp2(self.bits[:, None].astype(jnp.float32) - 1), 0.0)
         width = jnp.where(on, 2 * self.unit[:, None], 1.0) * own
