@@ -212,8 +212,13 @@ class Session:
             return self.account.choice.plans
 
         asked = Full() if attention is None else attention
-        learnt = self.batch.indexes.learnt is not None
-        plans = plan_for(asked, self.model.config, length, choose, learnt)
+        plans = plan_for(
+            asked,
+            self.model.config,
+            length,
+            choose,
+            lambda: self.batch.indexes.learnt is not None,
+        )
         self.batch.require_graphs(plans)
         return plans
 

@@ -137,7 +137,7 @@ def test_what_another_wrote_into_the_place_is_read_anew(open_with, rng, let_go):
     namespace, which nobody else finds.
     """
     db, plan = open_with(None), PLANS["sketch"]
-    least = 15 * 912 + 4 * PAGE
+    least = 15 * 928 + 4 * PAGE
     slots = []
     for namespace in ("", "", "other"):
         db.close()
@@ -305,4 +305,4 @@ def test_explain_and_stats_say_what_was_met_and_where_it_was(open_with, document
     assert "at most 1.0 MB" in stats._repr_html_()
     answer(db, prompt, PLANS["sketch"], tokens=2)
     stats = db.stats()
-    assert stats.bytes_host_leaves == 14 * 912
+    assert stats.bytes_host_leaves == 14 * 928

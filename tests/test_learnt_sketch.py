@@ -156,9 +156,15 @@ def test_it_is_found_once_it_was_learnt_and_stays(
 
 
 def test_a_damaged_file_is_named(open_db, known, prompt):
+    """By plans that need it; others do without, and say so."""
     known.write_bytes(known.read_bytes()[:100])
+    db = open_db()
     with pytest.raises(RequestError, match=known.name):
-        answered(open_db(), prompt, aj.Plan(RANGE, LEARNT))
+        answered(db, prompt, aj.Plan(RANGE, LEARNT))
+    ids, _, explained = answered(db, prompt, aj.Plan(RANGE, Sketch(2)))
+    assert known.name in explained.sketch
+    assert ids == answered(db, prompt, aj.Plan(RANGE, aj.Flat()))[0]
+    assert len(answered(db, prompt, aj.Full())[0]) == 5
 
 
 def test_another_basis_reads_no_file_of_the_first(open_db, calibrated, known, prompt, tmp_path):

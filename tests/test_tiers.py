@@ -309,9 +309,9 @@ def looked(monkeypatch):
     """Pages of mapped files that an index was made of."""
     real, looked = host_index._of_pages, []
 
-    def of_pages(empty, host, ids):
+    def of_pages(empty, basis, host, ids):
         looked.extend(np.asarray(ids)[1:].tolist())
-        return real(empty, host, ids)
+        return real(empty, basis, host, ids)
 
     monkeypatch.setattr(host_index, "_of_pages", of_pages)
     return looked

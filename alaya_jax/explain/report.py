@@ -1,5 +1,6 @@
 """What `Session.explain` puts together."""
 
+from alaya_jax.errors import RequestError
 from alaya_jax.explain.account import Account
 from alaya_jax.explain.analysis import WANTED, analyze
 from alaya_jax.explain.explanation import Explanation
@@ -64,9 +65,12 @@ def _sketch(batch: Batch, plans: Plans) -> str:
     """In which basis sketches round keys, where plans ask any."""
     asked = indexes_of(plans, batch.model.config.num_hidden_layers)
     bases = {index.basis for index in asked if isinstance(index, Sketch)}
-    learnt = batch.indexes.learnt
     if not bases:
         return ""
+    try:
+        learnt = batch.indexes.learnt
+    except RequestError as error:  # a damaged file, which these plans do without
+        return f"a random rotation ({error})"
     if "learnt" in bases:
         return str(learnt)
     if learnt is None:

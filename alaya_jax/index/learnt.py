@@ -23,8 +23,8 @@ from alaya_jax.errors import RequestError
 from alaya_jax.index.basis import Turned
 
 LEAST_TOKENS = 2048
-"""Tokens of text that a basis is learnt from, at least. A quarter did as well on SmolLM2-135M (3.43%
-of all keys more than the critical ones passed at 1 bit; 3.38% with so many), but texts differ."""
+"""Tokens of text that a basis is learnt from, at least. A quarter did as well on SmolLM2-135M (at 1
+bit 3.43% of all keys passed beside the critical ones; 3.38% with so many), but texts differ."""
 
 VERSION = "1"
 

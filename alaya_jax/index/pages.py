@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class PageIndexes:
         """
         self.pool = pool
         self._find_learnt, self._learnt = find_learnt, None
+        self._looking = threading.RLock()
         self._bases: dict[tuple[float, int], Basis] = {}
         self._host: dict[str, dict[tuple[Block | Sketch, int], HostIndex]] = {}
         """Of pages in mapped files, by the files' name."""
@@ -50,7 +52,7 @@ class PageIndexes:
     @property
     def learnt(self) -> Learnt | None:
         """What the model's sketches learnt of its queries and keys; None: nothing that is there."""
-        with self.pool.lock:
+        with self._looking:  # not the pool's: who closes a session must not wait for that
             if self._learnt is None and self._find_learnt is not None:
                 self._learnt = self._find_learnt()
             return self._learnt

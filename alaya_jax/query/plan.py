@@ -163,7 +163,7 @@ def plan_for(
     config: LlamaConfig,
     length: int,
     choose: Callable[[Auto], Plans] | None = None,
-    learnt: bool | None = None,
+    learnt: Callable[[], bool] | None = None,
 ) -> Plans:
     """The plans that answer what was asked.
 
@@ -171,8 +171,8 @@ def plan_for(
       attention: a query or plan, or a sequence with one a layer; or `Auto`.
       config: of the model.
       length: tokens there will be; decides where a plan leaves the index open.
-      learnt: whether there is a learnt basis for sketches; without one, a plan that names it gets
-        the random one. None: not known; what a plan names is taken as it is.
+      learnt: says whether there is a learnt basis for sketches; without one, a plan that names it
+        gets the random one. Asked only by such a plan. None: what a plan names is taken as it is.
       choose: makes plans of an `Auto`: what it takes to know the machine (see `optimizer.choose`).
 
     Raises:
@@ -207,8 +207,9 @@ def plan_for(
             wants_sketch = asked.tail or length >= SKETCH_FROM
             wants_sketch = wants_sketch and not isinstance(query, Custom)
             asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
-        if learnt is False and isinstance(asked.index, Sketch) and asked.index.basis == "learnt":
-            asked = dataclasses.replace(asked, index=asked.index.random())
+        index = asked.index
+        if isinstance(index, Sketch) and index.basis == "learnt" and learnt and not learnt():
+            asked = dataclasses.replace(asked, index=index.random())
         return asked
 
     if isinstance(attention, Query | Plan):

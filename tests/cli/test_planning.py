@@ -72,7 +72,7 @@ def test_plan_before_anything_is_loaded(alaya, tiny_model):
     assert len(data["layers"]) == 2
     kv = 2 * 2 * 2 * 16 * 4 * 4096
     assert data["bytes"]["kv"] == kv
-    sketch = 256 * 2 * (16 * (16 // 2 + 4) + 2 * (16 + 2))
+    sketch = 256 * 2 * (16 * (16 // 2 + 4) + 2 * (16 + 2) + 4)
     assert data["bytes"]["indexes"] == 2 * sketch
     half = json.loads(alaya(*asked, "--dtype", "bfloat16", "--json").stdout)
     assert half["bytes"]["kv"] * 2 == kv

@@ -107,10 +107,10 @@ def test_the_terms_of_a_cost():
     assert (full.read, full.memory) == (2 * KEY * 10_000, 0)
     plan = aj.Plan(KEEPS, aj.Sketch())
     found = cost(plan, work(10_000, pool_tokens=100_000), MACHINE, KeysKept(100, 300))
-    # 640 keys in the window; a table of 2,048 pages; a page of codes, scales, centre and value.
+    # 640 keys in the window; a table of 2,048 pages; a page of codes, scales, two means, spread.
     want = 1e-4 + 1e-6 * 640 + 1e-7 * 9360 + 5e-8 * 32768 + 2e-6 * 300
     assert found.seconds == pytest.approx(want)
-    page = 8 * (16 * (64 // 2 + 4) + 2 * (64 + 2))
+    page = 8 * (16 * (64 // 2 + 4) + 2 * (64 + 2) + 4)
     assert found.memory == 6250 * page
     assert found.read == pytest.approx(page / 16 * 9360 + 2 * KEY * (300 + 640))
     # A table is no wider than the pool.
