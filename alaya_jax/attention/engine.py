@@ -39,7 +39,7 @@ from alaya_jax.attention.window import Split
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.views import KeyRange, Pages, over_query_blocks
 from alaya_jax.errors import RequestError
-from alaya_jax.index import BOUND, Graph, GraphLayer, Graphs, LayerIndex, SketchLayer
+from alaya_jax.index import BOUND, Graph, GraphLayer, Graphs, LayerIndex
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.query import Full, Tiles, Window
 from alaya_jax.query.plan import Plan
@@ -181,8 +181,8 @@ def _index_spec(index: LayerIndex | Graphs | None, heads: str | None, pages: str
     spec = PartitionSpec
     if isinstance(index, tuple):  # per kv head, and not laid out by pages
         return jax.tree.map(lambda x: spec(heads) if x.ndim else spec(), index)
-    if not isinstance(index, SketchLayer):
-        return jax.tree.map(lambda x: spec(heads, pages), index)
+    if index is None:
+        return None
     of_pages = jax.tree.map(lambda x: spec(heads, pages), index.seen_by(None))
     return of_pages.seen_by(jax.tree.map(lambda x: spec(heads), index.basis))
 

@@ -18,7 +18,6 @@ be; a random rotation's is the one without bias, which its bound needs.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 
@@ -50,7 +49,22 @@ _MARGIN = 1.1
 keys were missed at 1 bit."""
 
 _CENTRE = 7  # largest integer of a page's centre: 4 bits
-_MOST_BITS = 8
+
+QUANTIZERS = (
+    (0.0, 1.0),
+    (1.5957691156522358, 0.3633802286934516),
+    (0.9956667097512895, 0.11884605093949865),
+    (0.5860247134519477, 0.037439659499708185),
+    (0.33518721069312785, 0.011542884639998932),
+    (0.18813822620983106, 0.0034952113722256078),
+    (0.10406450569999479, 0.0010400454149184293),
+    (0.05686791743982492, 0.00030433277195545056),
+    (0.030762281567920075, 8.768618611542385e-05),
+)
+"""By bits, 0 to 8: the distance of 2**bits even levels of least mean square error for standard
+normal numbers, and that error (J. Max, Quantizing for minimum distortion, 1960).
+"""
+_MOST_BITS = len(QUANTIZERS) - 1
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +118,7 @@ class Basis:
           |e| / sqrt(D).
         """
         heads, n, size, dim = residual.shape
-        flat = residual.reshape(heads, n * size, dim)
-        u = jnp.einsum("knd,ked->kne", flat, self.keys, precision=lax.Precision.HIGHEST)
+        u = _turned(residual.reshape(heads, n * size, dim), self.keys)
         on = self.bits[:, None] > 0
         z = jnp.where(on, u / self.spread[:, None], 0.0)
         # The key's size beside an ordinary one's.
@@ -170,13 +183,12 @@ class Basis:
         """Of keys as the basis has them: what rounding in float32 is in proportion to."""
         heads, n, size, dim = k.shape
         flat = (k - self.offset[:, None, None]).reshape(heads, n * size, dim)
-        u = jnp.einsum("knd,ked->kne", flat, self.keys, precision=lax.Precision.HIGHEST)
-        return length(u).reshape(heads, n, size)
+        return length(_turned(flat, self.keys)).reshape(heads, n, size)
 
     def ask(self, q: Float[Array, "K N D"], miss: float) -> RoundedQuery:
         """Rounds queries for a scan: their weights of the signs. `miss`: see `SketchLayer.scan`."""
         dim = q.shape[-1]
-        turned = jnp.einsum("knd,ked->kne", q, self.queries, precision=lax.Precision.HIGHEST)
+        turned = _turned(q, self.queries)
         weight = jnp.take_along_axis(turned * self.unit[:, None], self.channel[:, None], axis=-1)
         weight = weight * jnp.exp2(self.place.astype(jnp.float32))[:, None]
         step = jnp.max(jnp.abs(weight), axis=-1, keepdims=True) / 127
@@ -186,8 +198,8 @@ class Basis:
             whole.astype(jnp.int8),
             step[..., 0],
             sure * math.sqrt(dim) * length(turned * self.error[:, None]),
-            sure
-            * length(weight - step * whole),  # what is lost, with signs that are as good as random
+            # What is lost has a key's signs, which are as good as random beside it.
+            sure * length(weight - step * whole),
         )
 
 
@@ -212,8 +224,8 @@ class Turned:
         keys = self.rows * self.spread[..., None]
         each = np.stack([share_out(x**2, round(bits * dim)) for x in self.spread])
         channel, place = (np.stack(x) for x in zip(*map(_signs, each), strict=True))
-        steps = np.array([0.0, *(_gaussian_quantizer(b)[0] for b in range(1, _MOST_BITS + 1))])
-        sigma = self.spread * np.sqrt(_distortions()[each])
+        steps, errors = np.array(QUANTIZERS).T
+        sigma = self.spread * np.sqrt(errors[each])
         arrays = {
             "keys": keys,
             "queries": np.linalg.inv(keys).swapaxes(-1, -2),
@@ -230,12 +242,16 @@ class Turned:
             **{name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()},
         )
 
-    def digest(self) -> bytes:
+    def digest(self) -> str:
         """Of all that sketches depend on."""
-        whole = hashlib.blake2b(digest_size=16)
+        whole = hashlib.blake2b(digest_size=8)
         for x in (self.rows, self.spread, self.offset, self.grain):
             whole.update(np.ascontiguousarray(x, np.float64).tobytes())
-        return whole.digest()
+        return whole.hexdigest()
+
+
+def _turned(x: Float[Array, "K N D"], by: Float[Array, "K D D"]) -> Float[Array, "K N D"]:
+    return jnp.einsum("knd,ked->kne", x, by, precision=lax.Precision.HIGHEST)
 
 
 def share_out(variance: np.ndarray, bits: int) -> np.ndarray:
@@ -261,30 +277,3 @@ def _words(bits: UInt32[Array, "... F"]) -> UInt32[Array, "... F/32"]:
     """Zeros and ones, 32 to a word, lowest first."""
     parts = bits.reshape(*bits.shape[:-1], -1, _WORD)
     return jnp.sum(parts << jnp.arange(_WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-
-
-@functools.lru_cache
-def _gaussian_quantizer(bits: int) -> tuple[float, float]:
-    """Of 2**bits evenly spaced levels for standard normal numbers: the spacing of least mean square
-    error, and that error (J. Max, Quantizing for minimum distortion, 1960).
-    """
-    x = np.linspace(-12, 12, 240_001)
-    density = np.exp(-(x**2) / 2)
-    density /= density.sum()
-    half = 2 ** (bits - 1)
-
-    def error(step: float) -> float:
-        cell = np.clip(np.floor(x / step), -half, half - 1)
-        return float(np.sum(density * (x - step * (cell + 0.5)) ** 2))
-
-    low, high = 1e-3, 4.0
-    for _ in range(60):  # it has one minimum
-        a, b = low + 0.382 * (high - low), low + 0.618 * (high - low)
-        low, high = (low, b) if error(a) < error(b) else (a, high)
-    return (low + high) / 2, error((low + high) / 2)
-
-
-@functools.lru_cache
-def _distortions() -> np.ndarray:
-    """Mean square error of a channel of variance 1, at 0 to 8 bits."""
-    return np.array([1.0, *(_gaussian_quantizer(b)[1] for b in range(1, _MOST_BITS + 1))])

@@ -47,6 +47,14 @@ class BlockLayer:
     vectors: Float[Array, "K P M D"]
     summary: Summary = dataclasses.field(metadata={"static": True})
 
+    basis = None
+    """It is made by none: see `SketchLayer`."""
+
+    def seen_by(self, basis: Any) -> "BlockLayer":
+        """Itself: there is none to be seen by."""
+        assert basis is None
+        return self
+
     def build(
         self,
         k_pages: Float[Array, "K P Z D"],

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from alaya_jax.cache.tiers import HostPages, HostPool, Leaves
-from alaya_jax.index import LayerIndex, SketchLayer
+from alaya_jax.index import LayerIndex
 from alaya_jax.index.basis import Basis
 
 AT_ONCE = 256
@@ -156,9 +156,7 @@ def _of_pages(
     grown = jax.tree.map(functools.partial(_grown, number), empty)
     filled = jnp.full(number, k.shape[2], jnp.int32)
     args = k, v, jnp.arange(number, dtype=jnp.int32), filled
-    if isinstance(grown, SketchLayer):
-        return grown.seen_by(basis).build(*args).seen_by(None)
-    return grown.build(*args)
+    return grown.seen_by(basis).build(*args).seen_by(None)
 
 
 def _grown(number: int, x: Array) -> Array:

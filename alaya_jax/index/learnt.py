@@ -8,7 +8,6 @@ missed 1% of the critical keys of a context of 8,192; learnt this way, none in t
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,13 +161,6 @@ class Learnt:
 
     def __str__(self) -> str:
         return f"a basis learnt from {self.tokens:,} tokens, for {self.length:,} positions"
-
-    def digest(self) -> str:
-        """Of all that sketches depend on."""
-        whole = hashlib.blake2b(digest_size=8)
-        for layer in self.layers:
-            whole.update(layer.digest())
-        return whole.hexdigest()
 
 
 def keep(learnt: Learnt, directory: Path | None) -> Path:

@@ -126,8 +126,7 @@ def keep_below(
     unread = _Unread.of(weight, scan, summaries, head_dim)
     nothing, everything = jnp.full_like(best, -jnp.inf), jnp.full_like(best, jnp.inf)
 
-    def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
-        return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
+    kept = functools.partial(weights.within, head_dim=head_dim)
 
     def sums(beta: Float[Array, "K G T"]) -> tuple[Array, Array, Array]:
         """Of the keys that a range leaves unread what misses, the mass that is there, and more that

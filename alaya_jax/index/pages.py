@@ -15,7 +15,7 @@ from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
 from alaya_jax.cache.tiers import HostPool, Leaves, Tiers
 from alaya_jax.errors import RequestError
-from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch, SketchLayer
+from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sketch
 from alaya_jax.index.basis import Basis
 from alaya_jax.index.host import AT_ONCE, HostIndex
 from alaya_jax.index.learnt import Learnt
@@ -109,7 +109,7 @@ class PageIndexes:
                 if in_files:
                     beside = self._host_index(index, layer, in_files, basis)
                     held = jax.tree.map(Tiers, held, beside)
-                layers.append(_seen(held, basis))
+                layers.append(held.seen_by(basis))
             return Indexed(
                 tuple(layers),
                 jax.device_put(np.asarray([len(p) * size for p in full], np.int32)),
@@ -148,10 +148,12 @@ class PageIndexes:
     ) -> Leaves | None:
         """The file of what an index knows of a layer of mapped pages."""
         arrays = [(x.shape[2:], x.dtype.name) for x in jax.tree.leaves(of_one)]
-        formula = index.formula(self.pool.config)
+        config = self.pool.config
         if isinstance(index, Sketch) and index.basis == "learnt":
             assert self._learnt is not None
-            formula = index.formula(self.pool.config, self._learnt.digest())
+            formula = index.formula(config, self._learnt.layers[layer].digest())
+        else:
+            formula = index.formula(config)
         made = {"index": repr(index), **formula}
         return host.leaves(layer, made, arrays)
 
@@ -245,7 +247,7 @@ def _build_index(
     rules: ShardingRules,
 ) -> LayerIndex:
     def make(index: LayerIndex, basis: Basis | None, *args: jax.Array) -> LayerIndex:
-        return _seen(_seen(index, basis).build(*args), None)
+        return index.seen_by(basis).build(*args).seen_by(None)
 
     if mesh is None:
         return make(index, basis, k_pages, v_pages, ids, filled)
@@ -260,8 +262,3 @@ def _build_index(
         check_vma=False,
     )
     return build(index, basis, k_pages, v_pages, ids, filled)
-
-
-def _seen(index: LayerIndex, basis: Basis | None) -> LayerIndex:
-    """An index with the basis that it is looked at by, or without it, as it is kept."""
-    return index.seen_by(basis) if isinstance(index, SketchLayer) else index

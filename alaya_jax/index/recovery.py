@@ -66,6 +66,11 @@ class Weights:
 
         return cls(lax.fori_loop(0, scan.estimate.shape[axis], weigh, scan.estimate), best)
 
+    def within(self, beta: Float[Array, "K G T"], head_dim: int) -> Bool[Array, "K G T S"]:
+        """The eligible keys of a weight of at least `exp(-beta / sqrt(D))`."""
+        least = jnp.exp(-(head_dim**-0.5) * beta)[..., None]
+        return (self.weight >= least) & (self.weight > 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +142,6 @@ def recover(
     weight, best = weights.weight, weights.best
     window = jnp.exp(window_lse - scale * best)
 
-    def kept(beta: Float[Array, "K G T"]) -> Bool[Array, "K G T S"]:
-        return (weight >= jnp.exp(-scale * beta)[..., None]) & (weight > 0)
-
     def of_range(betas: list[Float[Array, "K G T"]], inside: bool) -> Float[Array, "n K G T"]:
         """The mass of the keys in each range, or of the others."""
 
@@ -176,7 +178,7 @@ def recover(
 
     if not exact:
         assert held is not None
-        read = jnp.exp(jnp.minimum(held(kept(beta)) - scale * best, _MOST))
+        read = jnp.exp(jnp.minimum(held(weights.within(beta, head_dim)) - scale * best, _MOST))
         spare = read * jnp.maximum(1 - target, 0.0) / target
         unread = of_range([beta], False)[0]
 
@@ -201,7 +203,7 @@ def recover(
         beta,
         jnp.where(whole > 0, read / whole, 1.0),
         jnp.log(unread) + scale * best,
-        kept(beta),
+        weights.within(beta, head_dim),
         weights,
     )
 

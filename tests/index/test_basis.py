@@ -14,7 +14,8 @@ from alaya_jax.cache.views import FEW_ROWS, KeyRange, Pages
 from alaya_jax.errors import ConfigError
 from alaya_jax.index import MISS, Sketch
 from alaya_jax.index import learnt as learning
-from alaya_jax.index.basis import BITS, Basis, Turned, share_out
+from alaya_jax.index.basis import BITS, QUANTIZERS, Basis, Turned, share_out
+from alaya_jax.index.codes import STEPS
 from alaya_jax.models import LlamaConfig
 
 K, D, Z, PAGES = 2, 64, 16, 12
@@ -141,6 +142,23 @@ def test_a_query_and_a_key_keep_their_product(rng, turned):
     there = np.einsum("ked,knd->kne", np.asarray(basis.queries, np.float64), q)
     u = np.einsum("ked,knd->kne", np.asarray(basis.keys, np.float64), r)
     np.testing.assert_allclose((there * u).sum(-1), (q * r).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_levels_are_those_of_least_error():
+    """The table, against a search on the normal density."""
+    x = np.linspace(-12, 12, 240_001)
+    density = np.exp(-(x**2) / 2)
+    density /= density.sum()
+    for bits, (step, stated) in enumerate(QUANTIZERS[1:], 1):
+        half = 2 ** (bits - 1)
+
+        def error(step, half=half):
+            cell = np.clip(np.floor(x / step), -half, half - 1)
+            return np.sum(density * (x - step * (cell + 0.5)) ** 2)
+
+        np.testing.assert_allclose(error(step), stated, rtol=1e-6)
+        assert stated < min(error(0.99 * step), error(1.01 * step))
+        assert bits not in STEPS or abs(STEPS[bits] - step) < 1e-4
 
 
 def test_bits_are_shared_out_to_the_least_total_error():

@@ -28,6 +28,10 @@ def moments(rng, scale=1.0):
     return Moments(product(), product(), product(), rng.standard_normal((L, K, D)))
 
 
+def digests(learnt):
+    return [layer.digest() for layer in learnt.layers]
+
+
 @pytest.fixture
 def learnt(rng):
     return Learnt.of([(moments(rng), LEAST_TOKENS)], FREQUENCIES, 512, "a model")
@@ -107,7 +111,7 @@ def test_a_file_is_what_was_learnt(learnt, tmp_path):
     learnt.save(place)
     again = Learnt.load(place)
     assert (again.fingerprint, again.length, again.tokens) == ("a model", 512, LEAST_TOKENS)
-    assert again.digest() == learnt.digest()
+    assert digests(again) == digests(learnt)
     for one, other in zip(learnt.layers, again.layers, strict=True):
         for name in ("rows", "spread", "offset", "grain"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -141,7 +145,7 @@ def test_the_users_own_is_found_first(learnt, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "_BROUGHT", tmp_path / "brought")
     assert learning.find("a model", None) is None
     learnt.save(tmp_path / "brought" / beside.file_name("basis", "a model", ".safetensors"))
-    assert learning.find("a model", None).digest() == learnt.digest()
+    assert digests(learning.find("a model", None)) == digests(learnt)
     assert learning.find("another", None) is None
     own = Learnt("a model", 99, LEAST_TOKENS, learnt.layers)
     assert learning.keep(own, tmp_path / "model").parent == tmp_path / "model"

@@ -199,7 +199,7 @@ def _scan(
     numbers = map(by_head, (asked.integers, asked.step, asked.of_spread, asked.of_scale))
     q, offset = batch.q[:, 0], None
     if index.basis is not None:
-        of_centre, of_all = index.ask_centre(_rows(batch).astype(jnp.float32))
+        of_centre, of_all = index.ask_centre(_rows(batch))
         offset = by_head(jnp.squeeze(of_all, -1))
         # In bfloat16 too the product with a power of two is exact; not in float16, whose range is
         # small.
@@ -223,14 +223,14 @@ def _scan(
 def _asked(batch: LayerQueries) -> RoundedQuery:
     """The queries in the form that a scan takes, [K, B * G]."""
     assert isinstance(batch.memory.index, SketchLayer)
-    return batch.memory.index.ask(_rows(batch).astype(jnp.float32), MISS)
+    return batch.memory.index.ask(_rows(batch), MISS)
 
 
 def _rows(batch: LayerQueries) -> Float[Array, "K BG D"]:
     b, _, _, dim = batch.q.shape
     kv_heads = batch.memory.k.shape[0]
     rows = batch.q[:, 0].reshape(b, kv_heads, -1, dim)
-    return jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim)
+    return jnp.moveaxis(rows, 1, 0).reshape(kv_heads, -1, dim).astype(jnp.float32)
 
 
 def _errors(
