@@ -21,9 +21,13 @@ MARGIN = 0.2
 BOUND = -math.log1p(-MARGIN)
 """Added to the log of an expected mass, for one that is seldom exceeded."""
 
+ALONE = 0.25
+"""Share of the mass that may be lost which a key that is not read may seem to hold, at most."""
+
 _PARTS = 8
 _LEAST = 2.0**-126  # of a weight: the least normal float32
 _MOST = 60.0  # of a weight's logarithm: sums of them stay finite
+_ABOVE_ALL = math.exp(_MOST)
 _HALVINGS = 14
 LOOK, FURTHER = 8, 8
 """Halvings for a first look at the keys, which need not be exact, and for a second."""
@@ -66,6 +70,25 @@ class Weights:
 
         return cls(lax.fori_loop(0, scan.estimate.shape[axis], weigh, scan.estimate), best)
 
+    def raised(
+        self, scan: Scan, mass: Float[Array, "K G T"], head_dim: int
+    ) -> "Weights":
+        """With keys that may weigh as much as `mass`, by their error bars, above all others."""
+        scale = head_dim**-0.5
+        axis = heads_axis(self.weight)
+
+        def raise_(head: Array, weights: Array) -> Array:
+            of_head = lax.dynamic_index_in_dim(weights, head, axis)
+            least = lax.dynamic_index_in_dim(mass, head, axis)[..., None]
+            # A weight is that of `likely`, so it may be too small by what is left of the error.
+            least *= jnp.exp(-scale * scan.above_likely(head, axis, head_dim))
+            may_be = (of_head >= least) & (of_head > 0)
+            new = jnp.where(may_be, _ABOVE_ALL, of_head)
+            return lax.dynamic_update_slice_in_dim(weights, new, head, axis)
+
+        heads = self.weight.shape[axis]
+        return Weights(lax.fori_loop(0, heads, raise_, self.weight), self.best)
+
     def within(self, beta: Float[Array, "K G T"], head_dim: int) -> Bool[Array, "K G T S"]:
         """The eligible keys of a weight of at least `exp(-beta / sqrt(D))`."""
         least = jnp.exp(-(head_dim**-0.5) * beta)[..., None]
@@ -84,7 +107,7 @@ class Recovered:
         keys, at most: what is expected with the margin on top of it; -inf where there are none.
       kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
         best's: `estimate >= best - beta`, but for what rounds to the same weight.
-      weights: of all keys.
+      weights: of all keys; above all others of those that are kept for their error bars.
     """
 
     beta: Float[Array, "K G T"]
@@ -116,10 +139,11 @@ def recover(
 
     Estimates cannot be taken at their word: the largest are those that err upwards, and of an
     unread key the true weight may be many times the estimated. So there are two looks. The first
-    keeps what seems to be enough, and `held` counts it exactly. The unread keys count with their
-    expected weight, and the second look goes on until what they hold is a small enough part of what
-    was counted: which it is then, since more is read than was counted. Where the estimates are
-    exact, or narrow, the first look is all.
+    keeps what seems to be enough, and every key that by its error bar may hold `ALONE` of what may
+    be lost: a sum of many errors is as expected, that of a few is not. `held` counts it exactly.
+    The unread keys count with their expected weight, and the second look goes on until what they
+    hold is a small enough part of what was counted: which it is then, since more is read than was
+    counted. Where the estimates are exact the first look is all.
 
     Args:
       scores: raw, -inf for keys that are not eligible (the window's); as an array, exact.
@@ -178,6 +202,9 @@ def recover(
 
     if not exact:
         assert held is not None
+        may_be_lost = jnp.maximum(1 - target, 0.0) * (window + total)
+        weights = weights.raised(scan, ALONE * may_be_lost, head_dim)
+        weight = weights.weight
         read = jnp.exp(jnp.minimum(held(weights.within(beta, head_dim)) - scale * best, _MOST))
         spare = read * jnp.maximum(1 - target, 0.0) / target
         unread = of_range([beta], False)[0]

@@ -69,15 +69,23 @@ class Scan:
         mean of a lognormal variable has it, or the error where that is less.
         """
 
+        estimate = lax.dynamic_index_in_dim(self.estimate, head, axis)
+        if self.exact:
+            return estimate
+        error = self._error_of(head, axis)
+        return estimate + half_variance(error, self.deviations, head_dim)
+
+    def above_likely(self, head: Array, axis: int, head_dim: int) -> Array:
+        """How far the true scores of that head may lie above `likely`, at most; not for exact ones."""
+        error = self._error_of(head, axis)
+        return error - half_variance(error, self.deviations, head_dim)
+
+    def _error_of(self, head: Array, axis: int) -> Array:
         def take(x: Array) -> Array:
             return lax.dynamic_index_in_dim(x, head, axis)
 
-        estimate = take(self.estimate)
-        if self.exact:
-            return estimate
         of_key = [take(x) if axis == 0 else x for x in self.of_key]
-        error = sum_of_products([take(x) for x in self.of_row], of_key)
-        return estimate + half_variance(error, self.deviations, head_dim)
+        return sum_of_products([take(x) for x in self.of_row], of_key)
 
 
 def sum_of_products(of_row: Iterable[Array], of_key: Iterable[Array]) -> Float[Array, "K G T S"]:

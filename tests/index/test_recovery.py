@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alaya_jax.index import recover
+from alaya_jax.index import Scan, recover
 
 DIM = 64
 compiled = jax.jit(recover, static_argnames="head_dim")
@@ -72,6 +72,32 @@ def test_no_key_at_all():
     found = compiled(jnp.full((1, 1, 2, 8), -jnp.inf), nothing, nothing, 0.9, DIM)
     assert not np.any(found.kept)
     np.testing.assert_array_equal(found.mass, 1.0)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_key_that_may_hold_much_is_read(heads, rng):
+    """One key in a thousand scores as much more as its error bar allows: the sum of what is
+    expected of all says nothing of it, and it holds more than may be lost.
+    """
+    rows = (heads, 3 - heads, 4)
+    scores = np.sqrt(DIM) * rng.standard_normal((*rows, 1000)).astype(np.float32)
+    scores[..., :8] += 12 * np.sqrt(DIM)  # the keys that are attended to
+    estimate, error = scores.copy(), np.float32(3 * np.sqrt(DIM))
+    scores[..., 500] = scores.max(-1) - 2 * np.sqrt(DIM)
+    estimate[..., 500] = scores[..., 500] - 0.99 * error
+
+    def held(kept):
+        return jax.nn.logsumexp(jnp.where(kept, scores, -jnp.inf) / np.sqrt(DIM), axis=-1)
+
+    of_row, of_key = jnp.ones(rows), jnp.full((heads, 1000), error)
+    scan = Scan(jnp.asarray(estimate), (of_row,), (of_key,), deviations=4.0)
+    nothing = jnp.full(rows, -jnp.inf)
+    kept = jax.jit(lambda: recover(scan, nothing, nothing, 0.95, DIM, held=held).kept)()
+    weights = np.exp((scores - scores.max(-1, keepdims=True)) / np.sqrt(DIM), dtype=np.float64)
+    mass = np.where(kept, weights, 0).sum(-1) / weights.sum(-1)
+    assert np.all(kept[..., 500])
+    assert np.all(mass >= 0.95)
+    assert np.mean(kept) < 0.02
 
 
 @pytest.mark.parametrize("recovery", [0.9, 0.95, 0.98])
