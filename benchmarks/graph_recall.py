@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 from planted import Planted
-from sketch_recall import stretched
+from sketch_recall import stretched, tokens_of
 
 import alaya_jax as aj
 from alaya_jax import cache
@@ -263,9 +263,7 @@ def real(options):
     model = aj.load("smollm2-135m", dtype="float32", progress=False)
     if options.yarn:
         model = stretched(model, options.yarn)
-    text = "\n\n".join((machine.ROOT / path).read_text() for path in TEXTS)
-    # Again from the start where the texts are too short.
-    tokens = np.resize(model.encode(text), max(lengths))
+    tokens = tokens_of(model, [machine.ROOT / path for path in TEXTS], max(lengths))
     k, q = prefill(model, tokens)
     kv_heads, group, _, dim = q[0].shape
     for n in lengths:

@@ -26,7 +26,18 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, WINDOW, asked, bases_of, prefill, sketched
+from sketch_recall import (
+    CHUNK,
+    PAGE,
+    QUERIES,
+    TEXTS,
+    WINDOW,
+    asked,
+    bases_of,
+    prefill,
+    sketched,
+    tokens_of,
+)
 
 import alaya_jax as aj
 from alaya_jax.attention import engine
@@ -146,10 +157,8 @@ def main() -> None:
         parser.error(f"--length: a multiple of {CHUNK}, at least {CHUNK * (LENGTHS + 2)}")
     model = aj.load(options.model, dtype="float32", progress=False)
     files = options.text or [machine.ROOT / path for path in TEXTS]
-    text = "\n\n".join(path.read_text() for path in files)
-    tokens = np.resize(model.encode(text), options.length)
     lengths = [options.length - CHUNK * i for i in range(LENGTHS)]
-    kv, queries = prefill(model, tokens, lengths)
+    kv, queries = prefill(model, tokens_of(model, files, options.length), lengths)
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
     print(
         json.dumps(

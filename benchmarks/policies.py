@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill, stretched
+from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill, stretched, tokens_of
 
 import alaya_jax as aj
 from alaya_jax import policies
@@ -191,8 +191,7 @@ def main() -> None:
     if options.yarn:
         model = stretched(model, options.yarn)
     config = model.config
-    text = model.encode("\n\n".join((machine.ROOT / path).read_text() for path in TEXTS))
-    tokens = np.resize(text, max(lengths))
+    tokens = tokens_of(model, [machine.ROOT / path for path in TEXTS], max(lengths))
     kv, queries = prefill(model, tokens, lengths)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:

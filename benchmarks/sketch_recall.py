@@ -98,6 +98,11 @@ def stretched(model, factor):
     return dataclasses.replace(model, config=config)
 
 
+def tokens_of(model, files, n):
+    """The first n tokens of texts, again from the start where they are too short."""
+    return np.resize(model.encode("\n\n".join(path.read_text() for path in files)), n)
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="kv")
 def chunk(params, kv, table, tokens, config):
     """One chunk of a prefill, and its last queries of every layer [L, K, G, QUERIES, D]."""
@@ -357,12 +362,9 @@ def main() -> None:
         if options.yarn:
             model = stretched(model, options.yarn)
         texts = [options.text] if options.text else [machine.ROOT / path for path in TEXTS]
-        text = "\n\n".join(path.read_text() for path in texts)
         if max(lengths) > model.length_limit:
             parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
-        # Again from the start where the texts are too short.
-        tokens = np.resize(model.encode(text), max(lengths))
-        kv, queries = prefill(model, tokens, lengths)
+        kv, queries = prefill(model, tokens_of(model, texts, max(lengths)), lengths)
         config, k = model.config, kv.k
         source = {"model": repr(model), "yarn": options.yarn, "texts": [x.name for x in texts]}
         if options.save_keys:
