@@ -1,5 +1,7 @@
 """A learnt basis in use: calibrated, found by a database, named in reports, everywhere the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from alaya_jax.index import Sketch
 from alaya_jax.index import learnt as learning
 from alaya_jax.models import llama
 from alaya_jax.models.rope import inverse_frequencies
+from alaya_jax.query.plan import SKETCH_FROM, plan_for
 
 WINDOW = aj.Window(8, 24)
 LEARNT = Sketch(2, "learnt")  # 16 channels: a word of 32 signs a key
@@ -153,6 +156,33 @@ def test_it_is_found_once_it_was_learnt_and_stays(
     first = answered(db, prompt, aj.Plan(RANGE, LEARNT))[:2]
     place.unlink()
     assert answered(db, prompt, aj.Plan(RANGE, LEARNT))[:2] == first
+
+
+@pytest.mark.usefixtures("known")
+def test_a_plan_without_an_index_takes_it(open_db, prompt, monkeypatch):
+    monkeypatch.setattr("alaya_jax.query.plan.SKETCH_FROM", 256)
+    ids, _, explained = answered(open_db(), prompt, aj.DIPR(recovery=0.9, window=WINDOW))
+    assert "learnt from 2,500" in explained.sketch
+    assert repr(LEARNT) in str(explained)
+    named = aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), LEARNT)
+    assert ids == answered(open_db(), prompt, named)[0]
+
+
+@pytest.mark.parametrize(
+    ("dim", "there", "expected"),
+    [
+        (16, True, LEARNT),
+        (16, False, Sketch()),
+        (8, True, Sketch()),
+        (128, True, LEARNT),
+    ],
+)
+def test_the_default_is_learnt_where_it_can_be(tiny_model, dim, there, expected):
+    config = dataclasses.replace(tiny_model.config, head_dim=dim)
+    query = aj.DIPR(beta=8.0)
+    assert plan_for(query, config, SKETCH_FROM, learnt=lambda: there).index == expected
+    assert plan_for(query, config, SKETCH_FROM).index == Sketch()
+    assert plan_for(query, config, SKETCH_FROM - 1, learnt=lambda: there).index == aj.Flat()
 
 
 def test_a_damaged_file_is_named(open_db, known, prompt):

@@ -70,9 +70,7 @@ class Weights:
 
         return cls(lax.fori_loop(0, scan.estimate.shape[axis], weigh, scan.estimate), best)
 
-    def raised(
-        self, scan: Scan, mass: Float[Array, "K G T"], head_dim: int
-    ) -> "Weights":
+    def raised(self, scan: Scan, mass: Float[Array, "K G T"], head_dim: int) -> "Weights":
         """With keys that may weigh as much as `mass`, by their error bars, above all others."""
         scale = head_dim**-0.5
         axis = heads_axis(self.weight)

@@ -68,7 +68,6 @@ class Scan:
         weights, for what the true ones are expected to be: with half the variance added, as the
         mean of a lognormal variable has it, or the error where that is less.
         """
-
         estimate = lax.dynamic_index_in_dim(self.estimate, head, axis)
         if self.exact:
             return estimate
@@ -76,7 +75,7 @@ class Scan:
         return estimate + half_variance(error, self.deviations, head_dim)
 
     def above_likely(self, head: Array, axis: int, head_dim: int) -> Array:
-        """How far the true scores of that head may lie above `likely`, at most; not for exact ones."""
+        """How far true scores of that head may lie above `likely`, at most; not of exact ones."""
         error = self._error_of(head, axis)
         return error - half_variance(error, self.deviations, head_dim)
 

@@ -356,6 +356,14 @@ class Sketch:
         """The one of as many bits, or half a bit more, that any model has."""
         return Sketch(math.ceil(self.bits))
 
+    @property
+    def _word(self) -> int:
+        return 32 if self.basis == "learnt" else 8
+
+    def fits(self, config: LlamaConfig) -> bool:
+        """Whether a key's codes fill whole words."""
+        return config.head_dim >= 4 and config.head_dim * self.bits % self._word == 0
+
     def create(
         self,
         config: LlamaConfig,
@@ -371,10 +379,8 @@ class Sketch:
           ConfigError: the codes of a key do not fill whole bytes.
         """
         del dtype
-        dim = config.head_dim
-        learnt = self.basis == "learnt"
-        word = 32 if learnt else 8
-        if dim * self.bits % word or dim < 4:
+        dim, word, learnt = config.head_dim, self._word, self.basis == "learnt"
+        if not self.fits(config):
             raise ConfigError(
                 f"{self!r}: {dim} channels (head_dim) do not fill words of {word} bits; use "
                 "Sketch(8)"

@@ -15,7 +15,7 @@ import numpy as np
 
 from alaya_jax import units
 from alaya_jax.errors import PlanError
-from alaya_jax.index import Flat, Graph, Sketch
+from alaya_jax.index import Flat, Graph
 from alaya_jax.index.recovery import MARGIN
 from alaya_jax.optimizer.calibration import SURE, Calibration, assumed
 from alaya_jax.optimizer.choice import LayerChoice, PlanChoice
@@ -108,11 +108,12 @@ def options(
     window = int(auto.window.sink) + int(auto.window.recent)
     if auto.recovery < 1 and work.length > window:
         query = DIPR(recovery=auto.recovery, window=auto.window)
-        for index in (Flat(), Sketch()):
+        for index in (Flat(), *work.sketches):
             plans[repr(index)] = Plan(query, index), kept
         if machine.page_scan is not None:
-            by_page = Plan(query, Sketch(), by="page", share="group")
-            plans[f"{Sketch()!r} by page"] = by_page, needed("page")
+            sketch = work.sketches[0]
+            by_page = Plan(query, sketch, by="page", share="group")
+            plans[f"{sketch!r} by page"] = by_page, needed("page")
         if auto.graph and work.graph and machine.walk is not None and calibration is not None:
             beta = calibration.beta_near(layer, auto.recovery)
             if beta is not None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from alaya_jax.cache.pool import PagePool
+from alaya_jax.index import Sketch, learnt
 from alaya_jax.models.config import LlamaConfig
 from alaya_jax.optimizer import calibration
 from alaya_jax.optimizer.choice import PlanChoice
@@ -18,7 +19,7 @@ from alaya_jax.optimizer.prefill import PrefillChoice, choose_prefill
 from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.plan import Plan
+from alaya_jax.query.plan import Plan, default_sketch
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.settings import under_own_settings
 
@@ -47,6 +48,7 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
         weight_bytes=weights - idle,
         idle_bytes=idle,
         graph=graph,
+        sketches=_sketches(batch.indexes.learnt is not None, model.config),
         graph_length=known,
         tensor=tensor,
         context=context,
@@ -119,11 +121,19 @@ def choose_before(
         batch,
         weight_bytes=weights - idle,
         idle_bytes=idle,
+        sketches=_sketches(learnt.find(fingerprint, directory) is not None, config),
         graph_length=covered,
     )
     found = calibration.find(fingerprint, directory)
     machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, None))
+
+
+def _sketches(learnt: bool, config: LlamaConfig) -> tuple[Sketch, ...]:
+    """The sketch that plans take by themselves, and a lighter one of its kind."""
+    usual = default_sketch(config, lambda: learnt)
+    lighter = dataclasses.replace(usual, bits=usual.bits / 2)
+    return (usual, lighter) if learnt and lighter.fits(config) else (usual,)
 
 
 def _machine(work: Workload, progress: bool) -> Machine:

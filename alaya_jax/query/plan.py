@@ -28,6 +28,11 @@ SKETCH_FROM = 4096
 (benchmarks/decode_attention.py).
 """
 
+LEARNT_SKETCH = Sketch(2, "learnt")
+"""The sketch of such a plan where there is a basis: one bit is enough for ranges and shares of the
+mass, and a bound of the output's error reads three times as many keys with it (docs/decisions.md).
+"""
+
 STATIC = {"static": True}
 
 Tier = Literal["device", "host"]
@@ -41,7 +46,8 @@ class Plan:
 
     Attributes:
       query: what is wanted.
-      index: what finds it; None chooses by length: `Flat()` for short contexts, else `Sketch()`.
+      index: what finds it; None chooses by length: `Flat()` for short contexts, else
+        `LEARNT_SKETCH`, where something was learnt of the model's keys, else `Sketch()`.
       by: "key", or "page": a page is kept whole, by its best key's score or, with `Block`, by its
         summary's. `TopK(k)` then keeps k / Z pages.
       share: "head": each query head has its own keys. "group": the heads of a kv head share one
@@ -172,7 +178,8 @@ def plan_for(
       config: of the model.
       length: tokens there will be; decides where a plan leaves the index open.
       learnt: says whether there is a learnt basis for sketches; without one, a plan that names it
-        gets the random one. Asked only by such a plan. None: what a plan names is taken as it is.
+        gets the random one. Asked only where a plan leaves the sketch open or names a learnt one.
+        None: what a plan names is taken as it is, and what it leaves open is random.
       choose: makes plans of an `Auto`: what it takes to know the machine (see `optimizer.choose`).
 
     Raises:
@@ -206,7 +213,8 @@ def plan_for(
         if asked.index is None:
             wants_sketch = asked.tail or length >= SKETCH_FROM
             wants_sketch = wants_sketch and not isinstance(query, Custom)
-            asked = dataclasses.replace(asked, index=Sketch() if wants_sketch else Flat())
+            found = default_sketch(config, learnt) if wants_sketch else Flat()
+            return dataclasses.replace(asked, index=found)
         index = asked.index
         if isinstance(index, Sketch) and index.basis == "learnt" and learnt and not learnt():
             asked = dataclasses.replace(asked, index=index.random())
@@ -220,6 +228,11 @@ def plan_for(
     if len(each) != layers:
         raise RequestError(f"attention: {len(each)} queries, and the model has {layers} layers")
     return tuple(map(one, each))
+
+
+def default_sketch(config: LlamaConfig, learnt: Callable[[], bool] | None) -> Sketch:
+    """The sketch of plans that name no index."""
+    return LEARNT_SKETCH if LEARNT_SKETCH.fits(config) and learnt and learnt() else Sketch()
 
 
 def of_layer(plans: Plans, layer: int) -> Plan:
@@ -261,11 +274,13 @@ def same_plans(one: Plans, other: Plans) -> bool:
 
 
 __all__ = [
+    "LEARNT_SKETCH",
     "SKETCH_FROM",
     "Attention",
     "Plan",
     "Plans",
     "Tier",
+    "default_sketch",
     "indexes_of",
     "of_layer",
     "plan_for",

@@ -419,6 +419,21 @@ def test_the_density_of_a_prefill():
     assert density(1.0, 8192) == 1.0
 
 
+def test_the_lighter_sketch_is_taken_for_its_memory(calibration):
+    usual, lighter = aj.Sketch(2, "learnt"), aj.Sketch(1, "learnt")
+    asked = work(100_000, sketches=(usual, lighter))
+    free = choose(aj.Auto(), asked, MACHINE, calibration)
+    assert usual in {plan.index for plan in free.plans}
+    assert lighter not in {plan.index for plan in free.plans}
+    token_bytes = usual.page_bytes(CONFIG, 16, asked.dtype) / 16
+    saved = asked.held * CONFIG.head_dim * CONFIG.num_key_value_heads / 8
+    taken = sum(plan.index == usual for plan in free.plans) * token_bytes * asked.held
+    room = int(asked.kv_bytes + taken - saved)
+    tight = choose(aj.Auto(), asked, MACHINE, calibration, room)
+    assert lighter in {plan.index for plan in tight.plans}
+    assert tight.seconds == free.seconds
+
+
 def test_what_auto_refuses():
     for bad in ({"tpot": 0}, {"recovery": 0}, {"recovery": 1.1}, {"device_memory": "much"}):
         with pytest.raises(RequestError, match=r"Auto\(" + next(iter(bad))):
