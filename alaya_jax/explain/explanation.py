@@ -13,6 +13,7 @@ from alaya_jax.explain.analysis import Analysis
 from alaya_jax.explain.dataframe import dataframe
 from alaya_jax.explain.reads import Reads, plan_fields
 from alaya_jax.optimizer.choice import PlanChoice
+from alaya_jax.optimizer.key_bytes import KeyBytes
 from alaya_jax.optimizer.prefill import PrefillChoice
 from alaya_jax.query.origin import Origin
 from alaya_jax.query.plan import of_layer
@@ -53,6 +54,7 @@ class Explanation:
         none are.
       placed: why.
       sketch: in which basis sketches round keys, where plans ask any.
+      key_bytes: of keys, values and what the plans' indexes keep of them, where they ask any.
     """
 
     tokens: list[int]
@@ -67,6 +69,7 @@ class Explanation:
     in_files: list[int] | None = None
     placed: str = ""
     sketch: str = ""
+    key_bytes: KeyBytes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -76,6 +79,7 @@ class Explanation:
             "in_files": self.in_files,
             "placed": self.placed or None,
             "sketch": self.sketch or None,
+            "bytes_a_key": self.key_bytes and self.key_bytes.to_dict(),
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -177,6 +181,8 @@ class Explanation:
             head += f" ({self.placed})" if self.placed else ""
         if self.sketch:
             head += f"\nsketches round keys in {self.sketch}"
+        if self.key_bytes is not None:
+            head += f"\n{self.key_bytes}"
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

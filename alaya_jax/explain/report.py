@@ -6,6 +6,7 @@ from alaya_jax.explain.analysis import WANTED, analyze
 from alaya_jax.explain.explanation import Explanation
 from alaya_jax.explain.reads import planned_rows
 from alaya_jax.index import Sketch
+from alaya_jax.optimizer.key_bytes import KeyBytes
 from alaya_jax.optimizer.prefill import PrefillChoice
 from alaya_jax.query.plan import Plans, indexes_of, same_plans
 from alaya_jax.runtime.batch import Batch
@@ -57,8 +58,14 @@ def report(
         analysis=analysis,
         in_files=in_files if any(in_files) else None,
         sketch=_sketch(batch, plans),
+        key_bytes=_key_bytes(batch, plans),
         placed=batch.placing.reason if any(in_files) else "",
     )
+
+
+def _key_bytes(batch: Batch, plans: Plans) -> KeyBytes | None:
+    found = KeyBytes.of(plans, batch.model.config, batch.pool.page_size, batch.pool.dtype)
+    return found if found.indexes else None
 
 
 def _sketch(batch: Batch, plans: Plans) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from alaya_jax import show, units
 from alaya_jax.index import Graph
 from alaya_jax.optimizer.cost import Cost, KeysKept, Machine, Workload, step_seconds
+from alaya_jax.optimizer.key_bytes import KeyBytes
 from alaya_jax.query import DIPR
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plan, Plans, same_plans
@@ -95,6 +96,12 @@ class PlanChoice:
         """Bytes of keys, values and indexes."""
         return self.work.kv_bytes + sum(layer.cost.memory for layer in self.layers)
 
+    @property
+    def key_bytes(self) -> KeyBytes:
+        """Of keys, values and the indexes that were chosen."""
+        work = self.work
+        return KeyBytes.of(self.plans, work.config, work.page_size, work.dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         auto = dataclasses.asdict(self.auto)
@@ -110,6 +117,7 @@ class PlanChoice:
                 "indexes": self.memory - self.work.kv_bytes,
                 "read_by_attention": sum(layer.cost.read for layer in self.layers),
             },
+            "bytes_a_key": self.key_bytes.to_dict(),
             "full_below": self.full_below,
             "basis": self.basis,
             "graph": self.graph,
@@ -147,6 +155,7 @@ class PlanChoice:
             f"{units.nbytes(self.work.weight_bytes + self.work.idle_bytes)}, keys and values "
             f"{units.nbytes(self.work.kv_bytes)}, indexes "
             f"{units.nbytes(self.memory - self.work.kv_bytes)}",
+            str(self.key_bytes),
             f"{below}; {self.basis}",
             *([self.graph] if self.graph else []),
             *([was_busy(self.machine)] if was_busy(self.machine) else []),
