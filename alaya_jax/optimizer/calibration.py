@@ -35,9 +35,10 @@ _PAGES = 2  # keys of the pages that are needed, over keys needed: 2.3 at 0.90, 
 _GROWTH = 0.3  # keys needed go with length to this power: from 4,096 to 8,192 tokens, 0.18 and 0.29
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """Keys outside the window that heads need, means over sampled queries.
+    """Keys outside the window that heads need, means over sampled queries. `str()` is a table,
+    which a notebook draws in its own way.
 
     Attributes:
       model, fingerprint: whose.
@@ -173,6 +174,15 @@ class Calibration:
             f"sketches: {self.learnt or f'no basis: that takes {LEAST_TOKENS:,} tokens of text'}",
         )
         return show.Table(f"keys that {self.model} needs", tuple(columns), rows, notes)
+
+    def __repr__(self) -> str:
+        return f"Calibration({self.model!r}, {self.lengths[-1]:,} keys, {self.recoveries})"
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; see `from_dict`."""

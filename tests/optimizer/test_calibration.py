@@ -138,6 +138,15 @@ def test_its_beta_keeps_the_recovery(calibrated, queries_and_keys):
     assert np.mean(np.array(held) >= 0.97) < 0.85, "it keeps more than it was asked to"
 
 
+def test_what_a_reader_sees(calibrated):
+    """Not its arrays, a million numbers of a large model."""
+    _, found = calibrated
+    assert len(repr(found)) < 100
+    assert f"{found.lengths[-1]:,}" in repr(found)
+    assert str(found) == str(found.table())
+    assert found._repr_html_() == found.table().to_html()
+
+
 def test_texts_that_are_too_short(tiny_model):
     with pytest.raises(RequestError, match=r"longest text has 100 tokens .* need 1,280"):
         aj.calibrate(tiny_model, [np.full(100, 5)])
