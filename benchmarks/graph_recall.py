@@ -38,8 +38,8 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import real_keys
 from planted import Planted
-from sketch_recall import stretched, tokens_of
 
 import alaya_jax as aj
 from alaya_jax import cache
@@ -54,7 +54,6 @@ from alaya_jax.models.llama import forward
 from alaya_jax.query import Full
 from alaya_jax.query.plan import Plan
 
-TEXTS = ("tests/data/declaration.txt", "alaya_jax/cli/data/constitution.txt", "LICENSE")
 CHUNK, SINK = 512, 128
 PAGE, ALPHA, CAPACITY, L0, TOP = 16, 0.0144, 4096, 8, 100
 LAYERS = (1, 4, 10, 16, 22, 28)
@@ -262,8 +261,8 @@ def real(options):
     lengths = [int(n) for n in options.lengths.split(",")]
     model = aj.load("smollm2-135m", dtype="float32", progress=False)
     if options.yarn:
-        model = stretched(model, options.yarn)
-    tokens = tokens_of(model, [machine.ROOT / path for path in TEXTS], max(lengths))
+        model = real_keys.stretched(model, options.yarn)
+    tokens = real_keys.tokens_of(model, real_keys.TEXTS, max(lengths))
     k, q = prefill(model, tokens)
     kv_heads, group, _, dim = q[0].shape
     for n in lengths:

@@ -30,21 +30,7 @@ from pathlib import Path
 import key_indexes
 import machine
 import numpy as np
-from sketch_recall import (
-    ALPHAS,
-    CHUNK,
-    PAGE,
-    QUERIES,
-    TEXTS,
-    WINDOW,
-    asked,
-    bases_of,
-    in_question,
-    prefill,
-    scans,
-    sketched,
-    tokens_of,
-)
+import real_keys as real
 
 import alaya_jax as aj
 from alaya_jax.models.rope import inverse_frequencies
@@ -74,11 +60,11 @@ class Asked:
 
     def __init__(self, k, q, n, frequencies, weight):
         self.pool, self.q, self.n = k, q, n
-        keys = np.asarray(k[:, 1 : n // PAGE + 1]).reshape(k.shape[0], n, k.shape[3])
+        keys = np.asarray(k[:, 1 : n // real.PAGE + 1]).reshape(k.shape[0], n, k.shape[3])
         self.layer = key_indexes.Layer(keys, frequencies, weight)
-        self.low, self.high = WINDOW[0], n - WINDOW[1]
+        self.low, self.high = real.WINDOW[0], n - real.WINDOW[1]
         self.true = key_indexes.dot(np.asarray(q), keys)
-        self.beta = float(-np.sqrt(k.shape[3]) * np.log(ALPHAS[0]))
+        self.beta = float(-np.sqrt(k.shape[3]) * np.log(real.ALPHAS[0]))
         inside = np.concatenate([self.true[..., : self.low], self.true[..., self.high :]], -1)
         self.seed = inside.max(-1)
         self.outside = self.true[..., self.low : self.high]
@@ -87,8 +73,8 @@ class Asked:
     def of_sketch(self, sketch):
         """Scores and the keys that the bound leaves, of those outside the window."""
         at = self.n, self.low, self.high
-        scores = np.asarray(scans(sketch, self.q, self.pool, *at)[2])
-        passes = np.asarray(in_question(sketch, self.q, self.pool, *at, self.beta, self.seed))
+        scores = np.asarray(real.scans(sketch, self.q, self.pool, *at)[2])
+        passes = np.asarray(real.in_question(sketch, self.q, self.pool, *at, self.beta, self.seed))
         return scores[..., self.low : self.high], passes[..., self.low : self.high]
 
     def of_other(self, index):
@@ -130,24 +116,24 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="in place of this repository's")
     parser.add_argument("--calibration", type=Path, default=machine.ROOT / CALIBRATION)
-    parser.add_argument("--length", type=int, default=8192, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--length", type=int, default=8192, help=f"a multiple of {real.CHUNK}")
     parser.add_argument("--every", type=int, default=3, help="of so many layers the first")
     parser.add_argument("--indexes", default=INDEXES)
     parser.add_argument("--json", action="store_true", help=f"also into {RESULTS.name}")
     options = parser.parse_args()
     n = options.length
-    if n % CHUNK or n <= sum(WINDOW):
-        parser.error(f"--length: a multiple of {CHUNK}, more than {sum(WINDOW)}")
+    if n % real.CHUNK or n <= sum(real.WINDOW):
+        parser.error(f"--length: a multiple of {real.CHUNK}, more than {sum(real.WINDOW)}")
     model = aj.load(options.model, dtype="float32", progress=False)
     if n > model.length_limit:
         parser.error(f"--length: {model!r} takes {model.length_limit:,} tokens")
-    files = [options.text] if options.text else [machine.ROOT / path for path in TEXTS]
-    kv, queries = prefill(model, tokens_of(model, files, n), [n])
+    files = [options.text] if options.text else real.TEXTS
+    kv, queries = real.prefill(model, real.tokens_of(model, files, n), [n])
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
     frequencies, _ = inverse_frequencies(model.config)
 
-    ends = range(CHUNK, CALIBRATED + 1, CHUNK)
-    other, ask = prefill(model, tokens_of(model, [options.calibration], CALIBRATED), ends)
+    ends = range(real.CHUNK, CALIBRATED + 1, real.CHUNK)
+    other, ask = real.prefill(model, real.tokens_of(model, [options.calibration], CALIBRATED), ends)
     layers = range(0, len(kv.k), options.every)
     data = []
     for i in layers:
@@ -170,10 +156,10 @@ def main() -> None:
             "calibration": options.calibration.name,
             "length": n,
             "layers": list(layers),
-            "queries": QUERIES,
-            "page_size": PAGE,
-            "window": WINDOW,
-            "alpha": ALPHAS[0],
+            "queries": real.QUERIES,
+            "page_size": real.PAGE,
+            "window": real.WINDOW,
+            "alpha": real.ALPHAS[0],
             **{key: facts[key] for key in ("time", "python", "commit", "versions")},
         }
     )
@@ -185,10 +171,12 @@ def main() -> None:
     table = {}
     for name in options.indexes.split(","):
         if name.rstrip("0123456789x.") in ("", "learnt"):
-            spec = asked(name)
-            size = spec.page_bytes(model.config, PAGE, np.float32) / heads / PAGE
-            bases = bases_of(spec, model, len(kv.k))
-            sketches = (sketched(spec, model.config, kv.k[i], kv.k[i], bases[i]) for i in layers)
+            spec = real.asked(name)
+            size = spec.page_bytes(model.config, real.PAGE, np.float32) / heads / real.PAGE
+            bases = real.bases_of(spec, model, len(kv.k))
+            sketches = (
+                real.sketched(spec, model.config, kv.k[i], kv.k[i], bases[i]) for i in layers
+            )
             found = (x.of_sketch(sketch) for x, sketch in zip(data, sketches, strict=True))
         else:
             spec = key_indexes.named(name)

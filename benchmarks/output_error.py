@@ -26,18 +26,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import (
-    CHUNK,
-    PAGE,
-    QUERIES,
-    TEXTS,
-    WINDOW,
-    asked,
-    bases_of,
-    prefill,
-    sketched,
-    tokens_of,
-)
+import real_keys as real
 
 import alaya_jax as aj
 from alaya_jax.attention import engine
@@ -56,7 +45,7 @@ def run(plan, q, k, v, index, n):
     """Outputs [T, H, D] of the last queries [K, G, T, D] of n tokens, and what was read."""
     heads = q.shape[0] * q.shape[1]
     table = PageTable(jnp.arange(1, k.shape[1])[None], jnp.full(1, n - q.shape[2], jnp.int32))
-    covered = jnp.full(1, (n - q.shape[2]) // PAGE * PAGE, jnp.int32)
+    covered = jnp.full(1, (n - q.shape[2]) // real.PAGE * real.PAGE, jnp.int32)
     rows = jnp.transpose(q, (2, 0, 1, 3)).reshape(1, q.shape[2], heads, -1)
     memory = LayerMemory(k, v, table, index, covered)
     out, counts = engine.attend(plan, rows, memory, jnp.full(1, q.shape[2], jnp.int32))
@@ -74,7 +63,7 @@ class Errors:
     def add(self, q, k, v, index):
         """One layer; q: queries by length."""
         found = {plan: [] for plan in self.plans}
-        outside = sum(WINDOW)
+        outside = sum(real.WINDOW)
         for n, query in q.items():
             full, _ = run(Plan(Full()), query, k, v, None, n)
             norm = np.linalg.norm(full, axis=-1)
@@ -132,7 +121,7 @@ def _round(x):
 
 def plans(errors, recoveries, spec):
     """Those with a recovery first."""
-    window = Window(*WINDOW)
+    window = Window(*real.WINDOW)
     queries = [DIPR(recovery=p, window=window) for p in recoveries]
     queries += [DIPR(error=e, window=window) for e in errors]
     return [Plan(query, spec, tail=True) for query in queries]
@@ -151,14 +140,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="a multiple of 512")
     parser.add_argument("--errors", type=numbers, default=ERRORS)
     parser.add_argument("--recoveries", type=numbers, default=RECOVERIES)
-    parser.add_argument("--bits", type=asked, default="4", help="such as 4 or learnt2")
+    parser.add_argument("--bits", type=real.asked, default="4", help="such as 4 or learnt2")
     options = parser.parse_args()
-    if options.length % CHUNK or options.length < CHUNK * (LENGTHS + 2):
-        parser.error(f"--length: a multiple of {CHUNK}, at least {CHUNK * (LENGTHS + 2)}")
+    if options.length % real.CHUNK or options.length < real.CHUNK * (LENGTHS + 2):
+        parser.error(f"--length: a multiple of {real.CHUNK}, at least {real.CHUNK * (LENGTHS + 2)}")
     model = aj.load(options.model, dtype="float32", progress=False)
-    files = options.text or [machine.ROOT / path for path in TEXTS]
-    lengths = [options.length - CHUNK * i for i in range(LENGTHS)]
-    kv, queries = prefill(model, tokens_of(model, files, options.length), lengths)
+    files = options.text or real.TEXTS
+    lengths = [options.length - real.CHUNK * i for i in range(LENGTHS)]
+    kv, queries = real.prefill(model, real.tokens_of(model, files, options.length), lengths)
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
     print(
         json.dumps(
@@ -167,9 +156,9 @@ def main() -> None:
                 "model": repr(model),
                 "texts": [path.name for path in files],
                 "length": options.length,
-                "window": WINDOW,
-                "page_size": PAGE,
-                "queries": QUERIES * LENGTHS,
+                "window": real.WINDOW,
+                "page_size": real.PAGE,
+                "queries": real.QUERIES * LENGTHS,
                 "factor": FACTOR,
                 **{key: facts[key] for key in ("time", "python", "commit", "versions")},
             }
@@ -178,9 +167,9 @@ def main() -> None:
     )
     spec = options.bits
     errors = Errors(plans(options.errors, options.recoveries, spec))
-    bases = bases_of(spec, model, len(kv.k))
+    bases = real.bases_of(spec, model, len(kv.k))
     for i, (k, v, basis) in enumerate(zip(kv.k, kv.v, bases, strict=True)):
-        sketch = sketched(spec, model.config, k, v, basis)
+        sketch = real.sketched(spec, model.config, k, v, basis)
         errors.add({n: q[i] for n, q in queries.items()}, k, v, sketch)
     for row in errors.results():
         print(json.dumps(row), flush=True)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
-from sketch_recall import CHUNK, PAGE, QUERIES, TEXTS, prefill, stretched, tokens_of
+import real_keys as real
 
 import alaya_jax as aj
 from alaya_jax import policies
@@ -50,9 +50,9 @@ class Layers:
 
     def __init__(self, config, kv, queries, n):
         self.config, self.kv, self.queries, self.n = config, kv, queries, n
-        self.ids = jnp.arange(1, n // PAGE + 1)
-        self.table = PageTable(self.ids[None], jnp.full(1, n - QUERIES, jnp.int32))
-        self.covered = (n - QUERIES) // PAGE * PAGE
+        self.ids = jnp.arange(1, n // real.PAGE + 1)
+        self.table = PageTable(self.ids[None], jnp.full(1, n - real.QUERIES, jnp.int32))
+        self.covered = (n - real.QUERIES) // real.PAGE * real.PAGE
         self.indexes = {}
 
     def index(self, plan, layer):
@@ -60,25 +60,29 @@ class Layers:
         if spec is None or isinstance(spec, Flat):
             return None
         if (spec, layer) not in self.indexes:
-            empty = spec.create(self.config, len(self.ids) + 1, PAGE, jnp.float32)
+            empty = spec.create(self.config, len(self.ids) + 1, real.PAGE, jnp.float32)
             self.indexes[spec, layer] = build(
-                empty, self.kv.k[layer], self.kv.v[layer], self.ids, jnp.full(len(self.ids), PAGE)
+                empty,
+                self.kv.k[layer],
+                self.kv.v[layer],
+                self.ids,
+                jnp.full(len(self.ids), real.PAGE),
             )
         return self.indexes[spec, layer]
 
     def attend(self, plan, layer):
         """Output [T, H, D], keys attended to [T, H]."""
         q = self.queries[layer]  # [K, G, T, D]
-        q = jnp.moveaxis(q, 2, 0).reshape(1, QUERIES, -1, q.shape[-1])
+        q = jnp.moveaxis(q, 2, 0).reshape(1, real.QUERIES, -1, q.shape[-1])
         index, covered = self.index(plan, layer), jnp.full(1, self.covered, jnp.int32)
         memory = LayerMemory(self.kv.k[layer], self.kv.v[layer], self.table, index, covered)
-        out, counts = engine.attend(plan, q, memory, jnp.full(1, QUERIES, jnp.int32))
+        out, counts = engine.attend(plan, q, memory, jnp.full(1, real.QUERIES, jnp.int32))
         return np.asarray(out[0]), np.asarray(counts.attended[0])
 
     def mass(self, plan, layer):
         """True share of the mass of the keys attended to, [T, H]."""
         q = self.queries[layer]
-        rows = jnp.moveaxis(q, 2, 0).reshape(QUERIES, -1, q.shape[-1])
+        rows = jnp.moveaxis(q, 2, 0).reshape(real.QUERIES, -1, q.shape[-1])
         pages = (self.kv.k[layer], self.kv.v[layer], self.ids, None)
         return np.stack(
             [
@@ -86,7 +90,7 @@ class Layers:
                     plan,
                     row,
                     pages,
-                    jnp.int32(self.n - QUERIES + 1 + i),
+                    jnp.int32(self.n - real.QUERIES + 1 + i),
                     self.index(plan, layer),
                     jnp.int32(self.covered),
                     jnp.float32(0.95),
@@ -127,7 +131,7 @@ def found_by_halving(layers, make, low, high, share, some):
 def configurations(layers, share):
     """Name -> plans that keep about that share."""
     config, count = layers.config, layers.config.num_hidden_layers
-    k = max(PAGE, round(share * layers.outside))
+    k = max(real.PAGE, round(share * layers.outside))
     some = list(range(count))
 
     def plans(attention):
@@ -182,17 +186,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--lengths", default="2048,4096,8192", help=f"multiples of {CHUNK}")
+    parser.add_argument("--lengths", default="2048,4096,8192", help=f"multiples of {real.CHUNK}")
     parser.add_argument("--keys", default="0.02,0.05,0.1", help="shares of the keys")
     parser.add_argument("--yarn", type=float, help="stretch RoPE by this factor")
     options = parser.parse_args()
     lengths = [int(n) for n in options.lengths.split(",")]
     model = aj.load(options.model, dtype="float32", progress=False)
     if options.yarn:
-        model = stretched(model, options.yarn)
+        model = real.stretched(model, options.yarn)
     config = model.config
-    tokens = tokens_of(model, [machine.ROOT / path for path in TEXTS], max(lengths))
-    kv, queries = prefill(model, tokens, lengths)
+    tokens = real.tokens_of(model, real.TEXTS, max(lengths))
+    kv, queries = real.prefill(model, tokens, lengths)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
 

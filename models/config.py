@@ -251,7 +251,12 @@ class LlamaConfig:
     @property
     def kv_width(self) -> int:
         """Numbers that the keys and values of one token are, all layers: 2 L K D."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return self.num_hidden_layers * self.layer_kv_width
+
+    @property
+    def layer_kv_width(self) -> int:
+        """Those of one layer: 2 K D."""
+        return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def max_length(self) -> int:

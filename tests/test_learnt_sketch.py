@@ -185,6 +185,12 @@ def test_the_default_is_learnt_where_it_can_be(tiny_model, dim, there, expected)
     assert plan_for(query, config, SKETCH_FROM - 1, learnt=lambda: there).index == aj.Flat()
 
 
+def test_bits_have_one_spelling():
+    """Names of indexes and of their files are made of it."""
+    assert repr(Sketch(2.0, "learnt")) == repr(LEARNT)
+    assert repr(Sketch(0.5, "learnt")) == "Sketch(bits=0.5, basis='learnt')"
+
+
 def test_a_damaged_file_is_named(open_db, known, prompt):
     """By plans that need it; others do without, and say so."""
     known.write_bytes(known.read_bytes()[:100])

@@ -54,7 +54,7 @@ class Explanation:
         none are.
       placed: why.
       sketch: in which basis sketches round keys, where plans ask any.
-      key_bytes: of keys, values and what the plans' indexes keep of them, where they ask any.
+      bytes_a_key: of keys, values and what the plans' indexes keep of them, where they ask any.
     """
 
     tokens: list[int]
@@ -69,7 +69,7 @@ class Explanation:
     in_files: list[int] | None = None
     placed: str = ""
     sketch: str = ""
-    key_bytes: KeyBytes | None = None
+    bytes_a_key: KeyBytes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,7 +79,7 @@ class Explanation:
             "in_files": self.in_files,
             "placed": self.placed or None,
             "sketch": self.sketch or None,
-            "bytes_a_key": self.key_bytes and self.key_bytes.to_dict(),
+            "bytes_a_key": self.bytes_a_key and self.bytes_a_key.to_dict(),
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -181,8 +181,8 @@ class Explanation:
             head += f" ({self.placed})" if self.placed else ""
         if self.sketch:
             head += f"\nsketches round keys in {self.sketch}"
-        if self.key_bytes is not None:
-            head += f"\n{self.key_bytes}"
+        if self.bytes_a_key is not None:
+            head += f"\n{self.bytes_a_key}"
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

@@ -58,12 +58,12 @@ def report(
         analysis=analysis,
         in_files=in_files if any(in_files) else None,
         sketch=_sketch(batch, plans),
-        key_bytes=_key_bytes(batch, plans),
+        bytes_a_key=_bytes_a_key(batch, plans),
         placed=batch.placing.reason if any(in_files) else "",
     )
 
 
-def _key_bytes(batch: Batch, plans: Plans) -> KeyBytes | None:
+def _bytes_a_key(batch: Batch, plans: Plans) -> KeyBytes | None:
     found = KeyBytes.of(plans, batch.model.config, batch.pool.page_size, batch.pool.dtype)
     return found if found.indexes else None
 

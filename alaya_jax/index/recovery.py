@@ -58,34 +58,27 @@ class Weights:
         scale = head_dim**-0.5
         best = jnp.where(jnp.isneginf(best), 0.0, best)  # no key at all
 
-        axis = heads_axis(scan.estimate)
-
-        def weigh(head: Array, scores: Array) -> Array:
+        def weigh(scores: Array, head: Array, axis: int) -> Array:
             of_head = dataclasses.replace(scan, estimate=scores).likely(head, axis, head_dim)
             top = lax.dynamic_index_in_dim(best, head, axis)
             log = jnp.minimum(scale * (of_head - top[..., None]), _MOST)
             # An eligible key's weight is never 0, so that it tells which keys are.
-            new = jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
-            return lax.dynamic_update_slice_in_dim(scores, new, head, axis)
+            return jnp.where(log > -jnp.inf, jnp.maximum(jnp.exp(log), _LEAST), 0.0)
 
-        return cls(lax.fori_loop(0, scan.estimate.shape[axis], weigh, scan.estimate), best)
+        return cls(_by_head(weigh, scan.estimate), best)
 
     def raised(self, scan: Scan, mass: Float[Array, "K G T"], head_dim: int) -> "Weights":
         """With keys that may weigh as much as `mass`, by their error bars, above all others."""
         scale = head_dim**-0.5
-        axis = heads_axis(self.weight)
 
-        def raise_(head: Array, weights: Array) -> Array:
+        def lift(weights: Array, head: Array, axis: int) -> Array:
             of_head = lax.dynamic_index_in_dim(weights, head, axis)
             least = lax.dynamic_index_in_dim(mass, head, axis)[..., None]
             # A weight is that of `likely`, so it may be too small by what is left of the error.
             least *= jnp.exp(-scale * scan.above_likely(head, axis, head_dim))
-            may_be = (of_head >= least) & (of_head > 0)
-            new = jnp.where(may_be, _ABOVE_ALL, of_head)
-            return lax.dynamic_update_slice_in_dim(weights, new, head, axis)
+            return jnp.where((of_head >= least) & (of_head > 0), _ABOVE_ALL, of_head)
 
-        heads = self.weight.shape[axis]
-        return Weights(lax.fori_loop(0, heads, raise_, self.weight), self.best)
+        return Weights(_by_head(lift, self.weight), self.best)
 
     def within(self, beta: Float[Array, "K G T"], head_dim: int) -> Bool[Array, "K G T S"]:
         """The eligible keys of a weight of at least `exp(-beta / sqrt(D))`."""
@@ -104,8 +97,9 @@ class Recovered:
       unread: float32 [K, G, T], log of the sum of exp(score / sqrt(D)) over the other eligible
         keys, at most: what is expected with the margin on top of it; -inf where there are none.
       kept: bool [K, G, T, S], eligible and of a weight of at least exp(-beta / sqrt(D)) of the
-        best's: `estimate >= best - beta`, but for what rounds to the same weight.
-      weights: of all keys; above all others of those that are kept for their error bars.
+        best's: `estimate >= best - beta`, but for what rounds to the same weight. And those that
+        are kept for their error bars.
+      weights: of all keys; of those that are kept for their error bars, above all others.
     """
 
     beta: Float[Array, "K G T"]
@@ -158,6 +152,7 @@ def recover(
     scan = scores if isinstance(scores, Scan) else Scan(scores)
     best = jnp.maximum(across(lax.pmax, jnp.max(scan.estimate, axis=-1), axis), seed)
     target = jnp.asarray(recovery + margin * (1 - recovery), jnp.float32)
+    lost = jnp.maximum(1 - target, 0.0)  # of the mass, at most
     exact = scan.exact or held is None
 
     weights = Weights.of(scan, best, head_dim)
@@ -200,11 +195,10 @@ def recover(
 
     if not exact:
         assert held is not None
-        may_be_lost = jnp.maximum(1 - target, 0.0) * (window + total)
-        weights = weights.raised(scan, ALONE * may_be_lost, head_dim)
+        weights = weights.raised(scan, ALONE * lost * (window + total), head_dim)
         weight = weights.weight
         read = jnp.exp(jnp.minimum(held(weights.within(beta, head_dim)) - scale * best, _MOST))
-        spare = read * jnp.maximum(1 - target, 0.0) / target
+        spare = read * lost / target
         unread = of_range([beta], False)[0]
 
         def further() -> tuple[Array, Array]:
@@ -278,6 +272,18 @@ def heads_axis(x: Float[Array, "K G ..."]) -> int:
     XLA takes a loop of one for none, and then does anew what the loop was to do once.
     """
     return 0 if x.shape[0] > 1 else 1
+
+
+def _by_head(
+    change: Callable[[Array, Array, int], Array], x: Float[Array, "K G T S"]
+) -> Float[Array, "K G T S"]:
+    """`change(x, head, axis)` in place of each head of x: of one head at a time, in its memory."""
+    axis = heads_axis(x)
+
+    def one(head: Array, x: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(x, change(x, head, axis), head, axis)
+
+    return lax.fori_loop(0, x.shape[axis], one, x)
 
 
 def _sum(weight: Float[Array, "K G T S"], term: Callable[[Array], Array]) -> Float[Array, "K G T"]:

@@ -347,6 +347,8 @@ class Sketch:
             )
         if isinstance(self.bits, bool) or self.bits not in allowed[self.basis]:
             raise ConfigError(f"{self!r}: use one of {sorted(allowed[self.basis])}")
+        # 2.0 is 2, in names and files too.
+        object.__setattr__(self, "bits", next(x for x in allowed[self.basis] if x == self.bits))
 
     def __repr__(self) -> str:
         basis = "" if self.basis == "random" else f", basis={self.basis!r}"

@@ -97,7 +97,7 @@ class PlanChoice:
         return self.work.kv_bytes + sum(layer.cost.memory for layer in self.layers)
 
     @property
-    def key_bytes(self) -> KeyBytes:
+    def bytes_a_key(self) -> KeyBytes:
         """Of keys, values and the indexes that were chosen."""
         work = self.work
         return KeyBytes.of(self.plans, work.config, work.page_size, work.dtype)
@@ -117,7 +117,7 @@ class PlanChoice:
                 "indexes": self.memory - self.work.kv_bytes,
                 "read_by_attention": sum(layer.cost.read for layer in self.layers),
             },
-            "bytes_a_key": self.key_bytes.to_dict(),
+            "bytes_a_key": self.bytes_a_key.to_dict(),
             "full_below": self.full_below,
             "basis": self.basis,
             "graph": self.graph,
@@ -155,7 +155,7 @@ class PlanChoice:
             f"{units.nbytes(self.work.weight_bytes + self.work.idle_bytes)}, keys and values "
             f"{units.nbytes(self.work.kv_bytes)}, indexes "
             f"{units.nbytes(self.memory - self.work.kv_bytes)}",
-            str(self.key_bytes),
+            str(self.bytes_a_key),
             f"{below}; {self.basis}",
             *([self.graph] if self.graph else []),
             *([was_busy(self.machine)] if was_busy(self.machine) else []),

@@ -55,8 +55,8 @@ class Workload:
       idle_bytes: of the rest of the model: an embedding of its own, of which a token reads a row.
       tensor, context: devices that heads and keys are split over.
       graph: how the graph of the sequences' stored contexts is built; None: they have none.
-      sketches: that may be asked, the one to prefer first.
       graph_length: keys that it covers, from the first on.
+      sketches: that may be asked, the one to prefer first.
     """
 
     config: LlamaConfig
@@ -70,8 +70,8 @@ class Workload:
     tensor: int = 1
     context: int = 1
     graph: Graph | None = None
-    sketches: tuple[Sketch, ...] = (Sketch(),)
     graph_length: int = 0
+    sketches: tuple[Sketch, ...] = (Sketch(),)
 
     @property
     def held(self) -> int:
@@ -83,8 +83,7 @@ class Workload:
     @property
     def key_bytes(self) -> int:
         """Of a key, or a value, of all kv heads of a layer."""
-        c = self.config
-        return c.num_key_value_heads * c.head_dim * np.dtype(self.dtype).itemsize
+        return self.config.layer_kv_width // 2 * np.dtype(self.dtype).itemsize
 
     @property
     def kv_bytes(self) -> int:
@@ -232,8 +231,8 @@ def _constants(
     """Of a retrieval: scan, select, gather and find."""
     bits = 0.0
     if isinstance(index, Sketch):
-        # On CPUs signs are counted in 0.7 to 0.9 of the time of 4 random bits, 1 or 2 of them: no
-        # more than the same is predicted, and so the lighter is taken for its memory alone.
+        # A CPU counts signs of 1 bit in 0.7 of the time of 4 random bits; of others that was not
+        # measured. All are taken for as dear, and so the lighter is chosen for its memory alone.
         bits = 1.0 if index.basis == "learnt" else index.bits / 4
     if not by_page:
         scan = machine.sketch * bits if bits else machine.flat

@@ -28,7 +28,7 @@ class KeyBytes:
     def of(cls, plans: Plans, config: LlamaConfig, page_size: int, dtype: Any) -> "KeyBytes":
         """Of what plans ask."""
         dtype = np.dtype(dtype)
-        kv = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        kv = config.layer_kv_width * dtype.itemsize
         asked = indexes_of(plans, config.num_hidden_layers)
         found = {
             repr(index): index.page_bytes(config, page_size, dtype) / page_size

@@ -19,7 +19,7 @@ from alaya_jax.optimizer.prefill import PrefillChoice, choose_prefill
 from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.plan import Plan, default_sketch
+from alaya_jax.query.plan import LEARNT_SKETCH, Plan, default_sketch
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.settings import under_own_settings
 
@@ -48,8 +48,8 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
         weight_bytes=weights - idle,
         idle_bytes=idle,
         graph=graph,
-        sketches=_sketches(batch.indexes.learnt is not None, model.config),
         graph_length=known,
+        sketches=_sketches(model.config, batch.indexes.learnt),
         tensor=tensor,
         context=context,
     )
@@ -121,19 +121,19 @@ def choose_before(
         batch,
         weight_bytes=weights - idle,
         idle_bytes=idle,
-        sketches=_sketches(learnt.find(fingerprint, directory) is not None, config),
         graph_length=covered,
+        sketches=_sketches(config, learnt.find(fingerprint, directory)),
     )
     found = calibration.find(fingerprint, directory)
     machine = _machine(work, progress=True)
     return choose(auto, work, machine, found, memory_beside(weights, None))
 
 
-def _sketches(learnt: bool, config: LlamaConfig) -> tuple[Sketch, ...]:
-    """The sketch that plans take by themselves, and a lighter one of its kind."""
-    usual = default_sketch(config, lambda: learnt)
+def _sketches(config: LlamaConfig, found: learnt.Learnt | None) -> tuple[Sketch, ...]:
+    """The sketch that plans take by themselves, and a lighter one if it is learnt."""
+    usual = default_sketch(config, lambda: found is not None)
     lighter = dataclasses.replace(usual, bits=usual.bits / 2)
-    return (usual, lighter) if learnt and lighter.fits(config) else (usual,)
+    return (usual, lighter) if usual == LEARNT_SKETCH and lighter.fits(config) else (usual,)
 
 
 def _machine(work: Workload, progress: bool) -> Machine:

@@ -73,7 +73,7 @@ def least(
       page_bytes: of a page in a layer; None: they are stored in `dtype`.
     """
     pages = sum(counts) if together is None else together
-    token = 2 * config.num_key_value_heads * config.head_dim * np.dtype(dtype).itemsize
+    token = config.layer_kv_width * np.dtype(dtype).itemsize
     page = page_size * token if page_bytes is None else page_bytes
 
     def read(plan: Plan) -> int:

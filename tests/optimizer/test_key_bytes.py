@@ -11,8 +11,6 @@ from alaya_jax.cache import PagedKV
 from alaya_jax.optimizer.key_bytes import KeyBytes
 
 PAGES = 4
-
-
 RANGE = aj.DIPR(beta=1.0)
 
 
