@@ -30,7 +30,7 @@ SKETCH_FROM = 4096
 
 LEARNT_SKETCH = Sketch(2, "learnt")
 """The sketch of such a plan where there is a basis: one bit is enough for ranges and shares of the
-mass, and a bound of the output's error reads three times as many keys with it (docs/decisions.md).
+mass, but a bound of the output's error reads 1.4 times as many keys with it (docs/decisions.md).
 """
 
 STATIC = {"static": True}
