@@ -244,8 +244,9 @@ def load(  # noqa: PLR0913 - its keywords are its settings
       path_or_name: an HF directory, a GGUF file, or a bundled name such as "smollm2-135m".
       mesh: where the parameters go, tensor by tensor; see `make_mesh`. Its axes are used as Auto.
       dtype: of all parameters; None keeps what is stored (see `checkpoint.read_checkpoint`).
-      quantize: "int8" or "int4" keeps the weights in that form: a different model from the dense
-        one, with stored contexts of its own.
+      quantize: "int8" or "int4" keeps the weights in that form, "stored" in the groups of 8 or 4
+        bits that a quantized GGUF file holds: less memory, and faster tokens on a CPU; a different
+        model from the dense one, with stored contexts of its own.
       rules: which axis goes where; default `ShardingRules()`.
       max_length: longest sequence to serve, tokens; default what the checkpoint declares, at most
         what its RoPE is stretched for (`LlamaConfig.longest`: more where the config keeps the

@@ -1,36 +1,62 @@
-"""Matrices kept in 8 or 4 bits, for hosts that have no room for more.
+"""Matrices kept in 8 or 4 bits, for hosts with little memory: a step reads fewer bytes, too.
 
-int8: symmetric, one float32 scale for each output channel (of the embedding: for each row). int4:
-symmetric, one bfloat16 scale for GROUP neighbours along the model dim E, two values a byte, which
-makes 4.5 bits a weight. Only weights are quantized; products are taken in the model's own type, one
-block after another, so that the dense matrix never exists as a whole.
+Weights are integers with a scale for each group of up to 32 neighbours along what a product sums
+over, as in the blocks of GGUF files, which are taken as they are. int8: symmetric, 8.5 bits a
+weight. int4: from the least to the largest of a group, two values a byte, 5 bits a weight.
 
-Every matrix of the model has the axis E, and by default no mesh splits it. So groups and blocks run
-along E: the other axes are sharded as those of the dense matrix are, and no group is cut.
+A product of a few rows is one of integers, whose cost follows the bytes: what the weights are
+multiplied with is rounded to 16 bits a group, which is as near as float32 sums are (8 bits would
+double the error of int8). More rows are multiplied by float32 parts. Derivatives, too.
+
+Every matrix of the model has the axis E, and by default no mesh splits it. So where a part of a
+matrix is dequantized at a time, the parts lie along E.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int16
 
 from alaya_jax.errors import ConfigError
 from alaya_jax.models.matrices import take_rows
 
-Scheme = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "stored"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+QUANTIZATION = "-2"
+"""Part of a quantized model's identity: a number that rises when the same files and the same scheme
+come to mean other values, since stored contexts of before are another model's then."""
 GROUP = 32
-"""Weights along E that share a scale in int4."""
-_BLOCK = 1 << 19  # bytes of a dequantized block, so that a core's cache holds it
+"""Most weights that share a scale."""
+_LEAST_GROUP = 8  # where a length has no such divisor, all of it is one group
+_FEW = 8  # rows up to which a product is taken in integers: more reuse what is dequantized
+_PART = 512  # most rows or columns along E that are dequantized at once
+_LARGEST = np.float32(32767)
+_SUMMED = 32  # XLA on CPUs stores the terms of a longer sum before it adds them
 _PASS = 1 << 24  # bytes of float32 quantized at once on the host
+_WIDE = jnp.float32
+
+
+class Blocks(NamedTuple):
+    """A matrix in groups on the host; what `quantize` makes, and GGUF files hold.
+
+    Attributes:
+      values: int8; or uint8, half as long along the grouped axis: of each group, the first half in
+        the low four bits and the second in the high.
+      scale: bfloat16 or float16, one a group.
+      offset: the same, or None: weights are `values * scale + offset`.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray | None
 
 
 @jax.tree_util.register_dataclass
@@ -39,17 +65,20 @@ class QuantizedMatrix:
     """A matrix in 8 or 4 bits; a `Matrix`, see `alaya_jax.models.matrices`.
 
     Attributes:
-      values: int8, of the shape of the matrix; or uint8, half as long along E: of each GROUP, the
-        first half in the low nibbles and the second in the high, both + 8.
-      scale: float32, of size 1 along every axis that is not an output; or bfloat16, 1/GROUP as long
-        along E.
+      values, scale, offset: see `Blocks`; axes that a product sums over come first, and groups lie
+        along the last of those. An embedding [V, E] lies as [E, V].
+      inputs: how many axes a product sums over.
       axis: which axis is E: the first, or the last.
-      compute: name of the type products are taken in.
+      embedding: whether it is one.
+      compute: name of the type that rows have, and parts are dequantized to.
     """
 
     values: Array
     scale: Array
+    offset: Array | None
+    inputs: int = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
+    embedding: bool = dataclasses.field(metadata={"static": True})
     compute: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -58,11 +87,21 @@ class QuantizedMatrix:
         return "int8" if self.values.dtype == jnp.int8 else "int4"
 
     @property
+    def laid(self) -> tuple[int, ...]:
+        """Shape as it lies, what is summed over first."""
+        shape = list(self.values.shape)
+        shape[self.inputs - 1] *= 1 if self.scheme == "int8" else 2
+        return tuple(shape)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix."""
-        shape = list(self.values.shape)
-        shape[self.axis] *= 1 if self.scheme == "int8" else 2
-        return tuple(shape)
+        return self.laid[::-1] if self.embedding else self.laid
+
+    @property
+    def group(self) -> int:
+        """How many weights share a scale."""
+        return self.laid[self.inputs - 1] // self.scale.shape[self.inputs - 1]
 
     @property
     def size(self) -> int:
@@ -71,114 +110,207 @@ class QuantizedMatrix:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type products are taken in."""
+        """Type of its rows."""
         return jnp.dtype(self.compute)
 
     def dense(self) -> Array:
         """The matrix; for tests, and whoever has the room."""
-        return _dense(self.values, self.scale, self.axis, self.dtype)
+        whole = self._dense(self.values, self.scale, self.offset)
+        return whole.T if self.embedding else whole
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
         """Rows of an embedding [V, E]."""
-        values, scale = (take_rows(x, ids) for x in (self.values, self.scale))
-        return _dense(values, scale, values.ndim - 1, self.dtype)
+        assert self.embedding
+        parts = (x if x is None else take_rows(x, ids, 1) for x in self._parts)
+        return jnp.moveaxis(self._dense(*parts), 0, -1)
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:
         """Contracts the last n axes of x with the first n of the matrix."""
-        kind = preferred_element_type or x.dtype
-        if self.axis == 0:  # E is summed over
-            product = functools.partial(jnp.tensordot, axes=1, preferred_element_type=_WIDE)
-            return self._sum(x, product).astype(kind)
-        parts = self._each(lambda block: jnp.tensordot(x, block, n, preferred_element_type=kind))
-        return jnp.moveaxis(parts, 0, -2).reshape(*x.shape[: x.ndim - n], self.shape[-1])
+        assert n == self.inputs
+        assert not self.embedding
+        return self._product(x).astype(preferred_element_type or x.dtype)
 
     def contract_last(self, x: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Contracts the last axis of x with the last of an embedding [V, E], in float32."""
+        assert self.embedding
+        return self._product(x)
 
-        def product(a: Array, b: Array) -> Array:
-            return jnp.einsum("...e,ve->...v", a, b, preferred_element_type=_WIDE)
+    def _product(self, x: Array) -> Array:
+        """Contracts the last `inputs` axes of x with the first ones; float32."""
+        lead = x.shape[: x.ndim - self.inputs]
+        groups = x.astype(_WIDE).reshape(math.prod(lead), -1, self.group)
+        return _contract(groups, self).reshape(*lead, *self.laid[self.inputs :])
 
-        return self._sum(x, product)
+    @property
+    def _parts(self) -> tuple[Array, Array, Array | None]:
+        return self.values, self.scale, self.offset
 
-    def _sum(self, x: Array, product: Callable[[Array, Array], Array]) -> Array:
-        """Sums, in float32, the products of the parts of x along E with the blocks."""
-        width = self.block_width
+    def _dense(self, values: Array, scale: Array, offset: Array | None) -> Array:
+        """Of these parts, in `dtype`; axes as theirs."""
+        at, size = self.inputs - 1, self.group
+        head, tail = scale.shape[:at], scale.shape[at + 1 :]
+        codes = values.reshape(*head, scale.shape[at], -1, *tail)
+        if self.scheme == "int4":
+            codes = jnp.concatenate([codes & 0xF, codes >> 4], at + 1)
+        wide = codes.astype(_WIDE) * jnp.expand_dims(_wide(scale), at + 1)
+        if offset is not None:
+            wide = wide + jnp.expand_dims(_wide(offset), at + 1)
+        return wide.reshape(*head, scale.shape[at] * size, *tail).astype(self.dtype)
+
+    @property
+    def part(self) -> int:
+        """Rows or columns along E that are dequantized at once."""
+        length = self.laid[self.axis]
+        unit = self.group if self.axis < self.inputs else 1
+        fits = [w for w in range(unit, length // 2 + 1, unit) if length % w == 0 and w <= _PART]
+        return max(fits, default=length)
+
+    def _slice(self, start: Any) -> Array:
+        """A part of the matrix, dense, as it lies."""
+        width, grouped = self.part, self.axis < self.inputs
+
+        def cut(x: Array | None) -> Array | None:
+            if x is None:
+                return None
+            each = self.laid[self.axis] // x.shape[self.axis] if grouped else 1
+            return lax.dynamic_slice_in_dim(x, start // each, width // each, self.axis)
+
+        return self._dense(*map(cut, self._parts))  # type: ignore[arg-type]
+
+
+@jax.custom_jvp
+def _contract(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
+    """Rows, in groups, times a matrix; float32."""
+    return _in_integers(x, matrix) if len(x) <= _FEW else _in_parts(x, matrix)
+
+
+@_contract.defjvp
+def _derivative(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    return _contract(*primals), jax.jvp(_in_parts, primals, tangents)[1]
+
+
+def _rounded(x: Float[Array, "R G g"]) -> tuple[Int16[Array, "R G g"], Float[Array, "R G"]]:
+    """To 16 bits: integers, and a scale for each group."""
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    inverse = jnp.where(largest > 0, _LARGEST / jnp.where(largest > 0, largest, 1), 0)
+    # A compiler that fused this into the product would round again for every column.
+    codes = lax.optimization_barrier(jnp.round(x * inverse[..., None]).astype(jnp.int16))
+    return codes, largest / _LARGEST
+
+
+def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
+    """Sums of integers in each group, and of the groups, scaled. One pass over the weights."""
+    codes, scale = _rounded(x)
+    groups, outputs = codes.shape[1], matrix.laid[matrix.inputs :]
+    values = matrix.values.reshape(1, groups, -1, math.prod(outputs))
+    wide = codes.astype(jnp.int32)
+    if matrix.scheme == "int8":
+        terms = wide[..., None] * values.astype(jnp.int32)
+    else:
+        low, high = jnp.split(wide[..., None], 2, axis=2)
+        terms = low * (values & 0xF).astype(jnp.int32) + high * (values >> 4).astype(jnp.int32)
+    # Sums of the groups are kept: a compiler that fused them into the next sum would store terms.
+    sums = lax.optimization_barrier(jnp.sum(terms, axis=2, dtype=jnp.int32))
+    total = sums.astype(_WIDE) * (scale[..., None] * _wide(matrix.scale).reshape(1, groups, -1))
+    if matrix.offset is not None:
+        summed = scale * jnp.sum(wide, axis=2, dtype=jnp.int32).astype(_WIDE)
+        total = total + summed[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
+    return _summed(total).reshape(-1, *outputs)
+
+
+def _summed(x: Float[Array, "R G N"]) -> Float[Array, "R N"]:
+    """Over the groups, a few at a time; see _SUMMED."""
+    groups = x.shape[1]
+    few = max(n for n in range(1, min(groups, _SUMMED) + 1) if groups % n == 0)
+    return jnp.sum(jnp.sum(x.reshape(x.shape[0], -1, few, x.shape[2]), axis=2), axis=1)
+
+
+def _in_parts(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
+    """By dense products with one part of the matrix after another; float32."""
+    width, length = matrix.part, matrix.laid[matrix.axis]
+    starts = jnp.arange(0, length, width)
+    rows = x.astype(matrix.dtype).reshape(len(x), *matrix.laid[: matrix.inputs])
+    product = functools.partial(
+        jnp.tensordot, axes=matrix.inputs, preferred_element_type=jnp.float32
+    )
+    if matrix.axis < matrix.inputs:
 
         @jax.checkpoint
         def add(total: Array, start: Array) -> tuple[Array, None]:
-            part = lax.dynamic_slice_in_dim(x, start, width, axis=-1)
-            return total + product(part, self._block(start, width)), None
+            some = lax.dynamic_slice_in_dim(rows, start, width, axis=1 + matrix.axis)
+            return total + product(some, matrix._slice(start)), None
 
-        first = product(lax.slice_in_dim(x, 0, width, axis=-1), self._block(0, width))
-        starts = jnp.arange(width, self.shape[self.axis], width)
-        return lax.scan(add, first, starts)[0] if len(starts) else first
+        none = jnp.zeros((len(x), *matrix.laid[matrix.inputs :]), _WIDE)
+        return lax.scan(add, none, starts)[0] if len(starts) > 1 else add(none, starts[0])[0]
 
-    def _each(self, product: Callable[[Array], Array]) -> Array:
-        """A product with each block, stacked in front."""
-        width = self.block_width
+    @jax.checkpoint
+    def one(start: Array) -> Array:
+        return product(rows, matrix._slice(start))
 
-        @jax.checkpoint
-        def one(start: Array) -> Array:
-            return product(self._block(start, width))
-
-        starts = jnp.arange(0, self.shape[self.axis], width)
-        return lax.map(one, starts) if len(starts) > 1 else one(starts[0])[None]
-
-    @property
-    def block_width(self) -> int:
-        """Columns or rows along E that are dequantized at once."""
-        length = self.shape[self.axis]
-        unit = 1 if self.scheme == "int8" else GROUP
-        fits = _BLOCK // max(1, 4 * self.size // length)
-        widths = [w for w in range(unit, length + 1, unit) if length % w == 0]
-        least = next((w for w in widths if w >= GROUP), length)
-        return max((w for w in widths if least <= w <= fits and 2 * w <= length), default=least)
-
-    def _block(self, start: Any, width: int) -> Array:
-        values, scale = self.values, self.scale
-        if self.scheme == "int8":
-            values = lax.dynamic_slice_in_dim(values, start, width, self.axis)
-            if scale.shape[self.axis] > 1:
-                scale = lax.dynamic_slice_in_dim(scale, start, width, self.axis)
-        else:
-            values = lax.dynamic_slice_in_dim(values, start // 2, width // 2, self.axis)
-            scale = lax.dynamic_slice_in_dim(scale, start // GROUP, width // GROUP, self.axis)
-        return _dense(values, scale, self.axis, self.dtype)
+    if len(starts) == 1:
+        return one(starts[0])
+    return jnp.moveaxis(lax.map(one, starts), 0, -2).reshape(len(x), *matrix.laid[matrix.inputs :])
 
 
-_WIDE = jnp.float32
+def _wide(x: Array) -> Array:
+    """bfloat16 or float16 as float32, exactly, by operations that every CPU has for vectors."""
+    if x.dtype != jnp.float16:
+        return x.astype(_WIDE)
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    size = lax.bitcast_convert_type((bits & 0x7FFF) << 13, _WIDE) * np.float32(2.0**112)
+    return jnp.where(bits >> 15 == 1, -size, size)
 
 
-def _dense(values: Array, scale: Array, axis: int, dtype: Any) -> Array:
-    if values.dtype == jnp.int8:
-        return (values.astype(_WIDE) * scale).astype(dtype)
-    head, tail = values.shape[:axis], values.shape[axis + 1 :]
-    pairs = values.reshape(*head, -1, GROUP // 2, *tail)
-    low, high = (pairs & 0xF).astype(jnp.int8), (pairs >> 4).astype(jnp.int8)
-    signed = jnp.concatenate([low, high], axis + 1) - 8
-    wide = signed.astype(_WIDE) * jnp.expand_dims(scale.astype(_WIDE), axis + 1)
-    return wide.reshape(*head, -1, *tail).astype(dtype)
+def group_of(length: int, even: bool = False) -> int:
+    """How many weights share a scale where a product sums over an axis of this length.
+
+    Args:
+      length: of the axis; of several, of the last.
+      even: whether two values share a byte.
+
+    Raises:
+      ConfigError: two cannot.
+    """
+    fits = [n for n in range(_LEAST_GROUP, GROUP + 1) if length % n == 0 and not (even and n % 2)]
+    if not fits and even:
+        raise ConfigError(
+            f"int4 keeps groups of {_LEAST_GROUP} to {GROUP} weights, an even number, and no such "
+            f"number divides {length}; use quantize='int8'"
+        )
+    return max(fits, default=length)
 
 
-def quantize(
-    matrix: np.ndarray, scheme: Scheme, axis: int, outputs: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values and scales of a matrix, on the host, in passes that take little memory.
+def quantize(matrix: np.ndarray, scheme: Literal["int8", "int4"], axis: int) -> Blocks:
+    """A matrix in groups along one axis, on the host, in passes that take little memory.
 
     Args:
       matrix: float32, float16 or bfloat16; any strides.
       scheme: "int8" or "int4".
-      axis: which axis is E: the first, or the last.
-      outputs: axes along which int8 has a scale for each position.
+      axis: that groups lie along.
 
     Returns:
-      what `QuantizedMatrix` takes, as numpy arrays.
+      the groups; axes as those of the matrix. Scales are bfloat16: its range is float32's.
 
     Raises:
-      ConfigError: E is no multiple of GROUP, which int4 needs.
+      ConfigError: the length of the axis does not suit int4.
       ValueError: some weights are infinite or not numbers.
     """
-    return _quantize_8(matrix, outputs) if scheme == "int8" else _quantize_4(matrix, axis)
+    last = np.moveaxis(matrix, axis, -1)
+    *lead, length = last.shape
+    size = group_of(length, even=scheme == "int4")
+    scale = np.empty([*lead, length // size], ml_dtypes.bfloat16)
+    four = scheme == "int4"
+    values = np.empty([*lead, length // 2] if four else last.shape, np.uint8 if four else np.int8)
+    offset = np.empty_like(scale) if four else None
+    for rows in _passes(last):
+        groups = _finite(last[rows]).reshape(*scale[rows].shape, size)
+        if offset is None:
+            codes, scale[rows] = _rounded_8(groups)
+        else:
+            codes, scale[rows], offset[rows] = _rounded_4(groups)
+        values[rows] = codes.reshape(values[rows].shape)
+    parts = (x if x is None else np.moveaxis(x, -1, axis) for x in (values, scale, offset))
+    return Blocks(*parts)  # type: ignore[arg-type]
 
 
 def check_scheme(scheme: Any) -> Scheme:
@@ -192,15 +324,20 @@ def check_scheme(scheme: Any) -> Scheme:
     return scheme
 
 
-def _passes(matrix: np.ndarray, unit: int) -> Iterator[slice]:
-    """Stretches of the first axis, multiples of `unit`."""
-    row = max(1, 4 * math.prod(matrix.shape[1:]))
-    step = max(1, _PASS // row // unit) * unit
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Values of 0 to 15 [..., group], two a byte: the first half low, the second high."""
+    low, high = np.split(codes.astype(np.uint8), 2, -1)
+    return low | (high << 4)
+
+
+def _passes(matrix: np.ndarray) -> Iterator[slice]:
+    """Stretches of the first axis."""
+    step = max(1, _PASS // max(1, 4 * math.prod(matrix.shape[1:])))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, min(start + step, matrix.shape[0]))
 
 
-def _wide(part: np.ndarray) -> np.ndarray:
+def _finite(part: np.ndarray) -> np.ndarray:
     wide = part.astype(np.float32)
     if bad := wide.size - int(np.count_nonzero(np.isfinite(wide))):
         raise ValueError(f"{bad:,} of its values are infinite or not a number")
@@ -213,49 +350,19 @@ def _inverse(scale: np.ndarray) -> np.ndarray:
     return np.divide(1, scale, where=~tiny, out=np.zeros_like(scale))
 
 
-def _quantize_8(matrix: np.ndarray, outputs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    summed = tuple(a for a in range(matrix.ndim) if a not in outputs)
-    shape = tuple(n if a in outputs else 1 for a, n in enumerate(matrix.shape))
-    largest = np.zeros(shape, np.float32)
-    for rows in _passes(matrix, 1):
-        part = np.abs(_wide(matrix[rows])).max(axis=summed, keepdims=True)
-        here = largest[rows] if 0 in outputs else largest
-        np.maximum(here, part, out=here)
-    scale = largest / np.float32(127)
-    inverse = _inverse(scale)
-    values = np.empty(matrix.shape, np.int8)
-    for rows in _passes(matrix, 1):
-        factor = inverse[rows] if 0 in outputs else inverse
-        values[rows] = np.rint(_wide(matrix[rows]) * factor).clip(-127, 127)
-    return values, scale
+def _rounded_8(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and scales of groups [..., group]."""
+    scale = (np.abs(groups).max(-1) / np.float32(127)).astype(ml_dtypes.bfloat16)
+    inverse = _inverse(scale.astype(np.float32))
+    return np.rint(groups * inverse[..., None]).clip(-127, 127).astype(np.int8), scale
 
 
-def _quantize_4(matrix: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    shape = list(matrix.shape)
-    if shape[axis] % GROUP:
-        raise ConfigError(
-            f"int4 keeps groups of {GROUP} weights along the model dim, and {shape[axis]} is no "
-            "multiple of that; use quantize='int8'"
-        )
-    head, tail = shape[:axis], shape[axis + 1 :]
-    values = np.empty([*head, shape[axis] // 2, *tail], np.uint8)
-    scale = np.empty([*head, shape[axis] // GROUP, *tail], ml_dtypes.bfloat16)
-    for rows in _passes(matrix, GROUP if axis == 0 else 1):
-        part = _wide(matrix[rows])
-        length = rows.stop - rows.start
-        groups = part.reshape(*([length, *head[1:]] if axis else []), -1, GROUP, *tail)
-        low, high = groups.min(axis + 1), groups.max(axis + 1)
-        # The farthest value gets -8, so that all 16 are used.
-        own = (np.where(high >= -low, high, low) / np.float32(-8)).astype(scale.dtype)
-        wide = own.astype(np.float32)
-        inverse = _inverse(wide)
-        codes = np.rint(groups * np.expand_dims(inverse, axis + 1)).clip(-8, 7) + 8
-        first, second = np.split(codes.astype(np.uint8), 2, axis + 1)
-        packed = first | (second << 4)
-        if axis == 0:
-            values[rows.start // 2 : rows.stop // 2] = packed.reshape(-1, *tail)
-            scale[rows.start // GROUP : rows.stop // GROUP] = own
-        else:
-            values[rows] = packed.reshape(length, *head[1:], -1)
-            scale[rows] = own
-    return values, scale
+def _rounded_4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed integers, scales and offsets of groups [..., group]."""
+    least, most = groups.min(-1), groups.max(-1)
+    offset = least.astype(ml_dtypes.bfloat16)
+    start = offset.astype(np.float32)
+    scale = ((most - start) / np.float32(15)).astype(ml_dtypes.bfloat16)
+    inverse = _inverse(scale.astype(np.float32))
+    codes = np.rint((groups - start[..., None]) * inverse[..., None]).clip(0, 15)
+    return packed(codes), scale, offset

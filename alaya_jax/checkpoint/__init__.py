@@ -35,7 +35,7 @@ from alaya_jax.checkpoint.params import Memory, load_params, match
 from alaya_jax.checkpoint.source import Source, StoredTensor, absolute
 from alaya_jax.errors import CheckpointError, ConfigError, RequestError
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.quantized import Scheme, check_scheme
+from alaya_jax.models.quantized import QUANTIZATION, Scheme, check_scheme
 from alaya_jax.models.tokenizer import Tokenizer
 from alaya_jax.pallas_kernels.dispatch import target_of
 from alaya_jax.settings import under_own_settings
@@ -111,7 +111,8 @@ def read_checkpoint(
         by tensor, for HF; for GGUF it is the type of the matrices (their norms are always stored as
         float32), and quantized types become float32 on CPU and bfloat16 on other devices.
       quantize: "int8" or "int4" keeps matrices and the embedding in that form from the moment each
-        is read; see `models.quantized`. That is another model, with a fingerprint of its own.
+        is read; "stored" in the groups of 8 or 4 bits that a quantized GGUF file holds them in. See
+        `models.quantized`. That is another model, with a fingerprint of its own.
       memory: "pinned_host" leaves the parameters in host memory that the devices can reach.
       progress: shows a progress bar on stderr when it is a terminal.
 
@@ -122,8 +123,8 @@ def read_checkpoint(
       TokenizerError: there is a tokenizer, and it is damaged.
     """
     cast = None if dtype is None else _check_dtype(dtype)
-    scheme = None if quantize is None else check_scheme(quantize)
     source = open_checkpoint(path_or_name)
+    scheme = _scheme_for(quantize, source)
     pairs = match(source)
     tokenizer = source.read_tokenizer()
     if cast is None:
@@ -163,9 +164,24 @@ def read_checkpoint(
         config=source.config,
         params=params,
         tokenizer=tokenizer,
-        fingerprint=identity if scheme is None else f"{identity}-{scheme}",
+        fingerprint=identity if scheme is None else f"{identity}-{scheme}{QUANTIZATION}",
         source=source.path,
     )
+
+
+def _scheme_for(quantize: Any, source: Source) -> Scheme | None:
+    """A scheme by name, where it suits what is loaded.
+
+    Raises:
+      ConfigError: it is not known, or wants what this checkpoint does not hold.
+    """
+    scheme = None if quantize is None else check_scheme(quantize)
+    if scheme == "stored" and not source.quantized:
+        raise ConfigError(
+            f"quantize='stored' keeps the groups of a quantized GGUF file, and {source.path} holds "
+            "none; quantize its weights now with 'int8' or 'int4', or leave quantize out"
+        )
+    return scheme
 
 
 load = read_checkpoint
@@ -327,12 +343,11 @@ def verify(
     """
     from alaya_jax.checkpoint.verification import compare  # imports flax, which takes a while
 
-    scheme = None if quantize is None else check_scheme(quantize)
-    if scheme is not None and not logits:
+    if quantize is not None and not logits:
         raise RequestError("quantize changes the logits alone; leave it out, or ask for logits")
-    return compare(
-        open_checkpoint(a), open_checkpoint(b), logits=logits, quantize=scheme, progress=progress
-    )
+    one, two = open_checkpoint(a), open_checkpoint(b)
+    scheme = _scheme_for(quantize, two)
+    return compare(one, two, logits=logits, quantize=scheme, progress=progress)
 
 
 @under_own_settings

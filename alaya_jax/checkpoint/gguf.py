@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as QuantType
 
+from alaya_jax.checkpoint import gguf_blocks
 from alaya_jax.checkpoint.gguf_config import ROPE_FREQS, read_config
 from alaya_jax.checkpoint.source import Source, StoredTensor
 from alaya_jax.errors import CheckpointError, ConfigError
+from alaya_jax.models.quantized import Blocks
 from alaya_jax.models.tokenizer import Tokenizer
 
 MAGIC = b"GGUF"
@@ -201,7 +203,15 @@ def _parse(path: Path, header: _Header, mapped: np.ndarray):
             )
         data = mapped[begin : begin + length]
         tensors[name] = StoredTensor(
-            name, shape, kind.name, _value_dtype(kind), path, data, _decode
+            name,
+            shape,
+            kind.name,
+            _value_dtype(kind),
+            path,
+            data,
+            _decode,
+            in_groups=kind not in _PLAIN,
+            decode_groups=_groups,
         )
     return metadata, tensors
 
@@ -229,3 +239,11 @@ def _decode(tensor: StoredTensor) -> np.ndarray:
     together = max(n for n in range(1, max(1, _LONG_ROW // width) + 1) if count % n == 0)
     rows = tensor.data.reshape(count // together, -1)
     return gguf.quants.dequantize(rows, kind).reshape(tensor.shape)
+
+
+def _groups(tensor: StoredTensor) -> Blocks | None:
+    assert tensor.data is not None
+    kind = QuantType[tensor.stored_dtype]
+    if not gguf_blocks.is_kept(kind):
+        return None
+    return gguf_blocks.groups(tensor.data, tensor.shape, kind, tensor.read)

@@ -138,10 +138,11 @@ def load_params(
 
     def load(pair: tuple[Entry, StoredTensor]) -> Any:
         entry, tensor = pair
-        view, dtype = entry.to_params(tensor.read(), fmt), dtype_of(tensor)
-        if quantize is not None and is_quantizable(entry):
-            value = quantized_kernel(entry, tensor, view, quantize, dtype, place)
+        dtype = dtype_of(tensor)
+        if quantize is not None and is_quantizable(entry, tensor, quantize):
+            value = quantized_kernel(entry, tensor, fmt, quantize, dtype, place)
         else:
+            view = entry.to_params(tensor.read(), fmt)
             where = sharding(entry.logical_axes, entry.shape)
             # Waiting keeps no more than this tensor's host buffers alive.
             value = _place(view, where, dtype).block_until_ready()

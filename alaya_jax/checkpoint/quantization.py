@@ -1,33 +1,38 @@
 """Weight quantization while loading: one matrix after another, straight to where it will live.
 
 With int4 the embedding and the head stay in int8: they are a small part of a large model, and the
-part whose errors the predictions show most (`benchmarks/quantized.py`: the KL of a 135M model falls
-from 0.61 to 0.48 nats).
+part whose errors the predictions show most (`benchmarks/quantized.py`). With "stored" a matrix
+keeps the groups that its file holds it in; one in groups of another kind becomes int8, and one
+that is not quantized stays as it is.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from alaya_jax.checkpoint.names import Entry
+from alaya_jax.checkpoint.names import Entry, Format
 from alaya_jax.checkpoint.source import StoredTensor
 from alaya_jax.errors import CheckpointError, ConfigError
-from alaya_jax.models.quantized import QuantizedMatrix, Scheme, quantize
+from alaya_jax.models.quantized import Blocks, QuantizedMatrix, Scheme, quantize
 
 Place = Callable[[np.ndarray, tuple[str | None, ...]], jax.Array]
 """Puts an array with these logical axes on its devices."""
 
 
-def is_quantizable(entry: Entry) -> bool:
-    """Whether a parameter is a matrix; norms and biases stay as they are."""
-    return entry.path[-1] in ("kernel", "embedding")
+def is_quantizable(entry: Entry, tensor: StoredTensor, scheme: Scheme | None) -> bool:
+    """Whether a parameter is kept in groups: a matrix is; norms and biases stay as they are."""
+    if scheme is None or entry.path[-1] not in ("kernel", "embedding"):
+        return False
+    return scheme != "stored" or tensor.in_groups
 
 
 def quantized_kernel(
     entry: Entry,
     tensor: StoredTensor,
-    view: np.ndarray,
+    fmt: Format,
     scheme: Scheme,
     compute: np.dtype,
     place: Place,
@@ -36,31 +41,67 @@ def quantized_kernel(
 
     Args:
       entry: which parameter it is.
-      tensor: where it was read.
-      view: its values, in the layout of the parameter.
+      tensor: where it is stored.
+      fmt: format of that file.
       scheme: how it is kept.
-      compute: type products are taken in.
-      place: lays an array out; the scales lie like the values, where they are as long.
+      compute: type of its rows.
+      place: lays an array out; scales lie like the values.
 
     Raises:
       CheckpointError: some weights are infinite or not numbers.
-      ConfigError: its shape does not suit the scheme.
+      ConfigError: its shape does not suit the scheme, or does not divide over the mesh.
     """
-    axis = entry.axes.index("E")
-    outputs = tuple(entry.axes.index(letter) for letter in entry.stored_axes[0])
-    if "V" in entry.axes:
-        scheme = "int8"
+    last = entry.stored_axes[-1][-1]
+    axis = entry.axes.index(last)
     try:
-        values, scale = quantize(view, scheme, axis, outputs)
+        blocks = _stored(entry, tensor, fmt, axis) if scheme == "stored" else None
+        if blocks is None:
+            bits = "int4" if scheme == "int4" and "V" not in entry.axes else "int8"
+            blocks = quantize(entry.to_params(tensor.read(), fmt), bits, axis)
+        embedding = entry.path[-1] == "embedding"
+        axes = entry.logical_axes
+        if embedding:
+            turned = (x if x is None else x.T for x in blocks)
+            blocks, axes = Blocks(*turned), axes[::-1]  # type: ignore[arg-type]
+        return QuantizedMatrix(
+            *(x if x is None else place(x, axes) for x in blocks),  # type: ignore[arg-type]
+            inputs=1 if embedding else axis + 1,
+            axis=0 if embedding else entry.axes.index("E"),
+            embedding=embedding,
+            compute=compute.name,
+        )
     except ValueError as error:
         raise CheckpointError(
             f"tensor {tensor.name!r} in {tensor.file.name} cannot be quantized: {error}; load it "
             "without quantize"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"tensor {tensor.name!r}: {error}") from error
-    axes = entry.logical_axes
-    short = tuple(a if n > 1 else None for a, n in zip(axes, scale.shape, strict=True))
-    return QuantizedMatrix(
-        values=place(values, axes), scale=place(scale, short), axis=axis, compute=compute.name
-    )
+        raise ConfigError(f"tensor {tensor.name!r}, in groups: {error}") from error
+
+
+def _stored(entry: Entry, tensor: StoredTensor, fmt: Format, axis: int) -> Blocks | None:
+    """The groups that a tensor is stored in, laid out as the parameter; None: of another kind, or
+    some lie across two positions of an axis.
+    """
+    blocks = tensor.groups()
+    if blocks is None:
+        return None
+    last = entry.axes[axis]
+    whole = entry.stored_shape[-1]
+
+    def laid(x: np.ndarray | None) -> Any:
+        if x is None:
+            return None
+        size, rest = divmod(entry.sizes[last] * x.shape[-1], whole)
+        if rest:
+            raise _Across
+        return dataclasses.replace(entry, sizes=entry.sizes | {last: size}).to_params(x, fmt)
+
+    try:
+        return Blocks(*map(laid, blocks))
+    except _Across:
+        return None
+
+
+class _Across(Exception):
+    """A group lies across two heads."""

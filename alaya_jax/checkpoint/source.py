@@ -15,6 +15,7 @@ from alaya_jax.checkpoint.names import Format
 from alaya_jax.checkpoint.order import Order
 from alaya_jax.errors import CheckpointError
 from alaya_jax.models.config import LlamaConfig
+from alaya_jax.models.quantized import Blocks
 from alaya_jax.models.tokenizer import Tokenizer
 
 _MAX_PROBLEMS = 20
@@ -33,6 +34,8 @@ class StoredTensor:
       data: its stored bytes, a uint8 view of the memory map; None where the format scatters them.
       decode: reads the values, of `dtype` and `shape`.
       array: the values where they lie on devices, when they are not on disk at all.
+      in_groups: whether it is quantized, as integers and scales.
+      decode_groups: reads those; None where there are none, or nothing reads them.
     """
 
     name: str
@@ -43,6 +46,12 @@ class StoredTensor:
     data: np.ndarray | None
     decode: Callable[["StoredTensor"], np.ndarray]
     array: jax.Array | None = None
+    in_groups: bool = False
+    decode_groups: Callable[["StoredTensor"], Blocks | None] | None = None
+
+    def groups(self) -> Blocks | None:
+        """Integers and scales, along the last axis; None where they cannot be had as they are."""
+        return self.decode_groups(self) if self.decode_groups is not None else None
 
     def read(self) -> np.ndarray:
         """The values; a view of the memory map where the type allows it."""

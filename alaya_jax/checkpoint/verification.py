@@ -261,7 +261,7 @@ def stream_logits(
     inverse, factor = rope.inverse_frequencies(config, len(tokens))
     rotary = rope.rotation(jnp.arange(len(tokens))[None], inverse, factor)
     embedding = weights["model.embed_tokens.weight"]
-    if quantize is None:
+    if not is_quantizable(embedding.entry, embedding.tensor, quantize):
         x = jnp.asarray(embedding.layout("orbax")[tokens][None].astype(np.float32))
         embedding.tensor.release()
     else:
@@ -275,7 +275,7 @@ def stream_logits(
     norm = {"scale": _leaf(layers["norm"][0], None)}
     x = RMSNorm(config.rms_norm_eps, jnp.float32).apply({"params": norm}, x)
     head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    if quantize is None:
+    if not is_quantizable(head.entry, head.tensor, quantize):
         hidden = np.asarray(x)[0]
         rows = blocks(head.layout("hf"), np.dtype(np.float32))
         logits = np.concatenate([hidden @ block.T for block in rows], axis=1)
@@ -313,17 +313,17 @@ def _leaf(weight: Weight, quantize: Scheme | None) -> Any:
     """A parameter on the device; waits until it is there, so that the host holds no second copy of
     the layer.
     """
-    view, wide = weight.layout("orbax"), np.dtype(np.float32)
-    if quantize is None or not is_quantizable(weight.entry):
-        leaf: Any = jnp.asarray(cast(view, wide))
+    entry, tensor, wide = weight.entry, weight.tensor, np.dtype(np.float32)
+    if quantize is None or not is_quantizable(entry, tensor, quantize):
+        leaf: Any = jnp.asarray(cast(weight.layout("orbax"), wide))
     else:
 
         def place(array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
             return jnp.asarray(array)
 
-        leaf = quantized_kernel(weight.entry, weight.tensor, view, quantize, wide, place)
+        leaf = quantized_kernel(entry, tensor, weight.format, quantize, wide, place)
     jax.block_until_ready(leaf)
-    weight.tensor.release()
+    tensor.release()
     return leaf
 
 

@@ -103,19 +103,20 @@ Stop = Annotated[
 
 
 class Quantization(enum.StrEnum):
-    """What weights can be quantized to."""
+    """What weights can be kept in."""
 
     INT8 = "int8"
     INT4 = "int4"
+    STORED = "stored"
 
 
 Quantize = Annotated[
     Quantization | None,
     typer.Option(
-        help="Keep the weights in 8 or 4 bits, for a host that has no room for more. It is slower "
-        "on a CPU, and another model, with contexts of its own; alaya verify MODEL --quantize int4 "
-        "shows how far off.",
-        show_default="as stored",
+        help="Keep the weights in 8 or 4 bits: less memory, and faster tokens on a CPU. stored: as "
+        "a quantized GGUF file has them. It is another model, with contexts of its own; alaya "
+        "verify MODEL --quantize int4 shows how far off.",
+        show_default="dense",
     ),
 ]
 _ROPES = "linear, dynamic, yarn or llama3, then :FACTOR[,ORIGINAL]"
