@@ -7,7 +7,6 @@ these methods answers them its own way, and must be a pytree, so that it passes 
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 
@@ -30,16 +29,18 @@ class Matrix(Protocol):
         ...
 
 
-def take_rows(table: Shaped[Array, "..."], ids: Int[Array, "..."], axis: int = 0) -> Array:
-    """Rows of a table by id; where a mesh splits the table along them, only rows travel.
+def take_rows(table: Shaped[Array, "V ..."], ids: Int[Array, "..."]) -> Array:
+    """Rows of a table by id; where a mesh splits the table along V, only rows travel."""
+    rows = jnp.take(table, at_least_two(ids), axis=0)[: ids.size]
+    return rows.reshape(*ids.shape, *table.shape[1:])
+
+
+def at_least_two(ids: Int[Array, "..."]) -> Int[Array, " n"]:
+    """The ids in a row; a single one twice, so that of a table that a mesh splits only rows travel.
 
     With a split table each device takes the rows that it holds, and zeros for the others, and the
     devices sum: that is how the partitioner answers a gather. But on GPUs a gather of a single row
     is first rewritten as a slice, and for a slice whose place is not known before run time the
-    whole table is sent around. So a single row is asked for twice.
+    whole table is sent around.
     """
-    if ids.size != 1:
-        return jnp.take(table, ids, axis=axis)
-    both = jnp.take(table, jnp.broadcast_to(ids.reshape(1), 2), axis=axis)
-    one = lax.index_in_dim(both, 0, axis, keepdims=False)
-    return one.reshape(*table.shape[:axis], *ids.shape, *table.shape[axis + 1 :])
+    return jnp.broadcast_to(ids.reshape(1), 2) if ids.size == 1 else ids.reshape(-1)

@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int16
 
 from alaya_jax.errors import ConfigError
-from alaya_jax.models.matrices import take_rows
+from alaya_jax.models.matrices import at_least_two
 
 Scheme = Literal["int8", "int4", "stored"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -36,6 +36,9 @@ come to mean other values, since stored contexts of before are another model's t
 GROUP = 32
 """Most weights that share a scale."""
 _LEAST_GROUP = 8  # where a length has no such divisor, all of it is one group
+_TILE = (
+    64  # most outputs of a tile; whole rows, 4,096 bytes apart, would share a cache line's place
+)
 _FEW = 8  # rows up to which a product is taken in integers: more reuse what is dequantized
 _PART = 512  # most rows or columns along E that are dequantized at once
 _LARGEST = np.float32(32767)
@@ -64,9 +67,14 @@ class Blocks(NamedTuple):
 class QuantizedMatrix:
     """A matrix in 8 or 4 bits; a `Matrix`, see `alaya_jax.models.matrices`.
 
+    Its axes lie with those that a product sums over first, and groups along the last of them: an
+    embedding [V, E] lies as [E, V]. A group's integers for a few neighbouring outputs, a tile, lie
+    together, so that a product reads memory from its begin to its end.
+
     Attributes:
-      values, scale, offset: see `Blocks`; axes that a product sums over come first, and groups lie
-        along the last of those. An embedding [V, E] lies as [E, V].
+      values: integers as in `Blocks`; of the axes in their order, groups in place of the last that
+        is summed over and tiles in place of the last, then [group, tile] behind all.
+      scale, offset: see `Blocks`.
       inputs: how many axes a product sums over.
       axis: which axis is E: the first, or the last.
       embedding: whether it is one.
@@ -87,21 +95,22 @@ class QuantizedMatrix:
         return "int8" if self.values.dtype == jnp.int8 else "int4"
 
     @property
+    def group(self) -> int:
+        """How many weights share a scale."""
+        return self.values.shape[-2] * (1 if self.scheme == "int8" else 2)
+
+    @property
     def laid(self) -> tuple[int, ...]:
         """Shape as it lies, what is summed over first."""
-        shape = list(self.values.shape)
-        shape[self.inputs - 1] *= 1 if self.scheme == "int8" else 2
+        *shape, _, tile = self.values.shape
+        shape[self.inputs - 1] *= self.group
+        shape[-1] *= tile
         return tuple(shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix."""
         return self.laid[::-1] if self.embedding else self.laid
-
-    @property
-    def group(self) -> int:
-        """How many weights share a scale."""
-        return self.laid[self.inputs - 1] // self.scale.shape[self.inputs - 1]
 
     @property
     def size(self) -> int:
@@ -121,8 +130,16 @@ class QuantizedMatrix:
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "... E"]:
         """Rows of an embedding [V, E]."""
         assert self.embedding
-        parts = (x if x is None else take_rows(x, ids, 1) for x in self._parts)
-        return jnp.moveaxis(self._dense(*parts), 0, -1)
+        tile = self.values.shape[-1]
+        some = at_least_two(ids)
+        scale, offset = (None if x is None else x[:, some].T for x in (self.scale, self.offset))
+        assert scale is not None
+        codes = self.values[:, some // tile, :, some % tile]  # [n, groups, group]
+        wide = self._whole(codes, -1) * _wide(scale)[..., None]
+        if offset is not None:
+            wide = wide + _wide(offset)[..., None]
+        rows = wide.reshape(len(some), -1)[: ids.size].astype(self.dtype)
+        return rows.reshape(*ids.shape, rows.shape[-1])
 
     def contract(self, x: Array, n: int, preferred_element_type: Any = None) -> Array:
         """Contracts the last n axes of x with the first n of the matrix."""
@@ -141,41 +158,43 @@ class QuantizedMatrix:
         groups = x.astype(_WIDE).reshape(math.prod(lead), -1, self.group)
         return _contract(groups, self).reshape(*lead, *self.laid[self.inputs :])
 
-    @property
-    def _parts(self) -> tuple[Array, Array, Array | None]:
-        return self.values, self.scale, self.offset
+    def _whole(self, values: Array, axis: int) -> Array:
+        """Integers as float32, one each; `axis` is that of a group."""
+        if self.scheme == "int4":
+            values = jnp.concatenate([values & 0xF, values >> 4], axis)
+        return values.astype(_WIDE)
 
     def _dense(self, values: Array, scale: Array, offset: Array | None) -> Array:
-        """Of these parts, in `dtype`; axes as theirs."""
-        at, size = self.inputs - 1, self.group
-        head, tail = scale.shape[:at], scale.shape[at + 1 :]
-        codes = values.reshape(*head, scale.shape[at], -1, *tail)
-        if self.scheme == "int4":
-            codes = jnp.concatenate([codes & 0xF, codes >> 4], at + 1)
-        wide = codes.astype(_WIDE) * jnp.expand_dims(_wide(scale), at + 1)
+        """Of these parts, in `dtype`, as they lie."""
+        at = self.inputs
+        wide = jnp.moveaxis(self._whole(values, -2), -2, at)  # [.. groups, group .. tiles, tile]
+        wide = wide.reshape(*scale.shape[:at], self.group, *scale.shape[at:])
+        wide = wide * jnp.expand_dims(_wide(scale), at)
         if offset is not None:
-            wide = wide + jnp.expand_dims(_wide(offset), at + 1)
-        return wide.reshape(*head, scale.shape[at] * size, *tail).astype(self.dtype)
+            wide = wide + jnp.expand_dims(_wide(offset), at)
+        *lead, groups = scale.shape[:at]
+        dense = wide.reshape(*lead, groups * self.group, *scale.shape[at:])
+        return dense.astype(self.dtype)
 
     @property
     def part(self) -> int:
         """Rows or columns along E that are dequantized at once."""
         length = self.laid[self.axis]
-        unit = self.group if self.axis < self.inputs else 1
+        unit = self.group if self.axis < self.inputs else self.values.shape[-1]
         fits = [w for w in range(unit, length // 2 + 1, unit) if length % w == 0 and w <= _PART]
         return max(fits, default=length)
 
     def _slice(self, start: Any) -> Array:
         """A part of the matrix, dense, as it lies."""
-        width, grouped = self.part, self.axis < self.inputs
+        length = self.laid[self.axis]
 
-        def cut(x: Array | None) -> Array | None:
+        def cut(x: Array | None) -> Any:
             if x is None:
                 return None
-            each = self.laid[self.axis] // x.shape[self.axis] if grouped else 1
-            return lax.dynamic_slice_in_dim(x, start // each, width // each, self.axis)
+            each = length // x.shape[self.axis]
+            return lax.dynamic_slice_in_dim(x, start // each, self.part // each, self.axis)
 
-        return self._dense(*map(cut, self._parts))  # type: ignore[arg-type]
+        return self._dense(cut(self.values), cut(self.scale), cut(self.offset))
 
 
 @jax.custom_jvp
@@ -202,16 +221,18 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
     """Sums of integers in each group, and of the groups, scaled. One pass over the weights."""
     codes, scale = _rounded(x)
     groups, outputs = codes.shape[1], matrix.laid[matrix.inputs :]
-    values = matrix.values.reshape(1, groups, -1, math.prod(outputs))
+    group, tile = matrix.values.shape[-2:]
+    values = matrix.values.reshape(1, groups, -1, group, tile)
     wide = codes.astype(jnp.int32)
     if matrix.scheme == "int8":
-        terms = wide[..., None] * values.astype(jnp.int32)
+        terms = wide[:, :, None, :, None] * values.astype(jnp.int32)
     else:
-        low, high = jnp.split(wide[..., None], 2, axis=2)
+        low, high = jnp.split(wide[:, :, None, :, None], 2, axis=3)
         terms = low * (values & 0xF).astype(jnp.int32) + high * (values >> 4).astype(jnp.int32)
     # Sums of the groups are kept: a compiler that fused them into the next sum would store terms.
-    sums = lax.optimization_barrier(jnp.sum(terms, axis=2, dtype=jnp.int32))
-    total = sums.astype(_WIDE) * (scale[..., None] * _wide(matrix.scale).reshape(1, groups, -1))
+    sums = lax.optimization_barrier(jnp.sum(terms, axis=3, dtype=jnp.int32))
+    sums = sums.reshape(len(codes), groups, -1).astype(_WIDE)
+    total = sums * (scale[..., None] * _wide(matrix.scale).reshape(1, groups, -1))
     if matrix.offset is not None:
         summed = scale * jnp.sum(wide, axis=2, dtype=jnp.int32).astype(_WIDE)
         total = total + summed[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
@@ -278,6 +299,20 @@ def group_of(length: int, even: bool = False) -> int:
             f"number divides {length}; use quantize='int8'"
         )
     return max(fits, default=length)
+
+
+def tiled(values: np.ndarray, groups: int, axis: int) -> np.ndarray:
+    """Integers as a `QuantizedMatrix` has them; a view.
+
+    Args:
+      values: of `Blocks`, axes that are summed over first.
+      groups: how many groups lie along the last of those.
+      axis: which that is.
+    """
+    *lead, last = values.shape[axis + 1 :]
+    tile = max(n for n in range(1, min(_TILE, last) + 1) if last % n == 0)
+    split = values.reshape(*values.shape[:axis], groups, -1, *lead, last // tile, tile)
+    return np.moveaxis(split, axis + 1, -2)
 
 
 def quantize(matrix: np.ndarray, scheme: Literal["int8", "int4"], axis: int) -> Blocks:

@@ -16,7 +16,7 @@ import numpy as np
 from alaya_jax.checkpoint.names import Entry, Format
 from alaya_jax.checkpoint.source import StoredTensor
 from alaya_jax.errors import CheckpointError, ConfigError
-from alaya_jax.models.quantized import Blocks, QuantizedMatrix, Scheme, quantize
+from alaya_jax.models.quantized import Blocks, QuantizedMatrix, Scheme, quantize, tiled
 
 Place = Callable[[np.ndarray, tuple[str | None, ...]], jax.Array]
 """Puts an array with these logical axes on its devices."""
@@ -62,10 +62,13 @@ def quantized_kernel(
         axes = entry.logical_axes
         if embedding:
             turned = (x if x is None else x.T for x in blocks)
-            blocks, axes = Blocks(*turned), axes[::-1]  # type: ignore[arg-type]
+            blocks, axes, axis = Blocks(*turned), axes[::-1], 0  # type: ignore[arg-type]
+        values = tiled(blocks.values, blocks.scale.shape[axis], axis)
         return QuantizedMatrix(
-            *(x if x is None else place(x, axes) for x in blocks),  # type: ignore[arg-type]
-            inputs=1 if embedding else axis + 1,
+            values=place(values, (*axes, None, None)),
+            scale=place(blocks.scale, axes),
+            offset=None if blocks.offset is None else place(blocks.offset, axes),
+            inputs=axis + 1,
             axis=0 if embedding else entry.axes.index("E"),
             embedding=embedding,
             compute=compute.name,
