@@ -228,7 +228,8 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
         terms = wide[:, :, None, :, None] * values.astype(jnp.int32)
     else:
         low, high = jnp.split(wide[:, :, None, :, None], 2, axis=3)
-        terms = low * (values & 0xF).astype(jnp.int32) + high * (values >> 4).astype(jnp.int32)
+        # A byte is b = 16 h + l, and low l + high h = low b + (high - 16 low) h.
+        terms = low * values.astype(jnp.int32) + (high - 16 * low) * (values >> 4).astype(jnp.int32)
     # Sums of the groups are kept: a compiler that fused them into the next sum would store terms.
     sums = lax.optimization_barrier(jnp.sum(terms, axis=3, dtype=jnp.int32))
     sums = sums.reshape(len(codes), groups, -1).astype(_WIDE)
@@ -236,6 +237,8 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
     if matrix.offset is not None:
         summed = scale * jnp.sum(wide, axis=2, dtype=jnp.int32).astype(_WIDE)
         total = total + summed[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
+    # What was not finite has no integers. (A sum of products alone is taken apart by XLA on CPUs.)
+    total = jnp.where(jnp.isfinite(scale)[..., None], total, np.float32(np.nan))
     return _summed(total).reshape(-1, *outputs)
 
 
