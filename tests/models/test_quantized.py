@@ -269,7 +269,9 @@ def test_derivatives_are_those_of_the_dense_matrix(rng, case, scheme, rows):
     n = kernel.inputs
     x, v = rng.standard_normal((2, rows, *laid.shape[:n]), np.float32)
     g = rng.standard_normal((rows, *laid.shape[n:]), np.float32)
-    back = np.tensordot(g.astype(np.float64), laid, [list(range(1, g.ndim)), list(range(n, laid.ndim))])
+    back = np.tensordot(
+        g.astype(np.float64), laid, [list(range(1, g.ndim)), list(range(n, laid.ndim))]
+    )
 
     def reverse(x, kernel):
         return jax.vjp(lambda x: product(kernel, x), x)[1](g)[0]
