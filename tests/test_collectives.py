@@ -91,7 +91,7 @@ def test_no_lookup_in_the_vocabulary_is_of_a_single_row(kept):
     config = dataclasses.replace(config, num_hidden_layers=1, vocab_size=1009)
     params = jax.tree.map(lambda x: x, llama.abstract_params(config))
     if kept == "int8":
-        values = jax.ShapeDtypeStruct((config.hidden_size, 1009), jnp.int8)
+        values = jax.ShapeDtypeStruct((config.hidden_size // 32, 1009, 32, 1), jnp.int8)
         scale = jax.ShapeDtypeStruct((config.hidden_size // 32, 1009), jnp.bfloat16)
         kept = QuantizedMatrix(values, scale, None, 1, 0, True, "float32")
         params["embed"]["embedding"] = kept

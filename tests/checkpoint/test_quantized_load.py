@@ -16,7 +16,7 @@ from alaya_jax.checkpoint.verification import stream_logits
 from alaya_jax.checkpoint.weights import Weight
 from alaya_jax.errors import CheckpointError, ConfigError
 from alaya_jax.models import llama
-from alaya_jax.models.quantized import QuantizedMatrix, quantize
+from alaya_jax.models.quantized import QuantizedMatrix, quantize, tiled
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16, "hidden_size": 64}
 TOKENS = np.arange(24)[None] % 48
@@ -85,7 +85,7 @@ def test_same_logits_as_its_dense_values(hf, scheme, tied):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_on_a_mesh(hf, scheme):
-    source = hf(intermediate_size=128)
+    source = hf(intermediate_size=256, vocab_size=256)
     alone = read(source, quantize=scheme)
     mesh = aj.make_mesh(data=2, tensor=4)
     spread = read(source, quantize=scheme, mesh=mesh)
@@ -101,15 +101,15 @@ def test_on_a_mesh(hf, scheme):
     def parts(kernel):
         return [x.addressable_shards[0].data.shape for x in jax.tree.leaves(kernel)]
 
-    halves, both = (1, 1) if scheme == "int8" else (2, 2)
-    assert parts(q) == [(64 // halves, 2, 16), *[(2, 2, 16)] * both]
-    assert parts(o) == [(2, 16 // halves, 64), *[(2, 1, 64)] * both]
-    assert parts(down) == [(32 // halves, 64), *[(1, 64)] * both]
-    assert parts(embedding) == [(64, 12), (2, 12)]
+    size, both = (32, 1) if scheme == "int8" else (16, 2)
+    assert parts(q) == [(2, 2, 1, size, 16), *[(2, 2, 16)] * both]
+    assert parts(o) == [(2, 1, 1, size // 2, 64), *[(2, 1, 64)] * both]
+    assert parts(down) == [(2, 1, size, 64), *[(2, 64)] * both]
+    assert parts(embedding) == [(2, 1, 32, 64), (2, 64)]
     np.testing.assert_allclose(
         forward(spread, spread.params), forward(alone, alone.params), atol=2e-5
     )
-    with pytest.raises(ConfigError, match="'vocab' of size 48"):
+    with pytest.raises(ConfigError, match="'vocab' of size 4"):
         read(source, quantize=scheme, mesh=aj.make_mesh(tensor=5))
 
 
@@ -133,7 +133,7 @@ def test_the_matrix_that_was_stored_is_quantized(hf):
     down = found.params["layers_1"]["mlp"]["down"]["kernel"]
     stored = tensors["model.layers.1.mlp.down_proj.weight"]
     values, scale, offset = quantize(stored.T.astype(np.float32), "int4", 0)
-    np.testing.assert_array_equal(down.values, values)
+    np.testing.assert_array_equal(down.values, tiled(values, len(scale), 0))
     np.testing.assert_array_equal(np.asarray(down.scale), scale)
     np.testing.assert_array_equal(np.asarray(down.offset), offset)
     assert down.dtype == found.params["embed"]["embedding"].dtype == jnp.bfloat16

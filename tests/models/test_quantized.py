@@ -1,5 +1,7 @@
 """Quantized matrices against numpy in float64, unpacked here by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +14,14 @@ from jax import lax
 from alaya_jax.errors import ConfigError
 from alaya_jax.models import quantized
 from alaya_jax.models.matrices import Matrix
-from alaya_jax.models.quantized import QuantizedMatrix, check_scheme, group_of, packed, quantize
+from alaya_jax.models.quantized import (
+    QuantizedMatrix,
+    check_scheme,
+    group_of,
+    packed,
+    quantize,
+    tiled,
+)
 
 # shape, how many axes are summed over (groups lie along the last of those), which axis is E, group
 CASES = {
@@ -26,8 +35,12 @@ SCHEMES = ("int8", "int4")
 
 def make(matrix, scheme, inputs=1, axis=0, compute="float32", embedding=False):
     laid = matrix.T if embedding else matrix
-    blocks = quantize(laid, scheme, inputs - 1)
-    parts = (x if x is None else jnp.asarray(x) for x in blocks)
+    return placed(*quantize(laid, scheme, inputs - 1), inputs, axis, embedding, compute)
+
+
+def placed(values, scale, offset, inputs=1, axis=0, embedding=False, compute="float32"):
+    parts = (tiled(values, scale.shape[inputs - 1], inputs - 1), scale, offset)
+    parts = (x if x is None else jnp.asarray(x) for x in parts)
     return QuantizedMatrix(*parts, inputs, axis, embedding, compute)
 
 
@@ -41,17 +54,20 @@ def random(rng, case, scheme, compute="float32"):
 
 def pieces(kernel):
     """Integers, scale and offset of every weight, float64, as the matrix lies."""
-    at = kernel.inputs - 1
-    scale = np.moveaxis(np.asarray(kernel.scale).astype(np.float64), at, -1)
-    values = np.moveaxis(np.asarray(kernel.values), at, -1).reshape(*scale.shape, -1)
-    if kernel.values.dtype == np.uint8:
-        values = np.concatenate([values % 16, values // 16], -1)
+    at = kernel.inputs  # of what is behind the groups
+    scale = np.asarray(kernel.scale).astype(np.float64)
+    values = np.moveaxis(np.asarray(kernel.values), -2, at)
+    if values.dtype == np.uint8:
+        values = np.concatenate([values % 16, values // 16], at)
+    # Tiles join the last axis.
+    values = values.reshape(*values.shape[:-2], -1)
     offset = np.zeros_like(scale)
     if kernel.offset is not None:
-        offset = np.moveaxis(np.asarray(kernel.offset).astype(np.float64), at, -1)
-    whole = (values, *(np.repeat(x[..., None], values.shape[-1], -1) for x in (scale, offset)))
-    lead = scale.shape[:-1]
-    return [np.moveaxis(x.astype(np.float64).reshape(*lead, -1), -1, at) for x in whole]
+        offset = np.asarray(kernel.offset).astype(np.float64)
+    size = values.shape[at]
+    whole = [values, *(np.repeat(np.expand_dims(x, at), size, at) for x in (scale, offset))]
+    laid = (*scale.shape[: at - 1], scale.shape[at - 1] * size, *scale.shape[at:])
+    return [x.astype(np.float64).reshape(laid) for x in whole]
 
 
 def unpacked(kernel):
@@ -152,8 +168,7 @@ def own_blocks(rng, scale_type, offset, bits, shape=(64, 24), group=16):
     else:
         values = rng.integers(0, 256, (shape[0] // 2, shape[1])).astype(np.uint8)
     least = rng.standard_normal(groups).astype(scale_type) if offset else None
-    parts = (x if x is None else jnp.asarray(x) for x in (values, scale, least))
-    return QuantizedMatrix(*parts, 1, 0, False, "float32")
+    return placed(values, scale, least)
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -172,9 +187,7 @@ def test_float16_scales_are_exact():
     """Each that is finite: subnormal, negative, zero."""
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)]
-    scale = jnp.asarray(every[None])
-    values = jnp.ones((16, every.size), jnp.int8)
-    kernel = QuantizedMatrix(values, scale, None, 1, 0, False, "float32")
+    kernel = placed(np.ones((16, every.size), np.int8), every[None], None)
     want = every.astype(np.float32)
     np.testing.assert_array_equal(jax.jit(QuantizedMatrix.dense)(kernel)[0], want)
     for rows in (1, 9):
@@ -194,8 +207,7 @@ def test_integers_do_not_overflow(length, rows):
     for x in (signs, np.ones(length, np.float32)):
         many = np.repeat(x[None] * 7, rows, 0)
         assert_product(kernel.contract(jnp.asarray(many), 1), many, kernel, True)
-    lowest = jnp.full((32, 2), -128, jnp.int8)
-    kernel = QuantizedMatrix(lowest, kernel.scale[:1], None, 1, 0, False, "float32")
+    kernel = placed(np.full((32, 2), -128, np.int8), np.asarray(kernel.scale[:1]), None)
     x = np.ones((rows, 32), np.float32)
     assert_product(kernel.contract(jnp.asarray(x), 1), x, kernel, True)
 
@@ -351,6 +363,20 @@ def test_bits(rng):
         assert kernel.size == matrix.size
 
 
+@pytest.mark.parametrize("outputs", [1, 61, 64, 100, 128, 192])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_tiles(rng, outputs, rows):
+    """Of at most 64 outputs, and of all sizes that divide their count."""
+    kernel = make(rng.standard_normal((64, outputs), np.float32), "int4")
+    tile = {1: 1, 61: 61, 64: 64, 100: 50, 128: 64, 192: 64}[outputs]
+    assert kernel.values.shape == (2, outputs // tile, 16, tile)
+    x = rng.standard_normal((rows, 64), np.float32)
+    assert_product(kernel.contract(jnp.asarray(x), 1), x, kernel, rows == 2)
+    ids = np.arange(outputs)
+    head = dataclasses.replace(kernel, embedding=True)
+    np.testing.assert_allclose(head.rows(ids), unpacked(head), rtol=1e-6, atol=1e-6)
+
+
 def test_two_values_share_a_byte():
     np.testing.assert_array_equal(
         packed(np.array([[1, 2, 15, 3]])), np.array([[0xF1, 0x32]], np.uint8)
@@ -363,9 +389,10 @@ def test_two_values_share_a_byte():
 def test_the_dense_matrix_never_exists(scheme, axis, method, rows):
     """By the compiler's account: what a product needs beside its operands and its result."""
     n, halves = 2048, 1 if scheme == "int8" else 2
+    integers = jnp.int8 if halves == 1 else jnp.uint8
     scale = jax.ShapeDtypeStruct((n // 32, n), jnp.bfloat16)
     kernel = QuantizedMatrix(
-        jax.ShapeDtypeStruct((n // halves, n), jnp.int8 if halves == 1 else jnp.uint8),
+        jax.ShapeDtypeStruct((n // 32, n // 64, 32 // halves, 64), integers),
         scale,
         None if halves == 1 else scale,
         1,
