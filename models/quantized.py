@@ -40,6 +40,7 @@ _TILE = (
     64  # most outputs of a tile; whole rows, 4,096 bytes apart, would share a cache line's place
 )
 _FEW = 8  # rows up to which a product is taken in integers: more reuse what is dequantized
+_SAFE = 512  # longest group whose sum int32 holds, of 128 times _LARGEST
 _PART = 512  # most rows or columns along E that are dequantized at once
 _LARGEST = np.float32(32767)
 _SUMMED = 32  # XLA on CPUs stores the terms of a longer sum before it adds them
@@ -200,7 +201,8 @@ class QuantizedMatrix:
 @jax.custom_jvp
 def _contract(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
     """Rows, in groups, times a matrix; float32."""
-    return _in_integers(x, matrix) if len(x) <= _FEW else _in_parts(x, matrix)
+    few = len(x) <= _FEW and matrix.group <= _SAFE
+    return _in_integers(x, matrix) if few else _in_parts(x, matrix)
 
 
 @_contract.defjvp
@@ -282,6 +284,9 @@ def _wide(x: Array) -> Array:
         return x.astype(_WIDE)
     bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
     size = lax.bitcast_convert_type((bits & 0x7FFF) << 13, _WIDE) * np.float32(2.0**112)
+    # Subnormal ones would be so in float32, too, which XLA takes for zeros.
+    least = (bits & 0x3FF).astype(_WIDE) * np.float32(2.0**-24)
+    size = jnp.where(bits & 0x7C00 == 0, least, size)
     return jnp.where(bits >> 15 == 1, -size, size)
 
 

@@ -91,9 +91,10 @@ def test_no_lookup_in_the_vocabulary_is_of_a_single_row(kept):
     config = dataclasses.replace(config, num_hidden_layers=1, vocab_size=1009)
     params = jax.tree.map(lambda x: x, llama.abstract_params(config))
     if kept == "int8":
-        values = jax.ShapeDtypeStruct((1009, config.hidden_size), jnp.int8)
-        scale = jax.ShapeDtypeStruct((1009, 1), jnp.float32)
-        params["embed"]["embedding"] = QuantizedMatrix(values, scale, 1, "float32")
+        values = jax.ShapeDtypeStruct((config.hidden_size // 32, 1009, 32, 1), jnp.int8)
+        scale = jax.ShapeDtypeStruct((config.hidden_size // 32, 1009), jnp.bfloat16)
+        kept = QuantizedMatrix(values, scale, None, 1, 0, True, "float32")
+        params["embed"]["embedding"] = kept
     processors, state = init_sampler(Sampling(top_k=5, logprobs=2), [[0]], config.vocab_size)
 
     def step(params, token):

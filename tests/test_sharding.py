@@ -17,7 +17,7 @@ from alaya_jax.frame import Frame
 from alaya_jax.index.memory import Memory
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.models.matrices import take_rows
-from alaya_jax.models.quantized import QuantizedMatrix, quantize
+from alaya_jax.models.quantized import QuantizedMatrix, quantize, tiled
 from alaya_jax.runtime import programs
 from alaya_jax.sharding import memory_of, parse_axes, tree_shardings
 
@@ -45,21 +45,25 @@ def test_forward_on_a_mesh(tiny_model, all_logits, rng, axes, on_mesh):
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8", "int4"])
 def test_rows_of_a_split_vocabulary(rng, kept):
     """Bit for bit those of one device, at the borders of the parts too, for any shape of ids."""
-    table = rng.normal(size=(64, 32)).astype(np.float32)
+    table = rng.normal(size=(256, 32)).astype(np.float32)
     if kept in ("int8", "int4"):
-        table = QuantizedMatrix(*quantize(table, kept, 1, (0,)), 1, "float32")
+        values, *scales = quantize(table.T, kept, 0)
+        parts = (x if x is None else jnp.asarray(x) for x in (tiled(values, 1, 0), *scales))
+        table = QuantizedMatrix(*parts, 1, 0, True, "float32")
         look_up = jax.jit(QuantizedMatrix.rows)
     else:
         table, look_up = jnp.asarray(table, kept), jax.jit(take_rows)
     mesh = aj.make_mesh(data=2, tensor=4)
-    spread = jax.device_put(table, jax.NamedSharding(mesh, PartitionSpec("tensor")))
+    quantized = isinstance(table, QuantizedMatrix)  # which lies as [E, V]
+    along = PartitionSpec(None, "tensor") if quantized else PartitionSpec("tensor")
+    spread = jax.device_put(table, jax.NamedSharding(mesh, along))
     by_batch = jax.NamedSharding(mesh, PartitionSpec("data"))
-    every = np.arange(64).reshape(2, 32)  # both sides of each border among them
-    asked = [every, np.array(63), np.array([[16]]), jax.device_put(every[:, 15:17], by_batch)]
+    every = np.arange(256).reshape(2, 128)  # both sides of each border among them
+    asked = [every, np.array(255), np.array([[64]]), jax.device_put(every[:, 63:65], by_batch)]
     for ids in asked:
         bits = [np.asarray(look_up(x, ids)).view(np.uint8) for x in (table, spread)]
         np.testing.assert_array_equal(*bits)
-    dense = table.dense() if isinstance(table, QuantizedMatrix) else table
+    dense = table.dense() if quantized else table
     np.testing.assert_array_equal(look_up(spread, every), dense[every])
 
 

@@ -46,7 +46,7 @@ def groups(
         from_zero = each if offset is None else each - offset[..., None]
         inverse = np.divide(1, scale, where=scale != 0, out=np.zeros_like(scale))
         codes = np.rint(from_zero * inverse[..., None])
-        whole = packed(codes) if bits == 4 else codes.astype(np.int8)
+        whole = packed(codes.clip(0, 15)) if bits == 4 else codes.clip(-128, 127).astype(np.int8)
     if bits == 4 and offset is None:  # integers count from zero up
         offset = scale * _LEAST
 

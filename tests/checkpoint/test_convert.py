@@ -174,7 +174,8 @@ def test_orbax_in_the_parts_of_a_mesh(hf, tmp_path, assert_same):
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 4}])
 @pytest.mark.parametrize("quantize", [None, "int4"])
 def test_into_pinned_host_memory(hf, tmp_path, assert_same, mesh, quantize):
-    source = hf(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    sizes = {"vocab_size": 256, "intermediate_size": 256, "head_dim": 8}  # four tiles, four groups
+    source = hf(num_attention_heads=8, num_key_value_heads=8, **sizes)
     run(source, tmp_path / "orbax", to="orbax")
     options = {"mesh": mesh and make_mesh(**mesh), "quantize": quantize}
     want = read(source, **options)
