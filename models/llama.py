@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from alaya_jax.models import rope
 from alaya_jax.models.config import LlamaConfig
-from alaya_jax.models.matrices import Matrix, take_rows
+from alaya_jax.models.matrices import Matrix, contract, contract_last, take_rows
 
 Params = dict[str, Any]
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
@@ -294,9 +294,7 @@ class _Embed(nn.Module):
 
     def logits(self, x):
         """Logits float32 [..., V] of x [..., E]."""
-        if isinstance(self.embedding, Matrix):
-            return self.embedding.contract_last(x)
-        return jnp.einsum("...e,ve->...v", x, self.embedding, preferred_element_type=jnp.float32)
+        return contract_last(x, self.embedding)
 
 
 class _Linear(nn.Module):
@@ -320,10 +318,7 @@ class _Linear(nn.Module):
         )
         init = _partitioned(init, *self.axes)
         kernel = _kernel(self, "kernel", init, in_shape + self.features, self.param_dtype)
-        if isinstance(kernel, Matrix):
-            y = kernel.contract(x, n_in, preferred_element_type)
-        else:
-            y = jnp.tensordot(x, kernel, n_in, preferred_element_type=preferred_element_type)
+        y = contract(x, kernel, n_in, preferred_element_type)
         if self.use_bias:
             init = _partitioned(nn.initializers.zeros_init(), *self.axes[n_in:])
             y = y + _under(self.param("bias", init, self.features, self.param_dtype), y)

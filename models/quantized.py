@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int16
 
 from alaya_jax.errors import ConfigError
-from alaya_jax.models.matrices import at_least_two
+from alaya_jax.models.matrices import at_least_two, summed
 
 Scheme = Literal["int8", "int4", "stored"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -36,14 +36,12 @@ come to mean other values, since stored contexts of before are another model's t
 GROUP = 32
 """Most weights that share a scale."""
 _LEAST_GROUP = 8  # where a length has no such divisor, all of it is one group
-_TILE = (
-    64  # most outputs of a tile; whole rows, 4,096 bytes apart, would share a cache line's place
-)
+_TILE = 64  # most outputs of a tile: whole rows, 4,096 bytes apart, share a place in the cache
+_SPLIT = 8  # devices that tiles of a long axis are to divide over, where some of their sizes does
 _FEW = 8  # rows up to which a product is taken in integers: more reuse what is dequantized
 _SAFE = 512  # longest group whose sum int32 holds, of 128 times _LARGEST
 _PART = 512  # most rows or columns along E that are dequantized at once
 _LARGEST = np.float32(32767)
-_SUMMED = 32  # XLA on CPUs stores the terms of a longer sum before it adds them
 _PASS = 1 << 24  # bytes of float32 quantized at once on the host
 _WIDE = jnp.float32
 
@@ -241,14 +239,7 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
         total = total + summed[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
     # What was not finite has no integers. (A sum of products alone is taken apart by XLA on CPUs.)
     total = jnp.where(jnp.isfinite(scale)[..., None], total, np.float32(np.nan))
-    return _summed(total).reshape(-1, *outputs)
-
-
-def _summed(x: Float[Array, "R G N"]) -> Float[Array, "R N"]:
-    """Over the groups, a few at a time; see _SUMMED."""
-    groups = x.shape[1]
-    few = max(n for n in range(1, min(groups, _SUMMED) + 1) if groups % n == 0)
-    return jnp.sum(jnp.sum(x.reshape(x.shape[0], -1, few, x.shape[2]), axis=2), axis=1)
+    return summed(total).reshape(-1, *outputs)
 
 
 def _in_parts(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
@@ -318,9 +309,16 @@ def tiled(values: np.ndarray, groups: int, axis: int) -> np.ndarray:
       axis: which that is.
     """
     *lead, last = values.shape[axis + 1 :]
-    tile = max(n for n in range(1, min(_TILE, last) + 1) if last % n == 0)
+    tile = tile_of(last)
     split = values.reshape(*values.shape[:axis], groups, -1, *lead, last // tile, tile)
     return np.moveaxis(split, axis + 1, -2)
+
+
+def tile_of(length: int) -> int:
+    """How many outputs of so many lie together; a mesh that splits them must divide the tiles."""
+    fits = [n for n in range(1, min(_TILE, length) + 1) if length % n == 0]
+    even = [n for n in fits if n % 16 == 0 and length // n % _SPLIT == 0]
+    return max(even if even and length >= _SPLIT * _TILE else fits)
 
 
 def quantize(matrix: np.ndarray, scheme: Literal["int8", "int4"], axis: int) -> Blocks:

@@ -79,7 +79,9 @@ def quantized_kernel(
             "without quantize"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"tensor {tensor.name!r}, in groups: {error}") from error
+        raise ConfigError(
+            f"tensor {tensor.name!r}, in groups and tiles, which a mesh cannot cut: {error}"
+        ) from error
 
 
 def _stored(entry: Entry, tensor: StoredTensor, fmt: Format, axis: int) -> Blocks | None:
