@@ -163,7 +163,7 @@ def rows_of(
 
 def show(console: Console, results: list[dict], title: str) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("phase", "context", "batch", "peer", "ours\ntok/s", "peer\ntok/s", "ratio"):
+    for name in ("phase", "tokens", "peer", "ours\ntok/s", "peer\ntok/s", "ratio"):
         left = name in ("phase", "peer")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for name in ("least", "same\ntokens"):
@@ -171,7 +171,7 @@ def show(console: Console, results: list[dict], title: str) -> None:
     table.add_column("peer's\nbest", no_wrap=True)
     computes = {}
     for row in results:
-        about = (row["phase"], f"{row['context']:,}", str(row["batch"]), row["peer"])
+        about = (row["phase"], f"{row['context']:,} x {row['batch']}", row["peer"])
         if "left_out" in row:
             table.add_row(*about, *["-"] * 5, "left out")
             continue

@@ -54,6 +54,7 @@ class Engine:
         }
         precision = default["INFERENCE_PRECISION_HINT"].to_string()
         group = default["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+        kv = {default[f"{name}_CACHE_PRECISION"].to_string() for name in ("KEY", "VALUE")}
         self.facts = {
             "versions": {
                 "python": platform.python_version(),
@@ -64,9 +65,7 @@ class Engine:
             "variants": ["whole"],
             "weights": "the file's blocks, zero points rounded",
             "activations": f"{precision}, in products int8 by {group}" if group else precision,
-            "kv": "{} keys, {} values".format(
-                *(default[f"{name}_CACHE_PRECISION"].to_string() for name in ("KEY", "VALUE"))
-            ),
+            "kv": ", ".join(sorted(kv)),
         }
 
     def measure(self, ids: list[list[int]], new_tokens: int, variant: str) -> dict:
