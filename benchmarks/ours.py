@@ -31,7 +31,9 @@ class Ours:
         self.model = aj.load(self.gguf, **load_settings(weights), progress=False)
         # A page of every sequence may be partly used.
         page_size = 16
-        budget = aj.Budget(device=batch * (length + 2 * page_size) * self.model.token_bytes)
+        pages = batch * (-(-length // page_size) + 2)
+        room = pages * page_size * self.model.token_bytes  # for one index after another
+        budget = aj.Budget.for_pages(self.model, pages, page_size, indexes=room)
         self.db = aj.DB(scratch / "contexts.db", self.model, budget, page_size=page_size)
         self.facts = {
             "load_s": time.perf_counter() - started,

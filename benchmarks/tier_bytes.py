@@ -117,8 +117,7 @@ def accounts(
         plans["graph"] = aj.Plan(query, known)
     whole = tokens * model.token_bytes
     window = (query.window.sink + query.window.recent) * model.token_bytes
-    room = 1024 * model.token_bytes  # of the pool; what indexes keep of it has as much
-    with aj.DB(directory / "db", model, aj.Budget(device=room)) as db:
+    with aj.DB(directory / "db", model, aj.Budget.for_pages(model, 64, indexes="1GiB")) as db:
         store(db, ids, layers, known)
         (context,) = db.contexts
         _, full = decoded(db, ids, aj.Plan(aj.Full()), steps)
