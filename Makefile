@@ -60,7 +60,7 @@ docs: $(VENV)/.docs ## build the documentation as a site, in build/site; open in
 docs-serve: $(VENV)/.docs ## the same on a local port, built again when a page changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-bench: $(VENV)/.installed $(VENV)/.model ## measure against transformers + torch (keep the machine quiet)
+bench: $(VENV)/.installed $(VENV)/.model ## measure against other engines (keep the machine quiet)
 	$(BIN)/python benchmarks/peer.py
 
 clean: ## remove build outputs and caches, but not .venv

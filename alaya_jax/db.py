@@ -7,7 +7,6 @@ session, rest = db.create_session(messages=messages, document=document)
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
@@ -44,6 +43,11 @@ class DatabaseStats(StoreStats):
     Attributes:
       bytes_pool: keys and values that the pool has room for.
       bytes_pool_used: of these, in pages of contexts in memory and of sessions.
+      bytes_beside: what each index of pages and each context's graph takes beside the pool, by
+        account: those that are in memory, and those that sessions ask.
+      device_limit: bytes that these and the pool may be, `Budget(device=...)`.
+      bytes_beside_host: as `bytes_beside`, on the CPU beside the model's devices
+        (`create_session(tier="host")`); a part of `host_limit`.
       bytes_host: keys and values of mapped files, and what indexes know of them, that were read
         and not let go of since.
       bytes_host_leaves: of these, what indexes know.
@@ -57,6 +61,9 @@ class DatabaseStats(StoreStats):
 
     bytes_pool: int
     bytes_pool_used: int
+    bytes_beside: dict[str, int]
+    device_limit: int
+    bytes_beside_host: dict[str, int]
     bytes_host: int
     bytes_host_leaves: int
     host_limit: int | None
@@ -76,13 +83,24 @@ class DatabaseStats(StoreStats):
         most = "no bound" if self.host_limit is None else f"at most {nbytes(self.host_limit)}"
         leaves = nbytes(self.bytes_host_leaves)
         host = f"{nbytes(self.bytes_host)} of mapped pages are kept ({most}; {leaves} of leaves)"
-        rows = super().rows() | {"pool": pool, "host": host}
+        rows = super().rows() | {"pool": pool}
+        left = self.device_limit - self.bytes_pool
+        rows["beside"] = f"{_listed(self.bytes_beside)} (at most {nbytes(left)}, beside the pool)"
+        rows["host"] = host
+        if self.bytes_beside_host:
+            rows["host"] += f"; beside them {_listed(self.bytes_beside_host)}"
         if self.hit_rate is not None:
             rows["met"] = (
                 f"{self.pages_memory + self.pages_disk:,} mapped pages, {self.hit_rate:.1%} were "
                 f"in memory; {nbytes(self.bytes_read)} read, {nbytes(self.bytes_verified)} verified"
             )
         return rows
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    """Bytes of indexes, and of each."""
+    each = ", ".join(f"{name} {nbytes(size)}" for name, size in sizes.items())
+    return f"{nbytes(sum(sizes.values()))} of indexes" + (f": {each}" if each else "")
 
 
 Reuse = Literal["exact", "any"]
@@ -98,7 +116,7 @@ class DB:
     Args:
       path: directory of the database; made if it is not there.
       model: keys and values of other models are kept apart, and never reused.
-      budget: memory for pages.
+      budget: memory for pages, and for indexes beside them.
       namespace: contexts are found only in their own namespace.
       page_size: Z, tokens a page.
       read_only: contexts can be read but not stored.
@@ -411,7 +429,7 @@ class DB:
         Raises:
           RequestError: another kind of index, or a mesh with a context axis.
           ContextError: the context is not there, or damaged.
-          CacheFullError: the context does not fit into the budget.
+          CacheFullError: the context, or its graph once it is built, does not fit into the budget.
           DatabaseError: it cannot be written.
         """
         if not isinstance(index, Graph):
@@ -444,10 +462,14 @@ class DB:
         there, pool = self._catalogue.store.stats(), self.pool
         used = (pool.capacity_tokens - pool.free_tokens) * self.token_bytes
         kept = self._catalogue.residency
+        beside, beside_host = self._catalogue.index_bytes
         return DatabaseStats(
             **dataclasses.asdict(there),
             bytes_pool=pool.capacity_tokens * self.token_bytes,
             bytes_pool_used=used,
+            bytes_beside=beside,
+            device_limit=self.budget.device_bytes,
+            bytes_beside_host=beside_host,
             bytes_host=kept.nbytes,
             bytes_host_leaves=kept.leaves_nbytes,
             host_limit=kept.limit,
@@ -530,13 +552,10 @@ class DB:
                 "more of it first (import_context), or leave tier= out"
             )
         if length - in_files > room:
-            pages = math.ceil((length - in_files) / size)
-            shards = self.model.rules.page_shards(self.model.mesh)
-            pages = (math.ceil(pages / shards) + 1) * shards  # of each part one belongs to nobody
-            needed = pages * size
+            needed = self.budget.for_tokens(self.model, size, length - in_files)
             behind = f" behind {in_files:,} that are read where they lie" if in_files else ""
             raise CacheFullError(
                 f"the prompt has {length - in_files:,} tokens{behind}, and the KV cache holds "
                 f"{room:,}; raise {self.budget.setting} to at least "
-                f"{needed * self.token_bytes:,} bytes"
+                f"{needed.device_bytes:,} bytes"
             )

@@ -22,7 +22,7 @@ class RequestError(AlayaError, ValueError):
 
 
 class CacheFullError(AlayaError):
-    """The KV cache has no room for the tokens of a request."""
+    """The KV cache has no room for the tokens of a request, or for an index that it asks."""
 
 
 class ContextError(AlayaError):

@@ -117,7 +117,7 @@ def generate(  # noqa: PLR0913 - its keywords are its settings
 
     Raises:
       RequestError: too long for the model, nothing to feed, or sampling out of range.
-      CacheFullError: no room in the cache.
+      CacheFullError: no room in the cache, or for an index that is asked.
       TokenizerError: stop strings are asked for and the model has no tokenizer.
     """
     check_listeners(streamer, on_token, getattr(session, "batch_size", 1) > 1)

@@ -182,7 +182,8 @@ class Session:
 
         Raises:
           RequestError: longer than the model allows.
-          CacheFullError: no room; nothing was computed.
+          CacheFullError: no room for the tokens, or for an index that is asked; nothing was
+            computed.
         """
         rows = self.rows(tokens)
         if not max(len(row) for row in rows):
@@ -202,6 +203,7 @@ class Session:
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+          CacheFullError: there is no room for a graph.
         """
 
         def choose(auto: Auto) -> Plans:
@@ -271,6 +273,7 @@ class Session:
 
         Raises:
           RequestError: wrong shape or layer, or more tokens than there are.
+          CacheFullError: there is no room for the indexes that this and the layers behind it ask.
         """
         t = layerwise.queries(self.batch, q, layer)
         plans = self.plans(query, self.length + t, prefill=t > 1)

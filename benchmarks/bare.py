@@ -46,10 +46,12 @@ def on_device(db: aj.DB, session: aj.Session) -> dict[str, int]:
     """Bytes on the device by account: pages of the pool that are in use, what indexes keep of these
     and of others in this process's memory, and graphs. What lies in mapped files is not there.
     """
-    graphs = session.batch.graphs
-    layers = getattr(graphs, "_layers", {}).values()
+    indexes = session.batch.indexes
+    lent = getattr(session.batch.graphs, "_layers", {}).values()
+    graphs = (x for each in lent for x in (each.graph.neighbours, each.graph.starts))
+    counted = sum(indexes.room.graphs.values())  # where they are in memory; in files nothing
     return {
         "pages": db.stats().bytes_pool_used,
-        "indexes": sum(session.batch.indexes.nbytes().values()),
-        "graphs": sum(x.nbytes for layer in layers for x in (layer.neighbours, layer.starts)),
+        "indexes": sum(indexes.nbytes().values()) - counted,
+        "graphs": sum(x.nbytes for x in graphs),
     }

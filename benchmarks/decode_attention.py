@@ -10,6 +10,9 @@ the time stands what the answer is worth, over all queries and heads: the true s
 attention mass that was attended to, its mean and its least, the mean relative error of the output,
 and how many searches overflowed ("widened").
 
+`--bits 4,learnt2,learnt1` measures plans through several sketches, whose names end with the bits if
+these are not the default's; a learnt basis is that of the planted keys, from queries of its own.
+
 "dipr_graph" walks a graph built from queries of its own (not those asked), one for each `--queries`
 th key; it is measured from `GRAPH_FROM` keys on. What building it took stands beside the numbers.
 
@@ -26,14 +29,16 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import real_keys
 from peers.environment import PeerProcess, PeerUnavailable, prepare
-from planted import Planted
+from planted import Planted, learnt
 
 from alaya_jax import configs
 from alaya_jax.attention import engine
@@ -55,17 +60,20 @@ BUILD_STREAM = 1000  # of queries: none of those asked
 SETTLE_S = 0.3  # thread pools spin for a while after their last work: let them fall asleep
 
 
-def plans(beta: float) -> dict[str, Plan]:
+def plans(beta: float, sketches: dict[str, Sketch]) -> dict[str, Plan]:
     """By name; beta is that of alpha = 0.0144."""
-    return {
-        "full": Plan(Full()),
-        "dipr_flat": Plan(DIPR(beta, WINDOW), Flat()),
-        "dipr_sketch": Plan(DIPR(beta, WINDOW), Sketch()),
-        "recovery_sketch": Plan(DIPR(recovery=0.99, window=WINDOW), Sketch()),
-        "recovery_sketch_tail": Plan(DIPR(recovery=0.95, window=WINDOW), Sketch(), tail=True),
-        "top100_sketch": Plan(TopK(100, WINDOW), Sketch()),
-        "dipr_graph": Plan(DIPR(beta, WINDOW), GRAPH),
-    }
+    found = {"full": Plan(Full()), "dipr_flat": Plan(DIPR(beta, WINDOW), Flat())}
+    for bits, sketch in sketches.items():
+        recovery, most = DIPR(recovery=0.99, window=WINDOW), DIPR(recovery=0.95, window=WINDOW)
+        of_bits = {
+            "dipr_sketch": Plan(DIPR(beta, WINDOW), sketch),
+            "recovery_sketch": Plan(recovery, sketch),
+            "recovery_sketch_tail": Plan(most, sketch, tail=True),
+            "top100_sketch": Plan(TopK(100, WINDOW), sketch),
+        }
+        end = "" if sketch == Sketch() else f"_{bits}"
+        found |= {name + end: plan for name, plan in of_bits.items()}
+    return {**found, "dipr_graph": Plan(DIPR(beta, WINDOW), GRAPH)}
 
 
 class Layer:
@@ -75,9 +83,16 @@ class Layer:
       planted: keys, and what queries ask for.
       turns: how many queries there are.
       queries: the graph is built from one query for so many keys; 0 for no graph.
+      sketches: that there are.
     """
 
-    def __init__(self, planted: Planted, turns: int, queries: int = 0):
+    def __init__(
+        self,
+        planted: Planted,
+        turns: int,
+        queries: int = 0,
+        sketches: Sequence[Sketch] = (Sketch(),),
+    ):
         n, heads = planted.n, planted.kv_heads
         self.planted, self.count = planted, -(-n // PAGE)
 
@@ -94,10 +109,13 @@ class Layer:
         config = dataclasses.replace(
             config, num_key_value_heads=heads, num_attention_heads=heads * GROUP
         )
-        empty = Sketch().create(config, self.count + 1, PAGE)
-        build = jax.jit(lambda layer, *args: layer.build(*args))
-        filled = jnp.full(self.count, PAGE)
-        self.sketch = jax.block_until_ready(build(empty, self.k, self.v, ids, filled))
+        found = learnt([planted], "planted")
+        self.sketches = {
+            spec: jax.block_until_ready(
+                real_keys.sketched(spec, config, self.k, self.v, *real_keys.bases(spec, found, 1))
+            )
+            for spec in sketches
+        }
         self.table = PageTable(ids[None].astype(jnp.int32), jnp.full(1, n - 1, jnp.int32))
         self.covered = jnp.full(1, (n - 1) // PAGE * PAGE, jnp.int32)
         # [K, G, 1, D] -> one token of all heads each
@@ -125,7 +143,7 @@ class Layer:
         """What the plan's index holds."""
         if isinstance(plan.index, Graph):
             return self.graphs
-        return self.sketch if isinstance(plan.index, Sketch) else None
+        return self.sketches[plan.index] if isinstance(plan.index, Sketch) else None
 
     def attend(self, plan: Plan, turn: int):
         """Output and counts of one step."""
@@ -174,9 +192,9 @@ def worth(layer: Layer, plan: Plan, full: list[np.ndarray]) -> dict:
     }
 
 
-def measure(layer: Layer, peer: PeerProcess, rounds: int) -> dict:
+def measure(layer: Layer, peer: PeerProcess, rounds: int, sketches: dict[str, Sketch]) -> dict:
     """Seconds of each plan and of each of the peer's variants, by turns; and the plans' worth."""
-    chosen = plans(layer.planted.beta)
+    chosen = plans(layer.planted.beta, sketches)
     if layer.graphs is None:
         del chosen["dipr_graph"]
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -228,10 +246,14 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--queries", type=int, default=20, help="keys for each of the graph's")
+    parser.add_argument(
+        "--queries", type=int, default=20, help="keys for each of the graph's; 0 for no graph"
+    )
+    parser.add_argument("--bits", default="4", help="of sketches, such as 4,learnt2,learnt1")
     parser.add_argument("--kv-heads", type=int, default=8, help="K, each with 4 query heads")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
+    sketches = {bits: real_keys.asked(bits) for bits in options.bits.split(",")}
     try:
         interpreter = prepare(options.peer_python)
     except PeerUnavailable as error:
@@ -255,8 +277,9 @@ def main() -> None:
         rows = []
         for n in map(int, options.lengths.split(",")):
             queries = options.queries if n >= GRAPH_FROM else 0
-            layer = Layer(Planted.create(n, options.kv_heads, GROUP, DIM), options.rounds, queries)
-            rows.append(measure(layer, peer, options.rounds))
+            data = Planted.create(n, options.kv_heads, GROUP, DIM)
+            layer = Layer(data, options.rounds, queries, list(sketches.values()))
+            rows.append(measure(layer, peer, options.rounds, sketches))
             put(rows[-1])
         names = [name for name in rows[-1]["ours_ms"] if name != "full"]
         put({"crossover": {name: crossover(rows, name) for name in names}})

@@ -1,7 +1,8 @@
 """How much of DIPR's answer the graph finds, how many keys it scores for that, and in what time.
 
     python benchmarks/graph_recall.py planted [--keys 131072] [--queries 0.05]
-    python benchmarks/graph_recall.py real [--queries 0.4] [--lengths 32768 --yarn 4]
+    python benchmarks/graph_recall.py real [--queries 0.4] [--lengths 32768 --yarn 4] [--l0 8,32]
+        [--text FILE]
 
 benchmarks/results/graph_recall.jsonl holds what they print. `planted`: synthetic keys with planted
 critical sets (planted.py), one layer of 8 kv heads of 4 query heads, D 128; queries to build from
@@ -33,6 +34,7 @@ import argparse
 import functools
 import json
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -262,7 +264,8 @@ def real(options):
     model = aj.load("smollm2-135m", dtype="float32", progress=False)
     if options.yarn:
         model = real_keys.stretched(model, options.yarn)
-    tokens = real_keys.tokens_of(model, real_keys.TEXTS, max(lengths))
+    texts = [options.text] if options.text else real_keys.TEXTS
+    tokens = real_keys.tokens_of(model, texts, max(lengths))
     k, q = prefill(model, tokens)
     kv_heads, group, _, dim = q[0].shape
     for n in lengths:
@@ -286,7 +289,13 @@ def real(options):
                 mine = link(lists[:, own == g], covered, covered, spec)
                 alone = Truth(np.asarray(keys), asked[:, g : g + 1], SINK, covered, window=True)
                 heads.append(alone.search(mine, pool, ids, False))
-            results = {
+            further = {
+                ("graph of a group", f"each head walks, l0 {l0}"): truth.search(
+                    graph, pool, ids, False, l0
+                )
+                for l0 in options.l0
+            }
+            results = further | {
                 ("graph of a group", "each head walks"): truth.search(graph, pool, ids, False),
                 ("graph of a group", "the group walks"): truth.search(graph, pool, ids, True),
                 ("graphs of each head", "each head walks"): mean(heads),
@@ -366,9 +375,16 @@ def main() -> None:
     parser.add_argument("--queries", type=float, default=0.1, help="to build from, over keys")
     parser.add_argument("--lengths", default="2048,4096,8192")
     parser.add_argument("--yarn", type=float, help="real: stretch RoPE by this factor")
+    parser.add_argument("--text", type=Path, help="real: in place of this repository's")
+
+    def numbers(text):
+        return [int(x) for x in text.split(",")]
+
+    parser.add_argument("--l0", type=numbers, default=[], help=f"real: beside {L0}, such as 32,256")
     options = parser.parse_args()
     facts = machine.facts("alaya_jax", "jax", "jaxlib", "numpy")
-    print(json.dumps({"benchmark": "graph_recall", **vars(options), **facts}), flush=True)
+    said = vars(options) | {"text": options.text and options.text.name}
+    print(json.dumps({"benchmark": "graph_recall", **said, **facts}), flush=True)
     {"planted": planted, "real": real}[options.what](options)
 
 

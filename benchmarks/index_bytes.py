@@ -173,7 +173,7 @@ def main() -> None:
         if name.rstrip("0123456789x.") in ("", "learnt"):
             spec = real.asked(name)
             size = spec.page_bytes(model.config, real.PAGE, np.float32) / heads / real.PAGE
-            bases = real.bases_of(spec, model, len(kv.k))
+            bases = real.bases(spec, real.learnt_of(model), len(kv.k))
             sketches = (
                 real.sketched(spec, model.config, kv.k[i], kv.k[i], bases[i]) for i in layers
             )

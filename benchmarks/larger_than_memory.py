@@ -72,8 +72,7 @@ class Made:
 
     def database(self) -> aj.DB:
         """With room for new tokens alone."""
-        room = 1024 * self.model.token_bytes
-        budget = aj.Budget(device=room, host=self.options.host)
+        budget = aj.Budget.for_pages(self.model, 64, host=self.options.host, indexes="1GiB")
         return aj.DB(self.directory / "db", self.model, budget)
 
     def plan(self, name: str) -> aj.Plan:

@@ -113,9 +113,11 @@ def opened(directory: Path, model: aj.Model, ids: np.ndarray, plan: aj.Plan, tie
     """The seconds that it takes, with nothing of the database in the page cache; its output."""
     gc.collect()  # what is mapped cannot be pushed out
     forget(directory)
-    room = f"{(len(ids) + 4096) * model.token_bytes}" if tier == "device" else "64MiB"
+    budget = aj.Budget(device="64MiB")
+    if tier == "device":
+        budget = aj.Budget.for_pages(model, (len(ids) + 4096) // 16)
     begun = time.perf_counter()
-    with aj.DB(directory, model, aj.Budget(device=room)) as db:
+    with aj.DB(directory, model, budget) as db:
         out, said = first_output(db, ids, plan, tier)
         seconds = time.perf_counter() - begun
         (context,) = db.contexts

@@ -7,23 +7,33 @@ import alaya_jax as aj
 from alaya_jax.checkpoint import locate
 
 
+def load_settings(weights: str) -> dict[str, str]:
+    """What `aj.load` is told to hold these weights: a dtype, or a scheme with float32 around it."""
+    if weights in ("float32", "bfloat16"):
+        return {"dtype": weights}
+    return {"dtype": "float32", "quantize": weights}
+
+
 class Ours:
-    """SmolLM2 (or another GGUF) in float32, and a database with room for the largest request.
+    """SmolLM2 (or another GGUF), and a database with room for the largest request.
 
     Args:
       model: bundled name or path.
+      weights: "float32", "bfloat16", or a scheme of `aj.load(quantize=...)`.
       scratch: an empty directory.
       batch: largest number of sequences at once.
       length: longest sequence, tokens.
     """
 
-    def __init__(self, model: str, scratch: Path, batch: int, length: int):
+    def __init__(self, model: str, weights: str, scratch: Path, batch: int, length: int):
         started = time.perf_counter()
         self.gguf = locate(model)
-        self.model = aj.load(self.gguf, dtype="float32", progress=False)
+        self.model = aj.load(self.gguf, **load_settings(weights), progress=False)
         # A page of every sequence may be partly used.
         page_size = 16
-        budget = aj.Budget(device=batch * (length + 2 * page_size) * self.model.token_bytes)
+        pages = batch * (-(-length // page_size) + 2)
+        room = pages * page_size * self.model.token_bytes  # for one index after another
+        budget = aj.Budget.for_pages(self.model, pages, page_size, indexes=room)
         self.db = aj.DB(scratch / "contexts.db", self.model, budget, page_size=page_size)
         self.facts = {
             "load_s": time.perf_counter() - started,

@@ -167,7 +167,7 @@ def main() -> None:
     )
     spec = options.bits
     errors = Errors(plans(options.errors, options.recoveries, spec))
-    bases = real.bases_of(spec, model, len(kv.k))
+    bases = real.bases(spec, real.learnt_of(model), len(kv.k))
     for i, (k, v, basis) in enumerate(zip(kv.k, kv.v, bases, strict=True)):
         sketch = real.sketched(spec, model.config, k, v, basis)
         errors.add({n: q[i] for n, q in queries.items()}, k, v, sketch)

@@ -17,10 +17,13 @@ Every head asks mostly for its own share of the topics, and sometimes for any.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from alaya_jax.index.learnt import Learnt, Moments
 
 SIZES = (16, 512)
 TAU = 14.0
@@ -31,6 +34,8 @@ FIELD = 16  # topics a field
 NOISE = 0.7  # of a key's channel
 CLEAR = 3000  # how much a set outweighs the rest, roughly
 BLOCK = 8192
+LEARN_STREAM = 2000  # of queries that a sketch's basis is learnt from: none of those asked
+PAGE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,35 @@ class Planted:
             q[head] = TAU * self.directions[head][asked[head]] + noise
             q[head] += self.offsets[head][:, None]
         return q, asked
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """What a sketch learns from: the first keys, and as many queries of their own stream."""
+        keys = self.key_block(0)
+        tokens = keys.shape[1] // PAGE * PAGE
+        pages = keys[:, :tokens].reshape(self.kv_heads, -1, PAGE, self.dim)
+        centres = pages.mean(axis=2)
+        rest = (pages - centres[:, :, None]).reshape(self.kv_heads, tokens, self.dim)
+        mean = centres.mean(axis=1)
+        asked, _ = self.queries(tokens // self.group, LEARN_STREAM)
+        return {
+            "queries": _second_moment(asked.reshape(self.kv_heads, -1, self.dim)),
+            "residuals": _second_moment(rest),
+            "centres": _second_moment(centres - mean[:, None]),
+            "mean": mean,
+        }
+
+
+def learnt(layers: Sequence[Planted], fingerprint: str) -> Learnt:
+    """What sketches of such layers learn; these keys know no positions, so RoPE turns nothing."""
+    each = [layer.moments() for layer in layers]
+    moments = Moments(**{name: np.stack([m[name] for m in each]) for name in each[0]})
+    n, dim = layers[0].n, layers[0].dim
+    return Learnt.of([(moments, min(n, BLOCK))], np.zeros(dim // 2), n, fingerprint)
+
+
+def _second_moment(x: np.ndarray) -> np.ndarray:
+    """[K, D, D] of vectors [K, N, D]."""
+    return np.einsum("knd,kne->kde", x, x, optimize=True) / x.shape[1]
 
 
 @functools.partial(jax.jit)

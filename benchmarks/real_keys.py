@@ -37,11 +37,15 @@ def asked(name):
     return Sketch(bits, "learnt" if name.startswith("learnt") else "random")
 
 
-def bases_of(spec, model, layers):
-    """What each layer's sketch is made by."""
+def learnt_of(model):
+    """What was learnt of a model; None where nothing was."""
+    return learnt.find(model.fingerprint, model.directory)
+
+
+def bases(spec, found, layers):
+    """What each layer's sketch is made by, of what was learnt."""
     if spec.basis == "random":
         return [None] * layers
-    found = model and learnt.find(model.fingerprint, model.directory)
     if not found:
         raise SystemExit(f"--bits: {spec} needs a basis; run `alaya calibrate` on the model")
     return [layer.basis(spec.bits) for layer in found.layers]

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 import real_keys as real
-from planted import Planted
+from planted import Planted, learnt
 
 import alaya_jax as aj
 from alaya_jax import configs
@@ -44,6 +44,7 @@ from alaya_jax.index.codes import quantize
 from alaya_jax.index.recovery import MARGIN
 from alaya_jax.models import LlamaConfig
 
+LEARN_TOKENS = 8192
 SAVED = {"layers": (6, 20), "tokens": 1024}
 
 
@@ -77,14 +78,23 @@ def in_window(true, n, window, dim):
 
 
 def planted(n, kv_heads):
-    """A model's shape, the cache and queries of one layer, as `real_keys.prefill` has them."""
+    """A model's shape, the cache and queries of one layer, as `real_keys.prefill` has them, and
+    what sketches learn of it.
+    """
     data = Planted.create(n, kv_heads)
     pages = data.keys().reshape(kv_heads, -1, real.PAGE, data.dim)
     k = jnp.concatenate([jnp.zeros_like(pages[:, :1]), pages], axis=1)
     config = LlamaConfig.from_hf(configs.load("llama-3-8b"))
     heads = {"num_key_value_heads": kv_heads, "num_attention_heads": kv_heads * data.group}
     q, _ = data.queries(real.QUERIES, 2)
-    return dataclasses.replace(config, **heads), (k,), {n: jnp.asarray(q)[None]}
+    config = dataclasses.replace(config, **heads)
+    return config, (k,), {n: jnp.asarray(q)[None]}, learnt([data], "planted")
+
+
+def learn(model, file):
+    """What sketches learn from the first tokens of a text."""
+    tokens = real.tokens_of(model, [file], LEARN_TOKENS)
+    return aj.calibrate(model, [tokens.tolist()], save=False, progress=False).learnt
 
 
 def bound(sketch, k, q, n):
@@ -236,6 +246,7 @@ def main() -> None:
     parser.add_argument("--bits", default="4,2,8", help="such as 4,2,learnt1,learnt1.5")
     parser.add_argument("--every", type=int, default=1, help="of so many layers the first")
     parser.add_argument("--text", type=Path, help="in place of this repository's")
+    parser.add_argument("--calibration", type=Path, help="learn the basis from it")
     parser.add_argument("--save-keys", type=Path, metavar="FILE")
     parser.add_argument("--yarn", type=float, help="stretch RoPE by this factor")
     parser.add_argument("--planted", action="store_true", help="synthetic keys of one layer")
@@ -249,7 +260,7 @@ def main() -> None:
     if options.planted:
         if len(lengths) > 1:
             parser.error("--planted: one length at a time")
-        config, k, queries = planted(lengths[0], options.kv_heads)
+        config, k, queries, found = planted(lengths[0], options.kv_heads)
         source = {"planted": {"kv_heads": options.kv_heads, "head_dim": config.head_dim}}
     else:
         model = aj.load(options.model, dtype="float32", progress=False)
@@ -258,9 +269,15 @@ def main() -> None:
         texts = [options.text] if options.text else real.TEXTS
         if max(lengths) > model.length_limit:
             parser.error(f"--lengths: {model!r} takes {model.length_limit:,} tokens")
+        found = learn(model, options.calibration) if options.calibration else real.learnt_of(model)
         kv, queries = real.prefill(model, real.tokens_of(model, texts, max(lengths)), lengths)
         config, k = model.config, kv.k
-        source = {"model": repr(model), "yarn": options.yarn, "texts": [x.name for x in texts]}
+        source = {
+            "model": repr(model),
+            "yarn": options.yarn,
+            "texts": [x.name for x in texts],
+            "basis": str(found),
+        }
         if options.save_keys:
             save_keys(options.save_keys, k, queries)
             return
@@ -281,7 +298,7 @@ def main() -> None:
     )
     keys = [k[i] for i in layers]
     for spec in map(real.asked, options.bits.split(",")):
-        bases = real.bases_of(spec, None if options.planted else model, len(k))
+        bases = real.bases(spec, found, len(k))
         sketch = [real.sketched(spec, config, k[i], k[i], bases[i]) for i in layers]
         for n in lengths:
             for what in (bound, ranges, recoveries):

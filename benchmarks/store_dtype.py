@@ -33,7 +33,7 @@ TEXT = Path(aj.__file__).parent / "cli" / "data" / "constitution.txt"
 def compare(model: aj.Model, tokens: int, asked: int, directory: Path) -> list[dict[str, Any]]:
     """A row for each store dtype."""
     ids = np.asarray(model.tokenizer.encode(TEXT.read_text() * 8)[: tokens + asked], np.int32)
-    budget = aj.Budget(device=(4 * tokens + 1024) * model.token_bytes)
+    budget = aj.Budget.for_pages(model, (4 * tokens + 1024) // 16)
     exact, rows = None, []
     for kind in (None, *STORE_DTYPES):
         with aj.DB(directory / f"{kind}", model, budget, store_dtype=kind) as db:

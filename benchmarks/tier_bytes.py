@@ -1,6 +1,7 @@
 """What decoding takes on the device, by account, while the context lies in files.
 
     python benchmarks/tier_bytes.py [--tokens 131072] [--layers 1] [--steps 8] [--graph]
+        [--bits 2,4,learnt1]
 
 A context of Llama-3-8B's attention shape (8 kv heads of 128 for 32 heads, bfloat16, pages of 16),
 with planted keys (`planted.py`), is stored, opened where it lies (`tier="host"`), and asked for
@@ -15,6 +16,8 @@ as many layers. What is counted:
     index      what indexes know: of the pool's pages, and of those in the files (their leaves, or
                the graph), where the row says that the index is on the device
 
+Bases of learnt sketches are those of the planted keys, from queries of their own.
+
 With the index on the host its leaves are mapped like the pages; on the device they are held beside
 the pool. That is the row's arithmetic, of sizes that were measured: on a CPU both are one memory.
 The goals are 10% with the index on the device, 2% with it on the host. `output_error` is that of
@@ -22,9 +25,10 @@ the last step's outputs against full attention: an account stands beside what it
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +38,13 @@ import machine
 import ml_dtypes
 import numpy as np
 from bare import LLAMA_3_8B, on_device
-from planted import Planted
+from planted import Planted, learnt
+from real_keys import asked
 
 import alaya_jax as aj
 from alaya_jax.contexts.graphs import KIND
 from alaya_jax.index.graph.build import build
+from alaya_jax.index.learnt import keep
 
 SHAPE = LLAMA_3_8B
 ASKED = 0.01
@@ -63,8 +69,8 @@ def store(db: aj.DB, ids: np.ndarray, layers: int, graph: aj.Graph | None) -> No
     def graphs(index: aj.Graph) -> Iterator[dict[str, np.ndarray]]:
         for layer in range(layers):
             data = recipe(layer, len(ids))
-            asked, _ = data.queries(int(ASKED * len(ids) / SHAPE.group))
-            rows = jnp.asarray(asked.reshape(SHAPE.kv_heads, -1, SHAPE.dim))
+            made_from, _ = data.queries(int(ASKED * len(ids) / SHAPE.group))
+            rows = jnp.asarray(made_from.reshape(SHAPE.kv_heads, -1, SHAPE.dim))
             keys = jnp.asarray(data.keys())
             made = build(keys, len(ids), rows, low=index.sink, spec=index.spec)
             near = np.asarray(made.neighbours)[:, : len(ids)]
@@ -96,20 +102,22 @@ def decoded(
 
 
 def accounts(
-    directory: Path, tokens: int, layers: int, steps: int, *, graph: bool
+    directory: Path, tokens: int, layers: int, steps: int, bits: Sequence[str], *, graph: bool
 ) -> Iterator[dict[str, Any]]:
     """A row for each plan and place of its index."""
     model = SHAPE.model(layers, tokens + steps, "tier-bytes")
+    model = dataclasses.replace(model, directory=directory)
+    recipes = [recipe(layer, tokens) for layer in range(layers)]
+    keep(learnt(recipes, model.fingerprint), directory)
     ids = np.random.default_rng(0).integers(0, 64, tokens).astype(np.int32)
     query = aj.DIPR(beta=recipe(0, tokens).beta)
-    plans: dict[str, aj.Plan] = {f"sketch, {b} bits": aj.Plan(query, aj.Sketch(b)) for b in (2, 4)}
+    plans = {f"sketch, {name}": aj.Plan(query, asked(name)) for name in bits}
     known = aj.Graph(queries=ASKED) if graph else None
     if known is not None:
         plans["graph"] = aj.Plan(query, known)
     whole = tokens * model.token_bytes
     window = (query.window.sink + query.window.recent) * model.token_bytes
-    room = 1024 * model.token_bytes  # of the pool; what indexes keep of it has as much
-    with aj.DB(directory, model, aj.Budget(device=room)) as db:
+    with aj.DB(directory / "db", model, aj.Budget.for_pages(model, 64, indexes="1GiB")) as db:
         store(db, ids, layers, known)
         (context,) = db.contexts
         _, full = decoded(db, ids, aj.Plan(aj.Full()), steps)
@@ -145,13 +153,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--bits", default="2,4,learnt1", help="of sketches")
     parser.add_argument("--graph", action="store_true", help="build one, for some minutes a layer")
-    asked = parser.parse_args()
-    said = {name: str(value) for name, value in vars(asked).items()}
+    options = parser.parse_args()
+    said = {name: str(value) for name, value in vars(options).items()}
     print(json.dumps({"benchmark": "tier_bytes", **said, **machine.facts("jax", "alaya_jax")}))
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "db"
-        for row in accounts(place, asked.tokens, asked.layers, asked.steps, graph=asked.graph):
+        size = options.tokens, options.layers, options.steps, options.bits.split(",")
+        for row in accounts(Path(folder), *size, graph=options.graph):
             print(json.dumps(row), flush=True)
 
 

@@ -226,9 +226,16 @@ def open_db(tiny_model: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     opened = []
 
-    def open(model: Any = None, path: str = "db", pages: int = PAGES, **options: Any) -> Any:
+    def open(
+        model: Any = None,
+        path: str = "db",
+        pages: int = PAGES,
+        indexes: int | str | None = "64MiB",
+        **options: Any,
+    ) -> Any:
         model = model or tiny_model
-        budget = aj.Budget(device=pages * options.get("page_size", 16) * model.token_bytes)
+        page_size = options.get("page_size", 16)
+        budget = aj.Budget.for_pages(model, pages, page_size, indexes=indexes)
         opened.append(aj.DB(tmp_path / path, model, budget, **options))
         return opened[-1]
 

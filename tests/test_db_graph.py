@@ -138,7 +138,7 @@ def test_a_graph_is_read_from_disk_and_let_go_with_its_pages(open_db, document, 
 
 def test_a_graph_of_a_round_size_stays_in_its_file(open_db, rng, monkeypatch):
     """On a CPU: nothing of it is copied, so that it may be larger than memory."""
-    monkeypatch.setattr("alaya_jax.storage.checked._MAPPED", 1)
+    monkeypatch.setattr("alaya_jax.storage.checked.MAPPED", 1)
     db = open_db()
     document = rng.integers(32, 126, 512)
     context = db.import_context(document)

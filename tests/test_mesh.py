@@ -109,14 +109,20 @@ def test_a_session_s_whole_life_on_eight_shards(open_db, laid_on, documents):
 
 def test_budgets_of_a_split_pool(open_db, laid_on):
     model = laid_on(context=8)
-    page = 4 * open_db().token_bytes
-    with pytest.raises(RequestError, match=rf"no page for each of 8 devices.*{16 * page:,} bytes"):
-        open_db(model, path="a", pages=15, page_size=4)
-    db = open_db(model, path="b", pages=23, page_size=4)  # 16 of them: one of each device is used
+    options = {"page_size": 4, "indexes": None}
+
+    def least(pages):
+        return f"least {aj.Budget.for_pages(model, pages, 4).device:,} bytes"
+
+    with pytest.raises(RequestError, match=rf"no page for each of 8 devices.*{least(16)}"):
+        open_db(model, path="a", pages=15, **options)
+    db = open_db(model, path="b", pages=23, **options)  # 16 of them: one of each device is used
     assert db.pool.capacity_tokens == 8 * 4
-    with pytest.raises(CacheFullError, match=rf"33 tokens.* holds 32;.* least {24 * page:,} bytes"):
+    with pytest.raises(CacheFullError, match=rf"33 tokens.* holds 32;.* {least(24)}"):
         db.create_session(range(3, 36))
-    assert open_db(model, path="c", pages=24, page_size=4).pool.capacity_tokens >= 33
+    assert open_db(model, path="c", pages=24, **options).pool.capacity_tokens >= 33
+    room = db._catalogue.indexes.room
+    assert room.pages == 16 * 4 * db.token_bytes, "over all devices, whole parts"
     session, rest = db.create_session(range(3, 30))
     session.batch.make_room([len(rest)])
     with pytest.raises(CacheFullError, match="1 of 8 are free"):

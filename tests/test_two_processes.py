@@ -70,7 +70,7 @@ said["attended"] = np.asarray(counts.attended)
 # The database: every process does the same.
 window = Window(2, 6)
 attention = (Plan(DIPR(beta=3.0, window=window), Sketch()), Plan(TopK(5, window)))
-with aj.DB(folder + "/db" + rank, model, aj.Budget(65 * 4 * 512), page_size=4) as db:
+with aj.DB(folder + "/db" + rank, model, aj.Budget.for_pages(model, 65, 4), page_size=4) as db:
     session, rest = db.create_session(tokens)
     new = aj.generate(session, rest, max_new_tokens=9, attention=attention)
     said["ids"] = np.asarray([t.id for t in new])

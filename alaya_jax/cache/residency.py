@@ -93,6 +93,7 @@ class Residency:
     Attributes:
       limit: bytes that are kept, at most; None: as many as the system keeps.
       setting: how errors name it.
+      beside: says how many of these bytes something else takes, which is not let go of.
       nbytes: that are kept, by this account.
       leaves_nbytes: of these, what indexes know of pages.
       memory, disk: pages met so far, see `PagesMet`.
@@ -102,6 +103,7 @@ class Residency:
     def __init__(self, limit: int | None = None, setting: str = ""):
         """Starts with nothing kept."""
         self.limit, self.setting = limit, setting
+        self.beside: Callable[[], int] = lambda: 0
         self.nbytes = self.leaves_nbytes = 0
         self.memory = self.disk = self.bytes_read = self.bytes_verified = 0
         self._clock = 0
@@ -113,6 +115,11 @@ class Residency:
         self._listed = 0
         self._pages = 0
         self._guard = threading.RLock()
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of `limit` that mapped pages may take; None: no bound."""
+        return None if self.limit is None else max(self.limit - self.beside(), 0)
 
     def kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """The account of some files; the first who asks makes it."""
@@ -169,17 +176,19 @@ class Residency:
           wait: called before anything is let go of: what is read now ends.
           since: nothing is let go of that was met after this `now`.
         """
-        if self.limit is None or self.nbytes + spare <= self.limit:
+        room = self.room
+        if room is None or self.nbytes + spare <= room:
             return
         wait()
         with self._guard:
             data, leaves = self._queues
             for queue, pinned in ((data, False), (data, True), (leaves, True)):
                 left: list[Entry] = []
-                while queue and self.nbytes + spare > self.limit:
+                while queue and self.nbytes + spare > room:
                     if since is not None and queue[0][0] > since:
                         break
-                    left += self._let_go_of(queue.popleft(), spare, pinned=pinned)
+                    over = self.nbytes + spare - room
+                    left += self._let_go_of(queue.popleft(), over, pinned=pinned)
                 queue.extendleft(reversed(left))
 
     @property
@@ -198,9 +207,8 @@ class Residency:
         with self._guard:
             self.bytes_verified += count
 
-    def _let_go_of(self, entry: Entry, spare: int, *, pinned: bool) -> Iterator[Entry]:
-        """Lets go of as much of an entry as it takes; what of it stays."""
-        assert self.limit is not None
+    def _let_go_of(self, entry: Entry, over: int, *, pinned: bool) -> Iterator[Entry]:
+        """Lets go of so many bytes of an entry, if it has them; what of it stays."""
         clock, kept, pages = entry
         self._listed -= len(pages)
         pages = pages[kept.used[pages] == clock]
@@ -211,7 +219,7 @@ class Residency:
         if not len(pages):
             return
         sizes = kept.bytes_of(pages)
-        enough = int(np.searchsorted(np.cumsum(sizes), self.nbytes + spare - self.limit)) + 1
+        enough = int(np.searchsorted(np.cumsum(sizes), over)) + 1
         gone = pages[:enough]
         assert kept.let_go is not None
         kept.let_go(gone)

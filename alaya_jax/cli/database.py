@@ -257,7 +257,7 @@ def index(
     from alaya_jax.db import DB
     from alaya_jax.index import Graph
 
-    budget = budget_for(loaded, record.num_tokens, memory, host_memory)
+    budget = budget_for(loaded, record.num_tokens, memory, host_memory, Graph())
     with DB(options.database_path(db), loaded, budget) as opened:
         if record.id not in {context.id for context in opened.contexts}:
             raise ContextError(

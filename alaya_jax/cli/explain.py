@@ -69,7 +69,8 @@ def explain(
     loaded = runtime.load_model(model, rope=options.rope(rope))
     asked = [{"role": "user", "content": question}]
     now = prompts.prompt(prompts.tokenizer_of(loaded), asked, document, date)
-    budget = runtime.budget_for(loaded, len(now.ids) + max_new_tokens, memory, host_memory)
+    room, indexes = len(now.ids) + max_new_tokens, runtime.indexes_of(policy, memory)
+    budget = runtime.budget_for(loaded, room, memory, host_memory, indexes)
     database, start = runtime.open_for_document(path, loaded, budget, document, date)
     with database:
         with on_interrupt("The document was not stored, and nothing half-written is left."):

@@ -83,7 +83,8 @@ def generate(
         ids = prompts.prompt(tokenizer, [{"role": "user", "content": text}], date=date).ids
     else:
         ids = tokenizer.encode(text, allow_special=False)
-    budget = runtime.budget_for(loaded, len(ids) + max_new_tokens, memory, host_memory)
+    room, indexes = len(ids) + max_new_tokens, runtime.indexes_of(policy, memory)
+    budget = runtime.budget_for(loaded, room, memory, host_memory, indexes)
     with (
         tempfile.TemporaryDirectory(prefix="alaya-") as scratch,
         DB(db or Path(scratch) / "db", loaded, budget, read_only=db is not None) as database,

@@ -9,7 +9,9 @@ from alaya_jax.cli import options
 from alaya_jax.cli.terminal import note, report, show
 
 if TYPE_CHECKING:
+    from alaya_jax.budget import Budget
     from alaya_jax.models.config import LlamaConfig
+    from alaya_jax.optimizer.choice import PlanChoice
     from alaya_jax.rope import Rope
 
 
@@ -93,18 +95,33 @@ def plan(
     plans = [layer.plan for layer in choice.layers]
     pages = -(-tokens // choice.work.page_size)
     need = least(plans, config, choice.work.page_size, choice.work.dtype, [pages] * batch)
+    budget = Budget.for_pages(choice.work, batch * pages + 1, choice.work.page_size)
     limit = Budget(host=host_memory).host_bytes
     if limit is not None and (problem := need.problem(limit)):
         raise PlanError(f"{problem} (--host-memory)")
     if json:
         host = {"least": need.nbytes, "leaves": need.leaves, "limit": limit}
-        report({"model": model, **choice.to_dict(), "host": host})
+        report({"model": model, **choice.to_dict(), "host": host, "budget": budget.device_bytes})
     else:
         show(choice.table())
+        note(_budgets(choice, budget, memory))
         note(
             f"Read in a database's files, it keeps at least {nbytes(need.nbytes)} of them in "
             "memory (--host-memory)."
         )
+
+
+def _budgets(choice: "PlanChoice", budget: "Budget", memory: str | None) -> str:
+    """Which budgets hold so many tokens, and the indexes that were chosen."""
+    from alaya_jax.units import bytes_of, nbytes
+
+    needed = budget.device_bytes
+    found = f"A database holds it in aj.Budget(device={needed}) ({nbytes(needed)}, --memory)"
+    asked, beside = choice.memory, choice.memory - choice.work.kv_bytes
+    if memory is not None and bytes_of(memory, "--memory") < needed:
+        page = choice.work.kv_bytes // choice.work.held * choice.work.page_size
+        found += f", or in Budget(device={asked + page}, indexes={max(beside, 1)})"
+    return f"{found}."
 
 
 def described(model: str, rope: "Rope | None" = None) -> "tuple[LlamaConfig, str, dict[str, Any]]":

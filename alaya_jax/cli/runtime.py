@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from alaya_jax.at_rest import StoreDtype
-    from alaya_jax.budget import Budget
+    from alaya_jax.budget import Budget, Indexes
     from alaya_jax.contexts.context import Context
     from alaya_jax.db import DB
     from alaya_jax.model import Model
@@ -75,18 +75,37 @@ def load_model(name: str, quantize: "Scheme | None" = None, rope: "Rope | None" 
 
 
 def budget_for(
-    model: "Model", tokens: int, memory: str | None = None, host_memory: str | None = None
+    model: "Model",
+    tokens: int,
+    memory: str | None = None,
+    host_memory: str | None = None,
+    indexes: "Indexes" = None,
 ) -> "Budget":
-    """Memory for prompts of so many tokens, unless a size is given; and for what is read in files.
+    """Memory for prompts of so many tokens, unless a size is given; for indexes of them; and for
+    what is read in files.
 
     A power of two, because programs are compiled anew for another size.
     """
     from alaya_jax.budget import Budget
 
     if memory is not None:
-        return Budget(device=memory, host=host_memory)
+        return Budget(device=memory, host=host_memory, indexes=indexes)
     room = max(_LEAST_ROOM, 1 << (tokens + _SLACK - 1).bit_length())
-    return Budget(device=room * model.token_bytes, host=host_memory)
+    pages = room // 16  # of a database's default size
+    return Budget.for_pages(model, pages, host=host_memory, indexes=indexes)
+
+
+def indexes_of(attention: "Attention", memory: str | None) -> "Indexes":
+    """What a budget has to have room for beside pages: the index that is asked; or what `Auto` may
+    choose, which keeps within a size that is given. None: what it has room for anyway.
+    """
+    from alaya_jax.index import Graph, Sketch
+    from alaya_jax.query.auto import Auto
+    from alaya_jax.query.plan import Plan
+
+    if isinstance(attention, Auto) and attention.graph and memory is None:
+        return Sketch(), Graph()
+    return attention.index if isinstance(attention, Plan) else None
 
 
 def with_option(error: CacheFullError) -> CacheFullError:

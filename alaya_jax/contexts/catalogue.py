@@ -26,6 +26,7 @@ from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import AlayaError, CacheFullError, ConfigError, ContextError, RequestError
 from alaya_jax.index import Graph, learnt
 from alaya_jax.index.pages import PageIndexes
+from alaya_jax.index.room import Part, Room
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin
 from alaya_jax.query.plan import Tier
@@ -61,7 +62,7 @@ class Catalogue:
       store: where they are at rest.
       pool: pages of the contexts that are in memory, and of all sessions.
       residency: what is kept in memory of pages that are read where they lie.
-      indexes: what indexes know of these pages.
+      indexes: what indexes know of these pages, and their share of the budget.
       stack: the model's layers, as compiled programs.
     """
 
@@ -79,14 +80,14 @@ class Catalogue:
         store: taken over: `close` closes it.
         model, namespace: whose contexts these are; others in the store are not shown.
         page_size: of the pool, which evicts contexts when its pages run out.
-        budget: of the pool, and of what is kept in memory of mapped files.
+        budget: of the pool, of indexes beside it, and of what is kept in memory of mapped files.
         store_dtype: what new contexts are stored in; None: as they were computed.
 
         Raises:
           RequestError: see `Budget.pages`.
         """
         self._model, self._namespace = model, namespace
-        self._setting = budget.setting
+        self._budget = budget
         self._store_dtype: StoreDtype | None = store_dtype
         self.store = store
         self.pool = PagePool(
@@ -102,7 +103,9 @@ class Catalogue:
         self.residency = Residency(budget.host_bytes, budget.host_setting)
         self._mapped: dict[str, dict[str, tuple[Context, np.ndarray]]] = {}
         """Contexts that were mapped and their pages, by the files' name and their id."""
-        self.indexes = PageIndexes(self.pool, self._find_learnt)
+        pages = self.pool.num_pages * page_size * model.token_bytes
+        room = Room(budget.device_bytes, pages, budget.setting, self._forget_graphs)
+        self.indexes = PageIndexes(self.pool, self._find_learnt, room)
         self.stack = Stack(model.params, model.frame, model.layers_per_program)
         self._home: Home | None = None
         self._contexts: dict[str, Context] = {}
@@ -322,8 +325,26 @@ class Catalogue:
                 pool = PagePool(model.config, model.dtype, pages, size, setting, where=device)
                 pool.lock = self.pool.lock  # one: contexts are looked at under either
                 stack = Apart(model.params, model.frame, device)
-                self._home = Home(pool, PageIndexes(pool, self._find_learnt), stack)
+                # The cache itself is of the size above, whatever the budget.
+                budget = self._budget
+                room = Room(budget.host_bytes, 0, budget.host_setting, self._forget_graphs)
+                indexes = PageIndexes(pool, self._find_learnt, room)
+                self.residency.beside = lambda: sum(indexes.nbytes().values())
+                self._home = Home(pool, indexes, stack)
             return self._home
+
+    def _forget_graphs(self) -> None:
+        """Lets go of graphs that no session asks."""
+        for context in self._contexts.values():
+            context.forget_graph()
+
+    @property
+    def index_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes that indexes and graphs take of `Budget.device`, and of `Budget.host` beside other
+        devices; see `PageIndexes.nbytes`.
+        """
+        beside = {} if self._home is None else self._home.indexes.nbytes()
+        return self.indexes.nbytes(), beside
 
     def open(
         self, rows: list[np.ndarray], *, exact: bool, tier: Tier | None = None
@@ -342,7 +363,7 @@ class Catalogue:
         sequences, found, origins = [], [], []
         asked, reason = tier, f"create_session(tier={tier!r})"
         if tier is None:
-            reason = f"the prompt does not fit into {self._setting}"
+            reason = f"the prompt does not fit into {self._budget.setting}"
         if tier is None and self._no_host is None:
             pages = sum(-(-len(tokens) // self.pool.page_size) + 1 for tokens in rows)
             too_long = pages * self.pool.page_size > self.pool.capacity_tokens
@@ -371,7 +392,7 @@ class Catalogue:
                     home.pool.release(sequence)
                 raise
         tokens = [row[: s.length] for row, s in zip(rows, sequences, strict=True)]
-        lent = Lending(home.pool, found, tokens, self.match_graph)
+        lent = Lending(home.pool, found, tokens, self.match_graph, home.indexes.room)
 
         def mapped(b: int) -> HostPool | None:
             context = found[b]
@@ -532,12 +553,13 @@ class Catalogue:
         """Builds a graph and stores it with its context, unless an equal one is there, undamaged.
 
         Raises:
-          ContextError, CacheFullError, DatabaseError: the context is damaged, does not fit into
-            memory, or the graph cannot be written.
+          ContextError, CacheFullError, DatabaseError: the context is damaged, it or its graph does
+            not fit into the budget, or the graph cannot be written.
         """
         there = any(index.fits(built) for built in context.indexes)
         if there and not self.store.check_index(context.id, graphs.KIND):
             return
+        self._require_room(context, index)
         sequence = self.lock(context, context.num_tokens, None)
         try:
             layers = graphs.build_layers(
@@ -552,6 +574,22 @@ class Catalogue:
         finally:
             self.pool.release(sequence)
         context.forget_graph()
+
+    def _require_room(self, context: Context, index: Graph) -> None:
+        """Raises CacheFullError where no session could hold such a graph in memory: in the pool's,
+        or on the CPU beside the model's devices.
+        """
+        layers = range(self._model.config.num_hidden_layers)
+
+        def parts(where: PageIndexes) -> dict[Part, int]:
+            each = (
+                graphs.part(context.id, context.num_tokens, index, where.pool, i) for i in layers
+            )
+            return {part: size for layer in each for part, size in layer.items()}
+
+        places = [self.indexes] + ([] if self._beside is None else [self._at("host").indexes])
+        if not any(where.room.fits(parts(where)) for where in places):
+            self.indexes.room.refuse(parts(self.indexes))
 
     def evict(self) -> bool:
         """Drops the context that was used longest ago; False where none is in memory but pinned

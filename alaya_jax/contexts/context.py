@@ -9,6 +9,7 @@ from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
+from alaya_jax.index.room import Part
 from alaya_jax.query.origin import Origin
 from alaya_jax.storage import ContextRecord, ContextStore
 
@@ -83,6 +84,12 @@ class Context:
         if key not in layers:
             layers[key] = graphs.load(self.store, self.id, wanted, pool, layer)
         return layers[key]
+
+    def graph_part(self, wanted: Graph, pool: PagePool, layer: int) -> dict[Part, int]:
+        """What that takes of memory there; raises as `graph`."""
+        if self._graph is None or self._graph[0] != wanted.built:
+            graphs.check(self.store, self.id, wanted)
+        return graphs.part(self.id, self.num_tokens, wanted, pool, layer)
 
     def forget_graph(self) -> None:
         """Lets go of what is in memory of its graph."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import mmap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.errors import ContextError, GraphError, RequestError
 from alaya_jax.index import Graph, GraphLayer, Indexed
 from alaya_jax.index.graph import build as graph_build
+from alaya_jax.index.room import Part
 from alaya_jax.model import Model
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full
@@ -22,10 +23,26 @@ from alaya_jax.query.plan import Plan
 from alaya_jax.runtime.programs import Fed
 from alaya_jax.runtime.reading import Reading
 from alaya_jax.runtime.stack import Stack
-from alaya_jax.storage import ContextStore
+from alaya_jax.storage import ContextStore, checked
 
 KIND = "graph"
 """What the store calls it."""
+
+
+class _Built(NamedTuple):
+    """A context's graph, as accounts of memory name it.
+
+    Attributes:
+      id: of the context.
+      settings: that it was built with.
+    """
+
+    id: str
+    settings: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return f"the graph of context {self.id}"
+
 
 CHUNK = 512
 """Tokens of one pass of the model."""
@@ -124,16 +141,33 @@ def _asked(
         yield queries[:, : len(chosen)], first + chosen
 
 
-def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int) -> GraphLayer:
-    """One layer of a context's graph, where a pool of pages is.
+def part(id: str, n: int, index: Graph, pool: PagePool, layer: int) -> dict[Part, int]:
+    """What one layer of a context's graph takes of memory where a pool of pages is, see `load`.
 
-    Rows are padded to one of four sizes an octave, since a program is compiled for each size. On a
-    CPU a graph that has such a size stays in its file, mapped: what is walked comes into memory.
-
-    Raises:
-      GraphError: there is none, or it is damaged.
-      RequestError: it was built with other settings.
+    Args:
+      id, n: of the context, and its tokens.
+      index: as it is built.
+      pool: whose devices.
+      layer: which.
     """
+    return {(_Built(id, tuple(index.built.values())), layer): _nbytes(n, index, pool)}
+
+
+def _nbytes(n: int, index: Graph, pool: PagePool) -> int:
+    short, row = _short(n), 4 * pool.config.num_key_value_heads
+    rows, starts = (n + short) * index.degree * row, graph_build.default_starts(n) * row
+    on_cpu = pool.mesh is None and pool.target.platform == "cpu"
+    stays_in_its_file = on_cpu and not short and rows >= checked.MAPPED
+    return starts + (0 if stays_in_its_file else rows)
+
+
+def _short(n: int) -> int:
+    """Rows that a graph of so many keys is padded with: there are four sizes an octave."""
+    return -n % max(256, (1 << n.bit_length()) // 8)
+
+
+def check(store: ContextStore, id: str, wanted: Graph) -> None:
+    """Whether a context has such a graph; raises as `load`."""
     record = store.indexes(id).get(KIND)
     way_out = "build it with db.build_index(context, aj.Graph(...)), or use aj.Sketch()"
     if record is None:
@@ -145,14 +179,26 @@ def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int
             f"the graph index of context {id} was built with {dict(record.settings)}, and the plan "
             f"asks for {wanted.built}; ask for the same, or {way_out}"
         )
+
+
+def load(store: ContextStore, id: str, wanted: Graph, pool: PagePool, layer: int) -> GraphLayer:
+    """One layer of a context's graph, where a pool of pages is.
+
+    Rows are padded to one of four sizes an octave, since a program is compiled for each size. On a
+    CPU a graph that has such a size stays in its file, mapped: what is walked comes into memory.
+
+    Raises:
+      GraphError: there is none, or it is damaged.
+      RequestError: it was built with other settings.
+    """
+    check(store, id, wanted)
     try:
         arrays = store.read_index(id, KIND, layer)
     except ContextError as error:
         raise GraphError(str(error)) from error
     near, starts = arrays["neighbours"], arrays["starts"]
     n = near.shape[1]
-    step = max(256, (1 << n.bit_length()) // 8)
-    if short := -n % step:
+    if short := _short(n):
         near = np.pad(near, ((0, 0), (0, short), (0, 0)), constant_values=-1)
     elif isinstance(near.base, mmap.mmap):
         near.base.madvise(mmap.MADV_RANDOM)  # a walk reads a row here and a row there

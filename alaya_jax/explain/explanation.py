@@ -55,6 +55,8 @@ class Explanation:
       placed: why.
       sketch: in which basis sketches round keys, where plans ask any.
       bytes_a_key: of keys, values and what the plans' indexes keep of them, where they ask any.
+      index_bytes: what each index and graph takes beside the pages, for all sessions together, by
+        account; see `DatabaseStats.bytes_beside`.
     """
 
     tokens: list[int]
@@ -70,6 +72,7 @@ class Explanation:
     placed: str = ""
     sketch: str = ""
     bytes_a_key: KeyBytes | None = None
+    index_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,6 +83,7 @@ class Explanation:
             "placed": self.placed or None,
             "sketch": self.sketch or None,
             "bytes_a_key": self.bytes_a_key and self.bytes_a_key.to_dict(),
+            "index_bytes": self.index_bytes,
             "contexts": self.contexts,
             "exact": [o.exact(n) for o, n in zip(self.origins, self.tokens, strict=True)],
             "origins": [[{"from": n, "plan": p} for n, p in o.runs] for o in self.origins],
@@ -183,6 +187,9 @@ class Explanation:
             head += f"\nsketches round keys in {self.sketch}"
         if self.bytes_a_key is not None:
             head += f"\n{self.bytes_a_key}"
+        if self.index_bytes:
+            each = ", ".join(f"{x} {units.nbytes(n)}" for x, n in self.index_bytes.items())
+            head += f"\nbeside the pages of all sessions: {each}"
         for b, origin in enumerate(self.origins):
             if origin.runs:
                 head += f"\nkeys and values of sequence {b}: {origin}"

@@ -59,6 +59,7 @@ def report(
         in_files=in_files if any(in_files) else None,
         sketch=_sketch(batch, plans),
         bytes_a_key=_bytes_a_key(batch, plans),
+        index_bytes=batch.indexes.nbytes(),
         placed=batch.placing.reason if any(in_files) else "",
     )
 

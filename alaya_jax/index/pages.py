@@ -19,6 +19,7 @@ from alaya_jax.index import Block, Flat, Graph, Index, Indexed, LayerIndex, Sket
 from alaya_jax.index.basis import Basis
 from alaya_jax.index.host import AT_ONCE, HostIndex
 from alaya_jax.index.learnt import Learnt
+from alaya_jax.index.room import Claim, Part, Parts, Room, by_name
 from alaya_jax.sharding import ShardingRules
 
 INDEX_WIDTH = 8
@@ -32,16 +33,24 @@ class PageIndexes:
 
     Attributes:
       pool: whose pages.
+      room: the memory that they share with these and with graphs.
     """
 
-    def __init__(self, pool: PagePool, find_learnt: Callable[[], Learnt | None] | None = None):
+    def __init__(
+        self,
+        pool: PagePool,
+        find_learnt: Callable[[], Learnt | None] | None = None,
+        room: Room | None = None,
+    ):
         """Of this pool's pages; what was learnt of a page holds for its generation.
 
         Args:
           pool: of a model.
           find_learnt: looks for what the model's sketches learnt; what it once found stays.
+          room: see the class; None: as much as there is.
         """
         self.pool = pool
+        self.room = room or Room()
         self._find_learnt, self._learnt = find_learnt, None
         self._looking = threading.RLock()
         self._bases: dict[tuple[float, int], Basis] = {}
@@ -74,14 +83,50 @@ class PageIndexes:
             self._bases[key] = made
         return self._bases[key]
 
-    def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
-        """Has the indexes know the full pages of these sequences.
-
-        What was built once stays, for every sequence that shares the page.
+    def parts(self, indexes: Sequence[Index]) -> dict[Part, int]:
+        """What indexes take beside the pages, all of which they have room for.
 
         Args:
           indexes: of each layer. `Flat` holds nothing, and a graph is of a context, not of pages.
+        """
+        return {
+            (index, layer): self._size(index)
+            for layer, index in enumerate(indexes)
+            if not isinstance(index, Flat | Graph)
+        }
+
+    def _size(self, index: Block | Sketch) -> int:
+        """Bytes of one layer."""
+        pool = self.pool
+        return pool.num_pages * index.page_bytes(pool.config, pool.page_size, pool.dtype)
+
+    def make_room(self, wanted: Parts, claim: Claim | None = None) -> None:
+        """Drops indexes that no batch asks, where others need their memory.
+
+        Args:
+          wanted: parts of indexes, and of graphs.
+          claim: see `Room.make`.
+
+        Raises:
+          CacheFullError: there is not enough of it; see `Room.make`.
+        """
+        with self.pool.lock:
+            made = {part: self._size(part[0]) for part in self._indexes}
+            for part in self.room.make(made, wanted, claim):
+                del self._indexes[part]
+
+    def cover(self, indexes: Sequence[Index], sequences: list[PagedSequence]) -> Indexed:
+        """Has the indexes know the full pages of these sequences.
+
+        What was built once stays, for every sequence that shares the page, until a budget's memory
+        is needed for other indexes (`make_room`).
+
+        Args:
+          indexes: of each layer, see `parts`.
           sequences: in the pool.
+
+        Raises:
+          CacheFullError: there is no memory for one that is not there.
         """
         pool, size = self.pool, self.pool.page_size
         full = [s.pages[: s.length // size] for s in sequences]
@@ -94,6 +139,8 @@ class PageIndexes:
         ]
         layers: list[Any] = []
         with pool.here(), pool.lock:
+            if not (wanted := self.parts(indexes)).keys() <= self._indexes.keys():
+                self.make_room(wanted)
             for layer, index in enumerate(indexes):
                 if isinstance(index, Flat | Graph):
                     layers.append(None)
@@ -189,12 +236,11 @@ class PageIndexes:
         return _LayerState(made, np.zeros(p.num_pages, np.int64))
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that each index takes on the device, all layers."""
-        sizes: dict[str, int] = {}
-        for (index, _), state in self._indexes.items():
-            leaves = jax.tree.leaves(state.index)
-            sizes[repr(index)] = sizes.get(repr(index), 0) + sum(x.nbytes for x in leaves)
-        return sizes
+        """Bytes that each index and graph takes beside the pages, all layers, by account: those
+        that batches ask and that are not made yet, too.
+        """
+        made = {part: self._size(part[0]) for part in list(self._indexes)}
+        return by_name({**made, **self.room.claimed(), **self.room.graphs})
 
     def _build(
         self, state: "_LayerState", layer: int, missing: np.ndarray, basis: Basis | None

@@ -66,12 +66,13 @@ def choose(
       work: what is to be served.
       machine: where.
       calibration: of the model; None: keys are predicted from another model's.
-      memory: bytes for keys, values and indexes where `auto` names none; None: no limit.
+      memory: bytes that there are for keys, values and indexes, whatever `auto` allows; None: not
+        known.
 
     Raises:
       PlanError: nothing fits; the message has the nearest goals that do.
     """
-    limit = auto.memory if auto.memory is not None else memory
+    limit = min((x for x in (auto.memory, memory) if x is not None), default=None)
     if limit is not None and work.kv_bytes > limit:
         raise PlanError(
             f"{_asked(auto)}: the keys and values of {work.held:,} tokens alone take "

@@ -56,6 +56,7 @@ class Workload:
       tensor, context: devices that heads and keys are split over.
       graph: how the graph of the sequences' stored contexts is built; None: they have none.
       graph_length: keys that it covers, from the first on.
+      graph_bytes: that a layer of the graphs takes of memory; None: as an estimate says.
       sketches: that may be asked, the one to prefer first.
     """
 
@@ -71,6 +72,7 @@ class Workload:
     context: int = 1
     graph: Graph | None = None
     graph_length: int = 0
+    graph_bytes: int | None = None
     sketches: tuple[Sketch, ...] = (Sketch(),)
 
     @property
@@ -264,7 +266,8 @@ def _walk(index: Graph, window: Window, work: Workload, machine: Machine, kept: 
     read = (
         heads * (met * item + min(kept.read, outside) * (row + item)) + 2.0 * inside * heads * item
     )
-    return Cost(work.batch * seconds, work.batch * read, work.batch * heads * row * known)
+    memory = work.batch * heads * row * known if work.graph_bytes is None else work.graph_bytes
+    return Cost(work.batch * seconds, work.batch * read, memory)
 
 
 def step_seconds(work: Workload, machine: Machine) -> float:

@@ -49,6 +49,7 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
         idle_bytes=idle,
         graph=graph,
         graph_length=known,
+        graph_bytes=None if graph is None else batch.graph_bytes(graph, 0),
         sketches=_sketches(model.config, batch.indexes.learnt),
         tensor=tensor,
         context=context,
@@ -56,8 +57,10 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
     found = calibration.find(model.fingerprint, model.directory)
     with pool.here():
         machine = _machine(work, progress=True)
-    # A CPU beside the model's devices does not say what it has.
-    room = memory_beside(weights, pool.mesh) if pool.device is None else None
+    # A CPU beside the model's devices does not say what it has, and its pages are no budget's.
+    there = memory_beside(weights, pool.mesh) if pool.device is None else None
+    given = batch.room_beside(work.sketches) if pool.device is None else None
+    room = min((x for x in (there, given) if x is not None), default=None)
     return choose(auto, work, machine, found, room)
 
 

@@ -4,9 +4,10 @@ What a session holds below the words that a user knows: a model feeds it (`Batch
 layer, `layerwise`), and attention, analysis and planning look at it.
 """
 
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +17,9 @@ from alaya_jax.cache.pool import PagedSequence, PagePool, uninterrupted
 from alaya_jax.cache.residency import PagesMet
 from alaya_jax.cache.tiers import HostPool
 from alaya_jax.errors import CacheFullError, RequestError
-from alaya_jax.index import Graph, GraphLayer, Indexed
+from alaya_jax.index import Flat, Graph, GraphLayer, Index, Indexed
 from alaya_jax.index.pages import PageIndexes
+from alaya_jax.index.room import Claim, Part, Parts
 from alaya_jax.model import Model
 from alaya_jax.query.origin import Origin, Way
 from alaya_jax.query.plan import Plans, Tier, indexes_of, tier_of
@@ -51,6 +53,10 @@ class GraphSource(Protocol):
         """
         ...
 
+    def part(self, b: int, index: Graph, layer: int) -> dict[Part, int]:
+        """What that takes of memory, by account. Raises as `layer`."""
+        ...
+
     def known(self) -> tuple[Graph | None, int]:
         """The graph that all sequences can ask, and how many keys of each it knows at least; None,
         and how many it would know, where they have none, or not the same.
@@ -59,6 +65,10 @@ class GraphSource(Protocol):
 
     def fork(self) -> "GraphSource":
         """Another of the same, for a fork of the batch."""
+        ...
+
+    def let_go(self) -> None:
+        """The batch asks for nothing more; waits for nobody."""
         ...
 
 
@@ -119,7 +129,8 @@ class Batch:
         self.turn = 0
         self._sequences = sequences
         self._tokens: list[list[int]] = [t.tolist() for t in tokens]
-        self._release = weakref.finalize(self, _release, self.pool, sequences)
+        self._claim = claim = indexes.room.claim()
+        self._release = weakref.finalize(self, _release, self.pool, sequences, claim, graphs)
         self._release.atexit = False
 
     @property
@@ -157,25 +168,99 @@ class Batch:
         """Raises RequestError or ContextError where a plan asks for a graph that a sequence lacks:
         before anything runs.
         """
-        for layer, index in enumerate(indexes_of(plans, self.model.config.num_hidden_layers)):
-            if isinstance(index, Graph):
-                for b in range(self.size):
-                    self.graphs.layer(b, index, layer)
+        self._graph_parts(self._indexes_of(plans))
 
-    def cover(self, plans: Plans, rows: list[int] | None = None) -> Indexed:
-        """What the plans' indexes know of the keys in the cache; of all sequences, or of `rows`.
+    def _indexes_of(self, plans: Plans, first: int = 0, last: int | None = None) -> list[Index]:
+        """The index that plans ask of each layer, from a first to a last one; of others `Flat`."""
+        indexes = indexes_of(plans, self.model.config.num_hidden_layers)
+        last = len(indexes) - 1 if last is None else last
+        return [x if first <= i <= last else Flat() for i, x in enumerate(indexes)]
+
+    def _graphs(
+        self, indexes: list[Index], rows: list[int] | None = None
+    ) -> Iterator[tuple[int, Graph, int]]:
+        """The graphs among them, of all sequences or some: sequence, graph, layer."""
+        for layer, index in enumerate(indexes):
+            if isinstance(index, Graph):
+                for b in range(self.size) if rows is None else rows:
+                    yield b, index, layer
+
+    def _graph_parts(self, indexes: list[Index], rows: list[int] | None = None) -> Parts:
+        """What these take; raises as `require_graphs`."""
+        parts: dict[Part, int] = {}
+        for each in self._graphs(indexes, rows):
+            parts |= self.graphs.part(*each)
+        return parts
+
+    def graph_bytes(self, index: Graph, layer: int) -> int:
+        """What the sequences' graphs of a layer take of memory; raises as `require_graphs`."""
+        parts: dict[Part, int] = {}
+        for b in range(self.size):
+            parts |= self.graphs.part(b, index, layer)
+        return sum(parts.values())
+
+    def room_beside(self, offered: Sequence[Index]) -> int | None:
+        """Bytes for its pages and indexes: what other batches ask of others than the offered ones
+        is held. None: no bound.
+        """
+        room = self.indexes.room
+        others = room.claimed(self._claim).items()
+        held = sum(size for (index, _), size in others if index not in offered)
+        return None if room.limit is None else room.limit - held
+
+    def ask_from(self, layer: int, plans: Plans) -> None:
+        """Makes room for the indexes that plans ask of a layer and of those behind it.
+
+        Raises:
+          RequestError, ContextError: a plan asks for a graph, and a sequence has none.
+          CacheFullError: there is none; the batch asks what it asked before.
+        """
+        before = {part: size for part, size in self._claim.parts.items() if part[1] < layer}
+        with self._asking([self._indexes_of(plans, layer)], before):
+            pass
+
+    @contextlib.contextmanager
+    def _asking(self, asked: list[list[Index]], besides: Parts | None = None) -> Iterator[None]:
+        """Makes room for indexes, which the batch asks from now on, if the block does not fail.
+
+        Args:
+          asked: of each layer, of plans that run together.
+          besides: what it asks beside these.
+        """
+        parts: dict[Part, int] = {**(besides or {})}
+        for indexes in asked:
+            parts |= {**self.indexes.parts(indexes), **self._graph_parts(indexes)}
+        with self.pool.lock, self._claim.asking(parts):
+            self.indexes.make_room(parts, self._claim)
+            for indexes in asked:
+                for each in self._graphs(indexes):
+                    self.graphs.layer(*each)
+            yield
+
+    def cover(
+        self, plans: Plans, rows: list[int] | None = None, only: int | None = None
+    ) -> Indexed:
+        """What the plans' indexes know of the keys in the cache.
 
         Pages in mapped files are verified beside the programs, see `Reading`.
+
+        Args:
+          plans: that ask.
+          rows: of which sequences; None: of all.
+          only: of which layer; None: of all.
 
         Raises:
           RequestError, ContextError: a plan asks for a graph, and a sequence has none; or pages
             that an index is made of are damaged.
+          CacheFullError: there is no memory for an index.
         """
         rows = list(range(self.size)) if rows is None else rows
-        wanted = indexes_of(plans, self.model.config.num_hidden_layers)
+        wanted = self._indexes_of(plans, *(() if only is None else (only, only)))
         sequences = [self.sequences[b] for b in rows]
         hosts = [s.host for s in sequences if s.host is not None]
-        with self.pool.here():
+        with self.pool.here(), self.pool.lock:
+            if graphs := self._graph_parts(wanted, rows):
+                self.indexes.make_room(graphs)
             indexed = self.indexes.cover(wanted, sequences)
             layers = tuple(
                 tuple(self.graphs.layer(b, index, i) for b in rows)
@@ -329,12 +414,10 @@ class Batch:
 
         Raises:
           RequestError: a sequence would be longer than the model allows; or see `place`.
-          CacheFullError: no room, and no sequence got any; or a plan reads more mapped pages at
-            once than may be kept in memory.
+          CacheFullError: no room for them or for the plans' indexes, and no sequence got any; or
+            a plan reads more mapped pages at once than may be kept in memory.
         """
         self.place(*plans)
-        for asked in plans:
-            self.reading(asked).require_room()
         if any(self.ahead):
             raise RequestError(
                 "update() wrote new tokens in some layers only; finish the other layers first"
@@ -347,13 +430,16 @@ class Batch:
                     f"that {self.model.name} takes; ask for at most {max(limit - length, 0):,} more"
                 )
         before = [len(sequence.pages) for sequence in self.sequences]
-        try:
-            for sequence, count in zip(self.sequences, counts, strict=True):
-                self.pool.reserve(sequence, count)
-        except CacheFullError:
-            for sequence, keep in zip(self.sequences, before, strict=True):
-                self.pool.trim(sequence, keep)
-            raise
+        with self._asking([self._indexes_of(asked) for asked in plans]):
+            for asked in plans:
+                self.reading(asked).require_room()
+            try:
+                for sequence, count in zip(self.sequences, counts, strict=True):
+                    self.pool.reserve(sequence, count)
+            except CacheFullError:
+                for sequence, keep in zip(self.sequences, before, strict=True):
+                    self.pool.trim(sequence, keep)
+                raise
         self.turn += 1
 
     def give_room_back(self) -> None:
@@ -397,6 +483,10 @@ class Batch:
         self.turn += 1
 
 
-def _release(pool: PagePool, sequences: list[PagedSequence]) -> None:
+def _release(
+    pool: PagePool, sequences: list[PagedSequence], claim: Claim, graphs: GraphSource
+) -> None:
     for sequence in sequences:
         pool.release(sequence)
+    claim.end()
+    graphs.let_go()

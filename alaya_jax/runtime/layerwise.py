@@ -96,6 +96,7 @@ def attention(
     """See `Session.attention`; `queries` has looked at q."""
     c, t = batch.model.config, _tokens_of(q)
     batch.place(plans)
+    batch.ask_from(layer, plans)
     batch.reading(plans).require_room()
     table = _table(batch, layer)
     table = dataclasses.replace(table, length=table.length - t)
@@ -104,7 +105,7 @@ def attention(
     with pool.here(), pool.lock:
         kv = pool.kv
         # Full pages of whole tokens: what `update` wrote in some layers only is not in them.
-        indexed = batch.cover(plans)
+        indexed = batch.cover(plans, only=layer)
         batch.reading(plans).before(layer, 1, kv.k[layer])
         out, counts = engine.attend(
             of_layer(plans, layer),

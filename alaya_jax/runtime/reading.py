@@ -116,7 +116,7 @@ class Reading:
     @property
     def _limit(self) -> int | None:
         """Bytes of mapped files that may be kept in memory."""
-        return self._account.residency.limit if self._mapped else None
+        return self._account.residency.room if self._mapped else None
 
     @property
     def _heads(self) -> int:
@@ -198,4 +198,4 @@ class Reading:
                     new += sequence.host.verify_met(first + i, one[b, :, :there], in_pool=held)
         if self._mapped:
             residency = self._account.residency
-            residency.make_room(spare=min(new, (residency.limit or 0) // 2))
+            residency.make_room(spare=min(new, (residency.room or 0) // 2))

@@ -20,7 +20,7 @@ from alaya_jax.storage.files import flush_directory, write_file
 META = "meta.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
-_MAPPED = 1 << 20
+MAPPED = 1 << 20
 """Bytes of an array from which on it is mapped and not read."""
 
 
@@ -87,7 +87,7 @@ class CheckedDirectory:
 
     def _read_array(self, name: str, *, mapped: bool = False) -> np.ndarray:
         """An array, verified; a large one may be mapped, and was verified once."""
-        mapped = mapped and self._files[name][0] >= _MAPPED
+        mapped = mapped and self._files[name][0] >= MAPPED
         data = b""
         if not (mapped and name in self._verified):
             data = self._read_bytes(name)

@@ -233,7 +233,7 @@ def run_session(number: int, quick: bool, say: Callable[..., None]) -> None:
     document = 200 if quick else 16000
     new = 8 if quick else 64
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, document)
-    budget = aj.Budget(device=(document + 4096) * model.token_bytes)
+    budget = aj.Budget.for_pages(model, (document + 4096) // 16)
     sampling = aj.Greedy(ignore_eos=True)
     with tempfile.TemporaryDirectory() as scratch:
         db = aj.DB(Path(scratch) / "db", model, budget)

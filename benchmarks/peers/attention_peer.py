@@ -1,5 +1,4 @@
-"""torch's attention of one decode step as a process of its own; see transformers_peer.py for the
-protocol.
+"""torch's attention of one decode step as a process of its own; see protocol.py.
 
     {"op": "load", "kv_heads": K, "group": G, "dim": D, "threads": n} -> {"versions": {...}}
     {"op": "measure", "length": S, "repeats": n}
@@ -11,13 +10,12 @@ query's tokens (no key is read twice), plain grouped matmuls; float32, and the s
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 
+from protocol import serve
 
-class Peer:
+
+class Engine:
     """Shapes, and the keys of the length asked for last."""
 
     def __init__(self, kv_heads: int, group: int, dim: int, threads: int):
@@ -64,25 +62,5 @@ class Peer:
         return {"seconds": seconds}
 
 
-def main() -> None:
-    # Libraries may print: keep the real stdout for answers only.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        op = request.pop("op")
-        try:
-            if op == "load":
-                peer = Peer(**request)
-                answer = peer.facts
-            else:
-                assert peer is not None, "the first request must be 'load'"
-                answer = peer.measure(**request)
-        except Exception as error:  # reported to the caller, who decides
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    serve(Engine)

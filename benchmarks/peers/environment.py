@@ -1,50 +1,110 @@
-"""The peer's environment and process: made here, run apart, spoken to in JSON lines."""
+"""The peers' environments and processes: made here, run apart, spoken to in JSON lines."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-VENV = ROOT / ".cache" / "peer-venv"
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.resolve().parents[1]
 
 
 class PeerUnavailable(Exception):
     """The peer cannot run here; the message says why and what would help."""
 
 
-def prepare(python: str | None = None) -> Path:
-    """Makes `.cache/peer-venv` when it is missing or its requirements changed; returns its Python.
+@dataclass(frozen=True)
+class Peer:
+    """An engine to compare with.
+
+    Attributes:
+      name: what it is asked for by.
+      script: its process, a file of this folder.
+      requirements: what its environment has, a file of this folder; wheels only.
+      folder: its environment, in .cache.
+      imports: modules that must import, else the environment is no use.
+      python: the version it needs; None: that which runs this.
+    """
+
+    name: str
+    script: str
+    requirements: str
+    folder: str
+    imports: str
+    python: str | None = None
+
+    @property
+    def venv(self) -> Path:
+        return ROOT / ".cache" / self.folder
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "transformers",
+            "transformers_peer.py",
+            "requirements.txt",
+            "peer-venv",
+            "torch, transformers, gguf",
+            python="3.11",  # where torch has a CPU build
+        ),
+        Peer(
+            "openvino",
+            "openvino_peer.py",
+            "requirements-openvino.txt",
+            "peer-openvino",
+            "openvino, openvino_genai",
+        ),
+        Peer(
+            "llamacpp",
+            "llamacpp_peer.py",
+            "requirements-llamacpp.txt",
+            "peer-llamacpp",
+            "xllamacpp",
+        ),
+    )
+}
+
+
+def prepare(python: str | None = None, peer: Peer = PEERS["transformers"]) -> Path:
+    """Makes the peer's environment if missing or its requirements changed; returns its Python.
 
     Args:
-      python: a Python 3.11 to make it with; None: found on PATH or among pyenv's versions.
+      python: what to make it with; None: that which the peer needs, on PATH or among pyenv's.
+      peer: whose.
+
+    Raises:
+      PeerUnavailable: no such Python, or no wheels for it or for this machine.
     """
-    interpreter, stamp = VENV / "bin" / "python", VENV / "requirements.txt"
-    if stamp.is_file() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
+    wanted = FOLDER / peer.requirements
+    interpreter, stamp = peer.venv / "bin" / "python", peer.venv / "requirements.txt"
+    if stamp.is_file() and stamp.read_bytes() == wanted.read_bytes():
         return interpreter
-    python = python or _find_python()
-    _say(f"making {VENV.relative_to(ROOT)} with {python} (torch and transformers, once)")
-    _must([python, "-m", "venv", "--clear", str(VENV)], "the environment could not be made")
+    python = python or (_find_python(peer) if peer.python else sys.executable)
+    _say(f"making {peer.venv.relative_to(ROOT)} with {python} ({peer.name}, once)")
+    _must([python, "-m", "venv", "--clear", str(peer.venv)], "the environment could not be made")
     pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _must([*pip, "-r", str(REQUIREMENTS)], "pip could not install the peer")
-    check = "import torch, transformers, gguf; print(torch.__version__, transformers.__version__)"
-    _say(
-        f"ready: torch, transformers {_must([str(interpreter), '-c', check], 'it does not import')}"
-    )
-    stamp.write_bytes(REQUIREMENTS.read_bytes())
+    _must([*pip, "--only-binary", ":all:", "-r", str(wanted)], f"pip could not install {peer.name}")
+    _must([str(interpreter), "-c", f"import {peer.imports}"], f"{peer.name} does not import")
+    stamp.write_bytes(wanted.read_bytes())
     return interpreter
 
 
-def _find_python() -> str:
+def _find_python(peer: Peer) -> str:
     found = subprocess.run(
-        [str(ROOT / ".ci" / "find-python"), "3.11"], capture_output=True, text=True, check=False
+        [str(ROOT / ".ci" / "find-python"), str(peer.python)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if found.returncode:
         raise PeerUnavailable(
-            "the peer needs Python 3.11, where torch has a CPU build; none is on PATH or in pyenv. "
-            "Install one ('pyenv install 3.11'), or name it: --peer-python /path/to/python3.11"
+            f"{peer.name} needs Python {peer.python}; none is on PATH or in pyenv. Install one "
+            f"('pyenv install {peer.python}'), or name it: --peer-python /path/to/python"
         )
     return found.stdout.strip()
 
@@ -67,10 +127,10 @@ def _say(line: str) -> None:
 class PeerProcess:
     """A script of this folder as a child that computes only while `ask` waits for it."""
 
-    def __init__(self, interpreter: Path, log: Path, script: str = "transformers_peer.py"):
-        self._log = log.open("w")
+    def __init__(self, interpreter: Path, log: Path, script: str):
+        self._log = log.open("w+")
         self._process = subprocess.Popen(
-            [str(interpreter), str(Path(__file__).with_name(script))],
+            [str(interpreter), str(FOLDER / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -94,7 +154,11 @@ class PeerProcess:
             line = ""
         if not line:
             code = self._process.wait()
-            raise PeerUnavailable(f"the peer ended with exit code {code}; see {self._log.name}")
+            self._log.seek(0)
+            said = "".join(f"\n  {line.rstrip()}" for line in self._log.readlines()[-6:])
+            raise PeerUnavailable(
+                f"the peer ended with exit code {code}{':' if said else ''}{said}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise PeerUnavailable(f"the peer could not {op}: {answer['error']}")
@@ -103,7 +167,8 @@ class PeerProcess:
     def close(self) -> None:
         """Ends the peer: it sees the end of its input."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended, with a request unread
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -1,17 +1,4 @@
-"""transformers + torch as a process of its own: JSON lines in on stdin, JSON lines out on stdout.
-
-Runs in the peer environment (see benchmarks/peer.py); computes nothing while it waits for a line.
-Requests, one object a line:
-
-    {"op": "load", "gguf": path, "threads": n}
-        -> {"versions": {...}, "threads": n, "attention": ..., "dtype": ..., "load_s": ...}
-    {"op": "measure", "ids": [[...]], "new_tokens": n, "variant": "dynamic" | "static" | "compiled"}
-        -> {"prefill_s": ..., "decode_s": ..., "tokens": [[...]]}
-    {"op": "greedy", "ids": [...], "max_new_tokens": n, "eos": id | null}
-        -> {"tokens": [...]}
-    {"op": "quit"}
-
-A failed request answers {"error": text}. Logs go to stderr.
+"""transformers + torch as a process of its own; see protocol.py.
 
 Settings, chosen to be good for the peer: float32 weights dequantized once, SDPA attention,
 `inference_mode`, only the last position's logits in a prefill, a hand-written greedy loop (no
@@ -22,20 +9,22 @@ Settings, chosen to be good for the peer: float32 weights dequantized once, SDPA
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
+from protocol import serve
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+VARIANTS = ("dynamic", "static", "compiled")
 
-class Peer:
-    """The loaded model and how it is run."""
 
-    def __init__(self, gguf: str, threads: int):
+class Engine:
+    """The loaded model and how it is run; room is made for each request, so none is reserved."""
+
+    def __init__(self, gguf: str, threads: int, **_room: int):
         import torch
         import transformers
         from transformers import AutoModelForCausalLM, GgufConfig
@@ -53,6 +42,7 @@ class Peer:
             quantization_config=GgufConfig(dequantize=True),
         ).eval()
         self.compiled = None
+        dtype = str(self.model.dtype).removeprefix("torch.")
         self.facts = {
             "versions": {
                 "python": platform.python_version(),
@@ -61,7 +51,10 @@ class Peer:
             },
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "variants": list(VARIANTS),
+            "weights": dtype,
+            "activations": dtype,
+            "kv": dtype,
             "load_s": time.perf_counter() - started,
         }
 
@@ -100,42 +93,6 @@ class Peer:
             "tokens": torch.cat(tokens, dim=1).tolist(),
         }
 
-    def greedy(self, ids: list[int], max_new_tokens: int, eos: int | None) -> dict:
-        """Greedy continuation of one prompt; the eos token, if met, is the last one returned."""
-        torch = self.torch
-        tokens: list[int] = []
-        with torch.inference_mode():
-            cache = self.cache("dynamic", 0)
-            step = torch.tensor([ids])
-            while len(tokens) < max_new_tokens and (not tokens or tokens[-1] != eos):
-                out = self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                step = out.logits[:, -1].argmax(-1, keepdim=True)
-                tokens.append(int(step))
-        return {"tokens": tokens}
-
-
-def main() -> None:
-    # Libraries may print: keep the real stdout for answers only.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        op = request.pop("op")
-        if op == "quit":
-            break
-        try:
-            if op == "load":
-                peer = Peer(**request)
-                answer = peer.facts
-            elif peer is None:
-                raise ValueError("the first request must be 'load'")
-            else:
-                answer = {"measure": peer.measure, "greedy": peer.greedy}[op](**request)
-        except Exception as error:  # reported to the caller, who decides
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-
 
 if __name__ == "__main__":
-    main()
+    serve(Engine)

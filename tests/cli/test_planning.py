@@ -1,6 +1,7 @@
 """`alaya explain`, `plan` and `calibrate`, on a tiny random model."""
 
 import json
+import re
 
 import pytest
 
@@ -84,6 +85,13 @@ def test_plan_before_anything_is_loaded(alaya, tiny_model):
         assert part in text
     tight = json.loads(alaya(*asked, "--memory", kv + sketch, "--json").stdout)
     assert [("Sketch" in x["plan"]) for x in tight["layers"]] == [False, True]
+    # The database's budget: room for all tokens, and a page that belongs to nobody.
+    page = (kv + 2 * sketch) // 256
+    assert data["budget"] == tight["budget"] == 257 * page
+    assert f"aj.Budget(device={257 * page}) (" in alaya(*asked).stderr
+    small = alaya(*asked, "--memory", kv + sketch).stderr
+    device, indexes = re.search(r"or in Budget\(device=(\d+), indexes=(\d+)\)", small).groups()
+    assert (int(device), int(indexes)) == (kv + kv // 256 + sketch, sketch)
     assert "declares at most 8,000" in alaya("plan", tiny_model, "--length", "16k").stderr
     assert json.loads(alaya("plan", tiny_model, "--json").stdout)["length"] == 8000
 

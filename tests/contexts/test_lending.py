@@ -11,6 +11,7 @@ import alaya_jax as aj
 from alaya_jax.contexts.lending import Lending
 from alaya_jax.errors import RequestError
 from alaya_jax.index import GraphLayer
+from alaya_jax.index.room import Room
 from alaya_jax.query.origin import Origin
 
 GRAPH = aj.Graph()
@@ -24,19 +25,24 @@ def context(*indexes, origin=None, asked=None):
         empty = jnp.zeros((1, 64, 2), jnp.int32)
         return GraphLayer(empty, empty[:, 0], jnp.asarray(64, jnp.int32))
 
+    name = object()  # each context's graph is another
     return SimpleNamespace(
-        has_graph=bool(indexes), indexes=indexes, origin=origin or Origin(), graph=graph
+        has_graph=bool(indexes),
+        indexes=indexes,
+        origin=origin or Origin(),
+        graph=graph,
+        graph_part=lambda wanted, pool, layer: {(name, layer): 512},
     )
 
 
-def lending(contexts, reused, lend=lambda *_: (None, 0)):
+def lending(contexts, reused, lend=lambda *_: (None, 0), room=None):
     pool = SimpleNamespace(
         mesh=None,
         rules=aj.ShardingRules(),
         lock=contextlib.nullcontext(),
         here=contextlib.nullcontext,
     )
-    return Lending(pool, contexts, reused, lend)
+    return Lending(pool, contexts, reused, lend, room or Room())
 
 
 def test_a_sequence_knows_as_much_of_a_graph_as_it_reuses():

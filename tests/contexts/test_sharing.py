@@ -335,7 +335,7 @@ HOST = """
         return prefill(self, rest, **options)
 
     aj.Session.prefill = counted
-    with aj.DB(path, model, aj.Budget(65 * 16 * model.token_bytes), remote=url) as db:
+    with aj.DB(path, model, aj.Budget.for_pages(model, 65), remote=url) as db:
         context = db.import_context(prompt[:int(n)])
         print(context.id, sum(computed))
         k, _ = db._catalogue.store.read_kv(context.id, 1)

@@ -125,3 +125,29 @@ def test_what_cannot_be_is_refused(open_db, document, rng, elsewhere, monkeypatc
             pytest.raises(RequestError, match=f"create_session\\(tier='?{other}|leave one"),
         ):
             next(iter(aj.generate(session, rest, max_new_tokens=1, attention=plan)))
+
+
+def test_graphs_and_indexes_there_are_a_part_of_the_hosts_budget(
+    open_db, tiny_model, document, elsewhere
+):
+    stored(open_db, document)
+    path = open_db().path
+
+    def ask(host):
+        budget = aj.Budget.for_pages(tiny_model, 65, host=host, indexes="64MiB")
+        with aj.DB(path, tiny_model, budget) as db:
+            session, rest = db.create_session([*document, 33], tier="host")
+            with session:
+                list(aj.generate(session, rest, max_new_tokens=2, attention=PLANS["graph"]))
+                return db.stats()
+
+    stats = ask(250_000)
+    graph = 2 * 4 * 2 * (256 * 32 + 64)
+    assert stats.bytes_beside == {}
+    assert list(stats.bytes_beside_host.values()) == [graph]
+    assert 0 < stats.bytes_host <= 250_000 - graph
+    assert "; beside them 132.1 kB of indexes: the graph of" in stats.rows()["host"]
+    with pytest.raises(CacheFullError, match=r"100,000 of Budget\(host=100000\) 0 are held"):
+        ask(100_000)
+    with pytest.raises(CacheFullError, match="may be kept"):  # pages, beside the graph
+        ask(150_000)

@@ -39,7 +39,7 @@ def test_what_was_written_is_read(written):
 
 
 def test_large_arrays_are_mapped_once_they_were_verified(written, monkeypatch):
-    monkeypatch.setattr(checked, "_MAPPED", 1)
+    monkeypatch.setattr(checked, "MAPPED", 1)
     verified = set()
     first = StoredIndex(written[0], "graph", "context a", written[1], verified)
     near = first.read(0)["near"]
