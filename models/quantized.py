@@ -235,8 +235,8 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
     sums = sums.reshape(len(codes), groups, -1).astype(_WIDE)
     total = sums * (scale[..., None] * _wide(matrix.scale).reshape(1, groups, -1))
     if matrix.offset is not None:
-        summed = scale * jnp.sum(wide, axis=2, dtype=jnp.int32).astype(_WIDE)
-        total = total + summed[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
+        of_x = scale * jnp.sum(wide, axis=2, dtype=jnp.int32).astype(_WIDE)
+        total = total + of_x[..., None] * _wide(matrix.offset).reshape(1, groups, -1)
     # What was not finite has no integers. (A sum of products alone is taken apart by XLA on CPUs.)
     total = jnp.where(jnp.isfinite(scale)[..., None], total, np.float32(np.nan))
     return summed(total).reshape(-1, *outputs)
