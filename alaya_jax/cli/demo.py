@@ -125,7 +125,7 @@ def _run(path: Path) -> dict[str, Any]:
     full, dipr = Full(), DIPR(beta=BETA)
     clock = time.perf_counter()
     note(f"1. Loading {options.MODEL}")
-    model = runtime.load_model(options.MODEL)
+    model = runtime.load_model(options.MODEL, "stored")
     load_s = time.perf_counter() - clock
 
     tokenizer = prompts.tokenizer_of(model)
@@ -222,7 +222,7 @@ def answer_from_disk(path: Path) -> dict[str, Any]:
     from alaya_jax.query import Full
 
     clock = time.perf_counter()
-    model = runtime.load_model(options.MODEL)
+    model = runtime.load_model(options.MODEL, "stored")
     load_s = time.perf_counter() - clock
     tokenizer, text, known = prompts.tokenizer_of(model), document(), questions()
     asked = [prompts.question_ids(tokenizer, text, q.text) for q in known]

@@ -19,7 +19,7 @@ from alaya_jax.optimizer.prefill import PrefillChoice, choose_prefill
 from alaya_jax.pallas_kernels.dispatch import current_target
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.plan import LEARNT_SKETCH, Plan, default_sketch
+from alaya_jax.query.plan import Plan, default_sketch
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.settings import under_own_settings
 
@@ -133,10 +133,10 @@ def choose_before(
 
 
 def _sketches(config: LlamaConfig, found: learnt.Learnt | None) -> tuple[Sketch, ...]:
-    """The sketch that plans take by themselves, and a lighter one if it is learnt."""
-    usual = default_sketch(config, lambda: found is not None)
-    lighter = dataclasses.replace(usual, bits=usual.bits / 2)
-    return (usual, lighter) if usual == LEARNT_SKETCH and lighter.fits(config) else (usual,)
+    """The sketch that plans take by themselves. One learnt bit would take less memory, but does not
+    keep a promise of mass at 32,768 tokens (docs/decisions.md): that is for a user to choose.
+    """
+    return (default_sketch(config, lambda: found is not None),)
 
 
 def _machine(work: Workload, progress: bool) -> Machine:
