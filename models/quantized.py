@@ -199,8 +199,12 @@ class QuantizedMatrix:
 @jax.custom_jvp
 def _contract(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
     """Rows, in groups, times a matrix; float32."""
-    few = len(x) <= _FEW and matrix.group <= _SAFE
-    return _in_integers(x, matrix) if few else _in_parts(x, matrix)
+    if len(x) > _FEW or matrix.group > _SAFE:
+        return _in_parts(x, matrix)
+    if len(x) == 1:
+        return _in_integers(x, matrix)
+    # For several rows XLA on GPUs would store the matrix in 32 bits.
+    return lax.platform_dependent(x, matrix, cpu=_in_integers, default=_in_parts)
 
 
 @_contract.defjvp
