@@ -154,7 +154,8 @@ class Room:
         raise CacheFullError(
             f"{' and '.join(by_name(new))} would take {asked:,} bytes, and of the "
             f"{self.limit:,} of {self.setting} {held:,} are held (pages {self.pages:,}{beside}): "
-            f"{close}ask a lighter index, such as a sketch of fewer bits, or give {raised}"
+            f"{close}ask a lighter index, such as a sketch of fewer bits, name it in "
+            f"Budget(indexes=...), which leaves room for it in place of pages, or give {raised}"
         )
 
     def _over(self, parts: Parts) -> int:
