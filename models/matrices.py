@@ -59,19 +59,17 @@ def contract_last(x: Float[Array, "... E"], matrix: "Array | Matrix") -> Float[A
         rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
         return product(rows, matrix)[0].reshape(*x.shape[:-1], -1)
 
+    if matrix.dtype.itemsize != 2 or math.prod(x.shape[:-1]) != 1:
+        return product(x, matrix)
     # A single row of 16 bits XLA multiplies ten times slower on a CPU than two of them.
-    slow = matrix.dtype.itemsize == 2 and math.prod(x.shape[:-1]) == 1
-    return (
-        lax.platform_dependent(x, matrix, cpu=twice, default=product)
-        if slow
-        else product(x, matrix)
-    )
+    return lax.platform_dependent(x, matrix, cpu=twice, default=product)
 
 
-_FEW = 8
-"""Rows up to which weights of 16 bits are read once, and converted as they are multiplied."""
+FEW = 8
+"""Rows up to which weights of 16 bits and fewer are converted as they are multiplied; more rows
+reuse what is converted before."""
 _SUMMED = 8
-"""Of those, terms of a sum: rows of a matrix 4,096 bytes apart share 8 places in a CPU's cache."""
+"""Terms of a sum then: rows of a matrix 4,096 bytes apart share 8 places in a CPU's cache."""
 
 
 def _of_halves(x: Array, matrix: Array, n: int, kind: Any) -> Array:
@@ -80,7 +78,7 @@ def _of_halves(x: Array, matrix: Array, n: int, kind: Any) -> Array:
     lead = x.shape[: x.ndim - n]
     length, rows = math.prod(inputs), math.prod(lead)
     wide = x.astype(jnp.float32)
-    if rows > _FEW or length % _SUMMED:
+    if rows > FEW or length % _SUMMED:
         return jnp.tensordot(wide, matrix.astype(jnp.float32), n).astype(kind)
     some = wide.reshape(rows, -1, _SUMMED, 1)
     weights = matrix.reshape(1, -1, _SUMMED, math.prod(outputs)).astype(jnp.float32)

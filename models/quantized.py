@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int16
 
 from alaya_jax.errors import ConfigError
-from alaya_jax.models.matrices import at_least_two, summed
+from alaya_jax.models.matrices import FEW, at_least_two, summed
 
 Scheme = Literal["int8", "int4", "stored"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -38,7 +38,6 @@ GROUP = 32
 _LEAST_GROUP = 8  # where a length has no such divisor, all of it is one group
 _TILE = 64  # most outputs of a tile: whole rows, 4,096 bytes apart, share a place in the cache
 _SPLIT = 8  # devices that tiles of a long axis are to divide over, where some of their sizes does
-_FEW = 8  # rows up to which a product is taken in integers: more reuse what is dequantized
 _SAFE = 512  # longest group whose sum int32 holds, of 128 times _LARGEST
 _PART = 512  # most rows or columns along E that are dequantized at once
 _LARGEST = np.float32(32767)
@@ -131,12 +130,9 @@ class QuantizedMatrix:
         assert self.embedding
         tile = self.values.shape[-1]
         some = at_least_two(ids)
-        scale, offset = (None if x is None else x[:, some].T for x in (self.scale, self.offset))
-        assert scale is not None
-        codes = self.values[:, some // tile, :, some % tile]  # [n, groups, group]
-        wide = self._whole(codes, -1) * _wide(scale)[..., None]
-        if offset is not None:
-            wide = wide + _wide(offset)[..., None]
+        codes = self._whole(self.values[:, some // tile, :, some % tile], -1)  # [n, groups, group]
+        offset = None if self.offset is None else self.offset[:, some].T
+        wide = _scaled(codes, self.scale[:, some].T, offset, -1)
         rows = wide.reshape(len(some), -1)[: ids.size].astype(self.dtype)
         return rows.reshape(*ids.shape, rows.shape[-1])
 
@@ -168,9 +164,7 @@ class QuantizedMatrix:
         at = self.inputs
         wide = jnp.moveaxis(self._whole(values, -2), -2, at)  # [.. groups, group .. tiles, tile]
         wide = wide.reshape(*scale.shape[:at], self.group, *scale.shape[at:])
-        wide = wide * jnp.expand_dims(_wide(scale), at)
-        if offset is not None:
-            wide = wide + jnp.expand_dims(_wide(offset), at)
+        wide = _scaled(wide, scale, offset, at)
         *lead, groups = scale.shape[:at]
         dense = wide.reshape(*lead, groups * self.group, *scale.shape[at:])
         return dense.astype(self.dtype)
@@ -199,7 +193,7 @@ class QuantizedMatrix:
 @jax.custom_jvp
 def _contract(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
     """Rows, in groups, times a matrix; float32."""
-    if len(x) > _FEW or matrix.group > _SAFE:
+    if len(x) > FEW or matrix.group > _SAFE:
         return _in_parts(x, matrix)
     if len(x) == 1:
         return _in_integers(x, matrix)
@@ -271,6 +265,12 @@ def _in_parts(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array,
     if len(starts) == 1:
         return one(starts[0])
     return jnp.moveaxis(lax.map(one, starts), 0, -2).reshape(len(x), *matrix.laid[matrix.inputs :])
+
+
+def _scaled(codes: Array, scale: Array, offset: Array | None, axis: int) -> Array:
+    """Weights of integers, float32; `axis` is that of a group."""
+    weights = codes * jnp.expand_dims(_wide(scale), axis)
+    return weights if offset is None else weights + jnp.expand_dims(_wide(offset), axis)
 
 
 def _wide(x: Array) -> Array:

@@ -89,24 +89,15 @@ def _stored(entry: Entry, tensor: StoredTensor, fmt: Format, axis: int) -> Block
     some lie across two positions of an axis.
     """
     blocks = tensor.groups()
-    if blocks is None:
+    last, whole = entry.axes[axis], entry.stored_shape[-1]
+    there = [x for x in blocks or () if x is not None]
+    if blocks is None or any(entry.sizes[last] * x.shape[-1] % whole for x in there):
         return None
-    last = entry.axes[axis]
-    whole = entry.stored_shape[-1]
 
     def laid(x: np.ndarray | None) -> Any:
         if x is None:
             return None
-        size, rest = divmod(entry.sizes[last] * x.shape[-1], whole)
-        if rest:
-            raise _Across
+        size = entry.sizes[last] * x.shape[-1] // whole
         return dataclasses.replace(entry, sizes=entry.sizes | {last: size}).to_params(x, fmt)
 
-    try:
-        return Blocks(*map(laid, blocks))
-    except _Across:
-        return None
-
-
-class _Across(Exception):
-    """A group lies across two heads."""
+    return Blocks(*map(laid, blocks))

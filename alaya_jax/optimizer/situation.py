@@ -49,7 +49,7 @@ def choose_for(auto: Auto, batch: Batch, length: int) -> PlanChoice:
         idle_bytes=idle,
         graph=graph,
         graph_length=known,
-        graph_bytes=None if graph is None else batch.graph_bytes(graph, 0),
+        graph_bytes=None if graph is None else batch.graph_bytes(graph),
         sketches=_sketches(model.config, batch.indexes.learnt),
         tensor=tensor,
         context=context,

@@ -192,12 +192,9 @@ class Batch:
             parts |= self.graphs.part(*each)
         return parts
 
-    def graph_bytes(self, index: Graph, layer: int) -> int:
-        """What the sequences' graphs of a layer take of memory; raises as `require_graphs`."""
-        parts: dict[Part, int] = {}
-        for b in range(self.size):
-            parts |= self.graphs.part(b, index, layer)
-        return sum(parts.values())
+    def graph_bytes(self, index: Graph) -> int:
+        """What the sequences' graphs of one layer take of memory; raises as `require_graphs`."""
+        return sum(self._graph_parts([index]).values())
 
     def room_beside(self, offered: Sequence[Index]) -> int | None:
         """Bytes for its pages and indexes: what other batches ask of others than the offered ones
