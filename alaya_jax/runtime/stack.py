@@ -361,8 +361,14 @@ class Chain:
     @property
     def is_lost(self) -> bool:
         """Whether somebody had an index learn a page since, which donates its arrays."""
-        held = [link.asked.indexes for link in self.links]
-        return any(x.is_deleted() for x in jax.tree.leaves(held))
+        return any(x.is_deleted() for x in self._watched)
+
+    @functools.cached_property
+    def _watched(self) -> list[Array]:
+        """An array of each layer's index: all of a layer are donated together, but for a basis."""
+        held = (x for link in self.links for x in link.asked.indexes)
+        of_pages = (x.seen_by(None) for x in held if x is not None and not isinstance(x, tuple))
+        return [jax.tree.leaves(x)[0] for x in of_pages]
 
     def before(self, link: _Link, running: Array) -> None:
         """Makes room for what a group reads of mapped pages; see `Reading.before`."""
