@@ -2,6 +2,7 @@
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,8 +96,7 @@ def test_numbers_of_a_policy_do_not_compile_anew(layer, tiny_model):
         for beta in (1.0, 2.0)
     ]
     memory = LayerMemory(k, v, table)
-    attend(plans[0], q, memory, one)
-    before = attend._cache_size()
-    attend(plans[1], q, memory, one)
-    assert attend._cache_size() == before
+    run = jax.jit(chex.assert_max_traces(lambda plan: attend(plan, q, memory, one), n=1))
+    for plan in plans:
+        run(plan)
     assert jax.tree.structure(plans[0]) == jax.tree.structure(plans[1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_nothing_else_has_a_part_in_the_answer(rng, name):
                 poisoned[kind][here] = host[kind][here]
             again, read = run(poisoned)
             np.testing.assert_array_equal(again, out)
-            jax.tree.map(np.testing.assert_array_equal, read, counts)
+            chex.assert_trees_all_equal(read, counts)
 
 
 def test_a_search_without_room_met_all(rng):

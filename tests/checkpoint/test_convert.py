@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -331,7 +332,7 @@ def test_paths_may_be_relative(hf, tmp_path, monkeypatch, to):
     run("../here", "back")
     for path in ("../here", "back", Path("../else/back")):
         got = read(path)
-        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got.params, want.params))
+        chex.assert_trees_all_equal(got.params, want.params)
         assert got.source.is_absolute()
         assert inspect(path)["parameters"] == inspect(source)["parameters"]
     assert verify("../hf", "../here", progress=False).same

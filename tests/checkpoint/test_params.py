@@ -2,6 +2,7 @@
 
 import threading
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_threads_place_parameters_where_the_caller_has_its_default(tiny_model, t
     device = jax.local_devices()[3]
     with jax.default_device(device), jax.enable_x64(True):
         model = aj.load(tmp_path / "model", quantize=quantize, progress=False)
-    assert {d for leaf in jax.tree.leaves(model.params) for d in leaf.devices()} == {device}
+    chex.assert_tree_is_on_device(model.params, device=device)
     plain = aj.load(tmp_path / "model", quantize=quantize, progress=False)
     for there, here in zip(
         jax.tree.leaves(model.params), jax.tree.leaves(plain.params), strict=True
