@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from alaya_jax.compilation import compilations as compilations
     from alaya_jax.conversation import chat as chat
     from alaya_jax.db import DB as DB
+    from alaya_jax.engine import Engine as Engine
+    from alaya_jax.engine import Request as Request
+    from alaya_jax.engine.scoring import score as score
     from alaya_jax.errors import AlayaError as AlayaError
     from alaya_jax.errors import RemoteWarning as RemoteWarning
+    from alaya_jax.generation import Token as Token
     from alaya_jax.generation import generate as generate
     from alaya_jax.index import Block as Block
     from alaya_jax.index import Flat as Flat
@@ -57,6 +61,7 @@ _HOME = {
     "DB": "db",
     "Custom": "query",
     "DIPR": "query",
+    "Engine": "engine",
     "Flat": "index",
     "Full": "query",
     "Graph": "index",
@@ -65,12 +70,14 @@ _HOME = {
     "Plan": "query.plan",
     "RemoteWarning": "errors",
     "Rendered": "models.rendered",
+    "Request": "engine",
     "Rope": "rope",
     "Sampling": "runtime.sampling.params",
     "Session": "session",
     "ShardingRules": "sharding",
     "Sketch": "index",
     "Tiles": "query",
+    "Token": "generation",
     "TopK": "query",
     "Window": "query",
     "calibrate": "optimizer.calibrate",
@@ -79,6 +86,7 @@ _HOME = {
     "generate": "generation",
     "load": "model",
     "make_mesh": "sharding",
+    "score": "engine.scoring",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -20,7 +20,7 @@ from alaya_jax.budget import Budget
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.residency import PagesMet
 from alaya_jax.contexts import graphs
-from alaya_jax.contexts.catalogue import Catalogue, Tier, finite
+from alaya_jax.contexts.catalogue import Catalogue, Home, Tier, finite
 from alaya_jax.contexts.context import Context
 from alaya_jax.contexts.sharing import Sharing
 from alaya_jax.errors import CacheFullError, RequestError
@@ -111,7 +111,8 @@ Reuse = Literal["exact", "any"]
 class DB:
     """Contexts of one model, on disk and in a pool of pages on the device.
 
-    Threads may share it, each with sessions of its own: they take turns, a program at a time.
+    Threads may share it, each with sessions of its own, and beside an `aj.Engine`: they take turns,
+    a program at a time.
 
     Args:
       path: directory of the database; made if it is not there.
@@ -194,6 +195,15 @@ class DB:
     def pool(self) -> PagePool:
         """The pages of all contexts in memory and of all sessions."""
         return self._catalogue.pool
+
+    @property
+    def home(self) -> Home:
+        """Where sequences of the pool are: what indexes know of them, and the model's layers."""
+        return self._catalogue.home
+
+    def resident_pages(self) -> np.ndarray:
+        """Ids of the pool's pages that hold stored contexts, int32 [n], ascending."""
+        return self._catalogue.resident_pages()
 
     @property
     def token_bytes(self) -> int:

@@ -25,6 +25,14 @@ class CacheFullError(AlayaError):
     """The KV cache has no room for the tokens of a request, or for an index that it asks."""
 
 
+class QueueFullError(AlayaError):
+    """As many requests wait for an engine as may; some will be done soon."""
+
+
+class EngineClosedError(AlayaError):
+    """An engine was closed, or ended by an error, before a request of its had ended."""
+
+
 class ContextError(AlayaError):
     """A stored context that is damaged, missing, or was made by another model."""
 

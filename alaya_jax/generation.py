@@ -18,11 +18,12 @@ from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
 from alaya_jax.runtime.decoding import Decoding, read
+from alaya_jax.runtime.output import Output
 from alaya_jax.runtime.programs import Row
-from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
+from alaya_jax.runtime.sampling.params import Greedy, Sampling
 from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.runtime.streams import Streamer, check_listeners, told
-from alaya_jax.session import Output, Session
+from alaya_jax.session import Session
 from alaya_jax.settings import methods_under_own_settings, under_own_settings
 
 
@@ -393,27 +394,13 @@ class _Request:
 
     def _take(self, b: int, id: int) -> str:
         """A new token of a running sequence; the text that it completes."""
-        session, output, tokenizer = self.session, self.session.outputs[b], self._tokenizer
+        session, output = self.session, self.session.outputs[b]
         session.accept(b, id, self._way)
-        if output.stream is None and tokenizer is not None:
-            output.stream = tokenizer.stream(padded_to=session.model.config.vocab_size)
-        stream, stop = output.stream, output.stop
-        text = ""
-        if id in self._end_ids[b]:
-            self.finish_reasons[b] = "eos"
-            if stream is not None:
-                text = stop.put(stream.flush()) + stop.flush()
-        else:
+        output.open(self._tokenizer, session.model.config.vocab_size)
+        ends = id in self._end_ids[b]
+        if not ends:
             self.ids[b].append(id)
-            if stream is not None:
-                text = stop.put(stream.put(id))
-            if stop.stopped:
-                self.finish_reasons[b] = "stop"
-            elif len(self.ids[b]) == self._max:
-                # What may begin a stop string is said. Half a character waits for its other half.
-                self.finish_reasons[b] = "length"
-                text += stop.flush()
-        if self.finish_reasons[b] in ("eos", "stop"):  # whatever follows is another text
-            output.stream, output.stop = None, StopText(())
+        last = len(self.ids[b]) == self._max
+        text, self.finish_reasons[b] = output.take(id, ends=ends, last=last)
         self._texts[b].append(text)
         return text

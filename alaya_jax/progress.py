@@ -9,7 +9,7 @@ from typing import Literal
 def progress_bar(
     title: str,
     total: int,
-    unit: Literal["tokens", "bytes", "steps"] = "tokens",
+    unit: Literal["tokens", "bytes", "steps", "requests"] = "tokens",
     *,
     show: bool = True,
 ) -> Iterator[Callable[[int], None]]:

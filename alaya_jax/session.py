@@ -1,7 +1,6 @@
 """A session: one running request (or a batch), its tokens, and its pages in the pool."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -15,7 +14,6 @@ from alaya_jax.explain.account import Account
 from alaya_jax.explain.explanation import Explanation
 from alaya_jax.explain.report import last_plans, report
 from alaya_jax.model import Model
-from alaya_jax.models.tokenizer import TokenStream
 from alaya_jax.optimizer.situation import choose_for, choose_prefill_for
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
@@ -23,28 +21,8 @@ from alaya_jax.query.origin import Origin, Way
 from alaya_jax.query.plan import Attention, Plans, plan_for
 from alaya_jax.runtime import layerwise
 from alaya_jax.runtime.batch import Batch
-from alaya_jax.runtime.sampling.params import StopText
+from alaya_jax.runtime.output import Output
 from alaya_jax.settings import methods_under_own_settings
-
-
-@dataclasses.dataclass
-class Output:
-    """What a sequence has said since it was last given tokens: one output, over all calls.
-
-    Attributes:
-      ids: token ids, those that end a text too.
-      stream, stop: of the text that is being written; None before its first token, and where
-        there is no tokenizer.
-    """
-
-    ids: list[int] = dataclasses.field(default_factory=list)
-    stream: TokenStream | None = None
-    stop: StopText = dataclasses.field(default_factory=lambda: StopText(()))
-
-    def copy(self) -> "Output":
-        """An independent copy."""
-        stream = self.stream and self.stream.copy()
-        return Output(list(self.ids), stream, self.stop.going_on(self.stop.stop))
 
 
 @methods_under_own_settings

@@ -310,6 +310,17 @@ class Catalogue:
     def _find_learnt(self) -> learnt.Learnt | None:
         return learnt.find(self._model.fingerprint, self._model.directory)
 
+    @property
+    def home(self) -> Home:
+        """Where sequences of the pool are."""
+        return self._at(None)
+
+    def resident_pages(self) -> np.ndarray:
+        """Ids of the pool's pages that hold contexts, int32 [n], ascending."""
+        with self.pool.lock:
+            held = [c.resident.pages for c in self._contexts.values() if c.resident is not None]
+            return np.unique(np.concatenate([np.zeros(0, np.int32), *held]))
+
     def _at(self, tier: Tier | None) -> "Home":
         """Where sequences are: all together, but for those whose pages are read where they lie,
         beside devices that cannot read files; these are on the CPU.

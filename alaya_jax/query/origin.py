@@ -58,6 +58,12 @@ class Origin:
         """The origin of the first `length` tokens."""
         return Origin(tuple(run for run in self.runs if run[0] < length))
 
+    def alike(self, other: "Origin", length: int) -> int:
+        """How many of the first `length` tokens were computed the same way in both."""
+        starts = {at for at, _ in (*self.runs, *other.runs) if at < length}
+        ends = sorted({0, length, *starts}, reverse=True)
+        return next(end for end in ends if self.upto(end) == other.upto(end))
+
     def then(self, start: int, end: int, way: Way) -> "Origin":
         """The same, with the tokens from `start` to `end` added behind it."""
         if not self.runs:

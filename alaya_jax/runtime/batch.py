@@ -37,6 +37,10 @@ GPU_CHUNK = 4096
 an H100 has multiprocessors.
 """
 
+OnOutput = Callable[[Any, Fed], None]
+"""Told what the layers made of a chunk's tokens, [B, T, E], and the chunk; the next one donates
+both."""
+
 OnRead = Callable[[Counts, list[int], Any, int, PagesMet | None], None]
 """Told what a program read, [L, B, H]; lengths before it; new tokens of each sequence; how many it
 took at once; pages met, where some are mapped."""
@@ -163,6 +167,28 @@ class Batch:
     def tokens(self) -> list[np.ndarray]:
         """Ids of the tokens in the cache, of each sequence; shorter where `update` gave none."""
         return [np.asarray(t, np.int32) for t in self._tokens]
+
+    @property
+    def pages(self) -> np.ndarray:
+        """Ids of the pages that its sequences hold, in whatever order; none when released."""
+        return np.concatenate([sequence.pages for sequence in self._sequences])
+
+    def share(self, other: "Batch", length: int) -> None:
+        """Takes the first tokens of another batch's sequence in place of those that it has: nothing
+        has to be computed for them. Both are of one sequence.
+
+        Args:
+          other: has these tokens, and they are whole pages: it writes behind them only.
+          length: how many.
+        """
+        (mine,), (theirs,) = self.sequences, other.sequences
+        taken = self.pool.share(theirs, length)
+        with uninterrupted():
+            self.pool.release(mine)
+            mine.pages, mine.length = taken.pages, length
+            self._tokens[0] = other._tokens[0][:length]
+            self.origins[0] = other.origins[0].upto(length)
+            self.reused[0] = length
 
     def require_graphs(self, plans: Plans) -> None:
         """Raises RequestError or ContextError where a plan asks for a graph that a sequence lacks:
@@ -314,6 +340,7 @@ class Batch:
         plans: Plans,
         on_read: OnRead,
         on_chunk: Callable[[int], None] | None = None,
+        on_output: OnOutput | None = None,
     ) -> tuple[Passed, Fed]:
         """Runs the model over new tokens, what is pending in front, for which room is made.
 
@@ -321,6 +348,7 @@ class Batch:
           rows: ids of each sequence.
           plans: how attention is answered.
           on_read: called after each chunk, as is `on_chunk`, with the number of its tokens.
+          on_output: called with what the layers made of each chunk.
 
         Returns:
           what the layers made of each sequence's last token, and the last chunk.
@@ -347,6 +375,8 @@ class Batch:
                     stack.compile(self.pool.abstract, chain, fed.table, width)
                 with self.pool.lend() as lent:
                     x, passed = stack.layers(lent, chain, x, passed, fed)
+            if on_output is not None:
+                on_output(x, fed)
             met = self.verify_met(plans, passed.counts.met)
             on_read(stack.counts(passed), self.lengths, new, width, met)
             with uninterrupted():

@@ -81,6 +81,24 @@ class Decoding:
         self._x = self._stack.between(batch, 1)
         return self._end()
 
+    def resume(self, token: np.ndarray, running: np.ndarray, table: PageTable) -> None:
+        """Goes on behind tokens that are known: the next step feeds them.
+
+        Args:
+          token: of each sequence, int32 [B].
+          running: whether it goes on, bool [B]; one that does not is fed nothing.
+          table: lengths are those before these tokens.
+        """
+        batch, count = len(token), running.astype(np.int32)
+        state: Any = token[:, None], running, table.length, count, self._sampler
+        self._passed = self._stack.start(batch, None, self._account)
+        self._going, self._table = self._stack.put(Going(*state)), self._stack.put(table)
+        self._x = self._stack.between(batch, 1)
+
+    def place(self, table: PageTable) -> None:
+        """The sequences have other pages from the next step on; lengths are not looked at."""
+        self._table = self._stack.put(table)
+
     def allow(self, running: np.ndarray) -> None:
         """Which sequences may go on behind the next step, bool [B]."""
         if not np.array_equal(running, self._allowed):

@@ -392,6 +392,53 @@ def logits(outer: Params, last: Float[Array, "B E"], *, frame: Frame) -> Float[A
     return by_the_compiler(run, frame, PartitionSpec(), outer, last)
 
 
+SCORED = 64
+"""Tokens whose logits are in memory at once when a prompt is scored."""
+
+
+@functools.partial(jax.jit, static_argnames=("best", "frame"))
+@under_own_settings
+def scores(
+    outer: Params,
+    x: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
+    *,
+    best: int,
+    frame: Frame,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T n"], Float[Array, "B T n"]]:
+    """What the model expected behind each token.
+
+    Args:
+      outer: see `llama.outer_params`.
+      x: what the last layer made of them.
+      targets: the tokens that follow.
+      best: n, of the likeliest.
+      frame: what is static.
+
+    Returns:
+      log-probabilities of these, float32; and ids and log-probabilities of the likeliest, best
+      first.
+    """
+
+    def some(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        x, targets = args
+        logits = llama.head(outer, frame.config, x).astype(jnp.float32)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1) - total
+        top, ids = lax.top_k(logits, best)
+        return own[..., 0], ids.astype(jnp.int32), top - total
+
+    def run(frame: Frame, outer: Params, x: Array, targets: Array) -> Any:
+        b, t, e = x.shape
+        n = min(t, SCORED)
+        split = x.reshape(b, t // n, n, e).swapaxes(0, 1), targets.reshape(b, -1, n).swapaxes(0, 1)
+        made = lax.map(some, split)
+        joined = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(b, t, *y.shape[3:]), made)
+        return laid(joined, whole(frame.mesh))
+
+    return by_the_compiler(run, frame, (PartitionSpec(),) * 3, outer, x, targets)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Going:

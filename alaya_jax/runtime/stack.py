@@ -256,6 +256,12 @@ class Stack:
         with self._once(("logits", passed.last.shape), lambda: "the logits"):
             return programs.logits(self.outer, passed.last, frame=self.frame)
 
+    def scores(self, x: Array, targets: np.ndarray, best: int) -> Any:
+        """What the model expected behind each token of a chunk; see `programs.scores`."""
+        with self._once(("scores", x.shape, best), lambda: "the scores of a prompt"):
+            put = self.put(targets)
+            return programs.scores(self.outer, x, put, best=best, frame=self.frame)
+
     def end(
         self,
         passed: Passed,

@@ -49,6 +49,47 @@ class Processors:
     logprobs: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Processors of a batch, and whether its state holds all [B, V] arrays."""
+
+    processors: Processors
+    arrays: bool
+
+
+ALTERNATIVES = 20
+"""Alternatives of the smallest `Kind` that has any; more are this times a power of four."""
+
+
+def kind_of(each: Sequence[Sampling], vocab_size: int) -> Kind:
+    """The first of a few kinds, each with more than the one before, that serves all of these.
+
+    Where sequences come and go, a program for each set of what they need would be compiled again
+    and again; here who joins can only lead to a kind that one of them needs anyway. What a sequence
+    does not need leaves it as it is.
+    """
+    warm = [s for s in each if s.temperature > 0]
+    filters = any(s.top_k or s.top_p < 1 or s.min_p for s in warm)
+    penalties = any(
+        s.logit_bias or s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+        for s in each
+    )
+    wanted = max(s.logprobs for s in each)
+    everything = bool(penalties or wanted)
+    filters |= everything
+    count = ALTERNATIVES if everything else 0
+    while count < wanted:
+        count *= 4
+    processors = Processors(
+        random=bool(warm) or filters,
+        top_k=filters,
+        top_p=filters,
+        min_p=filters,
+        logprobs=min(count, vocab_size),
+    )
+    return Kind(processors, everything)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerState:
@@ -83,6 +124,7 @@ def init_sampler(
     prompts: Sequence[Any],
     vocab_size: int,
     outputs: Sequence[Any] | None = None,
+    kind: Kind | None = None,
 ) -> tuple[Processors, SamplerState]:
     """The static and the dynamic half of a batch's sampling, before its first token.
 
@@ -91,6 +133,7 @@ def init_sampler(
       prompts: token ids of each sequence [n], everything that precedes the first sampled token.
       vocab_size: V, the last axis of the logits.
       outputs: token ids of each sequence [n] that were sampled before and count as its output.
+      kind: what the batch is to have, see `kind_of`; None: what it needs.
 
     Raises:
       RequestError: number of samplings and prompts differ, or an id or a count exceeds V.
@@ -102,7 +145,8 @@ def init_sampler(
             f"sampling: {len(each)} Sampling for {batch} prompts; give one, or one for each prompt"
         )
     for s in each:
-        _check_vocabulary(s, vocab_size)
+        check_vocabulary(s, vocab_size)
+    arrays = kind is not None and kind.arrays
 
     def column(name: str, dtype: Any = np.float32) -> np.ndarray:
         return np.array([getattr(s, name) for s in each], dtype)
@@ -118,8 +162,9 @@ def init_sampler(
         min_p=bool((warm & (min_p > 0)).any()),
         logprobs=max(s.logprobs for s in each),
     )
+    processors = processors if kind is None else kind.processors
     prompt = bias = counts = None
-    if (repetition != 1).any():
+    if arrays or (repetition != 1).any():
         prompt = np.zeros((batch, vocab_size), bool)
         for row, ids in zip(prompt, prompts, strict=True):
             ids = np.asarray(ids, np.int64).reshape(-1)
@@ -129,7 +174,7 @@ def init_sampler(
                     f"0 to {vocab_size - 1}; encode it with this model's tokenizer"
                 )
             row[ids] = True
-    if any(s.logit_bias for s in each):
+    if arrays or any(s.logit_bias for s in each):
         bias = np.zeros((batch, vocab_size), np.float32)
         for row, s in zip(bias, each, strict=True):
             for i, b in dict(s.logit_bias).items():
@@ -159,7 +204,8 @@ def init_sampler(
     return processors, state
 
 
-def _check_vocabulary(sampling: Sampling, vocab_size: int):
+def check_vocabulary(sampling: Sampling, vocab_size: int) -> None:
+    """Raises RequestError where a sampling asks for ids that a vocabulary of V has not."""
     if sampling.logprobs > vocab_size:
         raise refused("logprobs", sampling.logprobs, f"at most the vocabulary, {vocab_size}")
     biased = dict(sampling.logit_bias)
