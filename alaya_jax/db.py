@@ -201,9 +201,10 @@ class DB:
         """Where sequences of the pool are: what indexes know of them, and the model's layers."""
         return self._catalogue.home
 
-    def resident_pages(self) -> np.ndarray:
-        """Ids of the pool's pages that hold stored contexts, int32 [n], ascending."""
-        return self._catalogue.resident_pages()
+    @property
+    def catalogue(self) -> Catalogue:
+        """Its contexts, as they are found, and held in the pool."""
+        return self._catalogue
 
     @property
     def token_bytes(self) -> int:

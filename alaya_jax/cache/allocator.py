@@ -111,6 +111,10 @@ class PageAllocator:
             raise ValueError(f"pages released twice: {pages[self._refs[pages] <= 0].tolist()}")
         self._refs[pages] -= 1
 
+    def holders(self, pages: np.ndarray) -> np.ndarray:
+        """How many references each page has, int32 [n]."""
+        return self._refs[pages]
+
     def is_shared(self, page: int) -> bool:
         """Whether more than one sequence holds this page."""
         return bool(self._refs[page] > 1)

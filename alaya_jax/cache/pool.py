@@ -278,8 +278,19 @@ class PagePool:
         if lent.result is not None:
             _under_way.append(lent.result)
 
-    def reserve(self, sequence: PagedSequence, count: int) -> None:
+    def holders(self, pages: np.ndarray) -> np.ndarray:
+        """How many sequences hold each of some pages, int32 [n]."""
+        with self.lock:
+            self._take_back()
+            return self._allocator.holders(pages)
+
+    def reserve(self, sequence: PagedSequence, count: int, *, collect: bool = True) -> None:
         """Makes room for `count` tokens behind a sequence: pages of its own, copied where shared.
+
+        Args:
+          sequence: whose.
+          count: of tokens.
+          collect: asks the garbage collector for pages too, which takes its time.
 
         Only what is reserved is written to. So these pages' generations end here, also that of the
         one that the last token is in: others may have filled it before they left it.
@@ -300,7 +311,8 @@ class PagePool:
             if len(self.own(last)) and not self._allocator.is_shared(int(last[0])):
                 copied = last[:0]
             own = self.own(sequence.pages)
-            fresh = self._allocate(needed + len(copied), int(own[-1]) if len(own) else None)
+            after = int(own[-1]) if len(own) else None
+            fresh = self._allocate(needed + len(copied), after, collect)
             if len(copied):
                 try:
                     self._copy_page(sequence, copied, fresh[:1])
@@ -322,10 +334,10 @@ class PagePool:
         with self.here(), self.lend() as lent:
             lent.kv = _fill_pages(lent.kv, target, k, v)
 
-    def _allocate(self, n: int, after: int | None) -> np.ndarray:
+    def _allocate(self, n: int, after: int | None, collect: bool) -> np.ndarray:
         while self._allocator.num_free < n and self._evict():
             self._take_back()
-        if self._allocator.num_free < n:
+        if self._allocator.num_free < n and collect:
             gc.collect()  # sessions that nobody can reach any more, in a circle of references
             self._take_back()
         return self._allocator.allocate(n, after)
@@ -366,7 +378,7 @@ class PagePool:
         with self.lock:
             with self.alone():
                 self._take_back()
-                fresh = self._allocate(count, None)
+                fresh = self._allocate(count, None, True)
                 self._generations[fresh] += 1
             try:
                 new = PagedSequence(np.asarray(fresh, np.int32))

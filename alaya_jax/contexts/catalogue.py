@@ -315,6 +315,22 @@ class Catalogue:
         """Where sequences of the pool are."""
         return self._at(None)
 
+    def in_memory(self, tokens: np.ndarray, *, exact: bool) -> int:
+        """How many of a prompt's first tokens are in the pool; see `match`."""
+        context, length = self.match(tokens, exact=exact)
+        resident = context and context.resident
+        return min(length, resident.length) if resident else 0
+
+    def evictable(self) -> int:
+        """Pages that evicting would free: of contexts that are not pinned, held by nobody else."""
+        with self.pool.lock:
+            contexts = [c for c in self._contexts.values() if c.resident and not c.pinned]
+            if not contexts:
+                return 0
+            pages = np.concatenate([c.resident.pages for c in contexts if c.resident])
+            pages, times = np.unique(pages, return_counts=True)
+            return int(np.count_nonzero(self.pool.holders(pages) == times))
+
     def resident_pages(self) -> np.ndarray:
         """Ids of the pool's pages that hold contexts, int32 [n], ascending."""
         with self.pool.lock:

@@ -17,7 +17,7 @@ from alaya_jax.generation import Token
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plans
 from alaya_jax.runtime.decoder import Decoder, Event, Failed, Preempted, Scored
-from alaya_jax.runtime.group import New, Slot
+from alaya_jax.runtime.group import BLOCK, New, Slot
 from alaya_jax.runtime.job import Job
 from alaya_jax.runtime.waiting import Waiting
 from alaya_jax.settings import for_other_threads
@@ -95,7 +95,7 @@ class Loop:
         with pool.lock:
             free = pool.free_tokens // pool.page_size
             requests = _pages([slot.batch.pages for slot in held])
-            kept = np.setdiff1d(self.db.resident_pages(), requests)
+            kept = np.setdiff1d(self.db.catalogue.resident_pages(), requests)
         pages = pool.capacity_tokens // pool.page_size
         return EngineStats(
             slots=decoder.slots,
@@ -185,6 +185,9 @@ class Loop:
         free, now = pool.free_tokens, time.perf_counter()
         if run.tried[0] == free and now - run.tried[1] < RETRY:
             return False
+        if self._lacks(run, free):
+            run.tried = free, now
+            return False
         batch = None
         try:
             job = run.job
@@ -200,7 +203,7 @@ class Loop:
             if batch is not None:
                 batch.release()
             run.tried = pool.free_tokens, now
-            if not self._decoder.is_idle or self.stats().pages_others > 0:
+            if not self._is_alone:
                 return False
             self._waiting.take(run)  # nobody holds what it lacks
             self._leaves_queue()
@@ -220,6 +223,27 @@ class Loop:
         self._waiting.take(run)
         self._leaves_queue()
         return True
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nobody has pages who may give some back."""
+        return self._decoder.is_idle and self.stats().pages_others == 0
+
+    def _lacks(self, run: Run, free: int) -> bool:
+        """Whether a request surely does not fit into the free tokens, whatever is evicted: to try
+        would only evict what others will ask for.
+        """
+        pool, job, catalogue = self.db.pool, run.job, self.db.catalogue
+        if job is None or self._is_alone:
+            return False
+        size = pool.page_size
+        there = free // size + catalogue.evictable()
+        needed = -(-min(len(job.row) + BLOCK, job.total) // size)
+        needed -= self._decoder.shared(job)[0] // size
+        if needed <= there:
+            return False
+        stored = catalogue.in_memory(job.row[: job.reusable + 1], exact=self.db.store_dtype is None)
+        return -(-min(len(job.row) + BLOCK, job.total) // size) - stored // size > there
 
     def _resolved(self, run: Run, session: Any) -> tuple[Plans, Plans]:
         """The plans of a request that leaves them to `Auto`."""

@@ -74,6 +74,8 @@ class Decoder:
         self._done: list[Slot] = []
         """Whose prompt is scored: others may share its pages until the next turn."""
         self._inserted = 0
+        self._short = False
+        """Whether pages ran out, and a slot is to leave its own."""
 
     @property
     def held(self) -> list[Slot]:
@@ -172,7 +174,7 @@ class Decoder:
         self._prefill(events)
         for group in self._groups:
             flight = group.land()
-            if self._stays(group) and group.wants:
+            if self._stays(group) and group.wants and not self._short:
                 self._step(group, events)
             if flight is not None:
                 self._read(group, flight, events)
@@ -221,6 +223,7 @@ class Decoder:
 
     def _leave(self, slot: Slot, events: list[Event]) -> None:
         slot.batch.release()
+        self._short = False
         if slot.leaving == "preempted":
             events.append(Preempted(slot.job))
 
@@ -296,13 +299,15 @@ class Decoder:
         self._groups.append(group)
 
     def _step(self, group: Group, events: list[Event]) -> None:
-        watch = Watch()
         try:
             group.grow()
-            group.step()
-            self.steps += 1
         except CacheFullError:
             self._preempt()
+            return
+        watch = Watch()
+        try:
+            group.step()
+            self.steps += 1
         except Exception as error:
             self._fail(group, error, events)
         if compiled := watch.read()[1]:
@@ -326,6 +331,7 @@ class Decoder:
     def _preempt(self) -> None:
         """The slot that came in last is to give its pages back, if none does so already."""
         held = self.held
+        self._short = True
         if all(slot.leaving is None for slot in held):
             held[-1].leaving = "preempted"
             self.preemptions += 1

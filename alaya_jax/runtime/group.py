@@ -76,7 +76,8 @@ class Slot:
         need = min(sequence.length + self.flying + 1, self.job.total)
         if need <= len(sequence.pages) * pool.page_size:
             return False
-        pool.reserve(sequence, min(need + BLOCK - 1, self.job.total) - sequence.length)
+        most = min(need + BLOCK - 1, self.job.total)
+        pool.reserve(sequence, most - sequence.length, collect=False)
         return True
 
 
