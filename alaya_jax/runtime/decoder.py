@@ -149,7 +149,7 @@ class Decoder:
         if not job.generated:
             job.scores.clear()
         self._inserted += 1
-        key = (None, self._inserted) if asks_graph(job.attention) else alike(job.attention)
+        key = self._inserted if asks_graph(job.attention) else alike(job.attention)
         self._prefilling.append(Slot(job, batch, key, self._inserted))
 
     def remove(self, job: Job) -> None:

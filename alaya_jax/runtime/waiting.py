@@ -26,7 +26,7 @@ class Waiting[T]:
         return len(self._items)
 
     def __contains__(self, item: T) -> bool:
-        return any(item is other for other in self._items)
+        return item in self._items
 
     def __iter__(self) -> Iterator[T]:
         return iter(list(self._items))
@@ -63,4 +63,4 @@ class Waiting[T]:
         del self._items[at], self._passed[at]
 
     def _at(self, item: T) -> int:
-        return next(i for i, other in enumerate(self._items) if other is item)
+        return self._items.index(item)

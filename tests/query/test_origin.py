@@ -207,3 +207,15 @@ def test_graphs_are_lent_to_exact_keys_only(db, document):
     db.import_context(document)
     session, _ = db.create_session([*document, 9])
     assert session.batch.graphs.known()[1] == UNTIL, "further on its keys are others"
+
+
+def test_how_far_two_are_alike():
+    window, other = Way("window", 8), Way("other", 8)
+    exact, one = Origin(), Origin().then(0, 40, window)
+    assert exact.alike(exact, 30) == 30
+    assert exact.alike(one, 30) == one.alike(exact, 30) == 8
+    assert exact.alike(one, 5) == 5
+    assert one.alike(Origin().then(0, 90, window), 30) == 30
+    assert one.alike(Origin().then(0, 90, other), 30) == 8
+    assert one.then(40, 60, other).alike(one, 60) == 40
+    assert one.alike(exact, 0) == 0

@@ -16,7 +16,7 @@ from scipy import stats
 
 from alaya_jax.errors import RequestError
 from alaya_jax.runtime.sampling.params import Greedy, Sampling, StopText
-from alaya_jax.runtime.sampling.sampler import init_sampler, process_logits, sample
+from alaya_jax.runtime.sampling.sampler import init_sampler, kind_of, process_logits, sample
 
 step = jax.jit(sample, static_argnums=0)
 process = jax.jit(process_logits, static_argnums=0)
@@ -528,3 +528,46 @@ def test_the_largest_biases_still_choose():
         token, logprob, _, _ = sample(processors, state, jnp.asarray([[1.0, 9.0, 0.0, 2.0]]))
         assert token.tolist() == [2]
         assert np.isfinite(logprob).all()
+
+
+def test_kinds_are_a_chain():
+    """Whoever joins leads to a kind that one of them needs alone."""
+    each = [
+        Greedy(),
+        Greedy(top_p=0.5),
+        Sampling(temperature=0.7),
+        Sampling(top_p=0.9),
+        Sampling(temperature=0.7, top_k=5, min_p=0.1),
+        Greedy(frequency_penalty=0.5),
+        Sampling(logprobs=3),
+        Greedy(logit_bias={3: 1.0}),
+        Greedy(logprobs=21),
+    ]
+    alone = [kind_of([s], 1000) for s in each]
+    for i, one in enumerate(each):
+        for j, other in enumerate(each):
+            assert kind_of([one, other], 1000) == max(alone[i], alone[j], key=_much)
+    assert [_much(kind) for kind in alone] == sorted(map(_much, alone))
+    assert alone[0] == alone[1]
+    assert not alone[0].processors.random
+    assert alone[-1].processors.logprobs == 80
+    assert kind_of([Greedy(logprobs=3)], 10).processors.logprobs == 10
+
+
+def _much(kind):
+    p = kind.processors
+    return p.random, p.top_p, kind.arrays, p.logprobs
+
+
+@pytest.mark.parametrize("neighbour", [Sampling(), Sampling(top_p=0.5), Greedy(logprobs=2)])
+def test_a_kind_that_others_need_changes_no_token(neighbour):
+    each = [Greedy(), Sampling(temperature=0.8, seed=3), Sampling(top_k=4, seed=9), neighbour]
+    prompts, outputs = [[1, 2]] * 4, [[3]] * 4
+    logits = np.random.default_rng(1).standard_normal((4, 50)).astype(np.float32) * 3
+    for i, one in enumerate(each):
+        processors, state = init_sampler(each, prompts, 50, outputs, kind_of(each, 50))
+        token, logprob, *_ = sample(processors, state, logits)
+        alone, its = init_sampler(one, prompts[:1], 50, outputs[:1])
+        expected, its_logprob, *_ = sample(alone, its, logits[i : i + 1])
+        assert int(token[i]) == int(expected[0])
+        assert float(logprob[i]) == pytest.approx(float(its_logprob[0]), abs=1e-6)
