@@ -28,6 +28,11 @@ def leave(db: Any) -> Iterator[Callable[[int], PagedSequence]]:
         db.pool.release(sequence)
 
 
+def together(engine: aj.Engine) -> Any:
+    """Around requests that the engine is to see all at once."""
+    return engine._loop._changed
+
+
 def admitted(running: Any) -> float:
     return running._run.admitted
 
@@ -54,7 +59,7 @@ def test_who_loses_its_pages_says_the_same(db, engines, alone, rng, leave):
 def test_the_first_never_leaves(db, engines, rng, leave):
     held = leave(9)
     engine = engines(slots=4)
-    with db.pool.lock:
+    with together(engine):
         running = [engine.submit(aj.Request(rng.integers(3, 256, 30), 60)) for _ in range(3)]
     results = [each.result(60) for each in running]
     assert engine.stats().preemptions > 0
@@ -67,7 +72,7 @@ def test_small_ones_pass_a_large_one_a_few_times_only(db, engines, rng, leave):
     """The first holds pages for long; the large one does not fit beside it, small ones do."""
     held = leave(16)
     engine = engines(slots=3)
-    with db.pool.lock:
+    with together(engine):
         first = engine.submit(aj.Request(rng.integers(3, 256, 20), 150))
         large = engine.submit(aj.Request(rng.integers(3, 256, 200), 4))
         small = [engine.submit(aj.Request(rng.integers(3, 256, 5), 2)) for _ in range(2 * PASSES)]
@@ -84,7 +89,7 @@ def test_who_shares_most_goes_first(db, engines, rng):
     engine = engines(slots=2)
     running = engine.submit(aj.Request(prompt, 200))
     next(iter(running))
-    with db.pool.lock:
+    with together(engine):
         last = engine.submit(aj.Request(other, 30))
         some = engine.submit(aj.Request([*prompt[:40], *other], 2))
         most = engine.submit(aj.Request([*prompt, 5], 2))
@@ -101,7 +106,7 @@ def test_a_prompt_under_way_is_waited_for(db, engines, alone, rng):
     requests = [aj.Request([*beginning, 7, i], 4) for i in range(3, 7)]
     expected = [alone(each) for each in requests]
     engine = engines(slots=8, chunk=64)
-    with db.pool.lock:
+    with together(engine):
         running = [engine.submit(each) for each in requests]
         beside = engine.submit(aj.Request(rng.integers(3, 256, 20), 4))
     assert [said(each.result(60)) for each in running] == expected
@@ -154,7 +159,7 @@ def test_what_never_fits_is_refused_at_once(db, engines, open_db, tiny_model):
 
 def test_a_full_queue_says_so(db, engines, rng):
     engine = engines(slots=1, waiting=2)
-    with db.pool.lock:
+    with together(engine):
         running = [engine.submit(aj.Request(rng.integers(3, 256, 5), 3)) for _ in range(2)]
         with pytest.raises(QueueFullError, match=r"2 requests .*waiting=2"):
             engine.submit(aj.Request([3]))
