@@ -124,6 +124,14 @@ class ChatTemplate:
             values.setdefault("date_string", date.strftime("%d %b %Y"))
         return self._rendered(name, values, (date or datetime.now()).strftime)
 
+    def reads(self, variable: str) -> bool:
+        """Whether any of the templates reads such a variable, such as "tools".
+
+        Raises:
+          TokenizerError: one is not valid Jinja.
+        """
+        return any(variable in _read_by(name, text) for name, text in self.sources.items())
+
     def at(self, prompt: Rendered, clock: Callable[[str], str]) -> Rendered:
         """A prompt of `render` with what `clock` says for each format of the time it prints."""
         ((printer, values),) = prompt.parts

@@ -243,6 +243,10 @@ class Tokenizer:
             padded_to=self.padded_to if padded_to is None else padded_to,
         )
 
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of a token: maybe a part of a UTF-8 character; none where it has no text."""
+        return self._pieces[token_id] or b"" if 0 <= token_id < len(self._pieces) else b""
+
     def control_at_start(self, text: str) -> str | None:
         """The control token whose name a text begins with, if any."""
         names, controls = self._names

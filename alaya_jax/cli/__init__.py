@@ -14,6 +14,7 @@ from alaya_jax.cli import (
     inspect,
     moving,
     plan,
+    serve,
     verify,
 )
 from alaya_jax.cli.terminal import Commands, help_text, speak_plainly
@@ -66,6 +67,7 @@ for verb in (
     demo.demo,
     ask.ask,
     generate.generate,
+    serve.serve,
     explain.explain,
     plan.plan,
     calibrate.calibrate,

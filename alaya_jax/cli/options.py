@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alaya_jax import words
 from alaya_jax.cli.terminal import load_jax
 from alaya_jax.errors import AlayaError
 
@@ -17,34 +18,23 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 
-_ATTENTION = (
-    "full, window[:SINK,RECENT], topk:K, dipr:BETA, recovery:SHARE, error:SHARE or auto[:SHARE]"
-)
-_INDEXES = "@flat, @sketch, @sketch1, @sketch2, @sketch8, @learnt, @learnt1, @block or @graph"
-
 Attention = Annotated[
     str,
     typer.Option(
         metavar="POLICY",
-        help=f"Which keys a new token attends to: {_ATTENTION}. full reads every key; topk:100 the "
-        "100 best for the token; dipr:50 those whose product with the query is within 50 of the "
-        "best; recovery:0.95 the fewest that hold 95% of the attention; error:0.02 the fewest that "
-        "keep the output's error below 2% by estimate, the others being estimated; the first and "
-        "last tokens "
-        "(the window) are always read. auto:0.95 takes, layer by layer, the fastest way to hold "
-        "95% on this machine. What finds the keys may follow, as in dipr:50@sketch: "
-        f"{_INDEXES} (codes of 4, 1, 2 or 8 bits a channel, or of 2 or 1 in a basis that alaya "
-        "calibrate learnt; summaries of pages, and a graph that "
+        help=f"Which keys a new token attends to: {words.ATTENTION}. full reads every key; "
+        "topk:100 the 100 best for the token; dipr:50 those whose product with the query is within "
+        "50 of the best; recovery:0.95 the fewest that hold 95% of the attention; error:0.02 the "
+        "fewest that keep the output's error below 2% by estimate, the others being estimated; "
+        "the first and last tokens (the window) are always read. auto:0.95 takes, layer by "
+        "layer, the fastest way to hold 95% on this machine. What finds the keys may follow, "
+        f"as in dipr:50@sketch: {words.INDEXES} (codes of 4, 1, 2 or 8 bits a channel, or of 2 "
+        "or 1 in a basis that alaya calibrate learnt; summaries of pages, and a graph that "
         "alaya db index --graph built, for topk and dipr); else it is chosen by length.",
     ),
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL",
-        help="A directory (Hugging Face, Orbax, or Meta's own), a .gguf file, or a bundled name.",
-    ),
-]
+MODEL_HELP = "A directory (Hugging Face, Orbax, or Meta's own), a .gguf file, or a bundled name."
+Model = Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)]
 Database = Annotated[
     Path | None,
     typer.Option(
@@ -199,66 +189,10 @@ def attention(text: str) -> "Asked":
       typer.BadParameter: it is not understood.
     """
     load_jax()
-    from alaya_jax import query
-    from alaya_jax.query.auto import Auto
-    from alaya_jax.query.plan import Plan
-
-    asked, at, index = text.strip().partition("@")
-    kind, _, rest = asked.partition(":")
     try:
-        numbers = [float(part) for part in rest.split(",")] if rest else []
-        match kind, numbers:
-            case "full", []:
-                found = query.Full()
-            case "window", []:
-                found = query.Window()
-            case "window", [sink, recent]:
-                found = query.Window(_whole(sink), _whole(recent))
-            case "dipr", [beta]:
-                found = query.DIPR(beta=beta)
-            case "recovery", [share]:
-                found = query.DIPR(recovery=share)
-            case "error", [share]:
-                found = query.DIPR(error=share)
-            case "topk", [k]:
-                found = query.TopK(_whole(k))
-            case "auto", []:
-                found = Auto()
-            case "auto", [share]:
-                found = Auto(recovery=share)
-            case _:
-                raise ValueError("not one of them")
-        if not at:
-            return found
-        if not isinstance(found, query.DIPR | query.TopK):
-            raise ValueError(f"{kind} is not looked up in an index")
-        named = _index(index)
-        return Plan(found, named, by="page" if index == "block" else "key")
-    except (ValueError, AlayaError) as error:
-        raise typer.BadParameter(
-            f"{text!r} is no attention policy; use {_ATTENTION}, such as dipr:50 ({error})",
-            param_hint="--attention",
-        ) from error
-
-
-def _index(name: str) -> Any:
-    from alaya_jax import index
-
-    match name:
-        case "flat":
-            return index.Flat()
-        case "sketch":
-            return index.Sketch()
-        case "sketch1" | "sketch2" | "sketch8":
-            return index.Sketch(int(name[-1]))
-        case "learnt" | "learnt1":
-            return index.Sketch(1 if name.endswith("1") else 2, "learnt")
-        case "block":
-            return index.Block()
-        case "graph":
-            return index.Graph()
-        case _:
-            raise ValueError(f"no index @{name}; use {_INDEXES}")
+        return words.attention(text)
+    except AlayaError as error:
+        raise typer.BadParameter(str(error), param_hint="--attention") from error
 
 
 def length(text: str) -> int:
@@ -318,9 +252,3 @@ def database_path(path: Path | None) -> Path:
     from alaya_jax.checkpoint import bundled
 
     return bundled.cache_directory() / "asked.db"
-
-
-def _whole(number: float) -> int:
-    if number != int(number):
-        raise ValueError(f"{number} is no whole number")
-    return int(number)

@@ -1,0 +1,89 @@
+"""Messages and tools as chat templates read them."""
+
+import json
+from typing import Any
+
+from alaya_jax.serve.fields import Body, Refusal, brief
+
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+def taken_messages(body: Body) -> list[dict[str, Any]]:
+    """The `messages` of a request, as chat templates read them.
+
+    Raises:
+      Refusal: one is of another form, or not served.
+    """
+    return [_message(i, message) for i, message in enumerate(body.take("messages", list, []))]
+
+
+def taken_tools(body: Body) -> list[dict[str, Any]]:
+    """The `tools` of a request; none where `tool_choice` asks for none.
+
+    Raises:
+      Refusal: they are of another form, or a call is to be forced.
+    """
+    tools, choice = body.take("tools", list, []), body.either("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise Refusal(
+            f"tool_choice={brief(choice)} is not served: nothing here forces a model to call "
+            "a function; use 'auto' or 'none'",
+            "tool_choice",
+        )
+    for tool in tools:
+        match tool:
+            case {"type": "function", "function": {"name": str()}}:
+                continue
+        raise Refusal(
+            "tools must be a list of {'type': 'function', 'function': {'name': ...}}", "tools"
+        )
+    return [] if choice == "none" else tools
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    """A message as chat templates read it."""
+    at = f"messages[{number}]"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise Refusal(f"{at} must be an object with a role and mostly a content", at)
+    said = {key: value for key, value in message.items() if value not in (None, [])}
+    if unknown := sorted(said.keys() - set(_KEYS)):
+        raise Refusal(
+            f"{at}: {unknown[0]} is not served; use {', '.join(_KEYS)}", f"{at}.{unknown[0]}"
+        )
+    if said["role"] == "developer":  # the newer name
+        said["role"] = "system"
+    if isinstance(content := said.get("content"), list):
+        said["content"] = "\n".join(_part(at, part) for part in content)
+    elif not isinstance(content, str | None):
+        raise Refusal(f"{at}.content must be text", f"{at}.content")
+    if "tool_calls" in said:
+        said["tool_calls"] = [_call(at, call) for call in said["tool_calls"]]
+    return said
+
+
+def _part(at: str, part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)}:
+            raise Refusal(
+                f"{at}.content: {kind} is not served, this model reads text", f"{at}.content"
+            )
+    raise Refusal(f"{at}.content: parts must be {{'type': 'text', 'text': ...}}", f"{at}.content")
+
+
+def _call(at: str, call: Any) -> dict[str, Any]:
+    """A call as templates read it: its arguments are an object, not a text of JSON."""
+    match call:
+        case {"function": {"name": str(name), "arguments": arguments}}:
+            try:
+                read = json.loads(arguments) if isinstance(arguments, str) else arguments
+            except json.JSONDecodeError as error:
+                raise Refusal(
+                    f"{at}.tool_calls: the arguments of {name} are not JSON ({error})",
+                    f"{at}.tool_calls",
+                ) from error
+            return {**call, "function": {**call["function"], "arguments": read}}
+    raise Refusal(
+        f"{at}.tool_calls must be {{'function': {{'name', 'arguments'}}}}", f"{at}.tool_calls"
+    )

@@ -1,0 +1,439 @@
+"""Requests over HTTP, against an engine in this process."""
+
+import dataclasses
+import json
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import alaya_jax as aj
+from alaya_jax.engine import Engine, Request
+from alaya_jax.errors import AlayaError
+
+from .conftest import HELLO
+
+GREEDY = {"temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def engine(client) -> Engine:
+    return client.app.state.service.engine
+
+
+def events(answer) -> list[dict[str, Any]]:
+    """The data of a stream of events, which ends as OpenAI's do."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def chat(client, **body) -> dict[str, Any]:
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO} | GREEDY | body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def complete(client, **body) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json={"prompt": "Once"} | GREEDY | body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def expected(engine: Engine, ids, **request) -> Any:
+    settings = {"max_new_tokens": 12} | request
+    return engine.submit(Request(ids, **settings)).result()
+
+
+def test_a_chat_is_what_the_engine_says(client, engine):
+    model = engine.db.model
+    ids = model.encode(model.chat.render(HELLO))
+    alone, said = expected(engine, ids), chat(client)
+    assert said["object"] == "chat.completion"
+    assert said["id"].startswith("chatcmpl-")
+    (choice,) = said["choices"]
+    assert choice["message"] == {"role": "assistant", "content": alone.text}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    usage = said["usage"]
+    assert usage["prompt_tokens"] == len(ids)
+    assert usage["completion_tokens"] == 12
+    assert usage["total_tokens"] == len(ids) + 12
+    assert usage["attention"] == "full"
+    assert usage["keys_read"] == pytest.approx(alone.keys_read)
+
+
+def test_a_completion_is_what_the_engine_says(client, engine):
+    said = complete(client)
+    assert said["object"] == "text_completion"
+    assert said["id"].startswith("cmpl-")
+    alone = expected(engine, engine.db.model.encode("Once"))
+    assert said["choices"][0]["text"] == alone.text
+
+
+def test_a_stream_is_the_same_text(client):
+    whole = chat(client, n=2, seed=4, temperature=0.8)
+    body = {"messages": HELLO} | GREEDY | {"n": 2, "seed": 4, "temperature": 0.8, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    *chunks, last = events(client.post("/v1/chat/completions", json=body))
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    for index, choice in enumerate(whole["choices"]):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert mine[-1]["delta"] == {}
+        assert [c["finish_reason"] for c in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        text = "".join(c["delta"].get("content", "") for c in mine)
+        assert text == choice["message"]["content"]
+    assert len({c["id"] for c in chunks}) == 1
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+
+
+def test_a_stream_of_a_completion(client):
+    whole = complete(client, logprobs=2)
+    body = {"prompt": "Once", "logprobs": 2, "stream": True} | GREEDY
+    body["stream_options"] = {"continuous_usage_stats": True}
+    chunks = events(client.post("/v1/completions", json=body))
+    choices = [c["choices"][0] for c in chunks]
+    assert "".join(c["text"] for c in choices) == whole["choices"][0]["text"]
+    parts = [c["logprobs"] for c in choices if c["logprobs"]]
+    for name, values in whole["choices"][0]["logprobs"].items():
+        assert [v for part in parts for v in part[name]] == values, name
+    counts = [c["usage"]["completion_tokens"] for c in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+
+
+def test_several_texts_and_prompts_keep_their_order(client, engine):
+    settings = {"temperature": 0.9, "seed": 5}
+    said = complete(client, prompt=["Once", "Twice"], n=2, **settings)
+    assert [c["index"] for c in said["choices"]] == [0, 1, 2, 3]
+    alone = [
+        expected(engine, p, sampling=aj.Sampling(temperature=0.9, seed=seed)).text
+        for p in ("Once", "Twice")
+        for seed in (5, 6)
+    ]
+    assert [c["text"] for c in said["choices"]] == alone
+    assert len(set(alone)) == 4
+    assert said["usage"]["completion_tokens"] == 48
+    ids = [len(engine.db.model.encode(p)) for p in ("Once", "Twice")]
+    assert said["usage"]["prompt_tokens"] == sum(ids)
+
+
+def test_stop_strings_and_ids_end_a_text(client):
+    text = chat(client, max_tokens=12)["choices"][0]["message"]["content"]
+    stop = text[4:7]
+    (choice,) = chat(client, stop=stop)["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == text[: text.index(stop)]
+    scored = chat(client, logprobs=True)["choices"][0]["logprobs"]["content"]
+    ids = client.post("/tokenize", json={"prompt": "x", "add_special_tokens": False}).json()
+    assert ids["count"] == 1
+    first = complete(client, max_tokens=1)["choices"][0]["text"]
+    forced = complete(client, logit_bias={str(ids["tokens"][0]): 1000}, max_tokens=3)
+    assert forced["choices"][0]["text"] == "xxx" != first
+    ended = complete(client, logit_bias={str(ids["tokens"][0]): 1000}, stop_token_ids=ids["tokens"])
+    assert (ended["choices"][0]["text"], ended["choices"][0]["finish_reason"]) == ("", "stop")
+    assert len(scored) == 12
+
+
+def test_logprobs_of_a_chat(client, engine):
+    model = engine.db.model
+    ids = model.encode(model.chat.render(HELLO))
+    alone = expected(engine, ids, sampling=aj.Greedy(logprobs=3))
+    (choice,) = chat(client, logprobs=True, top_logprobs=3)["choices"]
+    content = choice["logprobs"]["content"]
+    assert [c["logprob"] for c in content] == pytest.approx([t.logprob for t in alone.tokens])
+    for said, token in zip(content, alone.tokens, strict=True):
+        assert bytes(said["bytes"]) == model.tokenizer.piece(token.id)
+        tops = [t["logprob"] for t in said["top_logprobs"]]
+        assert tops == pytest.approx([p for _, p in token.alternatives])
+        assert said["top_logprobs"][0]["bytes"] == said["bytes"]  # greedy
+    assert (
+        b"".join(bytes(c["bytes"]) for c in content).decode(errors="replace")
+        == (choice["message"]["content"])
+    )
+    plain = chat(client, logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert all(c["top_logprobs"] == [] for c in plain)
+
+
+def test_echo_with_logprobs_scores_the_prompt(client, engine):
+    """As lm-eval asks for the likelihood of a text."""
+    ids = engine.db.model.encode("Once upon a time there was").tolist()
+    body = {"prompt": [ids, ids[:4]], "echo": True, "logprobs": 1, "max_tokens": 1}
+    said = complete(client, **body)
+    for choice, given in zip(said["choices"], (ids, ids[:4]), strict=True):
+        scored = choice["logprobs"]
+        assert len(scored["tokens"]) == len(given) + 1
+        assert scored["token_logprobs"][0] is None
+        assert scored["top_logprobs"][0] is None
+        alone = expected(
+            engine, given, max_new_tokens=1, prompt_logprobs=True, sampling=aj.Greedy(logprobs=1)
+        )
+        assert scored["token_logprobs"][1:-1] == pytest.approx(alone.prompt_logprobs[1:])
+        assert choice["text"] == engine.db.model.tokenizer.decode(given) + alone.text
+        for own, top, best in zip(
+            scored["token_logprobs"][1:-1],
+            scored["top_logprobs"][1:-1],
+            alone.prompt_alternatives[1:],
+            strict=True,
+        ):
+            assert max(top.values()) == pytest.approx(max(own, best[0][1]))
+            assert own in top.values()
+        offsets = scored["text_offset"]
+        assert choice["text"][offsets[-1] :] == alone.text
+        assert offsets == sorted(offsets)
+    only = complete(client, **body | {"max_tokens": 0})
+    assert only["usage"]["completion_tokens"] == 0
+    first, again = said["choices"][0]["logprobs"], only["choices"][0]["logprobs"]
+    assert again["token_logprobs"] == pytest.approx(first["token_logprobs"][:-1])
+
+
+def test_what_greedy_decoding_said_is_greedy(client, engine):
+    said = complete(client, max_tokens=8, logprobs=0)
+    ids = engine.db.model.encode("Once").tolist()
+    alone = expected(engine, ids, max_new_tokens=8)
+    body = {"prompt": [*ids, *alone.ids], "echo": True, "logprobs": 1, "max_tokens": 0}
+    scored = complete(client, **body)["choices"][0]["logprobs"]
+    mine = slice(len(ids), None)
+    for own, top in zip(scored["token_logprobs"][mine], scored["top_logprobs"][mine], strict=True):
+        assert own == max(top.values())
+    generated = said["choices"][0]["logprobs"]["token_logprobs"]
+    assert scored["token_logprobs"][mine] == pytest.approx(generated, abs=1e-4)
+
+
+def test_echo_without_logprobs_says_the_prompt_as_it_was_given(client):
+    plain = complete(client)["choices"][0]["text"]
+    assert complete(client, echo=True)["choices"][0]["text"] == "Once" + plain
+
+
+def test_prompt_logprobs(client, engine):
+    (choice,) = chat(client, prompt_logprobs=1)["choices"]
+    model = engine.db.model
+    ids = model.encode(model.chat.render(HELLO)).tolist()
+    first, *rows = choice["prompt_logprobs"]
+    assert first is None
+    assert len(rows) == len(ids) - 1
+    for id, row in zip(ids[1:], rows, strict=True):
+        assert str(id) in row
+        assert row[str(id)]["decoded_token"].encode() == model.tokenizer.piece(id)
+
+
+def test_a_plan_for_each_request(client):
+    prompt = "Once upon a time there was a king who had three daughters. " * 12
+    body = {"prompt": prompt, "max_tokens": 4}
+    full = complete(client, **body)["usage"]
+    window = complete(client, attention="window:4,32", **body)["usage"]
+    assert window["attention"] == "window:4,32"
+    assert window["keys_read"] < 64 < full["keys_read"]
+
+
+def test_a_server_has_a_plan_for_requests_that_name_none(opened):
+    other = opened(attention="window:4,32")
+    assert chat(other)["usage"]["attention"] == "window:4,32"
+    assert chat(other, attention="full")["usage"]["attention"] == "full"
+
+
+def test_health_tells_ready_from_starting(opened):
+    from starlette.testclient import TestClient
+
+    from alaya_jax.serve.app import create_app
+    from alaya_jax.serve.service import Service
+
+    go, real = threading.Event(), opened().app.state.service.engine
+
+    def start() -> Engine:
+        go.wait(60)
+        return Engine(real.db, slots=1)
+
+    service = Service(start, "tiny")
+    with TestClient(create_app(service)) as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "starting"})
+        early = client.post("/v1/chat/completions", json={"messages": HELLO})
+        assert early.status_code == 503
+        assert early.json()["error"]["code"] == "starting"
+        assert int(early.headers["retry-after"]) > 0
+        assert client.get("/metrics").status_code == 200
+        go.set()
+        service.wait()
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (200, {"status": "ready"})
+        service.stopping = True
+        assert client.get("/health").json() == {"status": "stopping"}
+
+
+def test_a_server_that_cannot_start_says_so():
+    from starlette.testclient import TestClient
+
+    from alaya_jax.serve.app import create_app
+    from alaya_jax.serve.service import Service
+
+    def start() -> Engine:
+        raise AlayaError("no such model")
+
+    service = Service(start, "tiny")
+    with TestClient(create_app(service)) as client:
+        service.wait()
+        assert client.get("/health").json() == {"status": "failed"}
+    assert str(service.failure) == "no such model"
+
+
+def test_models(client, engine):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert model["max_model_len"] == engine.db.model.length_limit
+    assert client.get("/v1/models/tiny").json() == model
+    assert client.get("/v1/models/org/other").status_code == 404
+
+
+def test_tokenize_and_detokenize(client, engine):
+    model = engine.db.model
+    said = client.post("/tokenize", json={"prompt": "Once upon", "return_token_strs": True}).json()
+    assert said["tokens"] == model.encode("Once upon").tolist()
+    assert said["count"] == len(said["tokens"]) == len(said["token_strs"])
+    text = client.post("/detokenize", json={"tokens": said["tokens"][1:]}).json()
+    assert text == {"prompt": "Once upon"}
+    chat = client.post("/tokenize", json={"messages": HELLO}).json()
+    assert chat["tokens"] == model.encode(model.chat.render(HELLO)).tolist()
+    assert client.post("/detokenize", json={"tokens": [10**8]}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "a", "n": 1}).status_code == 400
+    info = client.get("/tokenizer_info").json()
+    assert info["eos_token"] == "<|eot_id|>"
+    assert "chat_template" in info
+
+
+def test_paths_and_methods_that_are_not_there(client):
+    for answer, status in ((client.get("/v1/nothing"), 404), (client.get("/tokenize"), 405)):
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_request_has_an_id(client):
+    first = client.get("/version")
+    assert len(first.headers["x-request-id"]) == 32
+    mine = client.get("/version", headers={"X-Request-Id": "mine-1"})
+    assert mine.headers["x-request-id"] == "mine-1"
+    odd = client.get("/version", headers={"X-Request-Id": "a b"})
+    assert odd.headers["x-request-id"] != "a b"
+    said = client.post(
+        "/v1/completions",
+        json={"prompt": "a", "user": "me"} | GREEDY,
+        headers={"X-Request-Id": "mine-2"},
+    ).json()
+    assert said["id"] == "cmpl-mine-2"
+    (entry,) = client.get("/v1/requests/cmpl-mine-2").json()["data"]
+    assert (entry["user"], entry["state"], entry["attention"]) == ("me", "finished", "full")
+    assert entry["completion_tokens"] == 12
+    assert entry["keys_read"] > 0
+    assert client.get("/v1/requests/nobody").status_code == 404
+    every = client.get("/v1/requests").json()
+    assert every["data"][0] == entry
+    assert every["engine"]["running"] == 0
+
+
+def test_a_key_is_asked_for(opened):
+    closed = opened(api_key="secret")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        for path in ("/v1/models", "/metrics", "/v1/contexts", "/tokenizer_info"):
+            answer = closed.get(path, headers=headers)
+            assert answer.status_code == 401, path
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert closed.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert closed.get("/health").status_code == 200
+    assert closed.get("/").status_code == 200
+
+
+class Said:
+    """A running request whose model writes what it is told to: random weights call no function."""
+
+    def __init__(self, running: Any, tokens: list[aj.Token]):
+        self._running, self._tokens = running, tokens
+        self.cancel = running.cancel
+
+    async def __aiter__(self):
+        for token in self._tokens:
+            yield token
+
+    def __await__(self):
+        result = yield from self._running.__await__()
+        text = "".join(token.text for token in self._tokens)
+        return dataclasses.replace(result, text=text, finish_reason="eos")
+
+
+def test_tools_are_called(client, engine, monkeypatch):
+    written = '{"name": "look", "parameters": {"at": "it"}}'
+    ids = engine.db.model.encode(written, add_special_tokens=False).tolist()
+    stream, submit = engine.db.model.tokenizer.stream(), engine.submit
+    tokens = [aj.Token(id, stream.put(id), 0.0) for id in ids]
+    monkeypatch.setattr(engine, "submit", lambda *args, **k: Said(submit(*args, **k), tokens))
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    (choice,) = chat(client, tools=tools)["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    (call,) = choice["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+    body = {"messages": HELLO, "tools": tools, "stream": True} | GREEDY
+    *_, called, last = events(client.post("/v1/chat/completions", json=body))
+    (delta,) = called["choices"][0]["delta"]["tool_calls"]
+    assert delta["index"] == 0
+    assert delta["function"] == call["function"]
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    assert chat(client)["choices"][0]["message"]["content"] == written  # no tools: it is text
+
+
+def test_an_engine_that_fails_is_an_error_of_the_server(client, engine, monkeypatch):
+    def fails(request: Request, on_token: Any = None) -> Any:
+        raise AlayaError("the logits are not finite")
+
+    monkeypatch.setattr(engine, "submit", fails)
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_when_the_queue_is_full_one_has_to_come_again(opened, model, tmp_path):
+    db = aj.DB(tmp_path / "db", model, aj.Budget.for_pages(model, 65, indexes="64MiB"))
+    client = opened(lambda: Engine(db, slots=1, waiting=2))
+    before = db.pool.free_tokens
+    body = {"messages": HELLO, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
+    answers = []
+
+    def ask() -> None:
+        answers.append(client.post("/v1/chat/completions", json=body | {"n": 2}))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [a for a in answers if a.status_code == 429]
+    assert 1 <= len(refused) < 4
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert answer.json()["error"]["code"] == "queue_full"
+    assert all(len(a.json()["choices"]) == 2 for a in answers if a.status_code == 200)
+    deadline = time.monotonic() + 20  # of a refused request no part goes on
+    while db.pool.free_tokens < before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert db.pool.free_tokens == before
+    assert "alaya_admission_rejections_total" in client.get("/metrics").text
+
+
+def test_a_stored_context_is_reused(client, engine):
+    document = "We the People of the United States, in Order to form a more perfect Union. " * 4
+    stored = client.post("/v1/contexts", json={"document": document, "title": "people"}).json()
+    said = chat(client, document=document)
+    cached = said["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == stored["tokens"]
+    body = {"messages": HELLO, "document": document} | GREEDY
+    cold = np.asarray(engine.db.prompt(messages=HELLO, document=document).ids)
+    assert said["usage"]["prompt_tokens"] == len(cold)
+    assert said["choices"] == client.post("/v1/chat/completions", json=body).json()["choices"]
