@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from alaya_jax import __version__, prompts
+from alaya_jax.contexts.context import Context
 from alaya_jax.engine import Result, Running
-from alaya_jax.errors import (
-    AlayaError,
-    RequestError,
-)
+from alaya_jax.errors import AlayaError, RequestError
 from alaya_jax.generation import Token
 from alaya_jax.serve import contexts, page
 from alaya_jax.serve.answers import Answers
@@ -31,6 +30,8 @@ from alaya_jax.serve.metrics import CONTENT_TYPE
 from alaya_jax.serve.protocol import Asked, Served
 from alaya_jax.serve.service import Service
 from alaya_jax.serve.streaming import DONE, Events, merged, while_there
+
+_log = logging.getLogger(__name__)
 
 
 def create_app(service: Service) -> Starlette:
@@ -113,7 +114,8 @@ async def _version(_: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(_service(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    text = await run_in_threadpool(_service(request).metrics.text)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _models(request: Request) -> Response:
@@ -157,7 +159,7 @@ async def _generated(request: Request, understand: Callable[[Served, Any], Asked
     asked = await run_in_threadpool(understand, served, await _body(request))
     id = request.state.id
     answers = Answers(asked, service.name, served.db.model.tokenizer, id)
-    runs = service.submit(asked, id)
+    runs = await run_in_threadpool(service.submit, asked, id)
 
     def cancel() -> None:
         for run, _ in runs:
@@ -219,8 +221,15 @@ async def _events(
         if asked.stream is not None and asked.stream.usage:
             yield answers.usage_event([results[i] for i in range(len(runs))])
     except Exception as error:
-        yield bytes(answer(error).body).decode()
+        yield _said(error)
     yield DONE
+
+
+def _said(error: Exception) -> str:
+    """An error as the data of an event."""
+    if not isinstance(error, AlayaError):
+        _log.error("a stream failed", exc_info=error)
+    return bytes(answer(error).body).decode()
 
 
 async def _tokenize(request: Request) -> Response:
@@ -295,17 +304,22 @@ async def _progress(service: Service, wanted: contexts.Import) -> AsyncGenerator
             async for event in events:
                 yield event
     except Exception as error:
-        yield bytes(answer(error).body).decode()
+        yield _said(error)
     yield DONE
 
 
+async def _found(request: Request) -> tuple[Served, Context]:
+    served = _service(request).served
+    return served, await run_in_threadpool(contexts.found, served, request.path_params["id"])
+
+
 async def _context(request: Request) -> Response:
-    context = contexts.found(_service(request).served, request.path_params["id"])
+    _, context = await _found(request)
     return JSONResponse(contexts.described(context))
 
 
 async def _change(request: Request) -> Response:
-    context = contexts.found(_service(request).served, request.path_params["id"])
+    _, context = await _found(request)
     body = Body(await _body(request))
     pinned = body.take("pinned", bool)
     body.done()
@@ -316,8 +330,7 @@ async def _change(request: Request) -> Response:
 
 
 async def _delete(request: Request) -> Response:
-    served = _service(request).served
-    context = contexts.found(served, request.path_params["id"])
+    served, context = await _found(request)
     await run_in_threadpool(served.db.remove, context)
     return JSONResponse({"id": context.id, "object": "context", "deleted": True})
 
@@ -325,7 +338,7 @@ async def _delete(request: Request) -> Response:
 async def _requests(request: Request) -> Response:
     service = _service(request)
     said = [entry.to_dict() for entry in service.ledger.entries()]
-    stats = dataclasses.asdict(service.engine.stats())
+    stats = dataclasses.asdict(await run_in_threadpool(service.engine.stats))
     return JSONResponse({"object": "list", "engine": stats, "data": said})
 
 

@@ -346,7 +346,8 @@ class Served:
           text: or token ids.
           rendered: control tokens in it are meant, and nothing is added around it.
           special: whether what the model expects around a text, mostly a BOS, is added; default
-            True.
+            True. Where nothing is and the text begins with a control token's name, it is rendered:
+            so do lm-eval and others send what they rendered.
 
         Raises:
           Refusal, AlayaError: as `texts`.
@@ -362,18 +363,19 @@ class Served:
         if not isinstance(text, str):
             raise Refusal(f"prompt: {kind_of(text)} is neither text nor token ids", "prompt")
         tokenizer = prompts.tokenizer_of(model)
-        if rendered:
+        name = tokenizer.control_at_start(text)
+        if rendered or (name and special is False):
             if special:
                 raise Refusal(
                     "add_special_tokens would put a second BOS in front of a rendered prompt",
                     "add_special_tokens",
                 )
             return model.check_tokens(tokenizer.encode(Rendered(text)))
-        if name := tokenizer.control_at_start(text):
+        if name:
             raise Refusal(
                 f"the prompt begins with {name!r}, a control token's name, and a prompt is plain "
-                "text. If a chat template rendered it, add rendered: true; else send token ids "
-                "(/tokenize)",
+                "text. If a chat template rendered it, add rendered: true or add_special_tokens: "
+                "false; if it is about such tokens, send token ids",
                 "prompt",
             )
         found = tokenizer.encode(text, allow_special=False, add_special_tokens=special)

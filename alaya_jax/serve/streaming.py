@@ -56,19 +56,19 @@ class Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them."""
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
-        )
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             async with while_there(receive, self._cancel):
+                await send(start)
                 async for event in self._events:
-                    body = f"data: {event if isinstance(event, str) else dumps(event)}\n\n"
-                    await send(
-                        {"type": "http.response.body", "body": body.encode(), "more_body": True}
-                    )
+                    text = event if isinstance(event, str) else dumps(event)
+                    body = f"data: {text}\n\n".encode()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:  # it went while something was sent
             self._cancel()
+            async for _ in self._events:  # which soon ends
+                pass
         finally:
             await self._events.aclose()
 

@@ -316,4 +316,5 @@ def test_prompts_of_all_forms(served: Served):
     assert ids(prompt=[text.tolist(), [5, 6]]) == [text.tolist(), [5, 6]]
     assert ids(prompt="Once upon", add_special_tokens=False) == [text[1:].tolist()]
     rendered = model.chat.render(HELLO)
-    assert ids(prompt=str(rendered), rendered=True) == [model.encode(rendered).tolist()]
+    for how in ({"rendered": True}, {"add_special_tokens": False}):
+        assert ids(prompt=str(rendered), **how) == [model.encode(rendered).tolist()]
