@@ -21,6 +21,9 @@ from alaya_jax.models.tokenizer import Tokenizer
 _LOOK = 4096
 """Characters behind a date that tell one prompt from another before it is encoded."""
 
+_DOCUMENT, _STAMP = chr(0x100100), chr(0x100101)
+"""In place of a document, and of what a template prints for the time: private use."""
+
 
 class Stored(Protocol):
     """What is looked at of a stored context (`contexts.Context`)."""
@@ -95,6 +98,19 @@ def question_ids(tokenizer: Tokenizer, document: str, question: str) -> np.ndarr
 def document_ids(tokenizer: Tokenizer, document: str) -> np.ndarray:
     """The ids that begin every question about a document: what is worth storing."""
     return prompt(tokenizer, None, document, to_store=True).ids
+
+
+def document_in(tokenizer: Tokenizer, tokens: np.ndarray) -> str | None:
+    """The document of which these are the ids, as `document_ids` gives them under any date; None
+    where they are something else, or the model has no chat template.
+    """
+    if tokenizer.chat is None:
+        return None
+    text = tokenizer.chat.render(_with_document([{"role": "user", "content": "A"}], _DOCUMENT))
+    head, found, _ = _redated(tokenizer, text, [_STAMP] * len(text.stamps)).partition(_DOCUMENT)
+    before = re.escape(head).replace(_STAMP, "[^\\n]{1,64}?")
+    known = re.fullmatch(f"{before}(.*)\n\n", tokenizer.decode(tokens), re.DOTALL)
+    return known[1] if found and known else None
 
 
 def prompt(

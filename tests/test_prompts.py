@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import alaya_jax as aj
+from alaya_jax import prompts
 from alaya_jax.errors import RequestError, TokenizerError
 from alaya_jax.models import chat
 
@@ -318,3 +319,16 @@ def test_dates_of_several_contexts(open_db, dated, today):
     session, _ = db.create_session(messages=QUESTION, document=DOCUMENT)
     assert session.dated.startswith("26 Nov")
     assert np.all(np.asarray(session.reused) > 40)
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_document_is_found_in_its_ids(llama3, dated):
+    stamp = "{{ strftime_now('%d %b %Y') }}" if dated else ""
+    template = "{{ bos_token }}" + stamp + "<|start_header_id|>{{ messages[0]['content'] }}"
+    model = aj.load(llama3(template), progress=False)
+    text = "A document.\n\nIt says <|eot_id|>.\n"
+    day = datetime.date(2020, 2, 3) if dated else None
+    ids = prompts.prompt(model.tokenizer, None, text, day, to_store=True).ids
+    assert prompts.document_in(model.tokenizer, ids) == text
+    assert prompts.document_in(model.tokenizer, ids[:-2]) is None
+    assert prompts.document_in(model.tokenizer, model.encode("A document.")) is None

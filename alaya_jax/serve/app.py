@@ -310,7 +310,7 @@ async def _progress(service: Service, wanted: contexts.Import) -> AsyncGenerator
 
 async def _found(request: Request) -> tuple[Served, Context]:
     served = _service(request).served
-    return served, await run_in_threadpool(contexts.found, served, request.path_params["id"])
+    return served, await run_in_threadpool(served.stored, request.path_params["id"])
 
 
 async def _context(request: Request) -> Response:

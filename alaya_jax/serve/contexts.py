@@ -33,18 +33,6 @@ def described(context: Context) -> dict[str, Any]:
     }
 
 
-def found(served: Served, id: str) -> Context:
-    """The context of an id.
-
-    Raises:
-      Refusal: it is not there.
-    """
-    for context in served.db.contexts:
-        if context.id == id:
-            return context
-    raise Refusal(f"there is no context {id!r}; GET /v1/contexts lists them", "id", status=404)
-
-
 class Import:
     """A context that is computed and stored, in a thread of its own.
 

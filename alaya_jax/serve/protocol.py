@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from alaya_jax import prompts, words
+from alaya_jax.contexts.context import Context
 from alaya_jax.db import DB
 from alaya_jax.errors import RequestError
 from alaya_jax.models.rendered import Rendered
@@ -281,7 +282,7 @@ class Served:
         messages = taken_messages(body)
         if not messages:
             raise Refusal("messages must have at least one {'role', 'content'}", "messages")
-        document = body.take("document", str)
+        document, context = body.take("document", str), body.take("context", str)
         variables = body.take("chat_template_kwargs", dict, {})
         options = {
             "add_generation_prompt": body.take("add_generation_prompt", bool),
@@ -291,13 +292,16 @@ class Served:
         tools = taken_tools(body)
         model = self.db.model
         prompts.tokenizer_of(model)
+        for name in [n for n, v in (("document", document), ("context", context)) if v is not None]:
+            with_it = [o for o, value in options.items() if value] + sorted(variables)
+            with_it += ["tools"] * bool(tools) + ["context"] * (
+                name == "document" and bool(context)
+            )
+            if with_it:
+                raise Refusal(f"{name} goes with messages alone, not with {with_it[0]}", name)
+        if context is not None:
+            return self._behind(context, messages), []
         if document is not None:
-            given = [name for name, value in options.items() if value] + sorted(variables)
-            if given or tools:
-                raise Refusal(
-                    f"document goes with messages alone, not with {(given or ['tools'])[0]}",
-                    "document",
-                )
             return self.db.prompt(messages=messages, document=document).ids, []
         own = {"messages", "tools", "documents", "date", *options}
         if clash := sorted(own & variables.keys()):
@@ -314,6 +318,42 @@ class Served:
         text = model.chat.render(messages, tools=tools or None, **options, **variables)
         names = [tool["function"]["name"] for tool in tools]
         return model.check_tokens(model.encode(text)), names
+
+    def stored(self, id: str) -> Context:
+        """The context of an id.
+
+        Raises:
+          Refusal: it is not there.
+        """
+        for context in self.db.contexts:
+            if context.id == id:
+                return context
+        raise Refusal(
+            f"there is no context {id!r}; GET /v1/contexts lists them",
+            "context",
+            status=404,
+            code="context_not_found",
+        )
+
+    def _behind(self, id: str, messages: list[dict[str, Any]]) -> np.ndarray:
+        """The token ids of messages about a document that is stored.
+
+        Raises:
+          Refusal: it is not there, or no document.
+          AlayaError: of the chat template, or the tokenizer.
+        """
+        context = self.stored(id)
+        document = prompts.document_in(prompts.tokenizer_of(self.db.model), context.tokens)
+        if document is not None:
+            ids = self.db.prompt(messages=messages, document=document).ids
+            if context.shared(ids, exact=False) == context.num_tokens:
+                return ids
+        raise Refusal(
+            f"context {id!r} is not the beginning of these messages: it goes on with messages that "
+            "begin with a user's, if it was stored as a document. Send the whole text, which is "
+            "found again all the same",
+            "context",
+        )
 
     def texts(self, body: Body) -> list[tuple[Any, np.ndarray]]:
         """The texts or token ids in `prompt`, which is one or a list of them, and the ids of each.

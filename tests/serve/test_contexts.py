@@ -57,6 +57,31 @@ def test_what_is_stored_is_not_computed_again(client):
     assert said["choices"][0]["message"]["content"] == alone.text
 
 
+def test_a_stored_document_can_be_asked_about_by_its_id(client):
+    stored = client.post("/v1/contexts", json={"document": DOCUMENT}).json()
+    body = {"messages": HELLO, "max_tokens": 3, "temperature": 0}
+    by_text = client.post("/v1/chat/completions", json=body | {"document": DOCUMENT}).json()
+    by_id = client.post("/v1/chat/completions", json=body | {"context": stored["id"]}).json()
+    assert by_id["choices"] == by_text["choices"]
+    assert by_id["usage"]["prompt_tokens"] == by_text["usage"]["prompt_tokens"]
+    assert by_id["usage"]["prompt_tokens_details"]["cached_tokens"] == stored["tokens"]
+
+
+def test_a_context_that_is_no_beginning_is_refused(client):
+    document = client.post("/v1/contexts", json={"document": DOCUMENT}).json()["id"]
+    prompt = client.post("/v1/contexts", json={"prompt": "Once upon a time"}).json()["id"]
+    system = [{"role": "system", "content": "Be brief."}, *HELLO]
+    for body, status in (
+        ({"context": prompt, "messages": HELLO}, 400),
+        ({"context": document, "messages": system}, 400),
+        ({"context": "nobody", "messages": HELLO}, 404),
+        ({"context": document, "document": "a", "messages": HELLO}, 400),
+    ):
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == status, answer.text
+        assert "context" in answer.json()["error"]["message"]
+
+
 def test_messages_and_prompts_can_be_stored(client):
     db = client.app.state.service.engine.db
     for body in ({"messages": HELLO}, {"prompt": "Once upon a time"}, {"prompt": [5, 6, 7]}):
