@@ -114,7 +114,9 @@ def serve(
         note(f"Ready, with {len(database.contexts)} contexts in {database.path}. Ctrl-C stops it.")
         return engine
 
-    service = Service(start, called, attention=attention, api_key=api_key)
+    # Names that a page of another site could have made point here are none of ours.
+    hosts = run.LOCAL if host in run.LOCAL and api_key is None else None
+    service = Service(start, called, attention=attention, api_key=api_key, hosts=hosts)
     with socket:
         run.serve(service, socket, on_stop=lambda: note(_stopping(service)))
     if service.is_starting:  # nothing is lost, and a model takes long to load

@@ -68,7 +68,7 @@ def create_app(service: Service) -> Starlette:
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Door, api_key=service.api_key)],
+        middleware=[Middleware(Door, api_key=service.api_key, hosts=service.hosts)],
         exception_handlers={
             AlayaError: refused,
             HTTPException: refused,

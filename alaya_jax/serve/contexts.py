@@ -52,7 +52,7 @@ class Import:
         self._title = body.take("title", str, "")
         self._pinned = body.take("pinned", bool, False)
         prompt, document = body.either("prompt"), body.take("document", str)
-        messages = taken_messages(body) or None
+        messages = taken_messages(body, served.db.model.chat) if body.has("messages") else None
         body.done()
         self._db = served.db
         if (prompt is None) == (messages is None and document is None):

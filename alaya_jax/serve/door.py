@@ -26,8 +26,8 @@ _OPEN = ("/", "/health")
 class Door:
     """Gives each request an id, and asks for the key."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
-        self._app, self._key = app, api_key
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: frozenset[str] | None):
+        self._app, self._key, self._hosts = app, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request in, or not."""
@@ -44,6 +44,16 @@ class Door:
                 message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
             await send(message)
 
+        if self._hosts is not None and request.url.hostname not in self._hosts:
+            refusal = Refusal(
+                f"this server is {', '.join(sorted(self._hosts))}, not {request.url.hostname}: a "
+                "page of another site may have been led here. If it was you, start it with "
+                "--host or --api-key",
+                status=403,
+                code="wrong_host",
+            )
+            await answer(refusal)(scope, receive, stamped)
+            return
         if self._key is not None and scope["path"] not in _OPEN:
             said = request.headers.get("authorization", "").encode()
             if not hmac.compare_digest(said, f"Bearer {self._key}".encode()):

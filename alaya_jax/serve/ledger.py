@@ -13,7 +13,7 @@ KEPT = 200
 """Texts that are remembered after their end."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Entry:
     """One text.
 

@@ -3,18 +3,27 @@
 import json
 from typing import Any
 
+from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.serve.fields import Body, Refusal, brief
 
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
-def taken_messages(body: Body) -> list[dict[str, Any]]:
-    """The `messages` of a request, as chat templates read them.
+def taken_messages(body: Body, template: ChatTemplate) -> list[dict[str, Any]]:
+    """The `messages` of a request, as a chat template reads them.
 
     Raises:
-      Refusal: one is of another form, or not served.
+      Refusal: one is of another form, not served, or says what the template does not read.
     """
-    return [_message(i, message) for i, message in enumerate(body.take("messages", list, []))]
+    found = [_message(i, message) for i, message in enumerate(body.take("messages", list, []))]
+    for number, message in enumerate(found):
+        for key in message.keys() - {"role", "content", "tool_call_id"}:
+            if not any(key in source for source in template.sources.values()):
+                at = f"messages[{number}].{key}"
+                raise Refusal(
+                    f"{at}: the model's chat template reads no {key}; say it in the content", at
+                )
+    return found
 
 
 def taken_tools(body: Body) -> list[dict[str, Any]]:

@@ -279,42 +279,39 @@ class Served:
           Refusal: they are of another form.
           AlayaError: of the chat template, or the tokenizer.
         """
-        messages = taken_messages(body)
+        model = self.db.model
+        prompts.tokenizer_of(model)
+        messages = taken_messages(body, model.chat)
         if not messages:
             raise Refusal("messages must have at least one {'role', 'content'}", "messages")
         document, context = body.take("document", str), body.take("context", str)
-        variables = body.take("chat_template_kwargs", dict, {})
+        tools, variables = taken_tools(body), body.take("chat_template_kwargs", dict, {})
         options = {
             "add_generation_prompt": body.take("add_generation_prompt", bool),
             "continue_final_message": body.take("continue_final_message", bool, False),
             "documents": body.take("documents", list),
         }
-        tools = taken_tools(body)
-        model = self.db.model
-        prompts.tokenizer_of(model)
-        for name in [n for n, v in (("document", document), ("context", context)) if v is not None]:
-            with_it = [o for o, value in options.items() if value] + sorted(variables)
-            with_it += ["tools"] * bool(tools) + ["context"] * (
-                name == "document" and bool(context)
-            )
-            if with_it:
-                raise Refusal(f"{name} goes with messages alone, not with {with_it[0]}", name)
+        given = {"document": document, "context": context, "tools": tools, **options, **variables}
+        said = [name for name, value in given.items() if value not in (None, False, [])]
+        if said[:1] in (["document"], ["context"]) and len(said) > 1:
+            raise Refusal(f"{said[0]} goes with messages alone, not with {said[1]}", said[0])
         if context is not None:
             return self._behind(context, messages), []
         if document is not None:
             return self.db.prompt(messages=messages, document=document).ids, []
-        own = {"messages", "tools", "documents", "date", *options}
+        own = {"messages", "tools", "date", *options}
         if clash := sorted(own & variables.keys()):
             raise Refusal(
                 f"chat_template_kwargs: {clash[0]} is a field of the request itself",
                 "chat_template_kwargs",
             )
-        if tools and not model.chat.reads("tools"):
-            raise Refusal(
-                f"tools: the chat template of {self.name} prints none, so the model would not know "
-                "of them; describe them in a message",
-                "tools",
-            )
+        for name in ("tools", "documents", "add_generation_prompt"):
+            if name in said and not model.chat.reads(name):
+                raise Refusal(
+                    f"{name}: the chat template of {self.name} reads none, so the model would not "
+                    "know; say it in a message",
+                    name,
+                )
         text = model.chat.render(messages, tools=tools or None, **options, **variables)
         names = [tool["function"]["name"] for tool in tools]
         return model.check_tokens(model.encode(text)), names

@@ -40,6 +40,10 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+"""Names of this machine, to itself."""
+
+
 class _Server(uvicorn.Server):
     """Ends by signals: at the first when what runs has ended, which the second ends."""
 

@@ -22,6 +22,7 @@ class Service:
       name: of the model, as clients say it.
       attention: words for what is asked of the keys where a request says nothing.
       api_key: without it in `Authorization: Bearer`, nothing is served; None: no key is needed.
+      hosts: names by which it may be called; None: any.
 
     Attributes:
       failure: why it cannot serve, where it cannot: `start` failed, or the engine ended by an
@@ -36,8 +37,9 @@ class Service:
         *,
         attention: str = "full",
         api_key: str | None = None,
+        hosts: frozenset[str] | None = None,
     ):
-        self.name, self.attention, self.api_key = name, attention, api_key
+        self.name, self.attention, self.api_key, self.hosts = name, attention, api_key, hosts
         self.failure: BaseException | None = None
         self.stopping = False
         self._start = start

@@ -1,5 +1,6 @@
 """A server in this process, over a tiny chat model whose template prints tools and puts a BOS."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}"
     "<|start_header_id|>assistant<|end_header_id|>\n\n{% if loud %}!{% endif %}{% endif %}"
 )
+GREEDY = {"temperature": 0, "max_tokens": 12}
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -57,3 +59,44 @@ def opened(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
 def client(opened: Callable[..., Any]) -> Any:
     """A client of a server."""
     return opened()
+
+
+@pytest.fixture(scope="module")
+def engine(client: Any) -> Any:
+    """Its engine."""
+    return client.app.state.service.engine
+
+
+@pytest.fixture(scope="module")
+def served(client: Any) -> Any:
+    """What its requests are understood against."""
+    return client.app.state.service.served
+
+
+def events(answer) -> list[dict[str, Any]]:
+    """The data of a stream of events, which ends as OpenAI's do."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def chat(client, **body) -> dict[str, Any]:
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO} | GREEDY | body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def complete(client, **body) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json={"prompt": "Once"} | GREEDY | body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def expected(engine: Any, ids, **request) -> Any:
+    settings = {"max_new_tokens": 12} | request
+    from alaya_jax.engine import Request
+
+    return engine.submit(Request(ids, **settings)).result()

@@ -3,20 +3,13 @@
 import datetime
 import json
 
-import numpy as np
 import pytest
 
-from alaya_jax.serve.fields import Refusal
 from alaya_jax.serve.protocol import Asked, Served
 
 from .conftest import HELLO
 
 CALLED = {"function": {"name": "f", "arguments": "{"}}
-
-
-@pytest.fixture(scope="module")
-def served(client) -> Served:
-    return client.app.state.service.served
 
 
 CHAT = [
@@ -31,6 +24,11 @@ CHAT = [
         "messages[0].content",
     ),
     ({"messages": [{"role": "assistant", "tool_calls": [CALLED]}]}, "messages[0].tool_calls"),
+    (
+        {"messages": [{"role": "assistant", "reasoning_content": "a"}]},
+        "messages[0].reasoning_content",
+    ),
+    ({"documents": [{"text": "a"}]}, "documents"),
     ({"model": 7}, "model"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
@@ -271,35 +269,6 @@ def test_what_a_template_reads_can_be_given(served: Served):
     said = [*HELLO, {"role": "assistant", "content": "Good"}]
     inside = served.chat({"messages": said, "continue_final_message": True}).prompts[0]
     assert served.db.model.tokenizer.decode(inside).endswith("Good")
-
-
-def test_a_developer_is_the_system(served: Served):
-    newer = served.chat({"messages": [{"role": "developer", "content": "Be brief."}, *HELLO]})
-    older = served.chat({"messages": [{"role": "system", "content": "Be brief."}, *HELLO]})
-    assert np.array_equal(newer.prompts[0], older.prompts[0])
-
-
-def test_tools_need_a_template_that_prints_them(served: Served, llama3, open_db):
-    import alaya_jax as aj
-
-    tools = [{"type": "function", "function": {"name": "look"}}]
-    asked = served.chat({"messages": HELLO, "tools": tools})
-    assert asked.tools == {"look"}
-    assert "look" in served.db.model.tokenizer.decode(asked.prompts[0])
-    none = served.chat({"messages": HELLO, "tools": tools, "tool_choice": "none"})
-    assert none.tools == frozenset()
-    assert np.array_equal(none.prompts[0], served.chat({"messages": HELLO}).prompts[0])
-    blind = Served(open_db(aj.load(str(llama3()), dtype="float32")), "tiny")
-    with pytest.raises(Refusal, match="prints none") as refusal:
-        blind.chat({"messages": HELLO, "tools": tools})
-    assert refusal.value.param == "tools"
-
-
-def test_calls_that_were_made_reach_the_template_as_objects(served: Served):
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    said = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    text = served.db.model.tokenizer.decode(served.chat({"messages": said}).prompts[0])
-    assert '{"name": "f", "arguments": {"a": 1}}' in text
 
 
 def test_prompts_of_all_forms(served: Served):
