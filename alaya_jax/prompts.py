@@ -101,16 +101,17 @@ def document_ids(tokenizer: Tokenizer, document: str) -> np.ndarray:
 
 
 def document_in(tokenizer: Tokenizer, tokens: np.ndarray) -> str | None:
-    """The document of which these are the ids, as `document_ids` gives them under any date; None
-    where they are something else, or the model has no chat template.
+    """The document of which these are the ids, as `document_ids` gives them under any date, but
+    for white space at its end; None where they are something else, or the model has no chat
+    template.
     """
     if tokenizer.chat is None:
         return None
     text = tokenizer.chat.render(_with_document([{"role": "user", "content": "A"}], _DOCUMENT))
     head, found, _ = _redated(tokenizer, text, [_STAMP] * len(text.stamps)).partition(_DOCUMENT)
     before = re.escape(head).replace(_STAMP, "[^\\n]{1,64}?")
-    known = re.fullmatch(f"{before}(.*)\n\n", tokenizer.decode(tokens), re.DOTALL)
-    return known[1] if found and known else None
+    known = re.fullmatch(f"{before}(.*)", tokenizer.decode(tokens), re.DOTALL)
+    return known[1].removesuffix("\n\n") if found and known else None
 
 
 def prompt(

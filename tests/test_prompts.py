@@ -322,13 +322,15 @@ def test_dates_of_several_contexts(open_db, dated, today):
 
 
 @pytest.mark.parametrize("dated", [False, True])
-def test_a_document_is_found_in_its_ids(llama3, dated):
-    stamp = "{{ strftime_now('%d %b %Y') }}" if dated else ""
-    template = "{{ bos_token }}" + stamp + "<|start_header_id|>{{ messages[0]['content'] }}"
-    model = aj.load(llama3(template), progress=False)
-    text = "A document.\n\nIt says <|eot_id|>.\n"
+@pytest.mark.parametrize("behind", ["", "\n", " "])
+def test_a_document_is_found_in_its_ids(llama3, dated, behind):
+    model = aj.load(llama3(DATED) if dated else llama3(), progress=False)
+    text = "A document.\n\nIt says <|eot_id|>."
     day = datetime.date(2020, 2, 3) if dated else None
-    ids = prompts.prompt(model.tokenizer, None, text, day, to_store=True).ids
-    assert prompts.document_in(model.tokenizer, ids) == text
-    assert prompts.document_in(model.tokenizer, ids[:-2]) is None
+    ids = prompts.prompt(model.tokenizer, None, text + behind, day, to_store=True).ids
+    found = prompts.document_in(model.tokenizer, ids)
+    assert found is not None
+    assert found.rstrip() == text
+    again = prompts.prompt(model.tokenizer, QUESTION, found, day).ids
+    assert np.array_equal(again[: len(ids)], ids)
     assert prompts.document_in(model.tokenizer, model.encode("A document.")) is None
