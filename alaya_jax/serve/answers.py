@@ -152,12 +152,19 @@ class Answers:
 
     def _of_prompt(self, number: int, result: Result) -> list[Token]:
         """The tokens of a prompt as those of a text; the first has no log-probability."""
-        ids = self._asked.prompts[number // self._asked.n].tolist()
+        asked, at = self._asked, number // self._asked.n
+        ids = asked.prompts[at].tolist()
         logprobs = result.prompt_logprobs or [None] * len(ids)
         likely = result.prompt_alternatives or [None] * len(ids)
+        texts = [""] * len(ids)
+        if self._tokenizer is not None:
+            # A text that was given has no BOS in it.
+            whole = asked.echo and asked.echoed[at] == self._tokenizer.decode(ids)
+            stream = self._tokenizer.stream(skip_special_tokens=not whole)
+            texts = [stream.put(id) for id in ids]
         return [
-            Token(id, self._named(id)[0], math.nan if p is None else p, 0, best or ())
-            for id, p, best in zip(ids, logprobs, likely, strict=True)
+            Token(id, text, math.nan if p is None else p, 0, best or ())
+            for id, text, p, best in zip(ids, texts, logprobs, likely, strict=True)
         ]
 
     def _prompt_logprobs(self, number: int, result: Result) -> list[dict[str, Any] | None]:

@@ -175,7 +175,7 @@ async def _generated(request: Request, understand: Callable[[Served, Any], Asked
 async def _results(service: Service, runs: Sequence[tuple[Running, Entry]]) -> list[Result]:
     """Waits for all; where one fails, the others are cancelled."""
     results: dict[int, Result] = {}
-    async with contextlib.aclosing(_told(service, runs)) as told:
+    async with contextlib.aclosing(_told(service, runs, tokens=False)) as told:
         async for number, what in told:
             if isinstance(what, Result):
                 results[number] = what
@@ -183,13 +183,14 @@ async def _results(service: Service, runs: Sequence[tuple[Running, Entry]]) -> l
 
 
 async def _told(
-    service: Service, runs: Sequence[tuple[Running, Entry]]
+    service: Service, runs: Sequence[tuple[Running, Entry]], *, tokens: bool = True
 ) -> AsyncGenerator[tuple[int, Token | Result]]:
     """`merged`, of which the ledger hears; who is left at the end is cancelled."""
     left = dict(enumerate(runs))
     why: Exception = RequestError("the client went away")
+    each = merged([run for run, _ in runs], tokens=tokens)
     try:
-        async with contextlib.aclosing(merged([run for run, _ in runs])) as told:
+        async with contextlib.aclosing(each) as told:
             async for number, what in told:
                 if isinstance(what, Result):
                     service.ledger.end(left.pop(number)[1], what)

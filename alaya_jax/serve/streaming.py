@@ -78,8 +78,14 @@ def dumps(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-async def merged(runs: Sequence[Running]) -> AsyncGenerator[tuple[int, Token | Result]]:
+async def merged(
+    runs: Sequence[Running], *, tokens: bool = True
+) -> AsyncGenerator[tuple[int, Token | Result]]:
     """Tokens of several runs as they come, each with the run's number; the result of each last.
+
+    Args:
+      runs: of the engine.
+      tokens: False: results only.
 
     Raises:
       AlayaError: what a run raises.
@@ -88,8 +94,9 @@ async def merged(runs: Sequence[Running]) -> AsyncGenerator[tuple[int, Token | R
 
     async def read(number: int, run: Running) -> None:
         try:
-            async for token in run:
-                arrived.put_nowait((number, token))
+            if tokens:
+                async for token in run:
+                    arrived.put_nowait((number, token))
             arrived.put_nowait((number, await run))
         except Exception as error:
             arrived.put_nowait((number, error))

@@ -80,6 +80,20 @@ def test_echo_without_logprobs_says_the_prompt_as_it_was_given(client):
     assert complete(client, echo=True)["choices"][0]["text"] == "Once" + plain
 
 
+def test_offsets_are_places_in_the_text(client):
+    """Also behind a BOS, which a text that was given has not, and with parts of characters."""
+    prompt = "Once é ☃ upon"
+    (choice,) = complete(client, prompt=prompt, echo=True, logprobs=0)["choices"]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert any(token.startswith("bytes:") for token in tokens)
+    assert tokens[0] == "<|begin_of_text|>"
+    assert offsets[:2] == [0, 0]
+    for token, start, end in zip(tokens[1:], offsets[1:], offsets[2:], strict=False):
+        if not token.startswith("bytes:"):
+            assert choice["text"][start:end].endswith(token)
+    assert choice["text"].startswith(prompt)
+
+
 def test_prompt_logprobs(client, engine):
     (choice,) = chat(client, prompt_logprobs=1)["choices"]
     model = engine.db.model
