@@ -73,8 +73,9 @@ def serve(
       ALAYA_API_KEY=... alaya serve --host 0.0.0.0 --name llama
 
     Then, in another terminal:
-      curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \
-        -d '{"messages": [{"role": "user", "content": "Hello!"}], "attention": "dipr:50"}'
+      curl http://127.0.0.1:8000/v1/completions \
+        -H "Content-Type: application/json" \
+        -d '{"prompt": "Three rivers:", "attention": "recovery:0.95"}'
 
     /v1/chat/completions and /v1/completions take what OpenAI's do, a plan in "attention", and a
     "document" in front of the first message; what is not served is refused by name. POST
