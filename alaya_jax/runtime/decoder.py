@@ -171,7 +171,9 @@ class Decoder:
         """
         events: list[Event] = []
         self._settle(events)
-        self._prefill(events)
+        # Where a group is to change, its tokens come first: they need not wait for a chunk.
+        if all(map(self._stays, self._groups)):
+            self._prefill(events)
         for group in self._groups:
             flight = group.land()
             if self._stays(group) and group.wants and not self._short:
