@@ -171,13 +171,14 @@ class Decoder:
         """
         events: list[Event] = []
         self._settle(events)
-        # Where a group is to change, its tokens come first: they need not wait for a chunk.
-        if all(map(self._stays, self._groups)):
-            self._prefill(events)
-        for group in self._groups:
-            flight = group.land()
-            if self._stays(group) and group.wants and not self._short:
+        stays = [self._stays(group) for group in self._groups]
+        flights = [(group, group.land()) for group in self._groups]
+        for group, may in zip(self._groups, stays, strict=True):
+            if may and group.wants and not self._short:
                 self._step(group, events)
+        if all(stays):  # else their tokens come first: they need not wait for a chunk
+            self._prefill(events)
+        for group, flight in flights:
             if flight is not None:
                 self._read(group, flight, events)
         return events
