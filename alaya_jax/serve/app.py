@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -95,6 +95,8 @@ async def _body(request: Request) -> Any:
         raise Refusal(f"Content-Type is {kind or 'missing'}; send application/json", status=415)
     try:
         return json.loads(await request.body())
+    except ClientDisconnect as error:  # nobody reads this
+        raise Refusal("the client went away before it had asked", status=499) from error
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the body is not JSON: {error}") from error
 

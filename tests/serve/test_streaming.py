@@ -87,6 +87,25 @@ def test_who_goes_away_leaves_no_pages_behind(client, service, stream, after, br
     assert client.post("/v1/chat/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 
+def test_who_goes_away_while_asking_is_no_error(client):
+    async def run() -> list[Any]:
+        sent = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        await client.app(
+            scope | {"headers": [(b"content-type", b"application/json")]}, receive, send
+        )
+        return sent
+
+    assert asyncio.run(run())[0]["status"] == 499
+
+
 def test_an_import_that_nobody_waits_for_ends_and_stores_nothing(client, service):
     known = len(service.engine.db.contexts)
     document = " ".join(f"Line {i} says what nobody said before." for i in range(250))
