@@ -87,14 +87,13 @@ class Import:
         """
 
         def advance(count: int) -> None:
-            if self._gone.is_set():
-                raise _Gone("the client that asked for the context went away")
+            self._require_wanted()
             self.done += count
             on_progress()
 
         db = self._db
         try:
-            advance(0)
+            self._require_wanted()
             context = next((c for c in db.contexts if self._is(c)), None)
             if context is None:
                 session, rest = db.create_session(self._ids, reuse="exact")
@@ -115,6 +114,10 @@ class Import:
             ) from error
         self.done = self.total
         return context
+
+    def _require_wanted(self) -> None:
+        if self._gone.is_set():
+            raise _Gone("the client that asked for the context went away, or the server stops")
 
     def _is(self, context: Context) -> bool:
         return (

@@ -9,7 +9,7 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax.engine import Engine, Request
-from alaya_jax.errors import AlayaError
+from alaya_jax.errors import AlayaError, QueueFullError
 
 from .conftest import GREEDY, HELLO, chat, complete, events, expected
 
@@ -217,33 +217,46 @@ def test_an_engine_that_fails_is_an_error_of_the_server(client, engine, monkeypa
     assert answer.json()["error"]["type"] == "server_error"
 
 
+def test_of_a_request_that_is_not_taken_no_part_goes_on(client, engine, monkeypatch):
+    submit, taken = engine.submit, []
+
+    def full(*args: Any, **options: Any) -> Any:
+        if taken:
+            raise QueueFullError("as many wait as may")
+        taken.append(submit(*args, **options))
+        return taken[0]
+
+    monkeypatch.setattr(engine, "submit", full)
+    body = {"messages": HELLO, "n": 2, "max_tokens": 3000, "ignore_eos": True}
+    assert client.post("/v1/chat/completions", json=body).status_code == 429
+    assert taken[0].result(60).finish_reason == "cancelled"
+
+
 def test_when_the_queue_is_full_one_has_to_come_again(opened, model, tmp_path):
     db = aj.DB(tmp_path / "db", model, aj.Budget.for_pages(model, 65, indexes="64MiB"))
     client = opened(lambda: Engine(db, slots=1, waiting=2))
-    before = db.pool.free_tokens
-    body = {"messages": HELLO, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
-    answers = []
+    engine, answers = client.app.state.service.engine, []
+    body = {"messages": HELLO, "max_tokens": 900, "ignore_eos": True, "temperature": 0}
 
-    def ask() -> None:
-        answers.append(client.post("/v1/chat/completions", json=body | {"n": 2}))
+    def ask(n: int) -> None:
+        answers.append(client.post("/v1/chat/completions", json=body | {"n": n}))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
+    threads = [threading.Thread(target=ask, args=[n]) for n in (1, 2)]
+    for thread, ready in zip(threads, ("running", "waiting"), strict=True):
         thread.start()
+        deadline = time.monotonic() + 60
+        while not getattr(engine.stats(), ready) and time.monotonic() < deadline:
+            time.sleep(0.005)
+    refused = client.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert refused.json()["error"]["code"] == "queue_full"
     for thread in threads:
         thread.join()
-    refused = [a for a in answers if a.status_code == 429]
-    assert 1 <= len(refused) < 4
-    for answer in refused:
-        assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert answer.json()["error"]["code"] == "queue_full"
-    assert all(len(a.json()["choices"]) == 2 for a in answers if a.status_code == 200)
-    deadline = time.monotonic() + 20  # of a refused request no part goes on
-    while db.pool.free_tokens < before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert db.pool.free_tokens == before
-    assert "alaya_admission_rejections_total" in client.get("/metrics").text
+    assert [(a.status_code, len(a.json()["choices"])) for a in answers] == [(200, 1), (200, 2)]
+    assert client.post("/v1/chat/completions", json=body | {"max_tokens": 1}).status_code == 200
+    assert "alaya_admission_rejections_total 1.0" in client.get("/metrics").text
 
 
 def test_a_stored_context_is_reused(client, engine):

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from alaya_jax.errors import AlayaError
+from alaya_jax.serve.contexts import Import
+
 from .conftest import HELLO
 
 LONG = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
@@ -17,10 +20,13 @@ def service(client):
     return client.app.state.service
 
 
-def leave(app, path: str, body: dict[str, Any], after: int, *, breaks: bool = False) -> list[Any]:
-    """Asks, and goes away: after so many messages of the answer or, at 0, half a second later.
+def leave(
+    app, path: str, body: dict[str, Any], after: int, *, breaks: bool = False, wait: float = 0.5
+) -> list[Any]:
+    """Asks, and goes away: after so many messages of the answer or, at 0, after a while.
 
     Args:
+      wait: that while, seconds.
       breaks: the way back breaks, and nobody says so before something is sent.
     """
 
@@ -50,7 +56,7 @@ def leave(app, path: str, body: dict[str, Any], after: int, *, breaks: bool = Fa
             "headers": [(b"content-type", b"application/json")],
         }
         if not after:
-            asyncio.get_running_loop().call_later(0.5, gone.set)
+            asyncio.get_running_loop().call_later(wait, gone.set)
         await asyncio.wait_for(app(scope, receive, send), 60)
         return sent
 
@@ -107,13 +113,26 @@ def test_who_goes_away_while_asking_is_no_error(client):
 
 
 def test_an_import_that_nobody_waits_for_ends_and_stores_nothing(client, service):
-    known = len(service.engine.db.contexts)
-    document = " ".join(f"Line {i} says what nobody said before." for i in range(250))
-    for stream, after in ((True, 3), (False, 0)):
-        body = {"document": f"{stream} {document}", "stream": stream}
-        leave(client.app, "/v1/contexts", body, after)
+    document = " ".join(f"Line {i} says what nobody said before." for i in range(160))
+    ids = service.served.ids(document).tolist()
+    wanted = Import(service.served, {"prompt": ids})
+    wanted.cancel()
+    with pytest.raises(AlayaError, match="went away"):
+        wanted.run()
+    wanted = Import(service.served, {"prompt": ids})
+    with pytest.raises(AlayaError, match="went away"):
+        wanted.run(wanted.cancel)  # behind the first chunk
+    assert 0 < wanted.done < len(ids)
     settled(service)
-    assert len(service.engine.db.contexts) <= known + 1  # half a second may be enough for one
+    known = [context.num_tokens for context in service.engine.db.contexts]
+    assert len(ids) not in known
+    # So it is when the client goes, whether it hears of the progress or waits for the end.
+    for stream in (True, False):
+        before = service.engine.db.pool.free_tokens
+        leave(client.app, "/v1/contexts", {"prompt": ids, "stream": stream}, 0, wait=0.0)
+        assert service.imports == set()
+        assert service.engine.db.pool.free_tokens == before
+    assert known == [context.num_tokens for context in service.engine.db.contexts]
 
 
 def test_an_error_behind_the_first_event_is_an_event(client, service, monkeypatch):
