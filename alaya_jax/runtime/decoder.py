@@ -155,7 +155,7 @@ class Decoder:
     def remove(self, job: Job) -> None:
         """Takes a job out; what is under way for it counts no more."""
         for slot in self.held:
-            if slot.job is job:
+            if slot.job is job and slot.leaving != "failed":
                 slot.leaving = "removed"
 
     def clear(self) -> None:

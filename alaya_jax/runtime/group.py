@@ -39,7 +39,8 @@ class Slot:
       key: of jobs that may decode together.
       order: of those that came in later it is larger.
       flying: tokens that were dispatched for it and not read yet.
-      leaving: why it is to leave, as soon as no program that may write to its pages is under way.
+      leaving: why it is to leave, as soon as no program that may write to its pages is under way:
+        "removed", "preempted" or "failed".
       passed, fed: the last chunk of its prefill.
     """
 
@@ -220,6 +221,8 @@ class Group:
                 job.attended += float(attended[b]) if job.generated else 0
                 slot.batch.accept(0, id, job.ways[1])
                 job.generated.append(id)
+            else:
+                slot.leaving = "failed"  # nobody is to share its keys
             wanted = job.sampling.logprobs
             likely = zip(*(a[b, :wanted].tolist() for a in alternatives or ()), strict=True)
             found.append(New(slot, id, float(logprobs[b]), tuple(likely)))

@@ -1,5 +1,7 @@
 """A decoder, turn by turn, without a thread: what is under way, and whose pages are whose."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -181,6 +183,39 @@ def test_pages_that_two_share_are_written_by_neither(db, decoder, insert, greedy
     assert one.generated == greedy(prompt, 40)
     finish(decoder, other)
     assert other.generated == greedy(other.prompt, 30)
+
+
+def test_who_shares_keys_of_another_way_says_so(decoder, insert, rng):
+    """Else a third one would take them for exact."""
+    window = Plan(aj.Window(sink=2, recent=6))
+    prompt = rng.integers(3, 256, 80)
+    one, two = job(prompt, 30, prefill=window), job([*prompt, 5], 30, prefill=window)
+    insert(one)
+    while not one.generated:
+        decoder.turn()
+    insert(two)
+    assert two.reused == 80
+    (_, slot) = decoder.held
+    assert slot.batch.origins[0].exact(80) == 8
+    assert decoder.shared(job([*prompt, 5], 30))[0] == 0
+
+
+def test_keys_of_one_that_failed_are_not_shared(db, decoder, rng, open_db, tiny_model):
+    poison = 200
+    embedding = tiny_model.params["embed"]["embedding"].at[poison].set(np.nan)
+    params = {**tiny_model.params, "embed": {"embedding": embedding}}
+    sick = open_db(dataclasses.replace(tiny_model, params=params), "sick")
+    decoder = Decoder(sick.pool, slots=4, chunk=64)
+    prompt = [*rng.integers(3, 100, 40), poison]
+    one = job(prompt)
+    decoder.insert(one, sick.create_session(one.row, tier="device")[0].batch)
+    events = [*decoder.turn(), *decoder.turn()]
+    assert [event.id for event in events] == [-1]
+    decoder.remove(one)
+    assert decoder.held
+    assert decoder.shared(job([*prompt, 5]))[0] == 0
+    decoder.clear()
+    assert sick.pool.free_tokens == 1024
 
 
 def test_a_step_that_fails_fails_its_group_alone(decoder, insert, rng, monkeypatch):
