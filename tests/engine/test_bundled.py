@@ -8,7 +8,7 @@ from tests.engine.conftest import said
 
 @pytest.mark.slow
 def test_conversations_side_by_side_say_what_each_says_alone(tmp_path, alone):
-    """In text; a conversation goes on behind one that is stored, and what they share is read once."""
+    """Prompts are messages; what they have in common is read once."""
     model = aj.load("smollm2-135m", quantize="stored", dtype="float32", progress=False)
     system = "You answer in one short sentence. " * 8
     questions = ("What is a river?", "What is a sea?", "Name two colours.", "What is rain?")
