@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,14 +32,15 @@ class Served:
       said: what it wrote to stderr so far.
     """
 
-    def __init__(self, *arguments: object, environment: dict[str, str]):
+    def __init__(self, *arguments: object, place: Path):
         command = [sys.executable, "-m", "alaya_jax.cli", "serve", *map(str, arguments)]
         self.process = subprocess.Popen(
             [*command, "--port", "0"],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            env=os.environ | environment,
+            cwd=place,  # of an installed package the repository is not the one to import
+            env=os.environ | {"ALAYA_CACHE": str(place / "cache")},
         )
         self.said = ""
         self._reader = threading.Thread(target=self._read)
@@ -90,7 +92,7 @@ def serve(llama3, tmp_path) -> Iterator[Callable[..., Served]]:
                 "--memory",
                 "32MiB",
                 *arguments,
-                environment={"ALAYA_CACHE": str(tmp_path / "cache")},
+                place=tmp_path,
             )
         )
         return started[-1]

@@ -64,9 +64,12 @@ def leave(
 
 
 def settled(service) -> None:
-    """Waits until nothing runs."""
-    deadline = time.monotonic() + 20
-    while service.engine.stats().running and time.monotonic() < deadline:
+    """Waits until nothing runs or waits; where programs are compiled, that takes a while."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        stats = service.engine.stats()
+        if not stats.running and not stats.waiting:
+            break
         time.sleep(0.02)
 
 
