@@ -64,7 +64,7 @@ class Served:
     def ready(self) -> None:
         """Waits until /health says so; before that, it says that it is starting."""
         deadline = time.monotonic() + 120
-        while (answer := httpx.get(f"{self.url}/health")).status_code != 200:
+        while (answer := httpx.get(f"{self.url}/health", timeout=60)).status_code != 200:
             assert answer.json() == {"status": "starting"}, self.said
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -141,7 +141,7 @@ def test_a_second_signal_ends_what_runs(serve):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while httpx.get(f"{served.url}/v1/requests").json()["engine"]["running"] == 0:
+    while httpx.get(f"{served.url}/v1/requests", timeout=60).json()["engine"]["running"] == 0:
         time.sleep(0.02)
     served.process.send_signal(signal.SIGTERM)
     served.until("once more ends it now")
