@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from alaya_jax import prompts
 from alaya_jax.db import DB
 from alaya_jax.engine.loop import Loop
 from alaya_jax.engine.request import EngineStats, Request, Result
@@ -39,6 +40,7 @@ class Engine:
     chunk of one prompt, and has all others choose a token. What a request gets is what `generate`
     would give it alone, whoever runs beside it. The order in which requests are let in, and lose
     their pages, is in `docs/serving.md`. Any thread may use it, and the database meanwhile.
+    An engine that is dropped is closed, but nobody waits for it.
 
     Args:
       db: where it runs; closed after the engine.
@@ -64,7 +66,9 @@ class Engine:
         self.db = db
         self._slots = int(slots)
         self._loop = Loop(db, int(slots), int(chunk), int(waiting))
-        self._closing = weakref.finalize(self, self._loop.close)
+        # Whoever drops it may hold the pool's lock, and must not wait for a thread that needs it.
+        self._dropped = weakref.finalize(self, self._loop.stop)
+        self._dropped.atexit = False
 
     def submit(self, request: Request, on_token: Callable[[Token], Any] | None = None) -> Running:
         """Takes a request, and returns at once.
@@ -157,7 +161,8 @@ class Engine:
         """Ends all requests, those that run with an `EngineClosedError`, and gives their pages
         back; closing twice is allowed. The database stays open.
         """
-        self._closing()
+        self._dropped.detach()
+        self._loop.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -172,7 +177,7 @@ class Engine:
         )
 
     def __repr__(self) -> str:
-        if not self._closing.alive:
+        if self._loop.is_closing:
             return "Engine(closed)"
         stats = self.stats()
         return f"Engine({self.db.model.name}, {stats.running} running, {stats.waiting} waiting)"
@@ -230,7 +235,9 @@ class Engine:
 def prompt_ids(db: DB, prompt: Any) -> np.ndarray:
     """Ids of a request's prompt; see `Request`."""
     messages = isinstance(prompt, list | tuple) and any(isinstance(p, Mapping) for p in prompt)
-    return db.prompt(None, messages=prompt).ids if messages else db.prompt(prompt).ids
+    given = (None, prompt) if messages else (prompt, None)
+    # Not `DB.prompt`, which looks at contexts for a document's date: no lock is waited for.
+    return prompts.of(db.model, *given, None, None).ids
 
 
 __all__ = ["Engine", "EngineStats", "Request", "Result", "Running", "prompt_ids"]

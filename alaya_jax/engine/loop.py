@@ -1,9 +1,11 @@
 """The thread that owns an engine's decoder: it lets requests in, has them take turns, and tells."""
 
+import atexit
 import collections
 import contextlib
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,16 @@ RETRY = 0.05
 session beside the engine may have been closed, or a context unpinned."""
 
 
+_open: weakref.WeakSet["Loop"] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A process that ends while a program runs is aborted by JAX's runtime (SIGABRT)."""
+    for loop in list(_open):
+        loop.close()
+
+
 class Loop:
     """A decoder, its requests, and their thread. Public methods may be called from any thread."""
 
@@ -52,6 +64,7 @@ class Loop:
             target=for_other_threads(self._serve), name="alaya engine", daemon=True
         )
         self._thread.start()
+        _open.add(self)
 
     def enqueue(self, run: Run) -> None:
         """Takes a request.
@@ -81,11 +94,20 @@ class Loop:
                 self._cancelled.append(run)
                 self._changed.notify()
 
-    def close(self) -> None:
-        """Ends all requests, and the thread; waits for it, unless it calls this itself."""
+    @property
+    def is_closing(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing
+
+    def stop(self) -> None:
+        """Ends all requests, and the thread; waits for nobody."""
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """`stop`, and waits for the thread, unless it calls this itself."""
+        self.stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -210,8 +212,51 @@ def test_a_dropped_engine_ends_its_thread(db, prompt):
     gc.collect()
     with pytest.raises(EngineClosedError):
         running.result(30)
-    assert threading.active_count() == before
+    until(lambda: threading.active_count() == before)
     assert db.pool.free_tokens == 1024
+
+
+def test_submit_waits_for_no_program(db, engines, prompt):
+    """The pool's lock is held while programs are compiled."""
+    engine = engines()
+    held, done = threading.Event(), threading.Event()
+
+    def holds():
+        with db.pool.lock:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=holds)
+    thread.start()
+    held.wait(30)
+    running = [engine.submit(aj.Request(p, 3)) for p in (prompt, "text")]
+    running[0].cancel()
+    assert thread.is_alive(), "it waited for the lock"
+    done.set()
+    thread.join()
+    for each in running:
+        each.result(30)
+
+
+def test_a_process_may_end_in_the_middle(tmp_path):
+    """A request under way, and nobody closes anything."""
+    code = """
+import numpy as np, jax
+import alaya_jax as aj
+from alaya_jax import configs
+from alaya_jax.models import LlamaConfig, llama
+config = LlamaConfig.from_hf(configs.load("llama-tiny"))
+params = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), llama.abstract_params(config))
+db = aj.DB("db", aj.Model(config, params), aj.Budget.for_pages(aj.Model(config, params), 65))
+engine = aj.Engine(db)
+running = engine.submit(aj.Request([3, 4, 5], 400, sampling=aj.Greedy(ignore_eos=True)))
+next(iter(running))
+print("there")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr
 
 
 def test_leaving_run_early_cancels_the_rest(db, engines, prompt):
