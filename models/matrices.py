@@ -81,9 +81,11 @@ def _of_halves(x: Array, matrix: Array, n: int, kind: Any) -> Array:
     if rows > FEW or length % _SUMMED:
         return jnp.tensordot(wide, matrix.astype(jnp.float32), n).astype(kind)
     some = wide.reshape(rows, -1, _SUMMED, 1)
-    weights = matrix.reshape(1, -1, _SUMMED, math.prod(outputs)).astype(jnp.float32)
+    weights = matrix.reshape(1, -1, _SUMMED, math.prod(outputs))
+    # Term by term: as a sum XLA would give it to a library, which converts the matrix as a whole.
+    terms = (some[:, :, i] * weights[:, :, i].astype(jnp.float32) for i in range(_SUMMED))
     # Kept, or XLA would store the terms of one long sum.
-    sums = lax.optimization_barrier(jnp.sum(some * weights, axis=2))
+    sums = lax.optimization_barrier(functools.reduce(jnp.add, terms))
     return summed(sums).reshape(*lead, *outputs).astype(kind)
 
 
