@@ -41,6 +41,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Message],
         add_generation_prompt: bool | None = None,
         *,

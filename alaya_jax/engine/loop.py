@@ -84,6 +84,7 @@ class Loop:
                 )
             self._queued += 1
             run.index, self._count = self._count, self._count + 1
+            run.thread = self._thread
             self._new.append(run)
             self._changed.notify()
 
@@ -293,7 +294,7 @@ class Loop:
             if run is not None:
                 try:
                     self._take(run, event)
-                except Exception as error:
+                except BaseException as error:  # sys.exit() of one's own too
                     self._decoder.remove(event.slot.job)
                     self._fail(run, error)
             return

@@ -28,6 +28,7 @@ class Run:
       output, pieces: what it says.
       submitted, admitted, first, last: when; seconds of `time.perf_counter`.
       tried: tokens that were free when it last did not fit, and when that was.
+      thread: the engine's, once it is taken.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Run:
         self.tokens: list[Token] = []
         self.result: Result | None = None
         self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
 
@@ -81,8 +83,18 @@ class Run:
         for listener in self._listeners:
             listener()
 
+    def require_other_thread(self) -> None:
+        """Raises in the engine's own thread, which would wait for itself for ever."""
+        if threading.current_thread() is self.thread:
+            raise RequestError(
+                f"request {self.index} is waited for in the engine's own thread, by an on_token: "
+                "the engine would wait for itself; submit there, and wait in another thread"
+            )
+
     def wait(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
         """Until `ready()`; whether it is."""
+        if not ready():
+            self.require_other_thread()
         with self._changed:
             return self._changed.wait_for(ready, timeout)
 
@@ -156,6 +168,7 @@ class Running:
 
         Raises:
           TimeoutError: it has not ended until then; it goes on.
+          RequestError: it is under way, and an `on_token` waits, so that the engine cannot.
           AlayaError: it failed; or what `on_token` raised.
         """
         run = self._run
@@ -216,6 +229,8 @@ class _Wakes:
     """Wakes a coroutine whenever a run changes."""
 
     def __init__(self, run: Run):
+        if not run.is_over:
+            run.require_other_thread()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._listening = run.listening(self._tell)
 

@@ -53,6 +53,9 @@ def score(
       RequestError: numbers differ, or a prompt or completion has no tokens.
       AlayaError: see `Engine.submit`.
     """
+    for name, given in (("prompts", prompts), ("completions", completions)):
+        if isinstance(given, str):
+            raise RequestError(f"score: {name} is one text; give a list of texts, one for each")
     if len(prompts) != len(completions):
         raise RequestError(
             f"score: {len(prompts)} prompts and {len(completions)} completions; give one for each"

@@ -94,9 +94,17 @@ async def _body(request: Request) -> Any:
     if kind != "application/json":
         raise Refusal(f"Content-Type is {kind or 'missing'}; send application/json", status=415)
     try:
-        return json.loads(await request.body())
+        data = json.loads(await request.body())
+        json.dumps(data, ensure_ascii=False).encode()  # or no answer could say it
+        return data
     except ClientDisconnect as error:  # nobody reads this
         raise Refusal("the client went away before it had asked", status=499) from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise Refusal(
+            f"a text in the body has half a surrogate pair ({half!r}), which no encoding of "
+            "Unicode has; send whole characters"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the body is not JSON: {error}") from error
 

@@ -91,7 +91,10 @@ class Body:
         if value is None:
             return default
         if kind is float and type(value) is int:
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError as error:
+                raise Refusal(f"{name} has {len(str(value)):,} digits", name) from error
         if type(value) is not kind:
             words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
             words |= {list: "a list", dict: "an object"}

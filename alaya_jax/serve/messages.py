@@ -65,8 +65,10 @@ def _message(number: int, message: Any) -> dict[str, Any]:
         said["content"] = "\n".join(_part(at, part) for part in content)
     elif not isinstance(content, str | None):
         raise Refusal(f"{at}.content must be text", f"{at}.content")
-    if "tool_calls" in said:
-        said["tool_calls"] = [_call(at, call) for call in said["tool_calls"]]
+    if (calls := said.get("tool_calls")) is not None:
+        if not isinstance(calls, list):
+            raise Refusal(f"{at}.tool_calls must be a list", f"{at}.tool_calls")
+        said["tool_calls"] = [_call(at, call) for call in calls]
     return said
 
 
@@ -87,7 +89,7 @@ def _call(at: str, call: Any) -> dict[str, Any]:
         case {"function": {"name": str(name), "arguments": arguments}}:
             try:
                 read = json.loads(arguments) if isinstance(arguments, str) else arguments
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise Refusal(
                     f"{at}.tool_calls: the arguments of {name} are not JSON ({error})",
                     f"{at}.tool_calls",

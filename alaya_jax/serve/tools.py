@@ -93,4 +93,5 @@ class Calls:
             return None
         given = said.get("arguments", said.get("parameters", {}))
         arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        return Call(said["name"], arguments)
+        # Half a surrogate pair, which JSON may hold in ASCII, is in no encoding of Unicode.
+        return Call(said["name"], arguments.encode(errors="backslashreplace").decode())

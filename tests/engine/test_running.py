@@ -141,8 +141,14 @@ def test_a_callback_ends_its_request_alone(engines, alone, prompt):
     def fails(token):
         raise KeyError("mine")
 
+    def leaves(token):
+        sys.exit("mine too")
+
     good = engine.submit(aj.Request(prompt, 30))
     bad = engine.submit(aj.Request(prompt, 30), fails)
+    left = engine.submit(aj.Request(prompt, 30), leaves)
+    with pytest.raises(SystemExit, match="mine too"):
+        left.result(30)
     ends = engine.submit(aj.Request(prompt, 30), lambda token: True)
     with pytest.raises(KeyError, match="mine"):
         bad.result(30)
@@ -151,7 +157,27 @@ def test_a_callback_ends_its_request_alone(engines, alone, prompt):
     assert "failed: KeyError" in repr(bad)
     assert len(ends.result(30).tokens) == 1
     assert said(good.result(30)) == alone(aj.Request(prompt, 30))
-    assert engine.stats().failed == 1
+    assert engine.stats().failed == 2
+
+
+def test_a_callback_submits_and_does_not_wait(engines, alone, prompt):
+    """The engine would wait for itself."""
+    engine = engines()
+    more = []
+
+    async def awaits():
+        await more[-1]
+
+    def submits(token):
+        more.append(engine.submit(aj.Request(prompt, 5)))
+        for waits in (more[-1].result, lambda: list(more[-1]), lambda: asyncio.run(awaits())):
+            with pytest.raises(RequestError, match="own thread"):
+                waits()
+
+    first = engine.submit(aj.Request(prompt, 3), submits)
+    assert len(first.result(30).ids) == 3
+    assert [said(each.result(30)) for each in more] == [alone(aj.Request(prompt, 5))] * 3
+    engine.submit(aj.Request(prompt, 3), lambda _: first.result() and None).result(30)
 
 
 def test_logits_that_are_not_finite_fail_one_request(open_db, engines, alone, tiny_model, rng):

@@ -108,6 +108,8 @@ def test_what_score_cannot_take(db):
         ((db, ["a"], [""]), "1 tokens and the completion 0"),
         ((db, ["a"], [[]]), "at least one"),
         (("db", ["a"], ["b"]), "DB or an Engine"),
+        ((db, "ab", ["a", "b"]), "prompts is one text"),
+        ((db, ["a", "b"], "ab"), "completions is one text"),
     ):
         with pytest.raises(RequestError, match=match):
             aj.score(*args)

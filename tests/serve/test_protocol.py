@@ -10,6 +10,7 @@ from alaya_jax.serve.protocol import Asked, Served
 from .conftest import HELLO
 
 CALLED = {"function": {"name": "f", "arguments": "{"}}
+DEEP = {"function": {"name": "f", "arguments": "[" * 100_000}}
 
 
 CHAT = [
@@ -24,6 +25,8 @@ CHAT = [
         "messages[0].content",
     ),
     ({"messages": [{"role": "assistant", "tool_calls": [CALLED]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [DEEP]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
     (
         {"messages": [{"role": "assistant", "reasoning_content": "a"}]},
         "messages[0].reasoning_content",
@@ -78,6 +81,8 @@ CHAT = [
     ({"store": True}, "store"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"functions": []}, "functions"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"chat_template_kwargs": {"self": 1}}, None),
     ({"something": None, "nonsense": 1}, "nonsense"),
 ]
 COMPLETION = [
@@ -113,7 +118,7 @@ def refused(answer, param: str | None) -> dict:
 @pytest.mark.parametrize(("body", "param"), CHAT, ids=lambda x: json.dumps(x)[:60])
 def test_a_chat_that_is_not_served_is_refused_by_name(client, body, param):
     error = refused(client.post("/v1/chat/completions", json={"messages": HELLO} | body), param)
-    assert param.split(".")[-1].split("[")[0] in error["message"]
+    assert (param or "self").split(".")[-1].split("[")[0] in error["message"]
 
 
 @pytest.mark.parametrize(("body", "param"), COMPLETION, ids=lambda x: json.dumps(x)[:60])
@@ -140,7 +145,10 @@ def test_too_long_says_both_numbers(client):
     assert "8,192" in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"[" * 100_000, b"\xff"])
+HALVES = rb'{"prompt": "a", "user": "\ud800"}', rb'{"\udc00": 1}', b'{"prompt": "\xed\xa0\x80"}'
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"[" * 100_000, b"\xff", *HALVES])
 def test_what_is_no_object_is_refused(client, body):
     answer = client.post(
         "/v1/completions", content=body, headers={"Content-Type": "application/json"}

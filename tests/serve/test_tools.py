@@ -25,6 +25,9 @@ CASES = [
     ),
     ('[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]', "", [ADD]),  # Mistral
     ('[{"name": "look"}]', "", [LOOK]),
+    # Half a character, as the model said it: no answer could hold it otherwise.
+    (r'{"name": "add", "arguments": {"a": "\ud83d"}}', "", [Call("add", r'{"a": "\ud83d"}')]),
+    (r'{"name": "add", "arguments": "\ud83d"}', "", [Call("add", r"\ud83d")]),
     ('{"name": "add", "arguments": "{\\"a\\": 1}"}', "", [ADD]),  # a text of JSON already
     # Text, though it begins like a call:
     ('{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', []),
