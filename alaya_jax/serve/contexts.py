@@ -55,7 +55,7 @@ class Import:
         messages = taken_messages(body, served.db.model.chat) if body.has("messages") else None
         body.done()
         self._db = served.db
-        if (prompt is None) == (messages is None and document is None):
+        if (prompt is None) == (not messages and document is None):
             raise Refusal("give a document, messages, both of them, or a prompt", "document")
         if prompt is None:
             found = self._db.prompt(messages=messages, document=document, to_store=True)

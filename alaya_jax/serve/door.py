@@ -55,7 +55,7 @@ class Door:
             await answer(refusal)(scope, receive, stamped)
             return
         if self._key is not None and scope["path"] not in _OPEN:
-            said = request.headers.get("authorization", "").encode()
+            said = request.headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(said, f"Bearer {self._key}".encode()):
                 refusal = Refusal(
                     "this server asks for its key: Authorization: Bearer KEY",

@@ -97,6 +97,7 @@ def test_messages_and_prompts_can_be_stored(client):
         ({}, "document"),
         ({"document": "a", "prompt": "b"}, "document"),
         ({"document": 3}, "document"),
+        ({"messages": []}, "document"),
         ({"prompt": 3}, "prompt"),
         ({"document": "a", "format": "pdf"}, "format"),
         ({"document": "a" * 20_000}, None),

@@ -26,6 +26,9 @@ def test_a_key_is_asked_for(opened):
     assert closed.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert closed.get("/health").status_code == 200
     assert closed.get("/").status_code == 200
+    other = opened(api_key="clé")
+    key = {"Authorization": "Bearer clé".encode()}
+    assert other.get("/v1/models", headers=key).status_code == 200
 
 
 def test_a_server_for_this_machine_is_called_by_no_other_name(opened):
