@@ -33,6 +33,9 @@ from alaya_jax.serve.streaming import DONE, Events, merged, while_there
 
 _log = logging.getLogger(__name__)
 
+MOST_BYTES = 16 * 2**20
+"""Of a request: several million tokens of text."""
+
 
 def create_app(service: Service) -> Starlette:
     """The application of a service; its engine is made when the application starts."""
@@ -83,6 +86,29 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
+async def _read(request: Request) -> bytes:
+    """What a client sent.
+
+    Raises:
+      Refusal: it is more than `MOST_BYTES`, and was heard to its end, or the client would not
+        hear this; or the client went away.
+    """
+    size, parts = 0, []
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= MOST_BYTES:
+                parts.append(part)
+    except ClientDisconnect as error:  # nobody reads this
+        raise Refusal("the client went away before it had asked", status=499) from error
+    if size > MOST_BYTES:
+        raise Refusal(
+            f"the body has {size:,} bytes, and this server reads up to {MOST_BYTES:,}",
+            status=413,
+        )
+    return b"".join(parts)
+
+
 async def _body(request: Request) -> Any:
     """The JSON of a request.
 
@@ -93,12 +119,11 @@ async def _body(request: Request) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(f"Content-Type is {kind or 'missing'}; send application/json", status=415)
+    sent = await _read(request)
     try:
-        data = json.loads(await request.body())
+        data = json.loads(sent)
         json.dumps(data, ensure_ascii=False).encode()  # or no answer could say it
         return data
-    except ClientDisconnect as error:  # nobody reads this
-        raise Refusal("the client went away before it had asked", status=499) from error
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise Refusal(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from alaya_jax.serve.app import MOST_BYTES
 from alaya_jax.serve.protocol import Asked, Served
 
 from .conftest import HELLO
@@ -161,6 +162,16 @@ def test_other_types_of_content_are_refused(client):
     answer = client.post("/v1/completions", content=b'{"prompt": "a"}')
     assert answer.status_code == 415
     assert "application/json" in answer.json()["error"]["message"]
+
+
+def test_a_huge_body_is_not_read_as_json(client):
+    header = {"Content-Type": "application/json"}
+    body = b'{"prompt": "%s"}' % (b"a" * MOST_BYTES)
+    answer = client.post("/v1/completions", content=body, headers=header)
+    assert answer.status_code == 413
+    assert "16,777,216" in answer.json()["error"]["message"]
+    parts = (body[at : at + 2**20] for at in range(0, len(body), 2**20))
+    assert client.post("/v1/completions", content=parts, headers=header).status_code == 413
 
 
 def test_another_model_is_not_found(client):
