@@ -9,7 +9,8 @@ multiplied with is rounded to 16 bits a group, which is as near as float32 sums 
 double the error of int8). More rows are multiplied by float32 parts. Derivatives, too.
 
 Every matrix of the model has the axis E, and by default no mesh splits it. So where a part of a
-matrix is dequantized at a time, the parts lie along E.
+matrix is dequantized at a time, the parts lie along E; on a CPU along what is not summed over,
+where that is one axis.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int16
 
 from alaya_jax.errors import ConfigError
-from alaya_jax.models.matrices import FEW, at_least_two, summed
+from alaya_jax.models.matrices import at_least_two, summed
 
 Scheme = Literal["int8", "int4", "stored"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -37,6 +38,7 @@ GROUP = 32
 """Most weights that share a scale."""
 _LEAST_GROUP = 8  # where a length has no such divisor, all of it is one group
 _TILE = 64  # most outputs of a tile: whole rows, 4,096 bytes apart, share a place in the cache
+_FEW = 4  # most rows of a product of integers: it costs by the row, dense parts hardly do
 _SPLIT = 8  # devices that tiles of a long axis are to divide over, where some of their sizes does
 _SAFE = 512  # longest group whose sum int32 holds, of 128 times _LARGEST
 _PART = 512  # most rows or columns along E that are dequantized at once
@@ -169,23 +171,22 @@ class QuantizedMatrix:
         dense = wide.reshape(*lead, groups * self.group, *scale.shape[at:])
         return dense.astype(self.dtype)
 
-    @property
-    def part(self) -> int:
-        """Rows or columns along E that are dequantized at once."""
-        length = self.laid[self.axis]
-        unit = self.group if self.axis < self.inputs else self.values.shape[-1]
+    def part(self, axis: int) -> int:
+        """Rows or columns along an axis that are dequantized at once."""
+        length = self.laid[axis]
+        unit = self.group if axis < self.inputs else self.values.shape[-1]
         fits = [w for w in range(unit, length // 2 + 1, unit) if length % w == 0 and w <= _PART]
         return max(fits, default=length)
 
-    def _slice(self, start: Any) -> Array:
+    def _slice(self, start: Any, axis: int) -> Array:
         """A part of the matrix, dense, as it lies."""
-        length = self.laid[self.axis]
+        length, width = self.laid[axis], self.part(axis)
 
         def cut(x: Array | None) -> Any:
             if x is None:
                 return None
-            each = length // x.shape[self.axis]
-            return lax.dynamic_slice_in_dim(x, start // each, self.part // each, self.axis)
+            each = length // x.shape[axis]
+            return lax.dynamic_slice_in_dim(x, start // each, width // each, axis)
 
         return self._dense(cut(self.values), cut(self.scale), cut(self.offset))
 
@@ -193,7 +194,7 @@ class QuantizedMatrix:
 @jax.custom_jvp
 def _contract(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
     """Rows, in groups, times a matrix; float32."""
-    if len(x) > FEW or matrix.group > _SAFE:
+    if len(x) > _FEW or matrix.group > _SAFE:
         return _in_parts(x, matrix)
     if len(x) == 1:
         return _in_integers(x, matrix)
@@ -241,26 +242,40 @@ def _in_integers(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Arr
 
 
 def _in_parts(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array, "R ..."]:
-    """By dense products with one part of the matrix after another; float32."""
-    width, length = matrix.part, matrix.laid[matrix.axis]
+    """By dense products with one part of the matrix after another; float32.
+
+    On a CPU parts of [E, F] lie along F, so that each stays in its cache, and sums are complete.
+    """
+    if matrix.inputs == 1 and len(matrix.laid) == 2 and matrix.axis == 0:
+        on_cpu = functools.partial(_along, axis=1)
+        return lax.platform_dependent(x, matrix, cpu=on_cpu, default=_along)
+    return _along(x, matrix)
+
+
+def _along(
+    x: Float[Array, "R G g"], matrix: QuantizedMatrix, axis: int | None = None
+) -> Float[Array, "R ..."]:
+    """`_in_parts`, along an axis, by default that of E."""
+    axis = matrix.axis if axis is None else axis
+    width, length = matrix.part(axis), matrix.laid[axis]
     starts = jnp.arange(0, length, width)
     rows = x.astype(matrix.dtype).reshape(len(x), *matrix.laid[: matrix.inputs])
     product = functools.partial(
         jnp.tensordot, axes=matrix.inputs, preferred_element_type=jnp.float32
     )
-    if matrix.axis < matrix.inputs:
+    if axis < matrix.inputs:
 
         @jax.checkpoint
         def add(total: Array, start: Array) -> tuple[Array, None]:
-            some = lax.dynamic_slice_in_dim(rows, start, width, axis=1 + matrix.axis)
-            return total + product(some, matrix._slice(start)), None
+            some = lax.dynamic_slice_in_dim(rows, start, width, axis=1 + axis)
+            return total + product(some, matrix._slice(start, axis)), None
 
         none = jnp.zeros((len(x), *matrix.laid[matrix.inputs :]), _WIDE)
         return lax.scan(add, none, starts)[0] if len(starts) > 1 else add(none, starts[0])[0]
 
     @jax.checkpoint
     def one(start: Array) -> Array:
-        return product(rows, matrix._slice(start))
+        return product(rows, matrix._slice(start, axis))
 
     if len(starts) == 1:
         return one(starts[0])
