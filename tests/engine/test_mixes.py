@@ -49,7 +49,9 @@ def request(random: np.random.Generator, beginnings: list[np.ndarray]) -> aj.Req
     return aj.Request(prompt, most, attention, prefill, sampling(random))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 10))]
+)
 def test_thirty_mixes(db, engines, alone, seed):
     """Three of each seed, over a pool that is too small for them: some lose their pages and come
     again, some are cancelled in the middle, and no page is lost.
