@@ -100,7 +100,7 @@ def serve(
     called = name or Path(model).expanduser().name
     socket = run.listen(host, port)
     at = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
-    note(f"{at} answers soon: {called} is loaded first.")
+    soon = f"{at} answers soon: {called} is loaded first."
 
     def start() -> "Engine":
         from alaya_jax.budget import Budget
@@ -119,7 +119,7 @@ def serve(
     hosts = run.LOCAL if host in run.LOCAL and api_key is None else None
     service = Service(start, called, attention=attention, api_key=api_key, hosts=hosts)
     with socket:
-        run.serve(service, socket, on_stop=lambda: note(_stopping(service)))
+        run.serve(service, socket, lambda: note(soon), lambda: note(_stopping(service)))
     if service.is_starting:  # nothing is lost, and a model takes long to load
         sys.stderr.flush()
         os._exit(0)

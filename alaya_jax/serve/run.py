@@ -47,9 +47,16 @@ LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 class _Server(uvicorn.Server):
     """Ends by signals: at the first when what runs has ended, which the second ends."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_stop: Callable[[], object]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        on_start: Callable[[], object],
+        on_stop: Callable[[], object],
+    ):
         super().__init__(config)
-        self._service, self._on_stop, self._signals = service, on_stop, 0
+        self._service, self._on_start, self._on_stop = service, on_start, on_stop
+        self._signals = 0
         service.on_failure = self._stop
 
     def _stop(self) -> None:
@@ -61,6 +68,7 @@ class _Server(uvicorn.Server):
         taken = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in taken}
         try:
+            self._on_start()
             yield
         finally:
             for number, handler in before.items():
@@ -80,7 +88,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    service: Service, socket: socket.socket, on_stop: Callable[[], object] = lambda: None
+    service: Service,
+    socket: socket.socket,
+    on_start: Callable[[], object] = lambda: None,
+    on_stop: Callable[[], object] = lambda: None,
 ) -> None:
     """Serves until SIGINT or SIGTERM: then no new request is taken, and it ends when those that run
     have ended; a second signal ends them, and a third does not wait for clients to hear of it.
@@ -88,13 +99,14 @@ def serve(
     Args:
       service: what is served.
       socket: from `listen`.
+      on_start: called when signals are taken.
       on_stop: called at the first signal.
 
     Raises:
       BaseException: whatever starting the engine raised, or the engine ended by.
     """
     options: dict[str, Any] = {"log_level": "warning", "lifespan": "on", "ws": "none"}
-    server = _Server(uvicorn.Config(create_app(service), **options), service, on_stop)
+    server = _Server(uvicorn.Config(create_app(service), **options), service, on_start, on_stop)
     try:
         server.run(sockets=[socket])
     finally:
