@@ -254,9 +254,7 @@ class Chat:
         return np.concatenate([self.session.tokens[0], waiting])
 
     def _end_ids(self) -> set[int]:
-        model = self._home.db.model
-        assert model.tokenizer is not None
-        return {*model.config.eos_token_ids, *model.tokenizer.eos_ids}
+        return set(self._home.db.model.eos_ids)
 
     def _generate(self, session: Session, tokens: Any, options: dict[str, Any]) -> Generation:
         return generate(session, tokens, **(self._defaults | options))

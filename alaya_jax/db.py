@@ -8,7 +8,7 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from typing import Any, Literal, overload
 
@@ -230,7 +230,7 @@ class DB:
         document: str | None = None,
         date: Date | None = None,
         title: str = "",
-        progress: bool = True,
+        progress: bool | Callable[[int], None] = True,
     ) -> Context:
         """Computes a prompt's keys and values (or takes them) and stores them for later sessions.
 
@@ -250,7 +250,8 @@ class DB:
             question.
           date: see `create_session`.
           title: for people.
-          progress: shows a bar on stderr when it is a terminal.
+          progress: shows a bar on stderr when it is a terminal; or is called with the number of
+            tokens that are found, if any, and with those of each chunk that is computed.
 
         Raises:
           RequestError: the prompt is empty, longer than the model allows, or kv has other shapes,
@@ -271,7 +272,12 @@ class DB:
             return self._shared(self._catalogue.insert(tokens, finite(kv), title=title))
         session, rest = self.create_session(tokens, reuse="exact")
         with session:
-            with progress_bar("reading the document", len(rest), show=progress) as advance:
+            show = bool(progress) and not callable(progress)
+            with progress_bar("reading the document", len(rest), show=show) as advance:
+                if callable(progress):
+                    advance = progress
+                    if found := len(tokens) - len(rest):
+                        advance(found)
                 session.prefill(rest, on_chunk=advance)
             return self.store(session, title=title)
 

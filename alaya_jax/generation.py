@@ -12,13 +12,12 @@ import numpy as np
 
 from alaya_jax.cache.pool import uninterrupted
 from alaya_jax.compilation import Watch
-from alaya_jax.errors import AlayaError, RequestError, TokenizerError
+from alaya_jax.errors import AlayaError, RequestError
 from alaya_jax.progress import progress_bar
-from alaya_jax.query.auto import Auto
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
 from alaya_jax.runtime.decoding import Decoding, read
-from alaya_jax.runtime.output import Output
+from alaya_jax.runtime.output import Output, require_text
 from alaya_jax.runtime.programs import Row
 from alaya_jax.runtime.sampling.params import Greedy, Sampling
 from alaya_jax.runtime.sampling.sampler import init_sampler
@@ -232,8 +231,7 @@ class _Request:
                 f"sampling={sampling!r}: use aj.Greedy(), aj.Sampling(temperature=...), or a list "
                 "with one for each sequence"
             )
-        if any(s.stop for s in each) and model.tokenizer is None:
-            raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
+        require_text(model, each)
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
         # Tokens that are given, and not only what is pending, begin another output.
         begun = [
@@ -251,9 +249,7 @@ class _Request:
             sampler, step=jax.device_put(np.asarray(ends, np.int32))
         )
         longest = max(ends) + max_new_tokens
-        if prefill is None and isinstance(attention, Auto):
-            prefill = attention  # which says what it means for a prefill
-        plans = session.plans(attention, longest), session.plans(prefill, max(ends), prefill=True)
+        plans = session.both_plans(attention, prefill, longest, max(ends))
         # The last token sampled is never fed, so it needs no room.
         session.batch.make_room([len(row) + max_new_tokens - 1 for row in rows], *plans)
 
@@ -269,10 +265,7 @@ class _Request:
         self._attention, self._prefill = plans
         self._way = Way.of(self._attention)
         self._progress = progress
-        eos = model.config.eos_token_ids
-        if model.tokenizer is not None:
-            eos = (*eos, *model.tokenizer.eos_ids)
-        self._end_ids = [s.end_ids(eos) for s in each]
+        self._end_ids = [s.end_ids(model.eos_ids) for s in each]
         self._texts: list[list[str]] = [[] for _ in range(batch)]
         session.outputs = begun
         for output, s in zip(begun, each, strict=True):

@@ -139,6 +139,11 @@ class Model:
         return self.max_length or self.config.max_length
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: those of the config, then the tokenizer's."""
+        return *self.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())
+
+    @property
     def way_to_longer(self) -> str:
         """What to do about a sequence that is longer."""
         longest = self.config.longest

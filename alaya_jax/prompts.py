@@ -156,14 +156,14 @@ def prompt(
 
     def at(stamps: Sequence[str]) -> np.ndarray:
         found = [tokenizer.encode(_redated(tokenizer, text, stamps)) for text in texts]
-        return found[0][: _shared(found[0], found[-1])]
+        return found[0][: common_prefix(found[0], found[-1])]
 
     first = texts[0]
     if not isinstance(first, Rendered):
         if date is not None:
             raise RequestError(f"date={date}: this model has no chat template to print it")
         rows = [tokenizer.encode(text, allow_special=False) for text in texts]
-        return Prompt(rows[0][: _shared(rows[0], rows[-1])])
+        return Prompt(rows[0][: common_prefix(rows[0], rows[-1])])
     today = best = Prompt(at(first.stamps), ", ".join(dict.fromkeys(first.stamps)))
     if first.stamps and document is not None and date is None:
         stored = [context for context in stored if context.problem is None]
@@ -251,7 +251,8 @@ def _in_plain_text(turns: list[dict[str, Any]], document: str | None) -> str:
     return f"{document}\n\nQuestion: {turns[0].get('content')}\nAnswer:"
 
 
-def _shared(one: np.ndarray, other: np.ndarray) -> int:
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many token ids two rows have in common, from the first on."""
     n = min(len(one), len(other))
     differ = one[:n] != other[:n]
     return int(np.argmax(differ)) if differ.any() else n

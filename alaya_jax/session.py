@@ -202,6 +202,20 @@ class Session:
         self.batch.require_graphs(plans)
         return plans
 
+    def both_plans(
+        self, attention: Attention | None, prefill: Attention | None, longest: int, read: int
+    ) -> tuple[Plans, Plans]:
+        """What answers decoding and the prefill before it; see `plans`, also for what it raises.
+
+        Args:
+          attention: for decoding, in sequences of up to `longest` tokens.
+          prefill: for the prefill, which ends with `read` tokens; None: `Full()`, or what an
+            `Auto` for decoding says.
+        """
+        if prefill is None and isinstance(attention, Auto):
+            prefill = attention
+        return self.plans(attention, longest), self.plans(prefill, read, prefill=True)
+
     def accept(self, b: int, token: int, way: Way) -> None:
         """Records a generated token of sequence `b`; the one before it is in the cache now."""
         with uninterrupted():

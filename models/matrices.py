@@ -66,8 +66,8 @@ def contract_last(x: Float[Array, "... E"], matrix: "Array | Matrix") -> Float[A
 
 
 FEW = 8
-"""Rows up to which weights of 16 bits and fewer are converted as they are multiplied; more rows
-reuse what is converted before."""
+"""Rows up to which weights of 16 bits are converted as they are multiplied; more rows reuse what is
+converted before."""
 _SUMMED = 8
 """Terms of a sum then: rows of a matrix 4,096 bytes apart share 8 places in a CPU's cache."""
 

@@ -41,7 +41,7 @@ _TILE = 64  # most outputs of a tile: whole rows, 4,096 bytes apart, share a pla
 _FEW = 4  # most rows of a product of integers: it costs by the row, dense parts hardly do
 _SPLIT = 8  # devices that tiles of a long axis are to divide over, where some of their sizes does
 _SAFE = 512  # longest group whose sum int32 holds, of 128 times _LARGEST
-_PART = 512  # most rows or columns along E that are dequantized at once
+_PART = 512  # most rows or columns that are dequantized at once
 _LARGEST = np.float32(32767)
 _PASS = 1 << 24  # bytes of float32 quantized at once on the host
 _WIDE = jnp.float32
@@ -246,17 +246,15 @@ def _in_parts(x: Float[Array, "R G g"], matrix: QuantizedMatrix) -> Float[Array,
 
     On a CPU parts of [E, F] lie along F, so that each stays in its cache, and sums are complete.
     """
+    along_e = functools.partial(_along, axis=matrix.axis)
     if matrix.inputs == 1 and len(matrix.laid) == 2 and matrix.axis == 0:
-        on_cpu = functools.partial(_along, axis=1)
-        return lax.platform_dependent(x, matrix, cpu=on_cpu, default=_along)
-    return _along(x, matrix)
+        along_f = functools.partial(_along, axis=1)
+        return lax.platform_dependent(x, matrix, cpu=along_f, default=along_e)
+    return along_e(x, matrix)
 
 
-def _along(
-    x: Float[Array, "R G g"], matrix: QuantizedMatrix, axis: int | None = None
-) -> Float[Array, "R ..."]:
-    """`_in_parts`, along an axis, by default that of E."""
-    axis = matrix.axis if axis is None else axis
+def _along(x: Float[Array, "R G g"], matrix: QuantizedMatrix, axis: int) -> Float[Array, "R ..."]:
+    """`_in_parts`, along one axis."""
     width, length = matrix.part(axis), matrix.laid[axis]
     starts = jnp.arange(0, length, width)
     rows = x.astype(matrix.dtype).reshape(len(x), *matrix.laid[: matrix.inputs])

@@ -596,6 +596,16 @@ def test_removed_contexts_are_gone_and_their_sessions_go_on(open_db, greedy, doc
     assert open_db().contexts == []
 
 
+def test_an_import_tells_of_its_tokens(db, document):
+    told = []
+    db.import_context(document[:40], progress=told.append)
+    assert sum(told) == 40
+    told.clear()
+    db.import_context(document, progress=told.append)
+    assert told[0] == 40
+    assert sum(told) == len(document)
+
+
 def test_an_interrupted_import_stores_nothing(db, document, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.index.room import Part
+from alaya_jax.prompts import common_prefix
 from alaya_jax.query.origin import Origin
 from alaya_jax.storage import ContextRecord, ContextStore
 
@@ -130,11 +131,10 @@ class Context:
         """
         n = min(self.exact_tokens if exact else self.num_tokens, len(tokens))
         try:
-            differ = self.tokens[:n] != tokens[:n]
+            return common_prefix(self.tokens[:n], tokens)
         except ContextError as error:  # not known to be a prefix: the others serve
             self.problem = str(error)
             return 0
-        return int(np.argmax(differ)) if differ.any() else n
 
     def __reduce__(self) -> Any:
         raise RequestError(

@@ -10,8 +10,10 @@ they begin alike, what was computed of their prompts.
 """
 
 import collections
+import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +24,13 @@ from alaya_jax.db import DB
 from alaya_jax.engine.loop import Loop
 from alaya_jax.engine.request import EngineStats, Request, Result
 from alaya_jax.engine.running import Run, Running
-from alaya_jax.errors import CacheFullError, QueueFullError, RequestError, TokenizerError
+from alaya_jax.errors import CacheFullError, QueueFullError, RequestError
 from alaya_jax.generation import Token
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plans, indexes_of, plan_for, tier_of
+from alaya_jax.runtime.output import require_text
 from alaya_jax.runtime.sampling.sampler import check_vocabulary
 from alaya_jax.settings import methods_under_own_settings
 
@@ -91,24 +94,12 @@ class Engine:
         if on_token is not None and not callable(on_token):
             raise RequestError(f"on_token={on_token!r}: must be a function of a token")
         ids = prompt_ids(self.db, request.prompt)
-        return self.start(request, ids, on_token, len(ids), int(request.prompt_logprobs))
+        scored = int(request.prompt_logprobs)
+        return self.start(Run(request, ids, on_token, split=len(ids), scored=scored))
 
-    def start(
-        self,
-        request: Request,
-        ids: np.ndarray,
-        on_token: Callable[[Token], Any] | None,
-        split: int,
-        scored: int,
-    ) -> Running:
-        """`submit`, of a prompt whose ids are known.
-
-        Args:
-          request, on_token: see `submit`.
-          ids: of the prompt.
-          split, scored: see `Job`.
-        """
-        run = Run(request, ids, on_token, split=split, scored=scored)
+    def start(self, run: Run) -> Running:
+        """`submit`, of a prompt whose ids are known."""
+        request, ids = run.request, run.ids
         self._require_possible(request, ids)
         if not isinstance(request.attention, Auto) and not isinstance(request.prefill, Auto):
             run.job = self._loop.job(run, *self._plans(request, len(ids)))
@@ -130,28 +121,14 @@ class Engine:
         """
         given = list(requests) if progress else requests
         total = len(given) if isinstance(given, list) else 0
-        ahead: collections.deque[Running] = collections.deque()
-        try:
-            with progress_bar("answering", total, "requests", show=progress) as advance:
-                for request in given:
-                    while True:
-                        try:
-                            ahead.append(self.submit(request))
-                            break
-                        except QueueFullError:
-                            if not ahead:
-                                raise
-                        yield ahead.popleft().result()
-                        advance(1)
-                    while ahead and ahead[0].done():
-                        yield ahead.popleft().result()
-                        advance(1)
-                while ahead:
-                    yield ahead.popleft().result()
-                    advance(1)
-        finally:
-            for running in ahead:
-                running.cancel()
+        starts = (functools.partial(self.submit, request) for request in given)
+        with (
+            progress_bar("answering", total, "requests", show=progress) as advance,
+            contextlib.closing(in_order(starts)) as results,
+        ):
+            for result in results:
+                yield result
+                advance(1)
 
     def stats(self) -> EngineStats:
         """What it does at the moment, and has done."""
@@ -209,8 +186,7 @@ class Engine:
     def _require_possible(self, request: Request, ids: np.ndarray) -> None:
         """Raises where a request can never be served."""
         model, pool, sampling = self.db.model, self.db.pool, request.sampling
-        if sampling.stop and model.tokenizer is None:
-            raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
+        require_text(model, [sampling])
         check_vocabulary(sampling, model.config.vocab_size)
         n, most = len(ids), int(request.max_new_tokens)
         if not n:
@@ -230,6 +206,30 @@ class Engine:
                 f"cache, which holds {pool.capacity_tokens:,}; ask for fewer (max_new_tokens=), or "
                 f"raise {self.db.budget.setting} to at least {needed.device_bytes:,} bytes"
             )
+
+
+def in_order(starts: Iterable[Callable[[], Running]]) -> Generator[Result]:
+    """Starts requests, as many ahead as may wait, and yields their results in their order. When it
+    is left early, what has not ended is cancelled.
+    """
+    ahead: collections.deque[Running] = collections.deque()
+    try:
+        for start in starts:
+            while True:
+                try:
+                    ahead.append(start())
+                    break
+                except QueueFullError:
+                    if not ahead:
+                        raise
+                yield ahead.popleft().result()
+            while ahead and ahead[0].done():
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for running in ahead:
+            running.cancel()
 
 
 def prompt_ids(db: DB, prompt: Any) -> np.ndarray:

@@ -16,7 +16,6 @@ from alaya_jax.engine.request import EngineStats, FinishReason, Result, Times, s
 from alaya_jax.engine.running import Run
 from alaya_jax.errors import AlayaError, CacheFullError, EngineClosedError, QueueFullError
 from alaya_jax.generation import Token
-from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plans
 from alaya_jax.runtime.decoder import Decoder, Event, Failed, Preempted, Scored
 from alaya_jax.runtime.group import BLOCK, New, Slot
@@ -262,28 +261,21 @@ class Loop:
         size = pool.page_size
         there = free // size + catalogue.evictable()
         needed = -(-min(len(job.row) + BLOCK, job.total) // size)
-        needed -= self._decoder.shared(job)[0] // size
-        if needed <= there:
+        if needed - self._decoder.shared(job)[0] // size <= there:
             return False
         stored = catalogue.in_memory(job.row[: job.reusable + 1], exact=self.db.store_dtype is None)
-        return -(-min(len(job.row) + BLOCK, job.total) // size) - stored // size > there
+        return needed - stored // size > there
 
     def _resolved(self, run: Run, session: Any) -> tuple[Plans, Plans]:
         """The plans of a request that leaves them to `Auto`."""
         request, n = run.request, len(run.ids)
-        prefill = request.prefill
-        if prefill is None and isinstance(request.attention, Auto):
-            prefill = request.attention  # which says what it means for a prefill
-        attention = session.plans(request.attention, n + request.max_new_tokens)
-        return attention, session.plans(prefill, n, prefill=True)
+        longest = n + request.max_new_tokens
+        return session.both_plans(request.attention, request.prefill, longest, n)
 
     def job(self, run: Run, attention: Plans, prefill: Plans) -> Job:
         """What the decoder is asked."""
-        model, request = self.db.model, run.request
-        eos = model.config.eos_token_ids
-        if model.tokenizer is not None:
-            eos = (*eos, *model.tokenizer.eos_ids)
-        end_ids = request.sampling.end_ids(eos)
+        request = run.request
+        end_ids = request.sampling.end_ids(self.db.model.eos_ids)
         most = int(request.max_new_tokens)
         asked = attention, prefill, request.sampling, end_ids, most
         return Job(run.ids, *asked, split=run.split, scored=run.scored)

@@ -1,15 +1,17 @@
 """How likely a model finds given texts behind given prompts."""
 
-import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from alaya_jax.db import DB
-from alaya_jax.engine import Engine, Request, Result, Running, prompt_ids
-from alaya_jax.errors import QueueFullError, RequestError
+from alaya_jax.engine import Engine, Request, Result, in_order, prompt_ids
+from alaya_jax.engine.running import Run
+from alaya_jax.errors import RequestError
+from alaya_jax.prompts import common_prefix
 from alaya_jax.query.plan import Attention
 from alaya_jax.settings import under_own_settings
 
@@ -67,48 +69,26 @@ def score(
             engine = db_or_engine
         else:
             raise RequestError(f"score({type(db_or_engine).__name__}): takes a DB or an Engine")
-        pairs = (
+        pairs = [
             _ids(engine.db, prompt, completion)
             for prompt, completion in zip(prompts, completions, strict=True)
-        )
-        return [_score(*done) for done in _run(engine, pairs, attention)]
+        ]
+        starts = (functools.partial(engine.start, _run(attention, *pair)) for pair in pairs)
+        results = held.enter_context(contextlib.closing(in_order(starts)))
+        return [_score(result, *pair) for result, pair in zip(results, pairs, strict=True)]
 
 
-def _run(
-    engine: Engine, pairs: Iterator[tuple[np.ndarray, int]], attention: Attention | None
-) -> Iterator[tuple[Result, np.ndarray, int]]:
-    ahead: collections.deque[tuple[Running, np.ndarray, int]] = collections.deque()
-
-    def first() -> tuple[Result, np.ndarray, int]:
-        running, ids, at = ahead.popleft()
-        return running.result(), ids, at
-
-    try:
-        for ids, at in pairs:
-            request = Request(ids, 0, attention, prompt_logprobs=True)
-            while True:
-                try:
-                    ahead.append((engine.start(request, ids, None, at, at), ids, at))
-                    break
-                except QueueFullError:
-                    if not ahead:
-                        raise
-                yield first()
-        while ahead:
-            yield first()
-    finally:
-        for running, *_ in ahead:
-            running.cancel()
+def _run(attention: Attention | None, ids: np.ndarray, at: int) -> Run:
+    """What an engine is asked: nothing but the scores of the tokens from `at` on."""
+    return Run(Request(ids, 0, attention, prompt_logprobs=True), ids, None, split=at, scored=at)
 
 
 def _ids(db: DB, prompt: Any, completion: Any) -> tuple[np.ndarray, int]:
     """Ids of both, and how many are the prompt's."""
     first = prompt_ids(db, prompt)
-    if isinstance(prompt, str) and type(completion) is str and type(prompt) is str:
-        both = db.prompt(prompt + completion).ids
-        n = min(len(first), len(both))
-        differ = np.flatnonzero(first[:n] != both[:n])
-        at = int(differ[0]) if len(differ) else n
+    if type(prompt) is type(completion) is str:  # not what a template rendered
+        both = prompt_ids(db, prompt + completion)
+        at = common_prefix(first, both)
     else:
         if isinstance(completion, str):
             behind = db.model.encode(completion, add_special_tokens=False, allow_special=False)

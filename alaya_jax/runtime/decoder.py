@@ -21,6 +21,7 @@ from alaya_jax.cache.pool import PagePool
 from alaya_jax.compilation import Watch
 from alaya_jax.errors import CacheFullError
 from alaya_jax.index import Graph
+from alaya_jax.prompts import common_prefix
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.group import BLOCK, Group, New, Slot
@@ -115,9 +116,7 @@ class Decoder:
         return max((self._alike(job, slot, row) for slot in slots), default=0)
 
     def _alike(self, job: Job, slot: Slot, row: np.ndarray) -> int:
-        known = slot.job.row[: len(row)]
-        differ = np.flatnonzero(known != row[: len(known)])
-        n = int(differ[0]) if len(differ) else len(known)
+        n = common_prefix(slot.job.row, row)
         theirs = slot.batch.origins[0] if n <= slot.sequence.length else slot.job.origin
         n = theirs.alike(job.origin, n)
         return n - n % self._pool.page_size

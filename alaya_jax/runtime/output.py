@@ -1,9 +1,18 @@
 """What a sequence says: its ids, the text that they complete, and where that ends."""
 
 import dataclasses
+from collections.abc import Iterable
 
+from alaya_jax.errors import TokenizerError
+from alaya_jax.model import Model
 from alaya_jax.models.tokenizer import Tokenizer, TokenStream
-from alaya_jax.runtime.sampling.params import StopText
+from alaya_jax.runtime.sampling.params import Sampling, StopText
+
+
+def require_text(model: Model, each: Iterable[Sampling]) -> None:
+    """Raises TokenizerError where stop strings are asked for, and the model has no tokenizer."""
+    if model.tokenizer is None and any(sampling.stop for sampling in each):
+        raise TokenizerError(f"{model.name} has no tokenizer, so stop strings cannot be found")
 
 
 @dataclasses.dataclass

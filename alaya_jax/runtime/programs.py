@@ -30,7 +30,13 @@ from alaya_jax.index.memory import LayerMemory, Memory
 from alaya_jax.models import llama
 from alaya_jax.models.llama import Params
 from alaya_jax.query.plan import Attention, Plan, of_layer, plan_for
-from alaya_jax.runtime.sampling.sampler import Alternatives, Processors, SamplerState, sample
+from alaya_jax.runtime.sampling.sampler import (
+    Alternatives,
+    Processors,
+    SamplerState,
+    likeliest,
+    sample,
+)
 from alaya_jax.settings import under_own_settings
 from alaya_jax.sharding import auto_axes, laid, whole
 
@@ -423,10 +429,10 @@ def scores(
     def some(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         x, targets = args
         logits = llama.head(outer, frame.config, x).astype(jnp.float32)
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        own = jnp.take_along_axis(logits, targets[..., None], axis=-1) - total
-        top, ids = lax.top_k(logits, best)
-        return own[..., 0], ids.astype(jnp.int32), top - total
+        total = jax.nn.logsumexp(logits, axis=-1)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - total
+        alternatives = likeliest(logits, total, best)
+        return own, alternatives.ids, alternatives.logprobs
 
     def run(frame: Frame, outer: Params, x: Array, targets: Array) -> Any:
         b, t, e = x.shape

@@ -24,7 +24,7 @@ from alaya_jax.models.llama import Params
 from alaya_jax.models.matrices import Matrix
 from alaya_jax.query.plan import Plan, Plans, of_layer
 from alaya_jax.runtime import programs
-from alaya_jax.runtime.groups import Group, groups
+from alaya_jax.runtime.layer_groups import Group, groups
 from alaya_jax.runtime.programs import Asked, Fed, Going, Passed, Row
 from alaya_jax.runtime.reading import Reading
 from alaya_jax.runtime.sampling.sampler import Processors

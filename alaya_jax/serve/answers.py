@@ -90,9 +90,7 @@ class Answers:
         prompt = sum(len(ids) for ids in asked.prompts)
         new = sum(len(result.ids) for result in results)
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
+            **_counted(prompt, new),
             "prompt_tokens_details": {
                 "cached_tokens": sum(r.cached_tokens for r in results[:: asked.n])
             },
@@ -143,11 +141,7 @@ class Answers:
         }
         if asked.stream is not None and asked.stream.continuous_usage:
             prompt, new = sum(map(len, asked.prompts)), sum(s.tokens for s in self._said)
-            event["usage"] = {
-                "prompt_tokens": prompt,
-                "completion_tokens": new,
-                "total_tokens": prompt + new,
-            }
+            event["usage"] = _counted(prompt, new)
         return event
 
     def _of_prompt(self, number: int, result: Result) -> list[Token]:
@@ -219,6 +213,14 @@ class Answers:
             return piece.decode(), piece
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece), piece
+
+
+def _counted(prompt: int, new: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+    }
 
 
 def _mean(numbers: Sequence[float]) -> float | None:

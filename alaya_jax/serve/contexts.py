@@ -7,8 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import numpy as np
-
 from alaya_jax.contexts.context import Context
 from alaya_jax.errors import AlayaError, CacheFullError
 from alaya_jax.serve.fields import Body, Refusal
@@ -94,13 +92,7 @@ class Import:
         db = self._db
         try:
             self._require_wanted()
-            context = next((c for c in db.contexts if self._is(c)), None)
-            if context is None:
-                session, rest = db.create_session(self._ids, reuse="exact")
-                with session:
-                    self.done = self.total - len(rest)
-                    session.prefill(rest, on_chunk=advance)
-                    context = db.store(session, title=self._title)
+            context = db.import_context(self._ids, title=self._title, progress=advance)
             if self._pinned:
                 context.pin()
         except CacheFullError as error:
@@ -118,13 +110,6 @@ class Import:
     def _require_wanted(self) -> None:
         if self._gone.is_set():
             raise _Gone("the client that asked for the context went away, or the server stops")
-
-    def _is(self, context: Context) -> bool:
-        return (
-            context.problem is None
-            and context.exact_tokens == context.num_tokens == self.total
-            and np.array_equal(context.tokens, self._ids)
-        )
 
 
 class _Gone(AlayaError):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from alaya_jax.errors import ContextError
+from alaya_jax.prompts import common_prefix
 from alaya_jax.storage.catalogue import CatalogueFile, Snapshot
 from alaya_jax.storage.interface import ContextHeader
 from alaya_jax.storage.rows import Entry, Layout, PageList
@@ -112,8 +113,7 @@ def _lent(
 ) -> PageList:
     """Pages that begin a context with these tokens: full ones, and the last one where all agree."""
     common = min(len(tokens), lender.num_tokens, _alike(header.origin, lender.header.origin))
-    differ = catalogue.tokens(lender)[:common] != tokens[:common]
-    common = int(np.argmax(differ)) if differ.any() else common
+    common = common_prefix(catalogue.tokens(lender)[:common], tokens)
     size = header.page_size
     count = -(-common // size) if common == len(tokens) else common // size
     pages = catalogue.pages(lender, snapshot.segments[lender.segment].num_pages)

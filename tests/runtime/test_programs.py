@@ -18,7 +18,7 @@ from alaya_jax.index.memory import Memory
 from alaya_jax.models import LlamaConfig, llama
 from alaya_jax.query.plan import Plan
 from alaya_jax.runtime import programs
-from alaya_jax.runtime.groups import groups
+from alaya_jax.runtime.layer_groups import groups
 from alaya_jax.runtime.programs import Fed, Going
 from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.runtime.stack import Stack

@@ -113,7 +113,7 @@ class SamplerState:
 
 
 class Alternatives(NamedTuple):
-    """The most likely tokens under the model, best first: ids i32 [B, n], logprobs f32 [B, n]."""
+    """The most likely tokens under the model, best first: ids i32 and logprobs f32, [..., n]."""
 
     ids: jax.Array
     logprobs: jax.Array
@@ -155,14 +155,14 @@ def init_sampler(
     frequency, temperature = column("frequency_penalty"), column("temperature")
     top_k, top_p, min_p = column("top_k", np.int32), column("top_p"), column("min_p")
     warm = temperature > 0  # filters do not touch a greedy sequence: they keep its argmax
-    processors = Processors(
+    needed = Processors(
         random=bool(warm.any()),
         top_k=bool((warm & (top_k > 0) & (top_k < vocab_size)).any()),
         top_p=bool((warm & (top_p < 1)).any()),
         min_p=bool((warm & (min_p > 0)).any()),
         logprobs=max(s.logprobs for s in each),
     )
-    processors = processors if kind is None else kind.processors
+    processors = needed if kind is None else kind.processors
     prompt = bias = counts = None
     if arrays or (repetition != 1).any():
         prompt = np.zeros((batch, vocab_size), bool)
@@ -251,10 +251,15 @@ def sample(
         counts = counts.at[jnp.arange(token.shape[0]), token].add(valid.astype(counts.dtype))
     alternatives = None
     if processors.logprobs:
-        best, ids = lax.top_k(logits, processors.logprobs)
-        alternatives = Alternatives(ids.astype(jnp.int32), best - total[:, None])
+        alternatives = likeliest(logits, total, processors.logprobs)
     state = dataclasses.replace(state, step=state.step + 1, counts=counts)
     return jnp.where(valid, token, -1), logprob, alternatives, state
+
+
+def likeliest(logits: jax.Array, total: jax.Array, n: int) -> Alternatives:
+    """The n most likely tokens of logits [..., V], whose log-sum-exp is `total` [...]."""
+    best, ids = lax.top_k(logits, n)
+    return Alternatives(ids.astype(jnp.int32), best - total[..., None])
 
 
 def process_logits(processors: Processors, state: SamplerState, logits: jax.Array) -> jax.Array:
