@@ -17,6 +17,7 @@ from alaya_jax.model import Model
 from alaya_jax.models.chat import Message
 from alaya_jax.models.rendered import Rendered
 from alaya_jax.models.tokenizer import Tokenizer
+from alaya_jax.prefix import common_prefix
 
 _LOOK = 4096
 """Characters behind a date that tell one prompt from another before it is encoded."""
@@ -249,13 +250,6 @@ def _in_plain_text(turns: list[dict[str, Any]], document: str | None) -> str:
             "document=; pass it a text to continue"
         )
     return f"{document}\n\nQuestion: {turns[0].get('content')}\nAnswer:"
-
-
-def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
-    """How many token ids two rows have in common, from the first on."""
-    n = min(len(one), len(other))
-    differ = one[:n] != other[:n]
-    return int(np.argmax(differ)) if differ.any() else n
 
 
 def _redated(tokenizer: Tokenizer, text: Any, stamps: Sequence[str]) -> Rendered:

@@ -10,7 +10,7 @@ from alaya_jax.contexts import graphs
 from alaya_jax.errors import ContextError, RequestError
 from alaya_jax.index import Graph, GraphLayer
 from alaya_jax.index.room import Part
-from alaya_jax.prompts import common_prefix
+from alaya_jax.prefix import common_prefix
 from alaya_jax.query.origin import Origin
 from alaya_jax.storage import ContextRecord, ContextStore
 

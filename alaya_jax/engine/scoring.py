@@ -11,7 +11,7 @@ from alaya_jax.db import DB
 from alaya_jax.engine import Engine, Request, Result, in_order, prompt_ids
 from alaya_jax.engine.running import Run
 from alaya_jax.errors import RequestError
-from alaya_jax.prompts import common_prefix
+from alaya_jax.prefix import common_prefix
 from alaya_jax.query.plan import Attention
 from alaya_jax.settings import under_own_settings
 

@@ -21,7 +21,7 @@ from alaya_jax.cache.pool import PagePool
 from alaya_jax.compilation import Watch
 from alaya_jax.errors import CacheFullError
 from alaya_jax.index import Graph
-from alaya_jax.prompts import common_prefix
+from alaya_jax.prefix import common_prefix
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.group import BLOCK, Group, New, Slot

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from alaya_jax.errors import ContextError
-from alaya_jax.prompts import common_prefix
+from alaya_jax.prefix import common_prefix
 from alaya_jax.storage.catalogue import CatalogueFile, Snapshot
 from alaya_jax.storage.interface import ContextHeader
 from alaya_jax.storage.rows import Entry, Layout, PageList

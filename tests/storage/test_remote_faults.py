@@ -96,10 +96,10 @@ def test_a_place_that_fails_names_itself(watched, open_store, make, header):
     def fails(key):
         raise RemoteError(f"{place.where}: writing {key} failed")
 
-    place.before_put = fails
+    place.before_put, before = fails, set(threading.enumerate())
     with pytest.raises(RemoteError, match=r"writing alaya_remote\.json failed"):
         RemoteContexts(place).push(here, id)
-    assert threading.active_count() < 10  # the workers are gone
+    assert not set(threading.enumerate()) - before  # the workers are gone
 
 
 PUSH = """
