@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from alaya_jax.query.auto import Auto as Auto
     from alaya_jax.query.plan import Plan as Plan
     from alaya_jax.rope import Rope as Rope
+    from alaya_jax.runtime.sampling.constraint import Constraint as Constraint
     from alaya_jax.runtime.sampling.params import Greedy as Greedy
     from alaya_jax.runtime.sampling.params import Sampling as Sampling
     from alaya_jax.session import Session as Session
@@ -58,6 +59,7 @@ _HOME = {
     "Auto": "query.auto",
     "Block": "index",
     "Budget": "budget",
+    "Constraint": "runtime.sampling.constraint",
     "DB": "db",
     "Custom": "query",
     "DIPR": "query",

@@ -17,8 +17,9 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.query.origin import Way
 from alaya_jax.query.plan import Attention
 from alaya_jax.runtime.decoding import Decoding, read
-from alaya_jax.runtime.output import Output, require_text
+from alaya_jax.runtime.output import Output, allowed, require_text
 from alaya_jax.runtime.programs import Row
+from alaya_jax.runtime.sampling.constraint import everything
 from alaya_jax.runtime.sampling.params import Greedy, Sampling
 from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.runtime.streams import Streamer, check_listeners, told
@@ -232,6 +233,8 @@ class _Request:
                 "with one for each sequence"
             )
         require_text(model, each)
+        if (least := max(s.min_tokens for s in each)) > max_new_tokens:
+            raise RequestError(f"min_tokens={least} and max_new_tokens={max_new_tokens} contradict")
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
         # Tokens that are given, and not only what is pending, begin another output.
         begun = [
@@ -243,6 +246,11 @@ class _Request:
         self._processors, sampler = init_sampler(
             each, prompts, model.config.vocab_size, [output.ids for output in begun]
         )
+        self._allowed = [allowed(model, s) for s in each]
+        for follow, output in zip(self._allowed, begun, strict=True):
+            if follow is not None:
+                for id in output.ids[output.begun :]:
+                    follow.accept(id)
         # Randomness goes by position: a session that was left goes on as if it had not been.
         ends = [n + len(row) for n, row in zip(session.lengths, rows, strict=True)]
         self._sampler = dataclasses.replace(
@@ -269,7 +277,7 @@ class _Request:
         self._texts: list[list[str]] = [[] for _ in range(batch)]
         session.outputs = begun
         for output, s in zip(begun, each, strict=True):
-            output.stop = output.stop.going_on(s.stop)
+            output.ask(s)
 
     @property
     def text(self) -> str | list[str]:
@@ -309,6 +317,7 @@ class _Request:
                 progress_bar("reading the prompt", total, show=self._progress) as advance,
             ):
                 passed, fed = session.batch.feed(self._rows, self._prefill, on_read, advance)
+            self._mask(decoding)
             row = decoding.first(passed, fed, session.pool.table(session.sequences))
             token, logprob, alternatives, *_ = read(row)
             timing.first_token_s = time.perf_counter() - started
@@ -343,14 +352,16 @@ class _Request:
     def _decode(self, decoding: Decoding) -> Iterator[tuple[Any, Any, Any]]:
         """Rows of new tokens [B] (-1 where a sequence has ended), with log-probabilities.
 
-        While one is read, the next step is under way.
+        While one is read, the next step is under way, unless what is read says what may come next.
         """
         left = self._max - 1
         under_way: Row | None = None
         while under_way is not None or (left > 0 and self._running.any()):
             finished, under_way = under_way, None
-            if left > 0 and self._running.any():
+            waits = finished is not None and self._is_masked
+            if left > 0 and self._running.any() and not waits:
                 decoding.allow(self._running)
+                self._mask(decoding)
                 under_way, left = decoding.step(), left - 1
             if finished is not None:
                 token, logprob, alternatives, length, count = read(finished)
@@ -361,6 +372,17 @@ class _Request:
                         "decode", plans, finished.counts, length.tolist(), count, met=met
                     )
                     yield token, logprob, alternatives
+
+    @property
+    def _is_masked(self) -> bool:
+        return any(follow is not None for follow in self._allowed)
+
+    def _mask(self, decoding: Decoding) -> None:
+        """Says which ids may come next, where not all may."""
+        if self._is_masked:
+            all = everything(self.session.model.config.vocab_size)
+            each = [all if follow is None else follow.mask() for follow in self._allowed]
+            decoding.mask(np.stack(each))
 
     @property
     def _running(self) -> np.ndarray:
@@ -389,6 +411,8 @@ class _Request:
         """A new token of a running sequence; the text that it completes."""
         session, output = self.session, self.session.outputs[b]
         session.accept(b, id, self._way)
+        if (follow := self._allowed[b]) is not None:
+            follow.accept(id)
         output.open(self._tokenizer, session.model.config.vocab_size)
         ends = id in self._end_ids[b]
         if not ends:

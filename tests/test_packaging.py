@@ -102,7 +102,7 @@ def test_declared_dependencies_are_those_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     # By the library itself, where asked for:
-    imported = [n for e in ("plot", "dataframe", "serve", "eval") for n in extras[e]]
+    imported = [n for e in ("plot", "dataframe", "grammar", "serve", "eval") for n in extras[e]]
     declared = {re.split(r"[<>=\[ ]", line)[0] for line in [*project["dependencies"], *imported]}
     modules = {
         name.split(".")[0]

@@ -30,7 +30,7 @@ from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
 from alaya_jax.query.plan import Plans, indexes_of, plan_for, tier_of
-from alaya_jax.runtime.output import require_text
+from alaya_jax.runtime.output import allowed, require_text
 from alaya_jax.runtime.sampling.sampler import check_vocabulary
 from alaya_jax.settings import methods_under_own_settings
 
@@ -101,6 +101,7 @@ class Engine:
         """`submit`, of a prompt whose ids are known."""
         request, ids = run.request, run.ids
         self._require_possible(request, ids)
+        run.allowed = allowed(self.db.model, request.sampling)
         if not isinstance(request.attention, Auto) and not isinstance(request.prefill, Auto):
             run.job = self._loop.job(run, *self._plans(request, len(ids)))
         self._loop.enqueue(run)

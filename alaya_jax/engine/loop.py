@@ -278,7 +278,7 @@ class Loop:
         end_ids = request.sampling.end_ids(self.db.model.eos_ids)
         most = int(request.max_new_tokens)
         asked = attention, prefill, request.sampling, end_ids, most
-        return Job(run.ids, *asked, split=run.split, scored=run.scored)
+        return Job(run.ids, *asked, split=run.split, allowed=run.allowed, scored=run.scored)
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, New):

@@ -15,6 +15,7 @@ from alaya_jax.errors import RequestError
 from alaya_jax.generation import Token
 from alaya_jax.runtime.job import Job
 from alaya_jax.runtime.output import Output
+from alaya_jax.runtime.sampling.constraint import Allowed
 
 
 class Run:
@@ -23,7 +24,7 @@ class Run:
     Attributes:
       request, index, ids: what is asked, its number, and its prompt.
       job: what the decoder is asked; None until an `Auto` is resolved.
-      split, scored: see `Job`.
+      split, scored, allowed: see `Job`.
       on_token: called with each token in the engine's thread.
       output, pieces: what it says.
       submitted, admitted, first, last: when; seconds of `time.perf_counter`.
@@ -45,8 +46,9 @@ class Run:
         self.split, self.scored = split, scored
         self.index = -1
         self.job: Job | None = None
+        self.allowed: Allowed | None = None
         self.output = Output()
-        self.output.stop = self.output.stop.going_on(request.sampling.stop)
+        self.output.ask(request.sampling)
         self.pieces: list[str] = []
         self.said: list[int] = []
         self.submitted = time.perf_counter()

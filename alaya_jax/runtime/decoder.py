@@ -1,7 +1,8 @@
 """Many sequences over one pool: slots that jobs are put into, and taken out of, at any time.
 
 A turn is a chunk of somebody's prefill and a step of everybody else. The next step of a group is
-dispatched before the tokens of its last one are read. Pages are reserved block by block; when
+dispatched before the tokens of its last one are read, unless these say what may come next: jobs
+with a mask are groups of their own, and wait. Pages are reserved block by block; when
 there are none left, the sequence that came in last gives its own back (`Preempted`), and is
 computed again later: to the same tokens, since what is random in them goes by position.
 
@@ -24,16 +25,8 @@ from alaya_jax.index import Graph
 from alaya_jax.prefix import common_prefix
 from alaya_jax.query.plan import Plans, of_layer
 from alaya_jax.runtime.batch import Batch
-from alaya_jax.runtime.group import BLOCK, Group, New, Slot
+from alaya_jax.runtime.group import BLOCK, Failed, Group, New, Slot
 from alaya_jax.runtime.job import Job
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """A job cannot go on; its pages were, or will be, given back."""
-
-    job: Job
-    error: Exception
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +142,7 @@ class Decoder:
             job.scores.clear()
         self._inserted += 1
         key = self._inserted if asks_graph(job.attention) else alike(job.attention)
+        key = key, job.allowed is not None
         self._prefilling.append(Slot(job, batch, key, self._inserted))
 
     def remove(self, job: Job) -> None:
@@ -172,13 +166,20 @@ class Decoder:
         self._settle(events)
         stays = [self._stays(group) for group in self._groups]
         flights = [(group, group.land()) for group in self._groups]
-        for group, may in zip(self._groups, stays, strict=True):
-            if may and group.wants and not self._short:
+        ahead = [group for group, may in zip(self._groups, stays, strict=True) if may]
+        for group in ahead:
+            if not group.is_masked:
+                self._step(group, events)
+        for group, flight in flights:
+            if group.is_masked:
+                self._read(group, flight, events)
+        for group in ahead:
+            if group.is_masked and self._stays(group):
                 self._step(group, events)
         if all(stays):  # else their tokens come first: they need not wait for a chunk
             self._prefill(events)
         for group, flight in flights:
-            if flight is not None:
+            if not group.is_masked:
                 self._read(group, flight, events)
         return events
 
@@ -301,6 +302,9 @@ class Decoder:
         self._groups.append(group)
 
     def _step(self, group: Group, events: list[Event]) -> None:
+        """Dispatches a step, if one is wanted and there are pages for it."""
+        if not group.wants or self._short:
+            return
         try:
             group.grow()
         except CacheFullError:
@@ -317,9 +321,11 @@ class Decoder:
                 slot.job.programs += compiled
 
     def _read(self, group: Group, flight: Any, events: list[Event]) -> None:
+        if flight is None:
+            return
         try:
             found = group.read(flight)
-            self.generated += sum(new.id >= 0 for new in found)
+            self.generated += sum(isinstance(new, New) and new.id >= 0 for new in found)
             events += found
         except Exception as error:
             self._fail(group, error, events)

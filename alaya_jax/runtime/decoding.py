@@ -45,6 +45,7 @@ class Decoding:
         self._end_ids = stack.put(end_ids)
         self._chain: Chain | None = None
         self._account: tuple[int, ...] | None = None
+        self._mask: Any = None
         self._steps = 0
         self._allowed = np.ones(len(end_ids), bool)
         self._allowed_there = stack.put(self._allowed)
@@ -104,6 +105,12 @@ class Decoding:
         if not np.array_equal(running, self._allowed):
             self._allowed, self._allowed_there = running, self._stack.put(running)
 
+    def mask(self, allowed: np.ndarray) -> None:
+        """Which ids each sequence may choose at the end of the next step, uint32 [B, W]; for a
+        sampler that has a mask.
+        """
+        self._mask = self._stack.put(allowed)
+
     def step(self) -> Row:
         """Feeds each running sequence its last token and chooses the next; does not wait for it."""
         stack, going = self._stack, self._going
@@ -118,6 +125,9 @@ class Decoding:
         return row
 
     def _end(self) -> Row:
+        if self._mask is not None:
+            sampler = dataclasses.replace(self._going.sampler, mask=self._mask)
+            self._going, self._mask = dataclasses.replace(self._going, sampler=sampler), None
         row, self._passed, self._going = self._stack.end(
             self._passed, self._going, self._end_ids, self._allowed_there, self._processors
         )

@@ -13,11 +13,13 @@ import numpy as np
 
 from alaya_jax.cache.pool import PagedSequence, PagePool
 from alaya_jax.cache.tables import bucket
+from alaya_jax.errors import AlayaError
 from alaya_jax.query.plan import indexes_of
 from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.decoding import Decoding, read
 from alaya_jax.runtime.job import Job
 from alaya_jax.runtime.programs import Fed, Passed, Row
+from alaya_jax.runtime.sampling.constraint import everything
 from alaya_jax.runtime.sampling.params import Greedy
 from alaya_jax.runtime.sampling.sampler import init_sampler, kind_of
 from alaya_jax.runtime.stack import Chain
@@ -42,6 +44,7 @@ class Slot:
       leaving: why it is to leave, as soon as no program that may write to its pages is under way:
         "removed", "preempted" or "failed".
       passed, fed: the last chunk of its prefill.
+      mask: ids that may come next, where not all may; see `Allowed.mask`.
     """
 
     job: Job
@@ -52,6 +55,7 @@ class Slot:
     leaving: str | None = None
     passed: Passed | None = None
     fed: Fed | None = None
+    mask: np.ndarray | None = None
 
     @property
     def sequence(self) -> PagedSequence:
@@ -99,14 +103,25 @@ class New:
     alternatives: tuple[tuple[int, float], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A job cannot go on; its pages were, or will be, given back."""
+
+    job: Job
+    error: Exception
+
+
 class Group:
-    """Slots whose jobs ask the same of their keys. One thread at a time may use it."""
+    """Slots whose jobs ask the same of their keys, and all of which have a mask, or none. One
+    thread at a time may use it.
+    """
 
     def __init__(self, members: list[Slot], most_rows: int):
         """Args: slots of one key; rows of the largest batch."""
         first = members[0]
         batch = first.batch
         self.members, self.key = members, first.key
+        self.is_masked = first.job.allowed is not None
         self._pool = batch.pool
         self._flight: tuple[Row, list[Slot | None]] | None = None
         self._grown = False
@@ -161,10 +176,14 @@ class Group:
     def begin(self, passed: Passed, fed: Fed) -> None:
         """Behind the prefill of the only member: its first token is under way then."""
         self._allow()
+        self._learn(self.members[0])
+        self._mask()
         self._flies(self._decoding.first(passed, fed, self._pool.table(self._sequences)))
 
     def resume(self) -> None:
         """Behind tokens that are known, the last one of each to be fed."""
+        for slot in self.members:
+            self._learn(slot)
         token = self._column([slot.job.generated[-1] for slot in self.members])
         running = self._column([slot.left > 0 for slot in self.members]) > 0
         self._decoding.resume(token, running, self._pool.table(self._sequences))
@@ -182,13 +201,28 @@ class Group:
             self._grown = False
 
     def step(self) -> None:
-        """Dispatches one step of all that may go on; does not wait for it."""
+        """Dispatches one step of all that may go on; does not wait for it. With masks, the tokens
+        of the step before were read.
+        """
+        assert not (self.is_masked and self.is_flying)
         self._allow()
+        self._mask()
         self._flies(self._decoding.step())
 
     def _allow(self) -> None:
         """Who may go on behind the step that comes: it takes one of what is left."""
         self._decoding.allow(self._column([slot.left > 1 for slot in self.members]) > 0)
+
+    def _learn(self, slot: Slot) -> None:
+        """What may come next of a slot of which that is not known yet."""
+        if slot.mask is None and slot.job.allowed is not None:
+            slot.mask = slot.job.allowed.mask()
+
+    def _mask(self) -> None:
+        if self.is_masked:
+            all = everything(self.members[0].batch.model.config.vocab_size)
+            masks = [slot.mask for slot in self.members] + [None] * len(self._empty)
+            self._decoding.mask(np.stack([all if mask is None else mask for mask in masks]))
 
     def _flies(self, row: Row) -> None:
         taking = [slot if slot.left > 0 else None for slot in self.members]
@@ -201,7 +235,7 @@ class Group:
         flight, self._flight = self._flight, None
         return flight
 
-    def read(self, flight: tuple[Row, list[Slot | None]]) -> list[New]:
+    def read(self, flight: tuple[Row, list[Slot | None]]) -> list[New | Failed]:
         """The tokens of a step, which join the jobs; waits for it.
 
         A slot that is leaving gets none: only its place in the step is waited for.
@@ -211,18 +245,26 @@ class Group:
             slot.flying -= 1
         ids, logprobs, alternatives, _, count = read(row)
         attended = np.asarray(row.counts.attended).mean((0, 2))
-        found = []
+        found: list[New | Failed] = []
         for b, slot in enumerate(taking):
             # On the device it had ended before.
             if slot is None or not count[b] or slot.leaving in ("removed", "failed"):
                 continue
             job, id = slot.job, int(ids[b])
-            if id >= 0:
+            if id < 0:
+                slot.leaving = "failed"  # nobody is to share its keys
+            else:
                 job.attended += float(attended[b]) if job.generated else 0
                 slot.batch.accept(0, id, job.ways[1])
                 job.generated.append(id)
-            else:
-                slot.leaving = "failed"  # nobody is to share its keys
+                if job.allowed is not None:
+                    try:
+                        job.allowed.accept(id)
+                        slot.mask = job.allowed.mask()
+                    except AlayaError as error:
+                        slot.leaving = "failed"
+                        found.append(Failed(job, error))
+                        continue
             wanted = job.sampling.logprobs
             likely = zip(*(a[b, :wanted].tolist() for a in alternatives or ()), strict=True)
             found.append(New(slot, id, float(logprobs[b]), tuple(likely)))

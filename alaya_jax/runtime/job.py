@@ -8,6 +8,7 @@ import numpy as np
 
 from alaya_jax.query.origin import Origin, Way
 from alaya_jax.query.plan import Plans
+from alaya_jax.runtime.sampling.constraint import Allowed
 from alaya_jax.runtime.sampling.params import Sampling
 
 
@@ -23,6 +24,7 @@ class Job:
       most: new tokens at most; 0: the prompt is only scored.
       split: of the prompt's tokens the first so many are answered by `prefill`, the rest by
         `attention`, as if it had been generated.
+      allowed: which ids may come next; None: all.
       scored: the first of the prompt's tokens whose log-probability is wanted; 0: of none.
       generated: its new tokens so far.
       scores: what was scored: first token, how many, and device arrays (see `Stack.scores`).
@@ -39,6 +41,7 @@ class Job:
     end_ids: tuple[int, ...]
     most: int
     split: int
+    allowed: Allowed | None = None
     scored: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     scores: list[tuple[int, int, Any]] = dataclasses.field(default_factory=list)

@@ -305,6 +305,34 @@ def test_no_token_left():
     assert np.isnan(logprob[0])
 
 
+@pytest.mark.parametrize("size", [8, 31, 32, 70])
+@pytest.mark.parametrize("sampling", [Greedy(), Sampling(top_p=0.7, top_k=9, temperature=2.0)])
+def test_only_what_the_mask_allows_is_chosen(size, sampling):
+    """Against the choice among logits of which the others are -inf; logprobs are without a mask."""
+    rng = np.random.default_rng(size)
+    logits = rng.normal(size=(5, size)).astype(np.float32)
+    allowed = rng.random((5, size)) < 0.4
+    allowed[:, 3] = True
+    allowed[4] = False
+    bits = np.zeros((5, -(-size // 32) * 32), bool)
+    bits[:, :size] = allowed
+    masked = dataclasses.replace(sampling, min_tokens=1)
+    processors, state = init_sampler(masked, [[]] * 5, size)
+    blank, *_ = step(processors, state, jnp.asarray(logits))
+    np.testing.assert_array_equal(blank, [-1] * 5, "without a mask none is allowed")
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+    given = dataclasses.replace(state, mask=jnp.asarray(words))
+    token, logprob, _, after = step(processors, given, jnp.asarray(logits))
+    plain = init_sampler(sampling, [[]] * 5, size)
+    want, *_ = step(*plain, jnp.asarray(np.where(allowed, logits, -np.inf)))
+    np.testing.assert_array_equal(token, want)
+    assert token[4] == -1
+    x = np.asarray(logits, np.float64)
+    own = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprob[:4], own[range(4), token[:4]], atol=1e-5)
+    assert not after.mask.any()
+
+
 def test_new_numbers_do_not_recompile():
     run = jax.jit(chex.assert_max_traces(sample, n=1), static_argnums=0)
     rng = np.random.default_rng(0)

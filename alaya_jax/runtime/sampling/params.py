@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alaya_jax.errors import RequestError
+from alaya_jax.runtime.sampling.constraint import Constraint
 
 # Field: (lowest, highest, what is allowed in words). Zero temperature is let through apart.
 _FLOATS = {
@@ -21,6 +22,7 @@ _INTS = {
     "top_k": (0, 2**31 - 1, "0 (keeps all) or a count of tokens"),
     "seed": (0, 2**32 - 1, "0 to 2**32 - 1"),
     "logprobs": (0, 2**31 - 1, "0 or a count of alternatives"),
+    "min_tokens": (0, 2**31 - 1, "0 or a count of tokens"),
 }
 
 
@@ -45,6 +47,10 @@ class Sampling:
       stop: strings that end the output; the string itself is not part of it.
       stop_ids: token ids that end the output.
       ignore_eos: do not stop at the model's end-of-sequence tokens.
+      min_tokens: so many tokens come before one that ends the output, or a stop string that does.
+      constraint: what the output's text must be; an id that ends it comes only where the text is
+        complete, and comes then, if nothing else can follow, whatever `min_tokens` says. What is
+        cut off, by `stop` or by its length, is the beginning of such a text.
 
     Raises:
       RequestError: a value is of a wrong type or out of its range.
@@ -63,6 +69,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    constraint: Constraint | None = None
 
     def __post_init__(self):
         def put(name: str, value: Any):
@@ -93,6 +101,8 @@ class Sampling:
         ):
             raise refused("stop_ids", ids, "a list of token ids")
         put("stop_ids", tuple(int(i) for i in ids))
+        if not isinstance(self.constraint, Constraint | None):
+            raise refused("constraint", self.constraint, "an aj.Constraint(...)")
 
     def __repr__(self) -> str:
         said = (
@@ -105,6 +115,12 @@ class Sampling:
     def end_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
         """The ids that end this sequence's output, given the model's end-of-sequence ids."""
         return tuple(sorted({*self.stop_ids, *(() if self.ignore_eos else eos_ids)}))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether, for a next token, not all ids are allowed."""
+        ends = bool(self.stop_ids) or not self.ignore_eos
+        return self.constraint is not None or (self.min_tokens > 0 and ends)
 
 
 def Greedy(**controls: Any) -> Sampling:

@@ -8,9 +8,10 @@ A `Sampling` says what one sequence wants. `init_sampler` turns a batch of them 
 `sample` runs under jit and inside `lax.while_loop`. Greedy decoding without penalties costs an
 argmax and a logsumexp and carries no [B, V] array. The order of the steps is
 
-    repetition, frequency and presence penalty -> bias -> temperature -> top-k -> top-p -> min-p
+    repetition, frequency and presence penalty -> bias -> mask
+      -> temperature -> top-k -> top-p -> min-p
 
-and a temperature of 0 takes the argmax after the bias. Ties go to the lowest id, in greedy decoding
+and a temperature of 0 takes the argmax after the mask. Ties go to the lowest id, in greedy decoding
 and at the edge of top-k and top-p alike, so `top_k=1` is greedy decoding at any temperature.
 
 Log-probabilities are those of the model: softmax of the raw logits, before any step above.
@@ -95,7 +96,8 @@ def kind_of(each: Sequence[Sampling], vocab_size: int) -> Kind:
 class SamplerState:
     """The numbers of a batch of sequences, and what was generated so far.
 
-    The [B, V] arrays are None where no sequence needs them.
+    The [B, V] arrays are None where no sequence needs them. So is the mask, which holds for one
+    step: without another no token is allowed in the next.
     """
 
     temperature: jax.Array  # f32 [B]
@@ -110,6 +112,7 @@ class SamplerState:
     bias: jax.Array | None  # f32 [B, V]
     prompt: jax.Array | None  # bool [B, V]: the token occurs in the prompt
     counts: jax.Array | None  # i32 [B, V]: occurrences in the output
+    mask: jax.Array | None = None  # u32 [B, W]: ids that may be chosen next, see `Allowed.mask`
 
 
 class Alternatives(NamedTuple):
@@ -183,6 +186,8 @@ def init_sampler(
         counts = np.zeros((batch, vocab_size), np.int32)
         for row, ids in zip(counts, outputs or (), strict=False):
             np.add.at(row, np.asarray(ids, np.int64), 1)
+    masked = any(s.is_masked for s in each)
+    mask = np.zeros((batch, -(-vocab_size // 32)), np.uint32) if masked else None
     # The generator is named, so that jax's global default does not change a stored result. The data
     # of its keys is what `jax.random.key(seed)` makes of 32 bits, without a program for it.
     seeds = column("seed", np.uint32)
@@ -200,6 +205,7 @@ def init_sampler(
         bias=None if bias is None else jax.device_put(bias),
         prompt=None if prompt is None else jax.device_put(prompt),
         counts=None if counts is None else jax.device_put(counts),
+        mask=None if mask is None else jax.device_put(mask),
     )
     return processors, state
 
@@ -252,7 +258,8 @@ def sample(
     alternatives = None
     if processors.logprobs:
         alternatives = likeliest(logits, total, processors.logprobs)
-    state = dataclasses.replace(state, step=state.step + 1, counts=counts)
+    mask = None if state.mask is None else jnp.zeros_like(state.mask)
+    state = dataclasses.replace(state, step=state.step + 1, counts=counts, mask=mask)
     return jnp.where(valid, token, -1), logprob, alternatives, state
 
 
@@ -278,6 +285,8 @@ def process_logits(processors: Processors, state: SamplerState, logits: jax.Arra
         scores = scores - state.presence[:, None] * generated
     if state.bias is not None:
         scores = scores + state.bias
+    if state.mask is not None:
+        scores = jnp.where(_bits(state.mask, scores.shape[-1]), scores, -jnp.inf)
     if processors.random:
         # The peak goes first: a small temperature then sends the rest to -inf, and none to +inf.
         peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -292,6 +301,12 @@ def process_logits(processors: Processors, state: SamplerState, logits: jax.Arra
     if processors.min_p:  # the most likely token stands at 0
         scores = jnp.where(scores >= jnp.log(state.min_p)[:, None], scores, -jnp.inf)
     return scores
+
+
+def _bits(mask: jax.Array, size: int) -> jax.Array:
+    """Of each row the first `size` bits, the lowest of a word first."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype) & 1
+    return bits.reshape(len(mask), -1)[:, :size] > 0
 
 
 def _noise(key: jax.Array, step: jax.Array, size: int) -> jax.Array:
