@@ -216,6 +216,8 @@ class Loop:
             ids = run.ids[: run.scored] if job is None and run.scored else run.ids
             if job is not None:
                 ids = job.row[: job.reusable + 1]
+            if run.request.cache_salt:
+                ids = ids[:1]  # of one token nothing is taken from a context
             session, _ = self.db.create_session(ids, tier="device")
             batch = session.batch
             if job is None:
@@ -263,6 +265,8 @@ class Loop:
         needed = -(-min(len(job.row) + BLOCK, job.total) // size)
         if needed - self._decoder.shared(job)[0] // size <= there:
             return False
+        if job.salt:
+            return True
         stored = catalogue.in_memory(job.row[: job.reusable + 1], exact=self.db.store_dtype is None)
         return needed - stored // size > there
 
@@ -278,7 +282,8 @@ class Loop:
         end_ids = request.sampling.end_ids(self.db.model.eos_ids)
         most = int(request.max_new_tokens)
         asked = attention, prefill, request.sampling, end_ids, most
-        return Job(run.ids, *asked, split=run.split, allowed=run.allowed, scored=run.scored)
+        more: Any = {"scored": run.scored, "salt": request.cache_salt}
+        return Job(run.ids, *asked, split=run.split, allowed=run.allowed, **more)
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, New):

@@ -27,6 +27,8 @@ class Request:
       sampling: how tokens are chosen.
       prompt_logprobs: also the log-probability of each of the prompt's tokens given those before
         it. All of the prompt is computed then, whatever is known of it.
+      cache_salt: with one, what is computed is shared with requests of the same salt only, and
+        nothing is taken from stored contexts.
 
     Raises:
       RequestError: a setting is none of these.
@@ -38,10 +40,13 @@ class Request:
     prefill: Attention | None = None
     sampling: Sampling = dataclasses.field(default_factory=Greedy)
     prompt_logprobs: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self):
         if not isinstance(self.prompt_logprobs, bool):
             raise RequestError(f"prompt_logprobs={self.prompt_logprobs!r}: write True or False")
+        if not isinstance(self.cache_salt, str):
+            raise RequestError(f"cache_salt={self.cache_salt!r}: must be a text")
         least = 0 if self.prompt_logprobs else 1
         most = self.max_new_tokens
         if not isinstance(most, int | np.integer) or isinstance(most, bool) or most < least:

@@ -109,6 +109,8 @@ class Decoder:
         return max((self._alike(job, slot, row) for slot in slots), default=0)
 
     def _alike(self, job: Job, slot: Slot, row: np.ndarray) -> int:
+        if slot.job.salt != job.salt:
+            return 0
         n = common_prefix(slot.job.row, row)
         theirs = slot.batch.origins[0] if n <= slot.sequence.length else slot.job.origin
         n = theirs.alike(job.origin, n)

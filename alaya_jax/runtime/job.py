@@ -26,6 +26,7 @@ class Job:
         `attention`, as if it had been generated.
       allowed: which ids may come next; None: all.
       scored: the first of the prompt's tokens whose log-probability is wanted; 0: of none.
+      salt: only jobs of the same one share pages.
       generated: its new tokens so far.
       scores: what was scored: first token, how many, and device arrays (see `Stack.scores`).
       reused: tokens that were not computed for it when it first came in; None: it did not yet.
@@ -43,6 +44,7 @@ class Job:
     split: int
     allowed: Allowed | None = None
     scored: int = 0
+    salt: str = ""
     generated: list[int] = dataclasses.field(default_factory=list)
     scores: list[tuple[int, int, Any]] = dataclasses.field(default_factory=list)
     reused: int | None = None

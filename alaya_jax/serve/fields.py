@@ -9,21 +9,18 @@ from alaya_jax.errors import RequestError
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "cache_salt": ("",),
     "chat_template": (),
     "function_call": (),
     "functions": (),
     "guided_json": (),
     "logits_processors": ([],),
     "metadata": ({},),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True,),
     "prediction": (),
     "priority": (0,),
     "prompt_cache_key": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (False,),
@@ -37,14 +34,9 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 
 _INSTEAD = {
     "best_of": "ask for n choices and take the best by their logprobs",
-    "cache_salt": "contexts are kept apart by the namespace of the whole server: start another one "
-    "with --namespace",
     "chat_template": "render it yourself and send the text to /v1/completions with rendered=true",
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "min_tokens": "use ignore_eos with max_tokens",
-    "response_format": "only text is produced; say in the prompt what it should look like, and "
-    "check it",
     "skip_special_tokens": "control tokens that a model writes are shown",
 }
 
@@ -74,11 +66,17 @@ class Refusal(RequestError):
 
 
 class Body:
-    """A JSON object whose fields are taken one by one; `done` refuses those that nobody took."""
+    """A JSON object whose fields are taken one by one; `done` refuses those that nobody took.
 
-    def __init__(self, data: Any):
+    Args:
+      data: the object.
+      within: the field that it is in, which errors name too.
+    """
+
+    def __init__(self, data: Any, within: str = ""):
         if not isinstance(data, dict):
             raise Refusal(f"the body must be a JSON object, not {kind_of(data)}")
+        self._within = within
         self._left = {name: value for name, value in data.items() if value is not None}
 
     def take(self, name: str, kind: type, default: Any = None, what: str = "") -> Any:
@@ -98,7 +96,8 @@ class Body:
         if type(value) is not kind:
             words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
             words |= {list: "a list", dict: "an object"}
-            raise Refusal(f"{name} must be {what or words[kind]}, not {kind_of(value)}", name)
+            said = f"{name} must be {what or words[kind]}, not {kind_of(value)}"
+            raise self._refusal(said, name)
         return value
 
     def has(self, name: str) -> bool:
@@ -117,10 +116,15 @@ class Body:
         """
         for name, value in self._left.items():
             if name not in _NOTHING:
-                raise Refusal(f"{name}: this server has no such field; leave it out", name)
+                raise self._refusal(f"{name}: this server has no such field; leave it out", name)
             if not any(type(value) is type(v) and value == v for v in _NOTHING[name]):
                 instead = _INSTEAD.get(name, "leave it out")
-                raise Refusal(f"{name}={brief(value)} is not served; {instead}", name)
+                raise self._refusal(f"{name}={brief(value)} is not served; {instead}", name)
+
+    def _refusal(self, said: str, name: str) -> Refusal:
+        if not self._within:
+            return Refusal(said, name)
+        return Refusal(f"{self._within}: {said}", self._within)
 
 
 def kind_of(value: Any) -> str:

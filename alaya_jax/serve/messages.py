@@ -1,7 +1,7 @@
 """Messages and tools as chat templates read them."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from alaya_jax.models.chat import ChatTemplate
 from alaya_jax.serve.fields import Body, Refusal, brief
@@ -26,19 +26,30 @@ def taken_messages(body: Body, template: ChatTemplate) -> list[dict[str, Any]]:
     return found
 
 
-def taken_tools(body: Body) -> list[dict[str, Any]]:
-    """The `tools` of a request; none where `tool_choice` asks for none.
+class Tools(NamedTuple):
+    """Functions that a model may call.
+
+    Attributes:
+      shown: as the chat template prints them; none where `tool_choice` asks for none.
+      forced: of these, those one of which must be called; none: the model may as well write text.
+    """
+
+    shown: list[dict[str, Any]]
+    forced: list[dict[str, Any]]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all that are shown."""
+        return frozenset(tool["function"]["name"] for tool in self.shown)
+
+
+def taken_tools(body: Body) -> Tools:
+    """The `tools` of a request, and what `tool_choice` asks of them.
 
     Raises:
-      Refusal: they are of another form, or a call is to be forced.
+      Refusal: they are of another form.
     """
     tools, choice = body.take("tools", list, []), body.either("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise Refusal(
-            f"tool_choice={brief(choice)} is not served: nothing here forces a model to call "
-            "a function; use 'auto' or 'none'",
-            "tool_choice",
-        )
     for tool in tools:
         match tool:
             case {"type": "function", "function": {"name": str()}}:
@@ -46,7 +57,29 @@ def taken_tools(body: Body) -> list[dict[str, Any]]:
         raise Refusal(
             "tools must be a list of {'type': 'function', 'function': {'name': ...}}", "tools"
         )
-    return [] if choice == "none" else tools
+    match choice:
+        case None | "auto":
+            return Tools(tools, [])
+        case "none":
+            return Tools([], [])
+        case "required":
+            forced = tools
+        case {"type": "function", "function": {"name": str(name), **more}, **others} if not (
+            more or others
+        ):
+            forced = [tool for tool in tools if tool["function"]["name"] == name][:1]
+        case _:
+            raise Refusal(
+                f"tool_choice={brief(choice)} is not served; use 'auto', 'none', 'required' or "
+                "{'type': 'function', 'function': {'name': ...}}",
+                "tool_choice",
+            )
+    if not forced:
+        raise Refusal(
+            f"tool_choice={brief(choice)}: there is no such function among the tools", "tool_choice"
+        )
+    body.take("parallel_tool_calls", bool)  # it is one call, whatever this says
+    return Tools(tools, forced)
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from alaya_jax.db import DB
 from alaya_jax.errors import RequestError
 from alaya_jax.models.rendered import Rendered
 from alaya_jax.query.plan import Attention
+from alaya_jax.runtime.sampling.constraint import Constraint
 from alaya_jax.runtime.sampling.params import Sampling
 from alaya_jax.serve.fields import Body, Refusal, kind_of
-from alaya_jax.serve.messages import taken_messages, taken_tools
+from alaya_jax.serve.formats import one_call, taken_format
+from alaya_jax.serve.messages import Tools, taken_messages, taken_tools
 
 MOST_CHOICES = 128
 """Texts that one request may ask for: prompts times `n`."""
@@ -58,6 +60,7 @@ class Asked:
       echoed: that text, of each prompt.
       prompt_logprobs: alternatives to report with each token of the prompt; None: none at all.
       tools: names of the functions that the model may call.
+      cache_salt: only requests of the same one share what is computed.
       user: whom the client asks for; shown beside the request.
     """
 
@@ -74,6 +77,7 @@ class Asked:
     echoed: tuple[str, ...] = ()
     prompt_logprobs: int | None = None
     tools: frozenset[str] = frozenset()
+    cache_salt: str = ""
     user: str = ""
 
     @property
@@ -123,7 +127,9 @@ class Served:
         """
         body = Body(data)
         self.check_model(body)
-        ids, tools = self.conversation(body)
+        salt = body.take("cache_salt", str, "")
+        ids, tools = self.conversation(body, salt)
+        call = one_call(tools.forced, self.db.model.chat) if tools.forced else None
         wanted, top = body.take("logprobs", bool, False), body.take("top_logprobs", int, 0)
         if top and not wanted:
             raise Refusal("top_logprobs asks for logprobs: true as well", "top_logprobs")
@@ -136,9 +142,8 @@ class Served:
         most = older if newer is None else newer
         if most is not None and most < 1:
             raise Refusal(f"max_tokens={most}: must be at least 1", "max_tokens")
-        return self._asked(
-            body, [ids], most, top if wanted else None, chat=True, tools=frozenset(tools)
-        )
+        more = {"chat": True, "tools": tools.names, "cache_salt": salt}
+        return self._asked(body, [ids], most, top if wanted else None, call, **more)
 
     def completion(self, data: Any) -> Asked:
         """A request to /v1/completions. Raises as `chat`."""
@@ -154,7 +159,9 @@ class Served:
             )
         rows = [ids for _, ids in pairs]
         echoed = tuple(self._text(given, ids) for given, ids in pairs) if echo else ()
-        return self._asked(body, rows, most, top, chat=False, echo=echo, echoed=echoed)
+        salt = body.take("cache_salt", str, "")
+        more = {"chat": False, "echo": echo, "echoed": echoed, "cache_salt": salt}
+        return self._asked(body, rows, most, top, **more)
 
     def _text(self, given: Any, ids: np.ndarray) -> str:
         """What a prompt says."""
@@ -169,9 +176,10 @@ class Served:
         rows: list[np.ndarray],
         most: int | None,
         logprobs: int | None,
+        call: Constraint | None = None,
         **more: Any,
     ) -> Asked:
-        """What both endpoints take alike."""
+        """What both endpoints take alike; `call`: the text must be one."""
         n = body.take("n", int, 1)
         if not 1 <= n * len(rows) <= MOST_CHOICES:
             raise Refusal(
@@ -188,17 +196,30 @@ class Served:
         if stream and (of_prompt is not None or more.get("echo")):
             name = "echo" if more.get("echo") else "prompt_logprobs"
             raise Refusal(f"{name} comes with the whole answer: leave out stream", name)
-        sampling = self._sampling(body, logprobs or 0)
+        form = taken_format(body)
+        if form is not None and more.get("tools"):
+            raise Refusal(
+                "response_format and tools: a text of that format calls no function; leave one of "
+                "the two out, or say tool_choice: 'none'",
+                "response_format",
+            )
+        sampling = self._sampling(body, logprobs or 0, call or form)
         user = body.take("user", str, "")
         body.done()
         try:
             attention = words.attention(self.attention if plan is None else plan)
         except RequestError as error:
             raise Refusal(str(error), "attention") from error
+        room = [self._room(row, most, more["chat"]) for row in rows]
+        if sampling.min_tokens > min(room):
+            raise Refusal(
+                f"min_tokens={sampling.min_tokens}: at most {min(room)} tokens may come",
+                "min_tokens",
+            )
         return Asked(
             prompts=rows,
             n=n,
-            max_new_tokens=[self._room(row, most, more["chat"]) for row in rows],
+            max_new_tokens=room,
             sampling=sampling,
             attention=attention,
             plan=self.attention if plan is None else plan,
@@ -246,7 +267,7 @@ class Served:
         inner.done()
         return found
 
-    def _sampling(self, body: Body, logprobs: int) -> Sampling:
+    def _sampling(self, body: Body, logprobs: int, constraint: Constraint | None) -> Sampling:
         temperature = body.take("temperature", float, 1.0)
         seed = body.take("seed", int)
         stop, top_k = body.either("stop"), body.take("top_k", int, 0)
@@ -264,6 +285,8 @@ class Served:
             "ignore_eos": body.take("ignore_eos", bool, False),
             "seed": secrets.randbits(32) if seed is None else seed % 2**32,
             "logprobs": logprobs,
+            "min_tokens": body.take("min_tokens", int, 0),
+            "constraint": constraint,
         }
         try:
             return Sampling(**asked)
@@ -272,8 +295,12 @@ class Served:
             found = re.match(r"sampling: (\w+)=", said)
             raise Refusal(said, found[1] if found else None) from error
 
-    def conversation(self, body: Body) -> tuple[np.ndarray, list[str]]:
-        """The token ids of `messages`, and the names of the functions in `tools`.
+    def conversation(self, body: Body, salt: str = "") -> tuple[np.ndarray, Tools]:
+        """The token ids of `messages`, and the functions in `tools`.
+
+        Args:
+          body: the request.
+          salt: with one, nothing is looked up that is stored.
 
         Raises:
           Refusal: they are of another form.
@@ -285,7 +312,8 @@ class Served:
         if not messages:
             raise Refusal("messages must have at least one {'role', 'content'}", "messages")
         document, context = body.take("document", str), body.take("context", str)
-        tools, variables = taken_tools(body), body.take("chat_template_kwargs", dict, {})
+        functions, variables = taken_tools(body), body.take("chat_template_kwargs", dict, {})
+        tools = functions.shown
         options = {
             "add_generation_prompt": body.take("add_generation_prompt", bool),
             "continue_final_message": body.take("continue_final_message", bool, False),
@@ -296,9 +324,13 @@ class Served:
         if said[:1] in (["document"], ["context"]) and len(said) > 1:
             raise Refusal(f"{said[0]} goes with messages alone, not with {said[1]}", said[0])
         if context is not None:
-            return self._behind(context, messages), []
+            if salt:
+                raise Refusal("context is stored, and cache_salt reads nothing stored", "context")
+            return self._behind(context, messages), functions
         if document is not None:
-            return self.db.prompt(messages=messages, document=document).ids, []
+            if salt:
+                return prompts.of(model, None, messages, document, None).ids, functions
+            return self.db.prompt(messages=messages, document=document).ids, functions
         own = {"messages", "tools", "date", *options}
         if clash := sorted(own & variables.keys()):
             raise Refusal(
@@ -313,8 +345,7 @@ class Served:
                     name,
                 )
         text = model.chat.render(messages, tools=tools or None, **options, **variables)
-        names = [tool["function"]["name"] for tool in tools]
-        return model.check_tokens(model.encode(text)), names
+        return model.check_tokens(model.encode(text)), functions
 
     def stored(self, id: str) -> Context:
         """The context of an id.

@@ -142,6 +142,7 @@ class Service:
                     attention=asked.attention,
                     sampling=sampling,
                     prompt_logprobs=asked.scores_prompt,
+                    cache_salt=asked.cache_salt,
                 )
                 runs.append((self.engine.submit(wanted, on_token=entry.token), entry))
         except BaseException as error:

@@ -11,6 +11,9 @@ from alaya_jax.serve.protocol import Asked, Served
 from .conftest import HELLO
 
 CALLED = {"function": {"name": "f", "arguments": "{"}}
+LOOK = {"type": "function", "function": {"name": "look"}}
+ODD = {"type": "function", "function": {"name": "odd", "parameters": {"uniqueItems": True}}}
+JSON = {"type": "json_schema"}
 DEEP = {"function": {"name": "f", "arguments": "[" * 100_000}}
 
 
@@ -66,17 +69,34 @@ CHAT = [
     ({"attention": "recovery:0.95@nothing"}, "attention"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tools": [LOOK], "tool_choice": {"function": {"name": "look"}}}, "tool_choice"),
+    ({"tools": [LOOK], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [LOOK], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tools": [LOOK, ODD], "tool_choice": "required"}, "tools[1]"),
+    ({"tools": [LOOK], "response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"name": "f"}]}, "tools"),
     ({"document": "A text.", "continue_final_message": True}, "document"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
     ({"echo": True}, "echo"),
-    ({"min_tokens": 1}, "min_tokens"),
-    ({"cache_salt": "mine"}, "cache_salt"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+    ({"cache_salt": 5}, "cache_salt"),
+    ({"cache_salt": "mine", "context": "abc"}, "context"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format"),
+    ({"response_format": {"type": "json_object", "more": 1}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": JSON | {"json_schema": {"schema": {"not": {}}}}}, "response_format"),
+    (
+        {"response_format": JSON | {"json_schema": {"schema": {}, "description": "a"}}},
+        "response_format",
+    ),
     ({"parallel_tool_calls": False}, "parallel_tool_calls"),
     ({"priority": 1}, "priority"),
     ({"store": True}, "store"),
@@ -222,6 +242,9 @@ def test_fields_arrive(served: Served):
             "top_logprobs": 4,
             "attention": "dipr:50",
             "user": "somebody",
+            "min_tokens": 3,
+            "cache_salt": "mine",
+            "response_format": {"type": "json_object"},
         }
     )
     s = asked.sampling
@@ -229,6 +252,8 @@ def test_fields_arrive(served: Served):
     assert (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (1.5, 0.5, 1.0)
     assert (s.logit_bias, s.stop, s.stop_ids) == (((5, -100.0),), ("end",), (9,))
     assert (s.ignore_eos, s.seed, s.logprobs) == (True, 2**32 - 1, 4)
+    assert (s.min_tokens, asked.cache_salt) == (3, "mine")
+    assert json.loads(s.constraint.json_schema) == {"type": "object"}
     each = list(asked.each())
     assert [most for _, most, _ in each] == [7, 7]
     assert [one.seed for *_, one in each] == [2**32 - 1, 0]

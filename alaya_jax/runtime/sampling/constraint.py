@@ -15,8 +15,10 @@ import numpy as np
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
 from alaya_jax.models.tokenizer import Tokenizer
 
-_SPACE = r"[ \t\r\n]{1,40}"
-"""White space between the parts of JSON: enough to indent it, and not for ever."""
+JSON_OPTIONS = {"lenient": False, "whitespace_pattern": r"[ \t\r\n]{1,40}"}
+"""How a schema is kept: what is not supported is an error, whatever the schema says of it; white
+space between the parts of JSON is enough to indent it, and has an end.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Constraint:
             raise RequestError(f"Constraint: {name}={value!r} must be a text")
         is_error, said = _library().LLMatcher.validate_grammar_with_warnings(self._grammar())
         if is_error:
-            raise RequestError(f"Constraint: {name} is not understood: {' '.join(said)}")
+            raise RequestError(f"Constraint: {name} cannot be kept: {' '.join(said)}")
 
     def _grammar(self) -> str:
         """As llguidance writes it."""
@@ -64,9 +66,7 @@ class Constraint:
             return matcher.grammar_from_regex(self.regex)
         if self.lark is not None:
             return matcher.grammar_from_lark(self.lark)
-        # What is not supported is an error, whatever the schema says of it.
-        options = {"lenient": False, "whitespace_pattern": _SPACE}
-        return matcher.grammar_from_json_schema(self.json_schema, overrides=options)
+        return matcher.grammar_from_json_schema(self.json_schema, overrides=JSON_OPTIONS)
 
     def start(self, tokenizer: Tokenizer | None, vocab_size: int) -> Any:
         """A matcher (`llguidance.LLMatcher`) before the first token; its end is token V.
