@@ -299,6 +299,7 @@ def test_auto_takes_what_fits_beside_what_others_ask(open_db, document, monkeypa
     assert given == [limit, limit - size(BOUNDS, db), limit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"tensor": 2, "context": 2}], ids=str)
 def test_a_mesh_counts_what_all_its_devices_hold_once(open_db, tiny_model, on_mesh, document, axes):
     db = open_db(on_mesh(tiny_model, aj.make_mesh(**axes)), indexes=None)

@@ -75,12 +75,12 @@ def test_the_bound_is_a_size():
             aj.Budget(host=wrong)
 
 
+SLOW = ("block", "graph", "sketch", "window")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("block", "graph", "window") else name
-        for name in PLANS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PLANS],
 )
 def test_any_plan_answers_as_without_a_bound(open_with, document, rng, name, let_go):
     """Bit by bit, while pages are let go of from step to step."""
@@ -253,6 +253,7 @@ LARGE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_context_several_times_the_bound_streams_within_it(tmp_path):
     """What of the files this process really has in memory, looked at every few milliseconds."""

@@ -100,18 +100,23 @@ def test_it_learns_what_the_definition_says(tiny_model, texts, calibrated):
         )
 
 
-def test_it_answers_as_a_scan_of_all_keys(open_db, known, prompt):
+@pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_it_answers_as_a_scan_of_all_keys(open_db, known, prompt, share, bits):
     db = open_db()
-    expected, at, _ = answered(db, prompt, aj.Plan(RANGE, aj.Flat()))
-    for share in ("head", "group"):
-        for bits in (2, 4):
-            plan = aj.Plan(RANGE, Sketch(bits, "learnt"), share=share)
-            ids, logprobs, explained = answered(db, prompt, plan)
-            if share == "head":
-                assert ids == expected
-                np.testing.assert_allclose(logprobs, at, atol=1e-4)
-            assert "a basis learnt from 2,500 tokens, for 512 positions" in str(explained)
-            assert explained.to_dict()["sketch"].startswith("a basis learnt")
+    plan = aj.Plan(RANGE, Sketch(bits, "learnt"), share=share)
+    ids, logprobs, explained = answered(db, prompt, plan)
+    if share == "head":
+        expected, at, _ = answered(db, prompt, aj.Plan(RANGE, aj.Flat()))
+        assert ids == expected
+        np.testing.assert_allclose(logprobs, at, atol=1e-4)
+    assert "a basis learnt from 2,500 tokens, for 512 positions" in str(explained)
+    assert explained.to_dict()["sketch"].startswith("a basis learnt")
+
+
+@pytest.mark.slow
+def test_other_plans_run_through_it(open_db, known, prompt):
+    db = open_db()
     by_page = aj.Plan(RANGE, LEARNT, by="page", share="group")
     tail = aj.Plan(aj.DIPR(recovery=0.9, window=WINDOW), LEARNT, tail=True)
     for plan in (by_page, tail, aj.Plan(aj.TopK(20, window=WINDOW), LEARNT)):

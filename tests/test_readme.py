@@ -112,10 +112,10 @@ def pages() -> list[str]:
     return [str(p.relative_to(docs)) for p in found if p.name not in OWN_TESTS]
 
 
-def with_the_long_one_slow() -> list:
-    """`pages`; that on planning runs five plans."""
-    slow = pytest.mark.slow
-    return [pytest.param(p, marks=slow if p == "planning.md" else []) for p in pages()]
+def with_the_long_ones_slow() -> list:
+    """`pages`."""
+    long = ("chat.md", "planning.md", "serving.md", "sharing.md", "storage.md")
+    return [pytest.param(p, marks=pytest.mark.slow if p in long else []) for p in pages()]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ SMALLER = {
 """Hardware and paths that pages name, and what stands for them here."""
 
 
-@pytest.mark.parametrize("page", with_the_long_one_slow())
+@pytest.mark.parametrize("page", with_the_long_ones_slow())
 def test_the_code_of_a_page_runs_on_a_tiny_model(page, small):
     """But for blocks that begin with "# Needs", which say what is not here: those compile."""
     names: dict = {}

@@ -194,6 +194,7 @@ def test_what_cannot_fit_beside_pinned_contexts_fails(db, engines, rng):
         context.unpin()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_once_all_kinds_were_there(db, engines, rng):
     kinds = [
         aj.Greedy(),

@@ -264,6 +264,7 @@ def test_submit_waits_for_no_program(db, engines, prompt):
         each.result(30)
 
 
+@pytest.mark.slow
 def test_a_process_may_end_in_the_middle(tmp_path):
     """A request under way, and nobody closes anything."""
     code = """

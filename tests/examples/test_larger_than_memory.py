@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "tests" / "data" / "declaration.txt"
 
 
-@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 6.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 6.0])
 def test_the_answer_is_that_of_a_pool_with_room(llama3, tmp_path, capsys, beta):
     path, question = llama3(), "Which?"
     ask = runpy.run_path(str(ROOT / "examples" / "larger_than_memory.py"))["ask"]

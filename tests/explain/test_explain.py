@@ -137,6 +137,7 @@ def test_analysis_writes_nothing(session, prompt, tiny_model):
     assert first.analysis.position == full.position
 
 
+@pytest.mark.slow
 def test_a_promise_of_the_error_is_shown_beside_the_error(session):
     asked = aj.Plan(aj.DIPR(error=np.asarray([0.02, 0.3, 0.02, 0.3]), window=WINDOW), aj.Sketch())
     list(aj.generate(session, [5], max_new_tokens=3, attention=asked))

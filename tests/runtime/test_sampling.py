@@ -587,7 +587,14 @@ def _much(kind):
     return p.random, p.top_p, kind.arrays, p.logprobs
 
 
-@pytest.mark.parametrize("neighbour", [Sampling(), Sampling(top_p=0.5), Greedy(logprobs=2)])
+@pytest.mark.parametrize(
+    "neighbour",
+    [
+        pytest.param(Sampling(), marks=pytest.mark.slow),
+        pytest.param(Sampling(top_p=0.5), marks=pytest.mark.slow),
+        Greedy(logprobs=2),
+    ],
+)
 def test_a_kind_that_others_need_changes_no_token(neighbour):
     each = [Greedy(), Sampling(temperature=0.8, seed=3), Sampling(top_k=4, seed=9), neighbour]
     prompts, outputs = [[1, 2]] * 4, [[3]] * 4

@@ -128,6 +128,7 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new(serve):
     assert "Traceback" not in served.said
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_what_runs(serve):
     served = serve()
     served.ready()

@@ -63,7 +63,7 @@ def expected(kit, header):
 
 
 @pytest.mark.parametrize(
-    "rounds", [15, pytest.param(200, marks=pytest.mark.slow)], ids=["some", "many"]
+    "rounds", [10, pytest.param(200, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_row_25_killed_at_any_moment(tmp_path, kit, whole, rounds):
     """Kind: kill -9 of a process that stores, indexes, removes and collects, at random moments."""

@@ -202,6 +202,7 @@ def refuses(store, *said):
     assert time.monotonic() - begun < 30
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there(s3, monkeypatch):
     endpoint = "http://127.0.0.1:14031"  # a port is no status, whatever its digits are
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

@@ -203,7 +203,7 @@ AT_RANDOM = """
 
 
 @pytest.mark.parametrize(
-    "seconds", [4, pytest.param(60, marks=pytest.mark.slow)], ids=["some", "many"]
+    "seconds", [2, pytest.param(60, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_rows_5_and_12_four_processes_at_random(tmp_path, kit, whole, header, seconds):
     """Kind: imports, removals, collections and reads at random; every answer is right, and the

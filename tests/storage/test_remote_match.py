@@ -52,6 +52,7 @@ def test_the_longest_is_matched(small_chunks, header, contexts, prompt):
     assert (found is None) == (length == 0)
 
 
+@pytest.mark.slow
 @settings(fuzzed, max_examples=30)
 @given(st.lists(texts, min_size=1, max_size=4), st.lists(texts, max_size=3), st.data())
 def test_whatever_is_here_and_there_arrives_whole(
