@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +62,12 @@ def serve(
         str, typer.Option(metavar="SIZE", help="Memory for keys and values of all requests.")
     ] = "2GiB",
     host_memory: options.HostMemory = None,
+    warmup: Annotated[
+        bool,
+        typer.Option(
+            "--warmup", help="Compile at the start what requests need, before it is ready."
+        ),
+    ] = False,
 ) -> None:
     r"""Serve a model to OpenAI's clients.
 
@@ -105,6 +112,7 @@ def serve(
     def start() -> "Engine":
         from alaya_jax.budget import Budget
         from alaya_jax.cli import runtime
+        from alaya_jax.compilation import compilations
         from alaya_jax.db import DB
         from alaya_jax.engine import Engine
 
@@ -112,6 +120,11 @@ def serve(
         budget = Budget(memory, host_memory, runtime.indexes_of(policy, memory))
         database = DB(path, loaded, budget, namespace, store_dtype=options.value(store_dtype))
         engine = Engine(database, slots, chunk, waiting)
+        if warmup:
+            before, began = compilations().programs, time.perf_counter()
+            engine.warm_up(policy, progress=True)
+            count, took = compilations().programs - before, time.perf_counter() - began
+            note(f"Warm: {count} programs in {took:.1f} s.")
         note(f"Ready, with {len(database.contexts)} contexts in {database.path}. Ctrl-C stops it.")
         return engine
 

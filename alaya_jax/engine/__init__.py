@@ -11,9 +11,10 @@ they begin alike, what was computed of their prompts.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,10 @@ from alaya_jax.generation import Token
 from alaya_jax.progress import progress_bar
 from alaya_jax.query import Full
 from alaya_jax.query.auto import Auto
-from alaya_jax.query.plan import Plans, indexes_of, plan_for, tier_of
+from alaya_jax.query.plan import Attention, Plans, indexes_of, plan_for, tier_of
+from alaya_jax.runtime.batch import CHUNKS
 from alaya_jax.runtime.output import allowed, require_text
+from alaya_jax.runtime.sampling.params import Greedy, Sampling
 from alaya_jax.runtime.sampling.sampler import check_vocabulary
 from alaya_jax.settings import methods_under_own_settings
 
@@ -67,7 +70,7 @@ class Engine:
                 "the same requests; use aj.generate in each of them"
             )
         self.db = db
-        self._slots = int(slots)
+        self._slots, self._chunk = int(slots), int(chunk)
         self._loop = Loop(db, int(slots), int(chunk), int(waiting))
         # Whoever drops it may hold the pool's lock, and must not wait for a thread that needs it.
         self._dropped = weakref.finalize(self, self._loop.stop)
@@ -130,6 +133,61 @@ class Engine:
             for result in results:
                 yield result
                 advance(1)
+
+    def warm_up(
+        self,
+        attention: Attention | None = None,
+        sampling: Sequence[Sampling] = (Greedy(),),
+        *,
+        progress: bool = False,
+    ) -> None:
+        """Has the programs compiled, or read from disk, that requests of a plan wait for: by a few
+        short ones of its own, which share nothing. Call it before others come.
+
+        They are those of the layers for prompts, in chunks of 8, 64 and 512 tokens, and for steps
+        of 1, 4, 16, ... rows; and the choice of a token in as many rows: 9 with 16 slots. Behind
+        that nothing is compiled for texts of up to 8,192 tokens (512 pages of 16) with that plan.
+
+        Args:
+          attention: see `Request`.
+          sampling: one of each kind that will be asked: `Greedy()` stands for all temperatures and
+            filters; `Greedy(logprobs=1)` for alternatives and penalties; with `min_tokens=1` either
+            stands for those with a constraint.
+          progress: shows a bar on stderr when it is a terminal.
+
+        Raises:
+          AlayaError: as `submit`; or one of them failed.
+        """
+        widths = [n + 1 for n in (0, *CHUNKS) if n < self._chunk]
+        if self.db.pool.target.platform == "cpu":
+            widths = widths[: len(CHUNKS)]
+        rows, n = [1], 1  # the fewest requests that take each number of rows
+        while n < self._slots:
+            rows, n = [*rows, n + 1], n * 4
+        waves = [(length, 1, sampling[0]) for length in widths]
+        waves += [(1, n, each) for i, each in enumerate(sampling) for n in rows[i == 0 :]]
+        with progress_bar("compiling", len(waves), "steps", show=progress) as advance:
+            for length, count, each in waves:
+                self._wave(length, count, attention, each)
+                advance(1)
+
+    def _wave(
+        self, length: int, count: int, attention: Attention | None, sampling: Sampling
+    ) -> None:
+        """Runs requests of so many tokens at the same time."""
+        most = 8 + count * length // self._chunk  # until the last one's prompt is read, and more
+        ends: dict[str, Any] = {"ignore_eos": True, "min_tokens": 0}
+        if sampling.is_masked:
+            ends = {"ignore_eos": False, "min_tokens": most}
+        endless = dataclasses.replace(sampling, constraint=None, stop=(), stop_ids=(), **ends)
+        requests = [
+            Request([0] * length, most, attention, None, endless, cache_salt=f"warm-up {i}")
+            for i in range(count)
+        ]
+        with self._loop.together():
+            running = [self.submit(request) for request in requests]
+        for each in running:
+            each.result()
 
     def stats(self) -> EngineStats:
         """What it does at the moment, and has done."""

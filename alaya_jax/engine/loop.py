@@ -87,6 +87,10 @@ class Loop:
             self._new.append(run)
             self._changed.notify()
 
+    def together(self) -> contextlib.AbstractContextManager[Any]:
+        """Around requests that are to be seen all at once."""
+        return self._changed
+
     def cancel(self, run: Run) -> None:
         """Ends a request; does not wait."""
         with self._changed:

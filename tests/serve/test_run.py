@@ -104,8 +104,14 @@ def serve(llama3, tmp_path) -> Iterator[Callable[..., Served]]:
 
 
 def test_sigterm_lets_what_runs_end_and_takes_nothing_new(serve):
-    served = serve("--name", "small", "--attention", "window")
+    served = serve(
+        "--name", "small", "--attention", "window", "--warmup", "--slots", 1, "--chunk", 8
+    )
     served.ready()
+    assert int(served.until(r"Warm: (\d+) programs")) >= 3
+    httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 3}, timeout=60)
+    (first,) = httpx.get(f"{served.url}/v1/requests").json()["data"]
+    assert (first["completion_tokens"], first["programs"]) == (3, 0)
     assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "small"
     events: list[dict[str, Any]] = []
     stopping = False

@@ -24,7 +24,7 @@ a token that stands on the very edge of top-p.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,12 @@ class Processors:
     """What at least one sequence of a batch needs; static under jit.
 
     Penalties and bias are not named here: `SamplerState` holds their arrays, or None.
+
+    Attributes:
+      random, top_k, top_p, min_p: steps that the program has.
+      logprobs: alternatives that it reports.
+      where_asked: whether it takes a step of these only where a sequence's numbers ask for it: one
+        program then serves batches that need less, for their price.
     """
 
     random: bool
@@ -48,6 +54,7 @@ class Processors:
     top_p: bool
     min_p: bool
     logprobs: int
+    where_asked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,30 +70,29 @@ ALTERNATIVES = 20
 
 
 def kind_of(each: Sequence[Sampling], vocab_size: int) -> Kind:
-    """The first of a few kinds, each with more than the one before, that serves all of these.
+    """The first of a few kinds, each with more than the one before, that serves all of these: of
+    all temperatures and filters; with penalties and alternatives; with more alternatives.
 
     Where sequences come and go, a program for each set of what they need would be compiled again
     and again; here who joins can only lead to a kind that one of them needs anyway. What a sequence
     does not need leaves it as it is.
     """
-    warm = [s for s in each if s.temperature > 0]
-    filters = any(s.top_k or s.top_p < 1 or s.min_p for s in warm)
     penalties = any(
         s.logit_bias or s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
         for s in each
     )
     wanted = max(s.logprobs for s in each)
     everything = bool(penalties or wanted)
-    filters |= everything
     count = ALTERNATIVES if everything else 0
     while count < wanted:
         count *= 4
     processors = Processors(
-        random=bool(warm) or filters,
-        top_k=filters,
-        top_p=filters,
-        min_p=filters,
+        random=True,
+        top_k=True,
+        top_p=True,
+        min_p=True,
         logprobs=min(count, vocab_size),
+        where_asked=True,
     )
     return Kind(processors, everything)
 
@@ -246,8 +252,13 @@ def sample(
     if processors.random:
         # Gumbel-max: no cumulative distribution is needed, and noise by token id keeps a sequence's
         # draw the same whichever filters its neighbours in the batch switch on.
-        noise = jax.vmap(_noise, (0, 0, None))(state.key, state.step, scores.shape[-1])
-        scores = scores + jnp.where(state.temperature[:, None] > 0, noise, 0)
+        warm = state.temperature > 0
+
+        def noisy(scores: jax.Array) -> jax.Array:
+            noise = jax.vmap(_noise, (0, 0, None))(state.key, state.step, scores.shape[-1])
+            return scores + jnp.where(warm[:, None], noise, 0)
+
+        scores = _where_asked(processors, warm, noisy, scores)
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     valid = jnp.isfinite(total) & (_at(scores, token) > -jnp.inf)
@@ -287,20 +298,53 @@ def process_logits(processors: Processors, state: SamplerState, logits: jax.Arra
         scores = scores + state.bias
     if state.mask is not None:
         scores = jnp.where(_bits(state.mask, scores.shape[-1]), scores, -jnp.inf)
-    if processors.random:
-        # The peak goes first: a small temperature then sends the rest to -inf, and none to +inf.
-        peak = jnp.max(scores, axis=-1, keepdims=True)
-        scores = (scores - peak) / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
-    if processors.top_k:
+    if not processors.random:
+        return scores
+    warm = state.temperature > 0
+    return _where_asked(
+        processors, warm, lambda scores: _filtered(processors, state, scores), scores
+    )
+
+
+def _filtered(processors: Processors, state: SamplerState, scores: jax.Array) -> jax.Array:
+    """Scores divided by temperature, without those that the filters exclude."""
+    warm = state.temperature > 0
+
+    def top_k(scores: jax.Array) -> jax.Array:
         wanted = jnp.where(state.top_k > 0, state.top_k.astype(jnp.float32), jnp.inf)
-        scores = _keep_best(scores, jnp.ones_like(scores), wanted)
-    if processors.top_p:
+        return _keep_best(scores, jnp.ones_like(scores), wanted)
+
+    def top_p(scores: jax.Array) -> jax.Array:
         weight = jnp.exp(scores)
         wanted = jnp.where(state.top_p < 1, state.top_p * weight.sum(-1), jnp.inf)
-        scores = _keep_best(scores, weight, wanted)
-    if processors.min_p:  # the most likely token stands at 0
-        scores = jnp.where(scores >= jnp.log(state.min_p)[:, None], scores, -jnp.inf)
+        return _keep_best(scores, weight, wanted)
+
+    def min_p(scores: jax.Array) -> jax.Array:  # the most likely token stands at 0
+        return jnp.where(scores >= jnp.log(state.min_p)[:, None], scores, -jnp.inf)
+
+    # The peak goes first: a small temperature then sends the rest to -inf, and none to +inf.
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    scores = (scores - peak) / jnp.where(warm, state.temperature, 1)[:, None]
+    for has, asked, change in (
+        (processors.top_k, state.top_k > 0, top_k),
+        (processors.top_p, state.top_p < 1, top_p),
+        (processors.min_p, state.min_p > 0, min_p),
+    ):
+        if has:
+            scores = _where_asked(processors, warm & asked, change, scores)
     return scores
+
+
+def _where_asked(
+    processors: Processors,
+    asked: jax.Array,
+    change: Callable[[jax.Array], jax.Array],
+    scores: jax.Array,
+) -> jax.Array:
+    """`change(scores)`; see `Processors.where_asked`."""
+    if not processors.where_asked:
+        return change(scores)
+    return lax.cond(jnp.any(asked), change, lambda scores: scores, scores)
 
 
 def _bits(mask: jax.Array, size: int) -> jax.Array:
