@@ -8,9 +8,10 @@ session, rest = db.create_session(messages=messages, document=document)
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -95,6 +96,13 @@ class DatabaseStats(StoreStats):
                 f"in memory; {nbytes(self.bytes_read)} read, {nbytes(self.bytes_verified)} verified"
             )
         return rows
+
+
+class Closes(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Ends it; closing twice is allowed."""
 
 
 def _listed(sizes: dict[str, int]) -> str:
@@ -190,6 +198,7 @@ class DB:
             store_dtype=store_dtype,
         )
         self._sharing = Sharing(self._catalogue, shared) if shared is not None else None
+        self._users = weakref.WeakSet[Closes]()
 
     @property
     def pool(self) -> PagePool:
@@ -497,8 +506,14 @@ class DB:
         )
 
     def close(self) -> None:
-        """Lets go of the path and the pages; closing twice is allowed."""
+        """Closes its engines, and lets go of the path and the pages; closing twice is allowed."""
+        for user in list(self._users):
+            user.close()
         self._catalogue.close()
+
+    def close_before(self, user: "Closes") -> None:
+        """Has `close` close first what works in threads of its own, if it is still there."""
+        self._users.add(user)
 
     def __reduce__(self) -> Any:
         raise RequestError(

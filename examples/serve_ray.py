@@ -140,6 +140,7 @@ class Front:
                 self._running[i] -= 1
                 raise
             headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in begun["headers"]}
+            headers.pop("x-request-id", None)  # Ray's proxy says it as well
             content = self._rest(i, messages, headers.get("content-type", ""))
             return StreamingResponse(content, begun["status"], headers | {"x-replica": str(i)})
         text = "no replica answers; Ray starts them again: come back in a few seconds"

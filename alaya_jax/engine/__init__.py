@@ -49,7 +49,7 @@ class Engine:
     An engine that is dropped is closed, but nobody waits for it.
 
     Args:
-      db: where it runs; closed after the engine.
+      db: where it runs; closing it closes the engine.
       slots: requests at most that have pages at the same time.
       chunk: tokens at most that are read of prompts in a turn, while others wait for their next.
       waiting: requests at most that have no pages yet.
@@ -75,6 +75,7 @@ class Engine:
         # Whoever drops it may hold the pool's lock, and must not wait for a thread that needs it.
         self._dropped = weakref.finalize(self, self._loop.stop)
         self._dropped.atexit = False
+        db.close_before(self._loop)
 
     def submit(self, request: Request, on_token: Callable[[Token], Any] | None = None) -> Running:
         """Takes a request, and returns at once.

@@ -242,6 +242,21 @@ def test_a_dropped_engine_ends_its_thread(db, prompt):
     assert db.pool.free_tokens == 1024
 
 
+def test_closing_the_database_closes_its_engines(open_db, prompt):
+    db = open_db(path="closed")
+    engine = aj.Engine(db)
+    running = engine.submit(aj.Request(prompt, LONG))
+    next(iter(running))
+    db.close()
+    with pytest.raises(EngineClosedError):
+        running.result(30)
+    with pytest.raises(EngineClosedError):
+        engine.submit(aj.Request(prompt, 1))
+    assert db.pool.free_tokens == 1024
+    engine.close()
+    db.close()
+
+
 def test_submit_waits_for_no_program(db, engines, prompt):
     """The pool's lock is held while programs are compiled."""
     engine = engines()
