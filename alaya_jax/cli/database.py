@@ -345,8 +345,8 @@ def table(data: dict[str, Any]) -> str:
         lines.append(
             f"  {row['id']}  {row['tokens']:>9,} tokens  {nbytes(row['bytes']):>9}  {when}"
         )
-        model = f"model {row['model'][:12]}" if row["model"] else ""
-        facts = ", ".join(filter(None, [row["title"], model]))
+        namespace = f"namespace {row['namespace']}" if row["namespace"] else ""
+        facts = ", ".join(filter(None, [row["title"], _model(row["model"]), namespace]))
         if facts or row["pinned"]:
             lines.append(f"    {facts}{' (pinned)' if row['pinned'] else ''}")
         for run in row["origin"]:
@@ -356,6 +356,12 @@ def table(data: dict[str, Any]) -> str:
         if row["problem"]:
             lines.append(f"    {row['problem']}")
     return "\n".join(lines)
+
+
+def _model(fingerprint: str | None) -> str:
+    """Which model, shortly; how it was quantized or stretched stands behind the digest."""
+    digest, dash, how = (fingerprint or "").partition("-")
+    return f"model {digest[:12]}{dash}{how}" if digest else ""
 
 
 def open_store(db: Path | None, *, read_only: bool, make: bool = False) -> "PoolStore":

@@ -369,6 +369,28 @@ def test_ls_says_what_is_not_exact(alaya, tmp_path):
     assert listed["contexts"][0]["origin"] == [{"from": 7, "plan": plan}]
 
 
+def test_ls_tells_models_and_namespaces_apart(alaya, tmp_path):
+    """Also those of one file that was quantized in two ways."""
+    digest = "0123456789abcdef" * 4
+    shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "page_size": 16}
+    each = {
+        "model 0123456789ab": {"fingerprint": digest},
+        "model 0123456789ab-int8-2": {"fingerprint": f"{digest}-int8-2"},
+        "namespace team": {"fingerprint": "mine", "namespace": "team"},
+    }
+    with PoolStore(tmp_path / "db") as store:
+        for header in each.values():
+            made = ContextHeader(dtype="float32", **shape, **header)
+            store.write(made, np.arange(9), lambda start: [np.zeros((2, 1, 9, 2), np.float32)])
+    lines = alaya("db", "ls", "--db", tmp_path / "db").stdout.splitlines()
+    shown = {line.strip() for line in lines[2::2]}
+    assert shown == {
+        "model 0123456789ab",
+        "model 0123456789ab-int8-2",
+        "model mine, namespace team",
+    }
+
+
 DATED = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
     "{{ strftime_now('%d %b %Y') }}<|eot_id|>{% for m in messages %}<|start_header_id|>user"
