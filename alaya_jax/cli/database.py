@@ -1,6 +1,7 @@
 """`alaya db`: look after a database of contexts. Only `index` loads a model."""
 
 import dataclasses
+import re
 import textwrap
 import time
 from collections.abc import Sequence
@@ -359,9 +360,9 @@ def table(data: dict[str, Any]) -> str:
 
 
 def _model(fingerprint: str | None) -> str:
-    """Which model, shortly; how it was quantized or stretched stands behind the digest."""
-    digest, dash, how = (fingerprint or "").partition("-")
-    return f"model {digest[:12]}{dash}{how}" if digest else ""
+    """Which model, its digest shortened; how it was quantized or stretched stands behind that."""
+    short = re.sub(r"([0-9a-f]{9})[0-9a-f]{4,}", r"\1", fingerprint or "")
+    return short and f"model {short}"
 
 
 def open_store(db: Path | None, *, read_only: bool, make: bool = False) -> "PoolStore":

@@ -371,11 +371,11 @@ def test_ls_says_what_is_not_exact(alaya, tmp_path):
 
 def test_ls_tells_models_and_namespaces_apart(alaya, tmp_path):
     """Also those of one file that was quantized in two ways."""
-    digest = "0123456789abcdef" * 4
+    digest = "v2-" + "0123456789abcdef" * 4
     shape = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "page_size": 16}
     each = {
-        "model 0123456789ab": {"fingerprint": digest},
-        "model 0123456789ab-int8-2": {"fingerprint": f"{digest}-int8-2"},
+        "model v2-012345678": {"fingerprint": digest},
+        "model v2-012345678-int8-2": {"fingerprint": f"{digest}-int8-2"},
         "namespace team": {"fingerprint": "mine", "namespace": "team"},
     }
     with PoolStore(tmp_path / "db") as store:
@@ -385,8 +385,8 @@ def test_ls_tells_models_and_namespaces_apart(alaya, tmp_path):
     lines = alaya("db", "ls", "--db", tmp_path / "db").stdout.splitlines()
     shown = {line.strip() for line in lines[2::2]}
     assert shown == {
-        "model 0123456789ab",
-        "model 0123456789ab-int8-2",
+        "model v2-012345678",
+        "model v2-012345678-int8-2",
         "model mine, namespace team",
     }
 
