@@ -33,7 +33,7 @@ COLUMNS = {
     "mass_estimated": "share of the attention mass by the index's estimate, mean over query heads",
     "error_estimated": "|out - full| / |full| by the index's estimate, mean over query heads",
     "searches_widened": "searches that had no room and were answered by a scan, over all heads",
-    "bytes": "of keys, values and index read for a query token, all heads",
+    "bytes": "of keys and values (as they are computed with) and index, a query token, all heads",
     "pages_met": "pages of a kv head that were met, each time; None where none are mapped",
     "pages_pool": "of these, in the pool",
     "pages_memory": "of mapped files, met before and not let go of since",

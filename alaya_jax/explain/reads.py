@@ -123,7 +123,9 @@ class Reads:
         return totals.get(what, self.attended) / max(self.queries, 1)
 
     def _bytes(self, plan: Plan, layer: int, read: float) -> float:
-        """Bytes of keys, values and index that a query token reads, from the counts."""
+        """Bytes of keys, values and index that a query token reads, from the counts; of keys and
+        values as they are computed with, also where they lie in 8 bits.
+        """
         n, c = max(self.queries, 1), self._model.config
         key = c.head_dim * np.dtype(self._model.dtype).itemsize
         heads = c.num_key_value_heads
