@@ -140,7 +140,13 @@ class Analysis:
         return [(int(at), self.decode([int(self.tokens[at])])) for at in positions]
 
 
-def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTED) -> Analysis:
+def analyze(
+    batch: Batch,
+    plans: Plans,
+    sequence: int = 0,
+    wanted: float = WANTED,
+    repeats: int = REPEATS,
+) -> Analysis:
     """Runs the last cached token of one sequence again by these plans.
 
     Args:
@@ -148,6 +154,7 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
       plans: how its attention is answered.
       sequence: of a batch, which.
       wanted: share of the mass that "needed" figures are for, where a plan asks for none.
+      repeats: timed calls of a layer's attention; 0: none is timed, and the seconds are NaN.
 
     Raises:
       RequestError: the sequence is empty, the ids of its tokens are not known, or there is no such
@@ -199,10 +206,13 @@ def analyze(batch: Batch, plans: Plans, sequence: int = 0, wanted: float = WANTE
                 mesh=pool.mesh,
                 rules=pool.rules,
             )
-            (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory))
+            (out, counts), seconds = _timed(functools.partial(attend, plan, memory=memory), repeats)
             plain = dataclasses.replace(memory, index=None)
             full = functools.partial(attend, Plan(Full()), memory=plain)
-            seconds_full = seconds if isinstance(plan.query, Full) else _timed(full)[1]
+            if isinstance(plan.query, Full) or not repeats:
+                seconds_full = seconds
+            else:
+                seconds_full = _timed(full, repeats)[1]
             everywhere = whole(pool.mesh)
             pages, local = _on_one(memory.pools, table, index, pool.num_pages, everywhere)
             true = truth(
@@ -277,14 +287,14 @@ def _row(
     }
 
 
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     """The result, and the median of some calls after a first one."""
     result, times = jax.block_until_ready(call()), []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)
-    return result, float(np.median(times))
+    return result, float(np.median(times)) if times else float("nan")
 
 
 def _on_one(

@@ -23,7 +23,7 @@ def main() -> None:
 
     directory = sys.argv[1]
     lm = HFLM(pretrained=directory, dtype="float32", device="cpu")
-    os.chdir(HERE / "tasks")  # where the tasks' files are looked for
+    os.chdir(HERE / "local")  # where the tasks' files are looked for
     manager = TaskManager(include_path=".")
     found = lm_eval.simple_evaluate(model=lm, tasks=TASKS, task_manager=manager)["samples"]
     pairs, texts, answers = [], [], []

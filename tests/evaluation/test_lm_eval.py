@@ -44,7 +44,7 @@ def test_local_tasks_score_what_the_hf_model_scores(alaya_lm, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.chdir(HERE / "tasks")
+    monkeypatch.chdir(HERE / "local")
     tasks = ["local_capitals", "local_passages", "local_answers"]
     manager = TaskManager(include_path=".")
     samples = lm_eval.simple_evaluate(model=alaya_lm, tasks=tasks, task_manager=manager)["samples"]
@@ -89,7 +89,7 @@ def test_a_setting_that_is_not_to_be_had(settings, words):
 def test_the_command_line_says_what_is_wrong_in_a_line(tmp_path):
     command = [sys.executable, "-m", "alaya_jax.evaluation.lm_eval", "--model", "alaya_jax"]
     settings = ["--model_args", "pretrained=no-such-model", "--tasks", "local_capitals"]
-    include = ["--include_path", str(HERE / "tasks")]
+    include = ["--include_path", str(HERE / "local")]
     ended = subprocess.run([*command, *settings, *include], capture_output=True, text=True)
     assert ended.returncode == 1
     assert "error: " in ended.stderr.splitlines()[-1]

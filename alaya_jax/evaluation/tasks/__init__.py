@@ -1,0 +1,1 @@
+"""Questions about long texts, with known answers, made by seed at any length."""
