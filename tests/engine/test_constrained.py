@@ -45,7 +45,7 @@ def test_each_gets_what_it_gets_alone(db, engines, alone, rng):
     """
     prompts = [rng.integers(3, 256, n) for n in (20, 33, 47)]
     asked = [
-        *(aj.Request(prompts[i % 3], 150, sampling=hot(i)) for i in range(4)),
+        *(aj.Request(prompts[i % 3], 90, sampling=hot(i)) for i in range(4)),
         aj.Request(prompts[0], 40, sampling=aj.Greedy(constraint=WORDS)),
         aj.Request(prompts[1], 30),
         aj.Request(prompts[2], 40, sampling=hot(7, top_k=5, top_p=0.9, frequency_penalty=0.5)),
@@ -58,7 +58,7 @@ def test_each_gets_what_it_gets_alone(db, engines, alone, rng):
     leaves = engine.submit(asked[0], lambda token: True)
     results = list(engine.run(asked))
     assert [said(each) for each in results] == expected
-    assert sum(checked(each) for each in results[:4]) >= 3
+    assert sum(checked(each) for each in results[:4]) >= 2
     assert all(re.fullmatch(WORDS.regex, results[i].text) for i in (4, 8, 9))
     assert leaves.result(30).finish_reason == "cancelled"
 
@@ -84,9 +84,9 @@ def test_the_likeliest_of_those_that_may_come(db, engines, rng, all_logits):
 
 
 def test_who_loses_its_pages_says_the_same(db, engines, alone, rng):
-    constraint = aj.Constraint(regex="[ -~]{200}")
+    constraint = aj.Constraint(regex="[ -~]{110}")
     requests = [
-        aj.Request(rng.integers(3, 256, 200), 250, sampling=aj.Sampling(seed=i, constraint=c))
+        aj.Request(rng.integers(3, 256, 300), 120, sampling=aj.Sampling(seed=i, constraint=c))
         for i, c in enumerate((constraint, None, constraint))
     ]
     expected = [alone(each) for each in requests]
@@ -193,7 +193,7 @@ def test_refused_at_once(db, engines, open_db, tiny_model):
 
 
 def test_in_a_coroutine(engines, rng):
-    running = engines().submit(aj.Request(rng.integers(3, 256, 9), 150, sampling=hot(1)))
+    running = engines().submit(aj.Request(rng.integers(3, 256, 9), 90, sampling=hot(1)))
 
     async def read():
         return "".join([token.text async for token in running]), await running

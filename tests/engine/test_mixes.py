@@ -19,8 +19,13 @@ PLANS = (
 )
 
 
-def sampling(random: np.random.Generator) -> aj.Sampling:
-    """One of many: greedy or not, with filters, penalties, ends and alternatives, or without."""
+SENTENCE = aj.Constraint(regex=r"([a-z]{1,7} ){2,5}[a-z]+\.")
+
+
+def sampling(random: np.random.Generator, most: int) -> aj.Sampling:
+    """One of many: greedy or not, with filters, penalties, ends, alternatives, a constraint and a
+    least of tokens, or without.
+    """
     settings = {
         "temperature": random.choice([0.0, 0.0, 0.8, 1.3]),
         "top_p": random.choice([1.0, 0.9]),
@@ -36,7 +41,10 @@ def sampling(random: np.random.Generator) -> aj.Sampling:
     stop = tuple(map(str, letters)) if random.random() < 0.3 else ()
     ends = tuple(map(int, random.integers(40, 120, 2))) if random.random() < 0.3 else ()
     numbers = {name: value.item() for name, value in settings.items()}
-    return aj.Sampling(**numbers, logit_bias=bias, stop=stop, stop_ids=ends)
+    kept = SENTENCE if random.random() < 0.2 else None
+    least = int(random.integers(most + 1)) if random.random() < 0.1 else 0
+    more = {"constraint": kept, "min_tokens": least}
+    return aj.Sampling(**numbers, logit_bias=bias, stop=stop, stop_ids=ends, **more)
 
 
 def request(random: np.random.Generator, beginnings: list[np.ndarray]) -> aj.Request:
@@ -46,7 +54,7 @@ def request(random: np.random.Generator, beginnings: list[np.ndarray]) -> aj.Req
     prompt = np.concatenate([beginning[: random.integers(len(beginning) + 1)], own])
     attention, prefill = PLANS[random.choice(len(PLANS), p=[0.5, 0.2, 0.1, 0.1, 0.1])]
     most = int(random.integers(1, 40))
-    return aj.Request(prompt, most, attention, prefill, sampling(random))
+    return aj.Request(prompt, most, attention, prefill, sampling(random, most))
 
 
 @pytest.mark.parametrize(

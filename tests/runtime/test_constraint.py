@@ -68,6 +68,42 @@ def test_what_random_choices_say_is_valid(tiny_model, rng, schema):
         jsonschema.validate(json.loads(said), schema)
 
 
+def any_schema(random: np.random.Generator, depth: int = 0) -> dict:
+    """A schema of few words, of objects and lists in one another."""
+    kinds = ["string", "integer", "boolean", "null", "enum", "object", "array", "anyOf"]
+    match str(random.choice(kinds[: 8 if depth < 3 else 5])):
+        case "string":
+            return {"type": "string", "maxLength": int(random.integers(9))}
+        case "integer":
+            low = int(random.integers(-50, 50))
+            return {"type": "integer", "minimum": low, "maximum": low + int(random.integers(99))}
+        case "enum":
+            return {"enum": [["a", 1], {"b": None}, "é\n", -2.5][: random.integers(1, 5)]}
+        case "object":
+            names = [str(name) for name in random.permutation(["a", "b c", 'd"', "é"])]
+            return {
+                "type": "object",
+                "properties": {name: any_schema(random, depth + 1) for name in names},
+                "required": names[: random.integers(5)],
+                "additionalProperties": False,
+            }
+        case "array":
+            least = int(random.integers(3))
+            inner = any_schema(random, depth + 1)
+            return {"type": "array", "items": inner, "minItems": least, "maxItems": least + 2}
+        case "anyOf":
+            return {"anyOf": [any_schema(random, depth + 1) for _ in range(2)]}
+        case kind:
+            return {"type": kind}
+
+
+def test_what_random_choices_say_is_valid_by_random_schemas(tiny_model, rng):
+    for _ in range(60):
+        schema = any_schema(rng)
+        said = walk(follow(tiny_model.tokenizer, Constraint(json_schema=schema)), rng, 60)
+        jsonschema.validate(json.loads(said), schema)
+
+
 def test_a_regular_expression_and_a_grammar(tiny_model, rng):
     pattern = r"(yes|no), [a-zé]{2,5}\."
     lark = 'start: "(" start? ")"'

@@ -65,8 +65,9 @@ def test_openai(url):
     echoed = client.completions.create(model="tiny", prompt="Once", echo=True, logprobs=1)
     assert echoed.choices[0].text.startswith("Once")
     assert echoed.choices[0].logprobs.token_logprobs[0] is None
+    odd = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(**GREEDY, response_format={"type": "json_object"})
+        client.chat.completions.create(**GREEDY, response_format=odd)
     assert refused.value.param == "response_format"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**GREEDY | {"model": "other"})
@@ -80,6 +81,30 @@ def test_openai(url):
             return [a.choices[0].message.content for a in await asyncio.gather(*answers)]
 
     assert asyncio.run(several()) == [text] * 5
+
+
+def test_openai_parses_what_must_be(url):
+    """A format and a forced call from the client's own schemas, whole and streamed."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    pydantic = pytest.importorskip("pydantic")
+    short = pydantic.Field(max_length=4)
+    part = pydantic.create_model("Part", name=(str, short))
+    thing = pydantic.create_model(
+        "Thing", size=(int | None, pydantic.Field(le=99)), parts=(list[part], short)
+    )
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    asked = GREEDY | {"temperature": 2, "seed": 4, "max_tokens": 400}
+    parsed = client.chat.completions.parse(**asked, response_format=thing)
+    assert isinstance(parsed.choices[0].message.parsed, thing)
+    with client.chat.completions.stream(**asked, response_format=thing) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+    tools = [openai.pydantic_function_tool(thing, name="make")]
+    for choice in ("required", {"type": "function", "function": {"name": "make"}}):
+        said = client.chat.completions.create(**asked, tools=tools, tool_choice=choice)
+        (call,) = said.choices[0].message.tool_calls
+        assert call.function.name == "make"
+        thing.model_validate_json(call.function.arguments)
 
 
 def test_langchain(url):
