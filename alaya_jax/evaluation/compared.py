@@ -32,11 +32,11 @@ AUTO_RECOVERY = 0.95
 
 _TUNED: Mapping[str, tuple[str, float, float]] = {
     "alayadb": ("beta", 0.0, 300.0),
-    "recovery": ("recovery", 0.2, 0.9999),
+    "recovery": ("recovery", 0.01, 0.9999),
 }
 """Those that are not told how many keys: their setting, from what reads fewest keys to most."""
 
-_HALVINGS = 9
+_HALVINGS = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from alaya_jax.evaluation.tasks.item import Item
 from alaya_jax.explain.analysis import analyze
 from alaya_jax.generation import generate
 from alaya_jax.query import Full
-from alaya_jax.query.plan import Attention, Plans
+from alaya_jax.query.plan import Attention, Plans, same_plans
 from alaya_jax.runtime.sampling.params import Greedy
 from alaya_jax.session import Session
 
@@ -79,6 +79,8 @@ class Asked:
         self._session, self._last, self._item = session, np.asarray([last], np.int32), item
         self._whole = session.fork()
         self._whole.prefill(self._last)
+        self._answered: list[tuple[Plans, _Answer]] = []
+        self._measured: list[tuple[Plans, Measured]] = []
 
     def close(self) -> None:
         """Gives its pages back."""
@@ -86,41 +88,54 @@ class Asked:
 
     def expected(self) -> Expected:
         """What full attention answers."""
-        ids, *_ = self._answer(Full())
-        ids = ids[:LOOKED_AT] or list(self._session.model.eos_ids[:1])
-        with self._session.fork() as fork:
-            return Expected(ids, self._logprobs(fork, ids, fork.plans(Full(), fork.length)))
+        plans = self._plans(Full())
+        ids = self._answer(plans).ids[:LOOKED_AT] or list(self._session.model.eos_ids[:1])
+        return Expected(ids, self._logprobs(ids, plans))
 
     def under(self, attention: Attention, expected: Expected) -> Measured:
-        """What a policy answers. It chooses the keys from the first token of the answer on."""
-        ids, said, seconds, read = self._answer(attention)
-        del ids
-        plans = self._whole.plans(attention, self._whole.length + self._item.most)
+        """What a policy answers. It chooses the keys from the first token of the answer on.
+
+        Where it comes to plans that were measured already, it is not asked again: `Auto` often
+        chooses to read every key of a short text.
+        """
+        plans = self._plans(attention)
+        for known, measured in self._measured:
+            if same_plans(known, plans):
+                return measured
+        measured = self._measure(plans, expected)
+        self._measured.append((plans, measured))
+        return measured
+
+    def _measure(self, plans: Plans, expected: Expected) -> Measured:
+        answer = self._answer(plans)
         analysis = analyze(self._whole.batch, plans, repeats=0)
-        with self._session.fork() as fork:
-            logprobs = self._logprobs(fork, expected.ids, plans)
+        logprobs = self._logprobs(expected.ids, plans)
         want = expected.logprobs.astype(np.float64)
         kl = np.sum(np.exp(want) * (want - logprobs.astype(np.float64)), axis=-1)
-        attended, visible = read
+        attended = answer.attended
         layers = len(attended)
         sparse = sparse_layers(plans, layers) or list(range(layers))
         return Measured(
-            said=said,
-            score=self._item.score(said),
+            said=answer.said,
+            score=self._item.score(answer.said),
             keys=float(attended[sparse].mean()),
             keys_all=float(attended.mean()),
-            visible=visible,
+            visible=answer.visible,
             mass=np.round(analysis.recovery, 5).tolist(),
             error=np.round(analysis.error, 5).tolist(),
             kl=np.round(np.maximum(kl, 0.0), 7).tolist(),
             top1=float(np.mean(logprobs.argmax(-1) == want.argmax(-1))),
-            seconds=round(seconds, 3),
+            seconds=round(answer.seconds, 3),
         )
 
-    def _answer(self, attention: Attention) -> tuple[list[int], str, float, Any]:
-        """Ids, text, seconds, and ([L, H] keys attended to a token, keys there were)."""
+    def _plans(self, attention: Attention) -> Plans:
+        return self._whole.plans(attention, self._whole.length + self._item.most)
+
+    def _answer(self, plans: Plans) -> "_Answer":
+        for known, answer in self._answered:
+            if same_plans(known, plans):
+                return answer
         with self._session.fork() as fork:
-            plans = fork.plans(attention, fork.length + self._item.most + 1)
             started = time.perf_counter()
             run = generate(
                 fork,
@@ -132,24 +147,35 @@ class Asked:
             )
             said = "".join(token.text for token in run)
             seconds = time.perf_counter() - started
-            phases = [
-                fork.account.reads[p] for p in ("prefill", "decode") if p in fork.account.reads
-            ]
+            reads = fork.account.reads
+            phases = [reads[name] for name in ("prefill", "decode") if name in reads]
             tokens = sum(phase.queries for phase in phases)
             attended = sum(phase.mean("attended") * phase.queries for phase in phases) / tokens
             visible = sum(phase.visible for phase in phases) / tokens
-            return list(run.ids[0]), said, seconds, (np.asarray(attended), visible)
+        answer = _Answer(list(run.ids[0]), said, seconds, np.asarray(attended), visible)
+        self._answered.append((plans, answer))
+        return answer
 
-    def _logprobs(self, session: Session, ids: list[int], plans: Plans) -> np.ndarray:
+    def _logprobs(self, ids: list[int], plans: Plans) -> np.ndarray:
         """Log-probabilities [n, V] of all tokens in the places of `ids`, behind the prompt."""
-        batch = session.batch
-        rows = session.rows(np.concatenate([self._last, np.asarray(ids[:-1], np.int32)]))
-        batch.make_room([len(ids)], plans)
         made: list[Any] = []
-        passed, _ = batch.feed(
-            rows, plans, lambda *args: None, on_output=lambda x, fed: made.append(x)
-        )
-        (x,) = made  # so few tokens are one chunk
-        logits = batch.stack.logits(dataclasses.replace(passed, last=x[0]))
+        with self._session.fork() as fork:
+            rows = fork.rows(np.concatenate([self._last, np.asarray(ids[:-1], np.int32)]))
+            fork.batch.make_room([len(ids)], plans)
+            passed, _ = fork.batch.feed(
+                rows, plans, lambda *args: None, on_output=lambda x, fed: made.append(x)
+            )
+            (x,) = made  # so few tokens are one chunk
+            logits = fork.batch.stack.logits(dataclasses.replace(passed, last=x[0]))
         logits = np.asarray(logits)[: len(ids)].astype(np.float32)
         return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+class _Answer(NamedTuple):
+    """An answer; of its tokens, in the mean, keys attended to [L, H] and those there were."""
+
+    ids: list[int]
+    said: str
+    seconds: float
+    attended: np.ndarray
+    visible: float

@@ -63,11 +63,11 @@ SUITES = {
     "quick": Suite(
         name="quick",
         lengths=(2400, 3900),  # whose programs are the same
-        ruler=(("niah_single_1", 2), ("niah_single_2", 1), ("niah_multikey_1", 1)),
+        ruler=(("niah_single_1", 1), ("niah_single_2", 1)),
         passkey=1,
         key_values=0,
         legal=1,
-        questions=4,
+        questions=3,
     ),
     "full": Suite(
         name="full",
