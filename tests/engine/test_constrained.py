@@ -201,3 +201,17 @@ def test_in_a_coroutine(engines, rng):
     text, result = asyncio.run(read())
     assert text == result.text
     checked(result)
+
+
+@pytest.mark.slow
+def test_on_a_mesh(on_mesh, tiny_model, open_db, engines, alone, rng):
+    prompt = rng.integers(3, 256, 20)
+    asked = [
+        aj.Request(prompt, 30, sampling=aj.Greedy(constraint=WORDS)),
+        aj.Request(prompt, 20, sampling=aj.Sampling(seed=1, top_p=0.9, temperature=1.5)),
+    ]
+    plain = open_db(path="plain")
+    expected = [alone(each, plain) for each in asked]
+    db = open_db(on_mesh(tiny_model, aj.make_mesh(kv_heads=2)), "mesh")
+    assert [alone(each, db) for each in asked] == expected
+    assert [said(each) for each in engines(db).run(asked)] == expected
