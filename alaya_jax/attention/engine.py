@@ -271,7 +271,7 @@ def _attend_rows(
     counts = functools.partial(Counts.of, q.shape[:-1])
 
     if isinstance(query, Full):
-        partial, _ = attend_range(q, pages, KeyRange(zero, end))
+        partial, _ = attend_range(q, pages.read_by(q), KeyRange(zero, end))
         return merge_across(partial, axis).out, counts(end, end, mass=1.0)
 
     window = query if isinstance(query, Window) else query.window

@@ -27,6 +27,9 @@ TILE_TOKENS = 512
 FEW_ROWS = 16
 """Query rows of a kv head, at most, for which time goes into reading keys, not scoring them."""
 
+LONG_TILE = 4096
+"""Keys a tile, at most, for few rows that see all of a long sequence."""
+
 WINDOW_TILE = 256
 """Keys a tile for few rows that see the ends of a range: its tiles reach less beyond them."""
 
@@ -109,6 +112,15 @@ class Pages:
     def in_tiles(self, tokens: int | None) -> "Pages":
         """The same in tiles of so many tokens on a CPU, of `DEVICE_TOKENS` elsewhere."""
         return dataclasses.replace(self, tile=tokens if on_cpu() else DEVICE_TOKENS)
+
+    def read_by(self, q: Float[Array, "K G T D"]) -> "Pages":
+        """The same in tiles fit for queries that see all keys: a sixteenth of a long sequence, for
+        few rows on a CPU. There XLA copies and multiplies large tiles faster.
+        """
+        if self.tile is not None or not on_cpu() or q.shape[1] * q.shape[2] > FEW_ROWS:
+            return self
+        tile = max(TILE_TOKENS, min(self.columns // 16, LONG_TILE))
+        return dataclasses.replace(self, tile=tile)
 
     def first_page(self, tile: Array) -> Array:
         """Entry that a tile begins with: the last tile may reach back into the one before."""
