@@ -104,8 +104,8 @@ def _scatter(summary: Summary) -> "Figure":
         right.plot(at, row["mass"], "o", **style)
         right.vlines(at, row["mass_worst"], row["mass"], colors=style["color"], linewidths=1)
     for axes, what in (
-        (left, "score, of what full attention answers"),
-        (right, "mass read: mean, and down to the worst 1%"),
+        (left, "score of what full answers"),
+        (right, "mass read, down to the worst 1%"),
     ):
         axes.set(xlabel="keys read, share of all, all layers", ylabel=what, ylim=(-0.03, 1.03))
         axes.set_xscale("log")
@@ -117,6 +117,7 @@ def _scatter(summary: Summary) -> "Figure":
 
 def _heads(summary: Summary, rows: list[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [row["policy"] for row in summary.policies if row["policy"] != "full"]
     means = [
@@ -133,6 +134,8 @@ def _heads(summary: Summary, rows: list[Mapping[str, Any]]) -> "Figure":
     for axis, name, mean in zip(axes.ravel(), names, means, strict=False):
         image = axis.imshow(mean, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set(title=name, xlabel="head", ylabel="layer")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(integer=True))
     if image is not None:
         figure.colorbar(image, ax=axes, label="share of the mass", shrink=0.6)
     return figure

@@ -16,7 +16,8 @@ from pathlib import Path
 from alaya_jax.errors import RequestError
 from alaya_jax.evaluation.tasks.item import Count, Item, Scorer, too_short
 
-KINDS = ("clause", "reference", "term", "party")
+KINDS = ("term", "party", "clause", "reference")
+"""Of questions; those first that small models answer, too."""
 
 _HEADING = re.compile(r"^ {0,4}(\d{1,2})\. +([A-Z][A-Za-z ,/&'-]{3,60}?)\.?$", re.M)
 _REFERENCE = re.compile(r"\b[Ss]ection (\d{1,2})(?![\d.])(?!\()")
@@ -71,7 +72,7 @@ def licenses(path: Path) -> tuple[License, ...]:
         name = re.search(r"^name: (.+)$", parts[1], re.M) if parts else None
         if parts is None or name is None or re.search(r"^language: ", parts[1], re.M):
             continue
-        license = License(name[1].strip("'\""), parts[2].strip())
+        license = License(name[1].strip("'\"").removeprefix("The "), parts[2].strip())
         if any(True for _ in _questions(license)):
             found.setdefault(license.text, license)
     if not found:
@@ -150,7 +151,11 @@ def _questions(license: License) -> Iterator[_Question]:
 
 def _clauses(license: License) -> Iterator[_Question]:
     """What a numbered section is about, and which one section it refers to."""
-    headings = list(_HEADING.finditer(license.text))
+    headings = [
+        found
+        for found in _HEADING.finditer(license.text)
+        if len(found[2].split()) <= 7  # else it is a sentence
+    ]
     numbers = [int(found[1]) for found in headings]
     if len(headings) < 3 or numbers != list(range(1, len(numbers) + 1)):
         return  # of several lists of numbers, it cannot be told which is meant
