@@ -72,7 +72,7 @@ def eval(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the texts.")] = 1,
     json: options.Json = False,
 ) -> None:
-    """Compare attention policies: what they answer, and what they read for that.
+    """Compare attention policies on questions with known answers.
 
     Every question is asked of the model under full attention and under each policy. All but full
     and auto read about equally many keys: the window of first and last tokens, and --keys of the
