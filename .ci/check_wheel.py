@@ -18,7 +18,11 @@ import alaya_jax  # noqa: E402
 
 names = [m.name for m in pkgutil.walk_packages(alaya_jax.__path__, "alaya_jax.")]
 for name in names:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # a module may need an extra, if it says so
+        if "pip install 'alaya_jax[" not in str(error):
+            raise
 missing = {"alaya_jax.models.llama", "alaya_jax.pallas_kernels", "alaya_jax.cli"} - set(names)
 if missing:
     sys.exit(f"the wheel lacks {sorted(missing)}")
