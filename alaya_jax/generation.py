@@ -19,7 +19,7 @@ from alaya_jax.query.plan import Attention
 from alaya_jax.runtime.decoding import Decoding, read
 from alaya_jax.runtime.output import Output, allowed, require_text
 from alaya_jax.runtime.programs import Row
-from alaya_jax.runtime.sampling.constraint import everything
+from alaya_jax.runtime.sampling.constraint import masks
 from alaya_jax.runtime.sampling.params import Greedy, Sampling
 from alaya_jax.runtime.sampling.sampler import init_sampler
 from alaya_jax.runtime.streams import Streamer, check_listeners, told
@@ -233,8 +233,8 @@ class _Request:
                 "with one for each sequence"
             )
         require_text(model, each)
-        if (least := max(s.min_tokens for s in each)) > max_new_tokens:
-            raise RequestError(f"min_tokens={least} and max_new_tokens={max_new_tokens} contradict")
+        for s in each:
+            s.require_fits(max_new_tokens)
         prompts = [np.concatenate([t, row]) for t, row in zip(session.tokens, rows, strict=True)]
         # Tokens that are given, and not only what is pending, begin another output.
         begun = [
@@ -380,9 +380,8 @@ class _Request:
     def _mask(self, decoding: Decoding) -> None:
         """Says which ids may come next, where not all may."""
         if self._is_masked:
-            all = everything(self.session.model.config.vocab_size)
-            each = [all if follow is None else follow.mask() for follow in self._allowed]
-            decoding.mask(np.stack(each))
+            each = (follow and follow.mask() for follow in self._allowed)
+            decoding.mask(masks(each, self.session.model.config.vocab_size))
 
     @property
     def _running(self) -> np.ndarray:

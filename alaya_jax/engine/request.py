@@ -54,14 +54,11 @@ class Request:
                 f"max_new_tokens={most!r}: must be a count, at least 1, or 0 with "
                 "prompt_logprobs=True"
             )
-        if isinstance(self.sampling, Sampling) and self.sampling.min_tokens > most:
-            raise RequestError(
-                f"min_tokens={self.sampling.min_tokens} and max_new_tokens={most} contradict"
-            )
         if not isinstance(self.sampling, Sampling):
             raise RequestError(
                 f"sampling={self.sampling!r}: use aj.Greedy() or aj.Sampling(temperature=...)"
             )
+        self.sampling.require_fits(int(most))
 
 
 @dataclasses.dataclass(frozen=True)

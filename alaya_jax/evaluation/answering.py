@@ -20,7 +20,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AnswerSettings:
     """What a task asks of an answer.
 
     Attributes:
@@ -32,7 +32,7 @@ class Asked:
     sampling: Sampling
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], most: int) -> "Asked":
+    def of(cls, settings: Mapping[str, Any], most: int) -> "AnswerSettings":
         """From the settings that tasks write (`generation_kwargs` of lm-eval).
 
         Args:
@@ -140,7 +140,11 @@ class Answering:
         return sum(one for one, _ in self.scores(list(self._windows(ids, first))))
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], *, progress: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        asked: Sequence[AnswerSettings],
+        *,
+        progress: bool = False,
     ) -> list[str]:
         """What the model says behind prompts, up to a stop string, an end of text or the length.
 

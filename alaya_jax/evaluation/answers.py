@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from alaya_jax.checkpoint.beside import replace
 from alaya_jax.errors import RequestError
 
 
@@ -58,12 +59,12 @@ class Answers:
 
     def keep(self, name: str, data: Any) -> None:
         """Writes other JSON data of the run, whole or not at all."""
-        _write(self.directory / f"{name}.json", json.dumps(data, indent=1) + "\n")
+        _keep(self.directory / f"{name}.json", data)
 
 
 def _require_same(file: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
-        _write(file, json.dumps(settings, indent=1) + "\n")
+        _keep(file, settings)
         return
     there = json.loads(file.read_text("utf-8"))
     if there == settings:
@@ -76,7 +77,5 @@ def _require_same(file: Path, settings: dict[str, Any]) -> None:
     )
 
 
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, "utf-8")
-    os.replace(part, file)
+def _keep(file: Path, data: Any) -> None:
+    replace(file, (json.dumps(data, indent=1) + "\n").encode())

@@ -19,7 +19,7 @@ from alaya_jax.budget import Budget
 from alaya_jax.db import DB
 from alaya_jax.engine import Engine
 from alaya_jax.errors import AlayaError, RequestError, TokenizerError
-from alaya_jax.evaluation.answering import Answering, Asked
+from alaya_jax.evaluation.answering import Answering, AnswerSettings
 from alaya_jax.model import load
 
 try:
@@ -157,7 +157,7 @@ class AlayaLM(TemplateLM):
         """Answers, each up to a stop string of its task."""
         asked = [request.args for request in requests]
         prompts = [self.tok_encode(text) for text, _ in asked]
-        wanted = [Asked.of(settings, self._most) for _, settings in asked]
+        wanted = [AnswerSettings.of(settings, self._most) for _, settings in asked]
         found = self._answering.answers(prompts, wanted, progress=not disable_tqdm)
         for arguments, text in zip(asked, found, strict=True):
             self.cache_hook.add_partial("generate_until", arguments, text)

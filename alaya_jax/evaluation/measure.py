@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,12 +100,7 @@ class Asked:
         chooses to read every key of a short text.
         """
         plans = self._plans(attention)
-        for known, measured in self._measured:
-            if same_plans(known, plans):
-                return measured
-        measured = self._measure(plans, expected)
-        self._measured.append((plans, measured))
-        return measured
+        return _once(self._measured, plans, lambda: self._measure(plans, expected))
 
     def _measure(self, plans: Plans, expected: Expected) -> Measured:
         answer = self._answer(plans)
@@ -132,9 +128,9 @@ class Asked:
         return self._whole.plans(attention, self._whole.length + self._item.most)
 
     def _answer(self, plans: Plans) -> "_Answer":
-        for known, answer in self._answered:
-            if same_plans(known, plans):
-                return answer
+        return _once(self._answered, plans, lambda: self._generated(plans))
+
+    def _generated(self, plans: Plans) -> "_Answer":
         with self._session.fork() as fork:
             started = time.perf_counter()
             run = generate(
@@ -152,9 +148,7 @@ class Asked:
             tokens = sum(phase.queries for phase in phases)
             attended = sum(phase.mean("attended") * phase.queries for phase in phases) / tokens
             visible = sum(phase.visible for phase in phases) / tokens
-        answer = _Answer(list(run.ids[0]), said, seconds, np.asarray(attended), visible)
-        self._answered.append((plans, answer))
-        return answer
+        return _Answer(list(run.ids[0]), said, seconds, np.asarray(attended), visible)
 
     def _logprobs(self, ids: list[int], plans: Plans) -> np.ndarray:
         """Log-probabilities [n, V] of all tokens in the places of `ids`, behind the prompt."""
@@ -169,6 +163,15 @@ class Asked:
             logits = fork.batch.stack.logits(dataclasses.replace(passed, last=x[0]))
         logits = np.asarray(logits)[: len(ids)].astype(np.float32)
         return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def _once[T](known: list[tuple[Plans, T]], plans: Plans, find: Callable[[], T]) -> T:
+    """What is known of equal plans; else it is found, and known."""
+    for others, found in known:
+        if same_plans(others, plans):
+            return found
+    known.append((plans, find()))
+    return known[-1][1]
 
 
 class _Answer(NamedTuple):

@@ -150,8 +150,8 @@ class Run:
                     sessions.append(held.enter_context(session))
                     session.prefill(rest)
                 found = compared.settings_of(self.names, sessions, self.keys, advance)
-            answers.keep("policies", kept | {str(length): found})
-            kept = answers.kept("policies")
+            kept = kept | {str(length): found}
+            answers.keep("policies", kept)
         else:
             advance(compared.steps_of(self.names))
         config = self.model.config

@@ -1,10 +1,11 @@
 """What is asked in a run: items of several tasks and lengths, and their prompts."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from alaya_jax import prompts
 from alaya_jax.errors import RequestError
 from alaya_jax.evaluation.tasks import legal, retrieval, ruler
-from alaya_jax.evaluation.tasks.item import Item
+from alaya_jax.evaluation.tasks.item import Count, Item
 from alaya_jax.model import Model
 from alaya_jax.prefix import common_prefix
 
@@ -118,55 +119,39 @@ def texts(suite: Suite, model: Model, source: Source, seed: int) -> list[Text]:
       TokenizerError: the model has no tokenizer.
       RequestError: a text cannot be made.
     """
-    tokenizer = prompts.tokenizer_of(model)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False, allow_special=False))
-
+    count = _count_of(model)
     made = ruler.Source(count, essay=source.essay, squad=source.squad, hotpotqa=source.hotpotqa)
     found: list[Text] = []
 
-    def add(kind: str, length: int, number: int, items: list[Item]) -> None:
+    def add(kind: str, length: int, number: int, items: Sequence[Item]) -> None:
         found.append(Text(f"{kind}-{length}-{number}", length, tuple(items)))
 
+    def several(kind: str, make: Callable[..., list[Item]], number: int, length: int) -> None:
+        """Texts with several questions each."""
+        for i in range(number):
+            add(kind, length, i, make(count, length, suite.questions, seed + i))
+
     for length in suite.lengths:
-        for number in range(suite.passkey):
-            add(
-                "passkey",
-                length,
-                number,
-                retrieval.passkey(count, length, suite.questions, seed + number),
-            )
-        for number in range(suite.key_values):
-            add(
-                "kv",
-                length,
-                number,
-                retrieval.key_values(count, length, suite.questions, seed + number),
-            )
+        several("passkey", retrieval.passkey, suite.passkey, length)
+        several("kv", retrieval.key_values, suite.key_values, length)
         for task, number in suite.ruler:
             if made.has(task):
                 for i, item in enumerate(ruler.items(task, made, length, number, seed)):
                     add(task, length, i, [item])
-        for number in range(suite.legal if source.legal is not None else 0):
-            assert source.legal is not None
-            add(
-                "legal",
-                length,
-                number,
-                legal.items(source.legal, count, length, suite.questions, seed + number),
-            )
+        if source.legal is not None:
+            several("legal", functools.partial(legal.items, source.legal), suite.legal, length)
     return found
 
 
 def held_out(model: Model, length: int, seed: int = HELD_OUT) -> list[Item]:
     """Questions about a text of its own, on which settings are found."""
+    return retrieval.passkey(_count_of(model), length, 3, seed)
+
+
+def _count_of(model: Model) -> Count:
     tokenizer = prompts.tokenizer_of(model)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False, allow_special=False))
-
-    return retrieval.passkey(count, length, 3, seed)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False, allow_special=False)
+    return lambda text: len(encode(text))
 
 
 def digest(asked: list[Text]) -> str:
@@ -195,9 +180,3 @@ def shared_ids(rows: list[np.ndarray]) -> np.ndarray:
         return rows[0][: max(1, len(rows[0]) - 64)]
     shared = min(common_prefix(one, other) for one, other in itertools.pairwise(rows))
     return rows[0][: max(1, min(shared, *(len(row) - 2 for row in rows)))]
-
-
-def names(found: list[Text]) -> Iterator[str]:
-    """Of all items, in their order."""
-    for text in found:
-        yield from (f"{text.name}-{i}" for i in range(len(text.items)))

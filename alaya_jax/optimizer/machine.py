@@ -7,6 +7,7 @@ nothing disturbs it. The result is kept in the cache directory, by device, JAX v
 the layer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import numpy as np
 from alaya_jax.attention import engine
 from alaya_jax.cache import PageTable
 from alaya_jax.cache.tables import table_width
+from alaya_jax.checkpoint import beside
 from alaya_jax.checkpoint.bundled import cache_directory
 from alaya_jax.index.memory import LayerMemory
 from alaya_jax.models.config import LlamaConfig
@@ -327,11 +329,6 @@ def _read(kind: type[Any], path: Path, key: str) -> Any:
 
 
 def _write(path: Path, key: str, machine: Machine | PrefillMachine) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        data = {"of": key, "machine": dataclasses.asdict(machine)}
-        part.write_text(json.dumps(data, indent=1))
-        part.replace(path)
-    except OSError:
-        pass  # a cache that cannot be written is measured anew next time
+    data = {"of": key, "machine": dataclasses.asdict(machine)}
+    with contextlib.suppress(OSError):  # what cannot be written is measured anew next time
+        beside.replace(path, json.dumps(data, indent=1).encode())

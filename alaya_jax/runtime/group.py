@@ -19,7 +19,7 @@ from alaya_jax.runtime.batch import Batch
 from alaya_jax.runtime.decoding import Decoding, read
 from alaya_jax.runtime.job import Job
 from alaya_jax.runtime.programs import Fed, Passed, Row
-from alaya_jax.runtime.sampling.constraint import everything
+from alaya_jax.runtime.sampling.constraint import masks
 from alaya_jax.runtime.sampling.params import Greedy
 from alaya_jax.runtime.sampling.sampler import init_sampler, kind_of
 from alaya_jax.runtime.stack import Chain
@@ -220,9 +220,8 @@ class Group:
 
     def _mask(self) -> None:
         if self.is_masked:
-            all = everything(self.members[0].batch.model.config.vocab_size)
-            masks = [slot.mask for slot in self.members] + [None] * len(self._empty)
-            self._decoding.mask(np.stack([all if mask is None else mask for mask in masks]))
+            each = [slot.mask for slot in self.members] + [None] * len(self._empty)
+            self._decoding.mask(masks(each, self.members[0].batch.model.config.vocab_size))
 
     def _flies(self, row: Row) -> None:
         taking = [slot if slot.left > 0 else None for slot in self.members]

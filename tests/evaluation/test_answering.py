@@ -9,7 +9,7 @@ import pytest
 
 import alaya_jax as aj
 from alaya_jax.errors import RequestError
-from alaya_jax.evaluation.answering import Answering, Asked
+from alaya_jax.evaluation.answering import Answering, AnswerSettings
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 
@@ -73,7 +73,7 @@ def test_no_text_has_no_log_probability(engine):
 def test_answers_are_what_generate_says(db, engine, rng):
     prompts = [rng.integers(3, 256, n).tolist() for n in (30, 50)]
     plan = aj.Window(sink=2, recent=8)
-    asked = [Asked.of({"max_gen_toks": n}, 99) for n in (5, 9)]
+    asked = [AnswerSettings.of({"max_gen_toks": n}, 99) for n in (5, 9)]
     for attention in (None, plan):
         found = Answering(engine, attention).answers(prompts, asked)
         for prompt, wanted, text in zip(prompts, asked, found, strict=True):
@@ -92,10 +92,10 @@ def test_answers_are_what_generate_says(db, engine, rng):
 def test_an_answer_keeps_its_room(engine, rng):
     prompt = rng.integers(3, 256, 60).tolist()
     answering = Answering(engine, max_length=32)
-    asked = [Asked.of({}, 8)]
+    asked = [AnswerSettings.of({}, 8)]
     assert answering.answers([prompt], asked) == answering.answers([prompt[-24:]], asked)
     with pytest.raises(RequestError, match="32 tokens leaves no room"):
-        answering.answers([prompt], [Asked.of({}, 32)])
+        answering.answers([prompt], [AnswerSettings.of({}, 32)])
 
 
 @pytest.mark.parametrize("length", [1, 100_000])
@@ -106,10 +106,10 @@ def test_a_length_that_is_not_to_be_had(engine, length):
 
 def test_what_tasks_ask_of_an_answer():
     def of(**settings):
-        return Asked.of(settings, 7)
+        return AnswerSettings.of(settings, 7)
 
-    assert of() == Asked(7, aj.Sampling(temperature=0))
-    assert of(until="\n", max_tokens=3, do_sample=None) == Asked(
+    assert of() == AnswerSettings(7, aj.Sampling(temperature=0))
+    assert of(until="\n", max_tokens=3, do_sample=None) == AnswerSettings(
         3, aj.Sampling(temperature=0, stop=("\n",))
     )
     assert of(until=["a", ""], num_beams=1).sampling.stop == ("a",)
@@ -124,7 +124,7 @@ def test_what_tasks_ask_of_an_answer():
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"typical_p": 0.3}, {"top_p": 7.0}])
 def test_what_cannot_be_done_is_refused_by_name(settings):
     with pytest.raises(RequestError, match=next(iter(settings))):
-        Asked.of({"do_sample": True, **settings}, 7)
+        AnswerSettings.of({"do_sample": True, **settings}, 7)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,7 @@ def test_the_bundled_model_finds_what_lm_evals_hf_model_finds(bundled):
     for row in texts:
         assert bundled.rolling(row["ids"], row["first"]) == pytest.approx(row["logprob"], abs=1e-3)
     said = bundled.answers(
-        [row["prompt"] for row in answers], [Asked.of(row["settings"], 256) for row in answers]
+        [row["prompt"] for row in answers],
+        [AnswerSettings.of(row["settings"], 256) for row in answers],
     )
     assert said == [row["answer"] for row in answers]

@@ -248,6 +248,12 @@ def everything(vocab_size: int) -> np.ndarray:
     return np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
 
+def masks(each: Iterable[np.ndarray | None], vocab_size: int) -> np.ndarray:
+    """Masks of a batch, uint32 [B, W]; None: all ids."""
+    all = everything(vocab_size)
+    return np.stack([all if mask is None else mask for mask in each])
+
+
 def _put(words: np.ndarray, id: int, on: bool) -> None:
     bit = np.uint32(1 << id % 32)
     if on:

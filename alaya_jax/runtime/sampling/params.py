@@ -116,6 +116,13 @@ class Sampling:
         """The ids that end this sequence's output, given the model's end-of-sequence ids."""
         return tuple(sorted({*self.stop_ids, *(() if self.ignore_eos else eos_ids)}))
 
+    def require_fits(self, max_new_tokens: int) -> None:
+        """Raises RequestError where the output must be longer than it may be."""
+        if self.min_tokens > max_new_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} and max_new_tokens={max_new_tokens} contradict"
+            )
+
     @property
     def is_masked(self) -> bool:
         """Whether, for a next token, not all ids are allowed."""
